@@ -1,0 +1,179 @@
+// bindings.cpp: the table of contents of _core, and the only file that knows Python.
+//
+// A tensor crosses as (pointer, dtype code, shape, strides), checked in ops.py. Arguments become
+// plain structs, the GIL is released, and every operation returns (status, where) for ops.py to
+// turn into an exception.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using lobs::AnyMatrix;
+using lobs::Backend;
+using lobs::Index;
+using lobs::Info;
+
+AnyMatrix matrix(const py::tuple& tensor) {
+    const auto shape = tensor[2].cast<std::pair<Index, Index>>();
+    const auto stride = tensor[3].cast<std::pair<Index, Index>>();
+    return {reinterpret_cast<void*>(tensor[0].cast<std::uintptr_t>()),
+            static_cast<lobs::Dtype>(tensor[1].cast<int>()),
+            shape.first,
+            shape.second,
+            stride.first,
+            stride.second};
+}
+
+template <typename T>
+T* address(std::uintptr_t pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+bool interrupted() {  // asked by parallel_for on the calling thread; a signal handler's exception
+                      // stays pending
+    py::gil_scoped_acquire held;
+    return PyErr_CheckSignals() != 0;
+}
+
+template <typename Fn>
+Fn* operation(const std::string& backend, Fn* Backend::* column, const char* name) {
+    const Backend* row = lobs::backend_row(backend.c_str());
+    if (row == nullptr)
+        throw std::invalid_argument("backend: there is none called '" + backend + "'");
+    if (!row->ready)
+        throw std::invalid_argument("backend: '" + backend + "' is not ready here (" + row->detail +
+                                    ")");
+    if (row->*column == nullptr)
+        throw std::invalid_argument("backend: '" + backend + "' has no " + name);
+    return row->*column;
+}
+
+// Runs `call(context)` without the GIL and hands (status, where) to Python.
+template <typename Call>
+std::pair<int, Index> released(int threads, Call call) {
+    const lobs::Context context{threads < 1 ? 1 : threads, &interrupted};
+    Info info{lobs::Status::ok, 0};
+    {
+        py::gil_scoped_release free;
+        info = call(context);
+    }
+    if (info.status == lobs::Status::interrupted && PyErr_Occurred() != nullptr)
+        throw py::error_already_set();
+    return {static_cast<int>(info.status), info.where};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+    module.doc() = "Native kernels of lobs_native. Call them through lobs_native.ops.";
+    module.attr("__version__") = LOBS_VERSION;
+    module.attr("parallel_runtime") = lobs::parallel_runtime();
+
+    module.def("backends", [] {
+        int count = 0;
+        const Backend* rows = lobs::backend_rows(&count);
+        py::list out;
+        for (int i = 0; i < count; ++i)
+            out.append(py::make_tuple(rows[i].name, rows[i].ready, rows[i].detail));
+        return out;
+    });
+
+    module.def(
+        "resolve",
+        [](const std::string& backend) -> py::object {
+            const Backend* row = lobs::backend_row(backend.c_str());
+            return row == nullptr ? py::object(py::none()) : py::object(py::str(row->name));
+        },
+        py::arg("backend"));
+
+    module.def(
+        "hessian_accumulate",
+        [](const std::string& backend, const py::tuple& H, const py::tuple& X, std::uintptr_t t,
+           bool ones, int threads) {
+            auto* run = operation(backend, &Backend::hessian_accumulate, "hessian_accumulate");
+            const AnyMatrix h = matrix(H), x = matrix(X);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(h, x, address<const double>(t), ones, c);
+            });
+        },
+        py::arg("backend"), py::arg("H"), py::arg("X"), py::arg("t"), py::arg("ones"),
+        py::arg("threads"));
+
+    module.def(
+        "inverse_update",
+        [](const std::string& backend, std::uintptr_t F, int dtype, Index blocks, Index B,
+           const py::tuple& G, double m, int threads) {
+            auto* run = operation(backend, &Backend::inverse_update, "inverse_update");
+            const AnyMatrix g = matrix(G);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(address<void>(F), static_cast<lobs::Dtype>(dtype), blocks, B, g, m, c);
+            });
+        },
+        py::arg("backend"), py::arg("F"), py::arg("dtype"), py::arg("blocks"), py::arg("B"),
+        py::arg("G"), py::arg("m"), py::arg("threads"));
+
+    module.def(
+        "saliency_argmin",
+        [](const std::string& backend, std::uintptr_t column, std::uintptr_t value,
+           const py::tuple& W, const py::tuple& diag, const py::tuple& live, int threads) {
+            auto* run = operation(backend, &Backend::saliency_argmin, "saliency_argmin");
+            const AnyMatrix w = matrix(W), d = matrix(diag), l = matrix(live);
+            const lobs::Matrix<const unsigned char> alive{static_cast<const unsigned char*>(l.data),
+                                                          l.rows, l.columns, l.row_stride,
+                                                          l.column_stride};
+            return released(threads, [&](const lobs::Context& c) {
+                return run(address<Index>(column), address<void>(value), w, d, alive, c);
+            });
+        },
+        py::arg("backend"), py::arg("column"), py::arg("value"), py::arg("W"), py::arg("diag"),
+        py::arg("live"), py::arg("threads"));
+
+    module.def(
+        "static_order_prune",
+        [](const std::string& backend, const py::tuple& W, std::uintptr_t A, std::uintptr_t order,
+           std::uintptr_t start, int threads) {
+            auto* run = operation(backend, &Backend::static_order_prune, "static_order_prune");
+            const AnyMatrix w = matrix(W);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(w, address<const void>(A), address<const std::int32_t>(order),
+                           address<const Index>(start), c);
+            });
+        },
+        py::arg("backend"), py::arg("W"), py::arg("A"), py::arg("order"), py::arg("start"),
+        py::arg("threads"));
+
+    module.def(
+        "rank_lowest",
+        [](const std::string& backend, std::uintptr_t chosen, std::uintptr_t score, Index rows,
+           Index columns, Index count, int threads) {
+            auto* run = operation(backend, &Backend::rank_lowest, "rank_lowest");
+            return released(threads, [&](const lobs::Context& c) {
+                return run(address<unsigned char>(chosen), address<const double>(score), rows,
+                           columns, count, c);
+            });
+        },
+        py::arg("backend"), py::arg("chosen"), py::arg("score"), py::arg("rows"),
+        py::arg("columns"), py::arg("count"), py::arg("threads"));
+
+    module.def(
+        "rank_rows",
+        [](const std::string& backend, std::uintptr_t order, std::uintptr_t start,
+           std::uintptr_t chosen, std::uintptr_t score, Index rows, Index columns, int threads) {
+            auto* run = operation(backend, &Backend::rank_rows, "rank_rows");
+            return released(threads, [&](const lobs::Context& c) {
+                return run(address<std::int32_t>(order), address<const Index>(start),
+                           address<const unsigned char>(chosen), address<const double>(score), rows,
+                           columns, c);
+            });
+        },
+        py::arg("backend"), py::arg("order"), py::arg("start"), py::arg("chosen"), py::arg("score"),
+        py::arg("rows"), py::arg("columns"), py::arg("threads"));
+}

@@ -1,0 +1,87 @@
+// parallel.cpp: see parallel.h. Compiled once, for the baseline machine.
+#include "parallel.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+
+#if defined(LOBS_THREADS)
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
+
+namespace lobs {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Loop {
+    Index items;
+    const Context* context;
+    void (*task)(void*, Index, int);
+    void* arg;
+    std::atomic<Index> next{0};
+    std::atomic<bool> stop{false};
+
+    void work(int worker) {
+        auto asked = Clock::now();
+        while (!stop.load(std::memory_order_relaxed)) {
+            const Index item = next.fetch_add(1, std::memory_order_relaxed);
+            if (item >= items) return;
+            task(arg, item, worker);
+            if (worker != 0 || context->interrupted == nullptr) continue;
+            const auto now = Clock::now();
+            if (now - asked < std::chrono::milliseconds(100)) continue;
+            asked = now;
+            if (context->interrupted()) stop.store(true, std::memory_order_relaxed);
+        }
+    }
+};
+
+}  // namespace
+
+bool parallel_for(Index items, const Context& context,
+                  void (*task)(void* arg, Index item, int worker), void* arg) {
+    Loop loop{items, &context, task, arg};
+    const Index wanted = items < context.threads ? items : context.threads;
+    if (wanted <= 1) {  // no parallel region at all: safe in a forked child
+        loop.work(0);
+        return !loop.stop.load();
+    }
+    const int threads = static_cast<int>(wanted);
+#if defined(LOBS_THREADS)
+    std::vector<std::thread> team;
+    for (int worker = 1; worker < threads; ++worker)
+        team.emplace_back([&loop, worker] { loop.work(worker); });
+    loop.work(0);
+    for (auto& member : team) member.join();
+#else
+#pragma omp parallel num_threads(threads)
+    loop.work(omp_get_thread_num());
+#endif
+    return !loop.stop.load();
+}
+
+const char* parallel_runtime() {
+#if defined(LOBS_THREADS)
+    return "std::thread";
+#else
+    return "openmp";
+#endif
+}
+
+Scratch::Scratch(Index workers, Index bytes) : base_(nullptr), stride_(0) {
+    // An odd number of cache lines apart, so that workers' buffers do not fall on the same sets.
+    if (__builtin_add_overflow(bytes, Index{63}, &stride_)) return;
+    stride_ = (stride_ / 64 | 1) * 64;
+    Index total = 0;
+    if (__builtin_mul_overflow(workers, stride_, &total)) return;
+    base_ = static_cast<unsigned char*>(std::aligned_alloc(64, static_cast<std::size_t>(total)));
+}
+
+Scratch::~Scratch() { std::free(base_); }
+
+}  // namespace lobs

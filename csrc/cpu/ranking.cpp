@@ -1,0 +1,166 @@
+// ranking.cpp: contract in ranking.h.
+//
+// A score becomes an unsigned key of the same order. The count-th lowest key is found digit by digit from the top: one
+// histogram per digit over the keys that share the digits found so far. Counts are integers, so adding up the
+// workers' histograms gives the same result for any number of threads.
+#include "ranking.h"
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace lobs::LOBS_LEVEL {
+namespace {
+
+using Key = std::uint64_t;
+
+LOBS_INLINE Key key_of(double score) {
+    const double canonical = score + 0.0;  // -0 becomes +0
+    Key bits;
+    std::memcpy(&bits, &canonical, sizeof bits);
+    return bits >> 63 != 0 ? ~bits : bits | Key{1} << 63;
+}
+
+// The digit of the wanted key, given how many keys have each digit; `rank` becomes the rank inside that digit.
+Index digit_of_rank(const Index* histogram, Index* rank) {
+    Index digit = 0;
+    while (*rank >= histogram[digit]) *rank -= histogram[digit++];
+    return digit;
+}
+
+// Marks keys below `cut`, and the first `room` that equal it.
+void mark(unsigned char* chosen, const double* score, Index count, Key cut, Index room) {
+    for (Index i = 0; i < count; ++i) {
+        const Key key = key_of(score[i]);
+        const bool tie = key == cut && room > 0;
+        room -= tie ? 1 : 0;
+        chosen[i] = key < cut || tie ? 1 : 0;
+    }
+}
+
+void lowest_of_row(unsigned char* chosen, const double* score, Index C, Index count) {
+    Key prefix = 0;
+    Index rank = count - 1;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        Index histogram[256] = {};
+        for (Index i = 0; i < C; ++i) {
+            const Key key = key_of(score[i]);
+            // The digits above this one, all of them; shifting by 64 is undefined, hence in two steps.
+            if (((key ^ prefix) >> shift) >> 8 == 0) ++histogram[key >> shift & 255];
+        }
+        prefix |= static_cast<Key>(digit_of_rank(histogram, &rank)) << shift;
+    }
+    mark(chosen, score, C, prefix, rank + 1);
+}
+
+constexpr Index kBins = 1 << 16;
+constexpr Index kSpan = 1 << 16;  // scores that one worker takes at a time
+
+Info lowest_of_all(unsigned char* chosen, const double* score, Index C, Index count,
+                   const Context& context) {
+    const Index spans = (C + kSpan - 1) / kSpan;
+    Scratch histograms(context.threads, kBins * static_cast<Index>(sizeof(Index)));
+    Scratch scratch(1, spans * static_cast<Index>(sizeof(Index)));
+    if (!histograms.ok() || !scratch.ok()) return {Status::out_of_memory, 0};
+    Key prefix = 0;
+    Index rank = count - 1;
+    for (int shift = 48; shift >= 0; shift -= 16) {
+        for (int w = 0; w < context.threads; ++w)
+            std::memset(histograms.of<Index>(w), 0,
+                        static_cast<std::size_t>(kBins) * sizeof(Index));
+        auto tally = [&](Index span, int worker) {
+            Index* histogram = histograms.of<Index>(worker);
+            const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
+            for (Index i = span * kSpan; i < last; ++i) {
+                const Key key = key_of(score[i]);
+                if (((key ^ prefix) >> shift) >> 16 == 0) ++histogram[key >> shift & (kBins - 1)];
+            }
+        };
+        if (!parallel_items(spans, context, tally)) return {Status::interrupted, 0};
+        Index* total = histograms.of<Index>(0);
+        for (int w = 1; w < context.threads; ++w)
+            for (Index b = 0; b < kBins; ++b) total[b] += histograms.of<Index>(w)[b];
+        prefix |= static_cast<Key>(digit_of_rank(total, &rank)) << shift;
+    }
+    // Ties go to the lowest columns: every span must know how many ties there are before it.
+    Index* ties = scratch.of<Index>(0);
+    auto count_ties = [&](Index span, int) {
+        const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
+        Index found = 0;
+        for (Index i = span * kSpan; i < last; ++i) found += key_of(score[i]) == prefix ? 1 : 0;
+        ties[span] = found;
+    };
+    if (!parallel_items(spans, context, count_ties)) return {Status::interrupted, 0};
+    Index room = rank + 1;
+    for (Index span = 0; span < spans; ++span) {
+        const Index found = ties[span];
+        ties[span] = room;
+        room = room > found ? room - found : 0;
+    }
+    auto fill = [&](Index span, int) {
+        const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
+        const Index first = span * kSpan;
+        mark(chosen + first, score + first, last - first, prefix, ties[span]);
+    };
+    return {parallel_items(spans, context, fill) ? Status::ok : Status::interrupted, 0};
+}
+
+struct Entry {
+    Key key;
+    std::int32_t column;
+};
+
+// Stable radix sort by key, lowest digit first; digits in which all keys agree are skipped. Returns the sorted one.
+Entry* sort(Entry* from, Entry* to, Index count) {
+    Index histogram[8][256] = {};
+    for (Index i = 0; i < count; ++i)
+        for (int d = 0; d < 8; ++d) ++histogram[d][from[i].key >> 8 * d & 255];
+    for (int d = 0; d < 8; ++d) {
+        if (histogram[d][from[0].key >> 8 * d & 255] == count) continue;
+        Index place[256];
+        Index sum = 0;
+        for (int b = 0; b < 256; ++b) {
+            place[b] = sum;
+            sum += histogram[d][b];
+        }
+        for (Index i = 0; i < count; ++i) to[place[from[i].key >> 8 * d & 255]++] = from[i];
+        Entry* other = from;
+        from = to;
+        to = other;
+    }
+    return from;
+}
+
+}  // namespace
+
+Info rank_lowest(unsigned char* chosen, const double* score, Index R, Index C, Index count,
+                 const Context& context) {
+    if (count == 0 || count == C) {
+        std::memset(chosen, count == 0 ? 0 : 1, static_cast<std::size_t>(R * C));
+        return {Status::ok, 0};
+    }
+    if (R == 1) return lowest_of_all(chosen, score, C, count, context);
+    auto body = [&](Index r, int) { lowest_of_row(chosen + r * C, score + r * C, C, count); };
+    return {parallel_items(R, context, body) ? Status::ok : Status::interrupted, 0};
+}
+
+Info rank_rows(std::int32_t* order, const Index* start, const unsigned char* chosen,
+               const double* score, Index R, Index C, const Context& context) {
+    Index bytes = 0;
+    if (__builtin_mul_overflow(2 * C, static_cast<Index>(sizeof(Entry)), &bytes))
+        return {Status::out_of_memory, 0};
+    Scratch scratch(context.threads, bytes);
+    if (!scratch.ok()) return {Status::out_of_memory, 0};
+    auto body = [&](Index r, int worker) {
+        Entry* entries = scratch.of<Entry>(worker);
+        Index count = 0;
+        for (Index q = 0; q < C; ++q)
+            if (chosen[r * C + q] != 0)
+                entries[count++] = {key_of(score[r * C + q]), static_cast<std::int32_t>(q)};
+        if (count == 0) return;
+        const Entry* sorted = sort(entries, entries + C, count);
+        for (Index p = 0; p < count; ++p) order[start[r] + p] = sorted[p].column;
+    };
+    return {parallel_items(R, context, body) ? Status::ok : Status::interrupted, 0};
+}
+
+}  // namespace lobs::LOBS_LEVEL

@@ -1,0 +1,116 @@
+// vector.h: the SIMD type of the level a file is being compiled for, and the one micro-kernel all
+// products use.
+//
+// Every kernel file is compiled once per level (see CMakeLists.txt) into a namespace named after
+// it. Portable vector extensions instead of intrinsics: gcc and clang keep the accumulators below
+// in registers, and one text serves SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstring>
+
+#include "types.h"
+
+#if !defined(LOBS_LEVEL)
+#error "compile through CMake, which sets LOBS_LEVEL and the instruction set that goes with it"
+#endif
+
+namespace lobs::LOBS_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr bool kManyRegisters = true;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr bool kManyRegisters = false;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr bool kManyRegisters = true;
+#else
+constexpr int kVectorBytes = 16;
+constexpr bool kManyRegisters = false;
+#endif
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+LOBS_INLINE Vector<T> load(const T* p) {
+    return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+template <typename T>
+LOBS_INLINE void store(T* p, Vector<T> v) {
+    *reinterpret_cast<Vector<T>*>(p) = v;
+}
+
+LOBS_INLINE float as_float(std::uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// Exact for all 65,536 patterns and blind to the flush-to-zero mode: a subnormal half is rebuilt as
+// a difference of two normal floats.
+LOBS_INLINE float to_float(Half h) {
+    const std::uint32_t sign = (h.bits & 0x8000u) << 16;
+    const std::uint32_t magnitude = (h.bits & 0x7fffu) << 13;
+    const std::uint32_t exponent = magnitude & 0x0f800000u;
+    const float subnormal = as_float(magnitude + 0x38800000u) - as_float(0x38800000u);
+    std::uint32_t subnormal_bits;
+    std::memcpy(&subnormal_bits, &subnormal, sizeof subnormal_bits);
+    const std::uint32_t normal_bits =
+        magnitude + (exponent == 0x0f800000u ? 0x70000000u : 0x38000000u);
+    return as_float(sign | (exponent == 0 ? subnormal_bits : normal_bits));
+}
+LOBS_INLINE float to_float(BFloat b) { return as_float(static_cast<std::uint32_t>(b.bits) << 16); }
+LOBS_INLINE float to_float(float f) { return f; }
+LOBS_INLINE double to_float(double d) { return d; }
+
+// The bits of |x|, as an unsigned integer that orders like |x|, with NaN and infinity on top.
+LOBS_INLINE std::uint32_t magnitude_bits(float f) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    return bits & 0x7fffffffu;
+}
+LOBS_INLINE std::uint64_t magnitude_bits(double d) {
+    std::uint64_t bits;
+    std::memcpy(&bits, &d, sizeof bits);
+    return bits & 0x7fffffffffffffffull;
+}
+LOBS_INLINE bool finite_bits(std::uint32_t magnitude) { return magnitude < 0x7f800000u; }
+LOBS_INLINE bool finite_bits(std::uint64_t magnitude) { return magnitude < 0x7ff0000000000000ull; }
+
+// accumulator[i][v] += sum_k A[k][i] * B[k][v]: A packed with `kRows` (or, with a stride, more)
+// entries per k, B with kVectors vectors per k. kRows * kVectors accumulators live in registers.
+template <typename T, int kRows, int kVectors>
+LOBS_INLINE void multiply(Vector<T> (&accumulator)[kRows][kVectors], Index depth, const T* A,
+                          Index a_k, Index a_i, const T* B, Index b_k) {
+    for (Index k = 0; k < depth; ++k) {
+        Vector<T> b[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) b[v] = load(B + k * b_k + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const T a = A[k * a_k + i * a_i];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) accumulator[i][v] += a * b[v];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace lobs::LOBS_LEVEL

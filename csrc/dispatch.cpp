@@ -1,0 +1,111 @@
+// dispatch.cpp: every path from an operation's name to its code, on one screen.
+#include "dispatch.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace lobs {
+
+#define LOBS_DECLARE_LEVEL(level)           \
+    namespace level {                       \
+    HessianAccumulateFn hessian_accumulate; \
+    InverseUpdateFn inverse_update;         \
+    SaliencyArgminFn saliency_argmin;       \
+    StaticOrderPruneFn static_order_prune;  \
+    RankLowestFn rank_lowest;               \
+    RankRowsFn rank_rows;                   \
+    }
+#define LOBS_LEVEL_ROW(level, detail, ready)                                       \
+    Backend {                                                                      \
+        #level, detail, ready, level::hessian_accumulate, level::inverse_update,   \
+            level::saliency_argmin, level::static_order_prune, level::rank_lowest, \
+            level::rank_rows                                                       \
+    }
+
+#if defined(__x86_64__)
+LOBS_DECLARE_LEVEL(cpu_v4)
+LOBS_DECLARE_LEVEL(cpu_v3)
+LOBS_DECLARE_LEVEL(cpu_v1)
+#else
+LOBS_DECLARE_LEVEL(cpu_base)
+#endif
+
+namespace {
+
+std::string sibling(const char* file) {  // a file next to this module
+    Dl_info info;
+    if (dladdr(reinterpret_cast<const void*>(&backend_rows), &info) == 0 ||
+        info.dli_fname == nullptr)
+        return file;
+    const std::string module = info.dli_fname;
+    const auto slash = module.rfind('/');
+    return slash == std::string::npos ? std::string(file) : module.substr(0, slash + 1) + file;
+}
+
+Backend cuda_row() {
+    static std::string detail;
+    Backend row;
+    row.name = "cuda";
+    void* object = dlopen(sibling("_lobs_cuda.so").c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (object == nullptr) {
+        const char* why = dlerror();
+        detail = std::string("the CUDA object is not installed: ") +
+                 (why != nullptr ? why : "no reason given");
+        row.detail = detail.c_str();
+        return row;
+    }
+    auto* entry = reinterpret_cast<BackendEntry*>(dlsym(object, "lobs_backend"));
+    if (entry == nullptr || entry(kBackendVersion, &row) != 0)
+        row.detail = "the CUDA object belongs to another version of lobs-native: reinstall";
+    return row;
+}
+
+std::vector<Backend> make_rows() {
+    std::vector<Backend> rows;
+    rows.push_back(cuda_row());
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    rows.push_back(LOBS_LEVEL_ROW(cpu_v4, "x86-64-v4: AVX-512, FMA", v4));
+    rows.push_back(LOBS_LEVEL_ROW(cpu_v3, "x86-64-v3: AVX2, FMA", v3));
+    rows.push_back(LOBS_LEVEL_ROW(cpu_v1, "x86-64: SSE2", true));
+#else
+    rows.push_back(LOBS_LEVEL_ROW(cpu_base, "this platform's baseline", true));
+#endif
+    return rows;
+}
+
+const std::vector<Backend>& rows() {
+    static const std::vector<Backend> table = make_rows();
+    return table;
+}
+
+}  // namespace
+
+const Backend* backend_rows(int* count) {
+    *count = static_cast<int>(rows().size());
+    return rows().data();
+}
+
+const Backend* backend_row(const char* name) {
+    const char* forced = std::getenv("LOBS_CPU_LEVEL");
+    const bool any = std::strcmp(name, "cpu") == 0;
+    const std::string wanted =
+        any && forced != nullptr && *forced != '\0' ? std::string("cpu_") + forced : name;
+    for (const Backend& row : rows()) {
+        if (wanted == row.name) return &row;
+        if (any && wanted == "cpu" && row.ready && std::strncmp(row.name, "cpu", 3) == 0)
+            return &row;
+    }
+    return nullptr;
+}
+
+}  // namespace lobs

@@ -1,0 +1,58 @@
+// types.h: views over memory that somebody else owns, and the few types every operation shares.
+//
+// Strides count elements, sizes are int64, nothing here allocates or throws. This header is
+// included by files compiled for different instruction sets, so everything in it is either a plain
+// aggregate or force-inlined: a weak symbol built for AVX-512 must never be the one the linker
+// keeps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define LOBS_INLINE inline __attribute__((always_inline))
+
+#if defined(__CUDACC__)
+#define LOBS_HD __host__ __device__
+#else
+#define LOBS_HD
+#endif
+
+namespace lobs {
+
+using Index = std::int64_t;
+
+// Codes shared with python/lobs_native/ops.py.
+enum class Dtype : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
+
+// A 16-bit pattern: the type of the elements is in Dtype.
+struct Half {
+    std::uint16_t bits;
+};
+struct BFloat {
+    std::uint16_t bits;
+};
+
+template <typename T>
+struct Matrix {
+    T* data;
+    Index rows, columns;
+    Index row_stride, column_stride;
+};
+
+// A matrix whose element type is known at run time only.
+struct AnyMatrix {
+    void* data;
+    Dtype dtype;
+    Index rows, columns;
+    Index row_stride, column_stride;
+};
+
+// How a call is to run. `interrupted` is asked about ten times a second, on the calling thread
+// only; once it answers true the operation stops at the next item of work and returns
+// Status::interrupted.
+struct Context {
+    int threads;
+    bool (*interrupted)();  // may be null
+};
+
+}  // namespace lobs

@@ -1,0 +1,430 @@
+// test_kernels.cpp: the kernels without Python, for the sanitizers and the race detector.
+//
+// Every level that this machine can run is checked against plain double loops, on sizes around the
+// tile edges, with padded strides filled with poison so that a read or write outside a view shows.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace {
+
+using lobs::AnyMatrix;
+using lobs::Backend;
+using lobs::Context;
+using lobs::Dtype;
+using lobs::Index;
+using lobs::Info;
+using lobs::Status;
+
+int checks = 0;
+int failures = 0;
+std::string where;  // what is being checked, for messages
+
+void check(bool good, const char* what) {
+    ++checks;
+    if (good) return;
+    ++failures;
+    std::printf("FAILED  %s: %s\n", where.c_str(), what);
+}
+
+double uniform() {  // -1 .. 1, from a fixed generator
+    static std::uint64_t state = 88172645463325252ull;
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return static_cast<double>(state >> 11) * (2.0 / 9007199254740992.0) - 1.0;
+}
+
+template <typename T>
+constexpr Dtype dtype_of() {
+    return sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+}
+
+template <typename T>
+double tolerance() {
+    return sizeof(T) == 8 ? 1e-12 : 3e-5;
+}
+
+template <typename T>
+struct Table {  // a matrix with poisoned padding behind each row
+    Index rows, columns, stride;
+    std::vector<T> data;
+
+    Table(Index r, Index c, Index padding = 3)
+        : rows(r),
+          columns(c),
+          stride(c + padding),
+          data(static_cast<std::size_t>(r * (c + padding) + 1),
+               std::numeric_limits<T>::quiet_NaN()) {}
+    T& at(Index r, Index c) { return data[static_cast<std::size_t>(r * stride + c)]; }
+    AnyMatrix view() { return {data.data(), dtype_of<T>(), rows, columns, stride, 1}; }
+    void fill() {
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < columns; ++c) at(r, c) = static_cast<T>(uniform());
+    }
+};
+
+// ---- second moment
+// -------------------------------------------------------------------------------------------
+
+template <typename T>
+void check_hessian(const Backend& backend, Index N, Index C, bool weighted, bool ones,
+                   int threads) {
+    const Context context{threads, nullptr};
+    const Index D = C + (ones ? 1 : 0);
+    Table<T> X(N, C);
+    X.fill();
+    std::vector<double> t(static_cast<std::size_t>(N));
+    for (Index n = 0; n < N; ++n)
+        t[static_cast<std::size_t>(n)] = n % 3 == 0 ? 0.0 : uniform() + 1.0;
+    if (weighted)
+        for (Index n = 0; n < N; n += 3)  // rows of weight zero may hold anything
+            for (Index c = 0; c < C; ++c) X.at(n, c) = std::numeric_limits<T>::quiet_NaN();
+    Table<double> H(D, D, 0);
+    for (Index i = 0; i < D; ++i)
+        for (Index j = 0; j < D; ++j) H.at(i, j) = j <= i ? 1.0 : -7.0;
+    const Info info = backend.hessian_accumulate(H.view(), X.view(), weighted ? t.data() : nullptr,
+                                                 ones, context);
+    check(info.status == Status::ok, "hessian status");
+    double worst = 0;
+    bool upper_kept = true;
+    for (Index i = 0; i < D; ++i)
+        for (Index j = 0; j < D; ++j) {
+            if (j > i) {
+                upper_kept = upper_kept && H.at(i, j) == -7.0;
+                continue;
+            }
+            double sum = 1.0;
+            for (Index n = 0; n < N; ++n) {
+                const double weight = weighted ? t[static_cast<std::size_t>(n)] : 1.0;
+                if (weight == 0) continue;
+                const double a = i == C ? 1.0 : static_cast<double>(X.at(n, i));
+                const double b = j == C ? 1.0 : static_cast<double>(X.at(n, j));
+                sum += weight * a * b;
+            }
+            worst = std::fmax(worst, std::fabs(H.at(i, j) - sum));
+        }
+    check(worst <= tolerance<T>() * static_cast<double>(N + 1), "hessian values");
+    check(upper_kept, "hessian leaves the upper triangle alone");
+}
+
+template <typename T>
+void check_hessian_refuses(const Backend& backend) {
+    const Context context{2, nullptr};
+    Table<T> X(40, 7);
+    X.fill();
+    Table<double> H(7, 7, 0), before(7, 7, 0);
+    H.fill();
+    before.data = H.data;
+    X.at(31, 5) = std::numeric_limits<T>::infinity();
+    X.at(33, 0) = std::numeric_limits<T>::quiet_NaN();
+    const Info info = backend.hessian_accumulate(H.view(), X.view(), nullptr, false, context);
+    check(info.status == Status::not_finite && info.where == 31 * 7 + 5,
+          "hessian names the first infinity");
+    check(std::memcmp(H.data.data(), before.data.data(), 49 * sizeof(double)) == 0,
+          "hessian untouched");
+}
+
+// ---- inverse update
+// --------------------------------------------------------------------------------------------
+
+template <typename T>
+void check_inverse(const Backend& backend, Index blocks, Index B, Index r, Index missing,
+                   int threads) {
+    const Context context{threads, nullptr};
+    const Index d = blocks * B - missing;
+    Table<T> G(r, d);
+    G.fill();
+    std::vector<T> F(static_cast<std::size_t>(blocks * B * B), T(0));
+    for (Index b = 0; b < blocks; ++b)
+        for (Index i = 0; i < B; ++i) F[static_cast<std::size_t>((b * B + i) * B + i)] = T(2);
+    std::vector<double> expected(F.begin(), F.end());
+    const double m = static_cast<double>(r) + 1.0;
+    for (Index b = 0; b < blocks; ++b)
+        for (Index n = 0; n < r; ++n) {  // rank-1 updates, as published
+            double* f = expected.data() + b * B * B;
+            std::vector<double> g(static_cast<std::size_t>(B), 0.0),
+                y(static_cast<std::size_t>(B), 0.0);
+            for (Index i = 0; i < B && b * B + i < d; ++i)
+                g[static_cast<std::size_t>(i)] = static_cast<double>(G.at(n, b * B + i));
+            double scale = m;
+            for (Index i = 0; i < B; ++i) {
+                for (Index j = 0; j < B; ++j)
+                    y[static_cast<std::size_t>(i)] += f[i * B + j] * g[static_cast<std::size_t>(j)];
+                scale += y[static_cast<std::size_t>(i)] * g[static_cast<std::size_t>(i)];
+            }
+            for (Index i = 0; i < B; ++i)
+                for (Index j = 0; j < B; ++j)
+                    f[i * B + j] -=
+                        y[static_cast<std::size_t>(i)] * y[static_cast<std::size_t>(j)] / scale;
+        }
+    const Info info =
+        backend.inverse_update(F.data(), dtype_of<T>(), blocks, B, G.view(), m, context);
+    check(info.status == Status::ok, "inverse status");
+    double worst = 0;
+    bool symmetric = true;
+    for (Index b = 0; b < blocks; ++b)
+        for (Index i = 0; i < B; ++i)
+            for (Index j = 0; j < B; ++j) {
+                const auto at = static_cast<std::size_t>((b * B + i) * B + j);
+                const auto mirrored = static_cast<std::size_t>((b * B + j) * B + i);
+                worst = std::fmax(worst, std::fabs(static_cast<double>(F[at]) - expected[at]));
+                symmetric = symmetric && F[at] == F[mirrored];
+            }
+    check(worst <= tolerance<T>() * static_cast<double>(B), "inverse values");
+    check(symmetric, "inverse stays exactly symmetric");
+}
+
+template <typename T>
+void check_inverse_refuses(const Backend& backend) {
+    const Context context{2, nullptr};
+    const Index B = 5, blocks = 20;
+    std::vector<T> F(static_cast<std::size_t>(blocks * B * B), T(0));
+    for (Index i = 0; i < blocks * B; ++i) F[static_cast<std::size_t>(i * B + i % B)] = T(1);
+    for (const Index bad : {17, 11})  // negative definite, so that 1 + g F g < 0
+        for (Index i = 0; i < B; ++i) F[static_cast<std::size_t>((bad * B + i) * B + i)] = T(-100);
+    std::vector<T> before = F;
+    Table<T> G(2, blocks * B);
+    G.fill();
+    Info info = backend.inverse_update(F.data(), dtype_of<T>(), blocks, B, G.view(), 1.0, context);
+    check(info.status == Status::not_positive && info.where == 11,
+          "inverse names the lowest bad block");
+    check(std::memcmp(&F[11 * 25], &before[11 * 25], 25 * sizeof(T)) == 0,
+          "inverse leaves a bad block alone");
+    F = before;
+    G.at(1, 3) = std::numeric_limits<T>::quiet_NaN();
+    info = backend.inverse_update(F.data(), dtype_of<T>(), blocks, B, G.view(), 1.0, context);
+    check(info.status == Status::not_finite && info.where == blocks * B + 3,
+          "inverse names the first NaN");
+    check(std::memcmp(F.data(), before.data(), F.size() * sizeof(T)) == 0,
+          "inverse untouched after a NaN");
+}
+
+// ---- saliency
+// --------------------------------------------------------------------------------------------------
+
+template <typename T>
+void check_saliency(const Backend& backend, Index R, Index C, bool shared, int threads) {
+    const Context context{threads, nullptr};
+    Table<T> W(R, C), diag(shared ? 1 : R, C);
+    W.fill();
+    diag.fill();
+    for (T& d : diag.data) d = d < 0 ? -d + T(0.1) : d + T(0.1);
+    std::vector<unsigned char> live(static_cast<std::size_t>(R * C));
+    for (auto& l : live) l = uniform() > 0 ? 1 : 0;
+    for (Index c = 0; c < C; ++c) live[static_cast<std::size_t>(c)] = 0;  // row 0: nothing live
+    if (R > 1 && C > 2) {                                                 // row 1: a tie
+        for (const Index c : {C - 1, C - 2}) {
+            live[static_cast<std::size_t>(C + c)] = 1;
+            W.at(1, c) = T(0);
+        }
+    }
+    std::vector<Index> column(static_cast<std::size_t>(R), -9);
+    std::vector<T> value(static_cast<std::size_t>(R));
+    AnyMatrix d = diag.view();
+    if (shared) d.row_stride = 0;
+    const Info info = backend.saliency_argmin(column.data(), value.data(), W.view(), d,
+                                              {live.data(), R, C, C, 1}, context);
+    check(info.status == Status::ok, "saliency status");
+    bool same = true;
+    for (Index r = 0; r < R; ++r) {
+        Index best = -1;
+        T least = std::numeric_limits<T>::infinity();
+        for (Index c = 0; c < C; ++c) {
+            if (live[static_cast<std::size_t>(r * C + c)] == 0) continue;
+            const T s = lobs::saliency(W.at(r, c), diag.at(shared ? 0 : r, c));
+            if (best < 0 || s < least) best = c, least = s;
+        }
+        same = same && column[static_cast<std::size_t>(r)] == best &&
+               value[static_cast<std::size_t>(r)] == least;
+    }
+    check(same, "saliency column and value, exactly");
+}
+
+// ---- static order
+// ------------------------------------------------------------------------------------------------
+
+template <typename T>
+void check_static_order(const Backend& backend, Index R, Index C, int threads) {
+    const Context context{threads, nullptr};
+    Table<T> W(R, C);
+    W.fill();
+    std::vector<T> A(static_cast<std::size_t>(C * C));
+    for (Index i = 0; i < C; ++i)
+        for (Index j = 0; j <= i; ++j) {
+            const T a = i == j ? T(2) : static_cast<T>(uniform() / static_cast<double>(C));
+            A[static_cast<std::size_t>(i * C + j)] = A[static_cast<std::size_t>(j * C + i)] = a;
+        }
+    std::vector<std::int32_t> order;
+    std::vector<Index> start{0};
+    for (Index r = 0; r < R;
+         ++r) {  // row r loses r columns, from a different place each time, in steps
+        for (Index k = 0; k < r && k < C; ++k)
+            order.push_back(static_cast<std::int32_t>((r + k) % C));
+        start.push_back(static_cast<Index>(order.size()));
+    }
+    std::vector<double> expected;
+    for (Index r = 0; r < R; ++r) {
+        std::vector<double> w;
+        for (Index c = 0; c < C; ++c) w.push_back(static_cast<double>(W.at(r, c)));
+        for (Index p = start[static_cast<std::size_t>(r)];
+             p < start[static_cast<std::size_t>(r) + 1]; ++p) {
+            const Index q = order[static_cast<std::size_t>(p)];
+            const double c = -w[static_cast<std::size_t>(q)] /
+                             static_cast<double>(A[static_cast<std::size_t>(q * C + q)]);
+            for (Index j = 0; j < C; ++j)
+                w[static_cast<std::size_t>(j)] +=
+                    c * static_cast<double>(A[static_cast<std::size_t>(q * C + j)]);
+        }
+        for (Index p = start[static_cast<std::size_t>(r)];
+             p < start[static_cast<std::size_t>(r) + 1]; ++p)
+            w[static_cast<std::size_t>(order[static_cast<std::size_t>(p)])] = 0;
+        expected.insert(expected.end(), w.begin(), w.end());
+    }
+    Table<T> bad = W;
+    const Info info =
+        backend.static_order_prune(W.view(), A.data(), order.data(), start.data(), context);
+    check(info.status == Status::ok, "static order status");
+    double worst = 0;
+    for (Index r = 0; r < R; ++r)
+        for (Index c = 0; c < C; ++c)
+            worst = std::fmax(worst, std::fabs(static_cast<double>(W.at(r, c)) -
+                                               expected[static_cast<std::size_t>(r * C + c)]));
+    check(worst <= tolerance<T>(), "static order values");
+    if (C < 3) return;
+    const Index q = order[1];  // the first column of row 2
+    A[static_cast<std::size_t>(q * C + q)] = T(0);
+    const Table<T> before = bad;
+    const Info refused =
+        backend.static_order_prune(bad.view(), A.data(), order.data(), start.data(), context);
+    check(refused.status == Status::not_positive && refused.where == 1,
+          "static order names a zero pivot");
+    for (const std::int32_t wrong : {-1, static_cast<std::int32_t>(C), order[1]}) {
+        std::vector<std::int32_t> faulty = order;
+        faulty[2] = wrong;  // the second column of row 2
+        A[static_cast<std::size_t>(q * C + q)] = T(2);
+        const Info named =
+            backend.static_order_prune(bad.view(), A.data(), faulty.data(), start.data(), context);
+        check(named.status == Status::bad_order && named.where == 2,
+              "static order names a bad column");
+    }
+    check(std::memcmp(bad.data.data(), before.data.data(), bad.data.size() * sizeof(T)) == 0,
+          "static order untouched");
+}
+
+// ---- ranking -----------------------------------------------------------------------------------
+
+void check_ranking(const Backend& backend, Index R, Index C, int threads) {
+    const Context context{threads, nullptr};
+    std::vector<double> score(static_cast<std::size_t>(R * C));
+    for (auto& s : score) s = std::round(uniform() * 20);  // many ties
+    std::vector<unsigned char> chosen(score.size(), 9);
+    const Index count = C / 2;
+    Info info = backend.rank_lowest(chosen.data(), score.data(), R, C, count, context);
+    check(info.status == Status::ok, "ranking status");
+    bool exact = true;
+    for (Index r = 0; r < R; ++r)
+        for (Index i = 0; i < C; ++i) {
+            Index before = 0;  // how many go first
+            const double mine = score[static_cast<std::size_t>(r * C + i)];
+            for (Index j = 0; j < C; ++j) {
+                const double other = score[static_cast<std::size_t>(r * C + j)];
+                before += other < mine || (other == mine && j < i) ? 1 : 0;
+            }
+            exact =
+                exact && chosen[static_cast<std::size_t>(r * C + i)] == (before < count ? 1 : 0);
+        }
+    check(exact, "ranking chooses exactly the lowest");
+    std::vector<Index> start;
+    for (Index r = 0; r <= R; ++r) start.push_back(r * count);
+    std::vector<std::int32_t> order(static_cast<std::size_t>(R * count) + 1, -7);
+    info =
+        backend.rank_rows(order.data(), start.data(), chosen.data(), score.data(), R, C, context);
+    check(info.status == Status::ok && order.back() == -7, "ranking writes what it should");
+    bool rising = true;
+    for (Index r = 0; r < R; ++r)
+        for (Index p = r * count + 1; p < (r + 1) * count; ++p) {
+            const std::int32_t a = order[static_cast<std::size_t>(p - 1)],
+                               b = order[static_cast<std::size_t>(p)];
+            const double x = score[static_cast<std::size_t>(r * C + a)],
+                         y = score[static_cast<std::size_t>(r * C + b)];
+            rising = rising && (x < y || (x == y && a < b));
+        }
+    check(rising, "ranking puts rows in rising order");
+}
+
+// ---- the loop
+// ------------------------------------------------------------------------------------------------------
+
+void check_parallel() {
+    where = lobs::parallel_runtime();
+    for (const int threads : {1, 2, 3, 8}) {
+        std::vector<int> seen(1000, 0);
+        auto body = [&](Index item, int worker) {
+            seen[static_cast<std::size_t>(item)] += 1 + (worker >= threads ? 100 : 0);
+        };
+        check(lobs::parallel_items(1000, {threads, nullptr}, body), "every item runs");
+        bool once = true;
+        for (const int count : seen) once = once && count == 1;
+        check(once, "each item runs exactly once, with a worker in range");
+    }
+    static int asked = 0;
+    std::vector<double> sink(4000, 0.0);
+    auto slow = [&](Index item, int) {
+        for (int i = 0; i < 200000; ++i)
+            sink[static_cast<std::size_t>(item)] += std::sqrt(static_cast<double>(i));
+    };
+    const bool finished = lobs::parallel_items(4000, {2, [] { return ++asked > 0; }}, slow);
+    check(!finished && asked == 1, "an interruption ends the loop at the next item");
+    const lobs::Scratch impossible(1 << 20, std::numeric_limits<Index>::max() / 2);
+    check(!impossible.ok(), "scratch that cannot be had is reported");
+}
+
+template <typename T>
+void check_type(const Backend& backend) {
+    for (const int threads : {1, 3}) {
+        for (const Index C : {1, 7, 47, 192, 193, 200})
+            for (const bool ones : {false, true})
+                for (const bool weighted : {false, true})
+                    check_hessian<T>(backend, C == 200 ? 259 : 30, C, weighted, ones, threads);
+        for (const Index B : {1, 5, 16, 33, 64, 65})
+            for (const Index r : {1, 16, 19})
+                check_inverse<T>(backend, 11, B, r, B > 2 ? 2 : 0, threads);
+        for (const Index C : {1, 2, 511, 512, 513, 1100})
+            for (const bool shared : {false, true})
+                check_saliency<T>(backend, 6, C, shared, threads);
+        for (const Index C : {1, 8, 15, 16, 17, 70}) check_static_order<T>(backend, 20, C, threads);
+    }
+    check_hessian_refuses<T>(backend);
+    check_inverse_refuses<T>(backend);
+}
+
+}  // namespace
+
+int main() {
+    check_parallel();
+    int count = 0;
+    const Backend* rows = lobs::backend_rows(&count);
+    for (int i = 0; i < count; ++i) {
+        if (!rows[i].ready) {
+            std::printf("skipped %s: %s\n", rows[i].name, rows[i].detail);
+            continue;
+        }
+        where = std::string(rows[i].name) + " float32";
+        check_type<float>(rows[i]);
+        where = std::string(rows[i].name) + " float64";
+        check_type<double>(rows[i]);
+        for (const int threads : {1, 3})
+            for (const Index C : {1, 2, 9, 300})
+                check_ranking(rows[i], C == 300 ? 1 : 5, C, threads);
+    }
+    std::printf("%d checks, %d failures, %s\n", checks, failures, lobs::parallel_runtime());
+    return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
