@@ -1,0 +1,52 @@
+"""Second-order, layer-wise pruning of trained PyTorch networks, with native kernels.
+
+>>> import torch, lobs_native as lobs
+>>> x, w = torch.randn(1000, 64), torch.randn(32, 64)
+>>> h = lobs.Hessian(64).update(x)
+>>> out = lobs.prune_weight(w, h, sparsity=0.5)
+>>> int((out.weight == 0).sum())
+1024
+"""
+
+import torch as _torch  # noqa: F401  (first: its OpenMP runtime is the one the kernels then share)
+
+from lobs_native.errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    DtypeError,
+    LobsError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    PatternError,
+    ShapeError,
+)
+from lobs_native.hessian import Hessian, StreamingInverse
+from lobs_native.ops import backends
+from lobs_native.pruner import prune
+from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.weight import PrunedWeight, prune_weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "DtypeError",
+    "ErrorBound",
+    "Hessian",
+    "LayerReport",
+    "LobsError",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "PatternError",
+    "PrunedWeight",
+    "Report",
+    "ShapeError",
+    "Skipped",
+    "StreamingInverse",
+    "backends",
+    "prune",
+    "prune_weight",
+]

@@ -1,0 +1,242 @@
+"""Arguments are checked here, by name, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lobs_native.errors import (
+    ArgumentError,
+    BackendError,
+    DtypeError,
+    NonFiniteError,
+    ShapeError,
+)
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WEIGHTS = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)  # for token weights
+
+
+def tensor(
+    x: Any, name: str, *, ndim: int | None = None, dtypes: Iterable[torch.dtype] = FLOATS
+) -> Tensor:
+    """Check an input tensor and return it detached, aligned, and free of lazy conjugate or negative
+    bits.
+
+    Anything that offers ``__dlpack__`` (numpy, cupy, jax) is accepted. Raises DtypeError or
+    ShapeError by ``name``.
+    """
+    if not isinstance(x, Tensor):
+        if not hasattr(x, "__dlpack__"):
+            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if isinstance(x, np.ndarray) and any(step < 0 for step in x.strides):
+            x = x.copy()  # torch has no negative strides, and ends the process when given one
+        try:
+            x = torch.utils.dlpack.from_dlpack(x)
+        except Exception as error:  # whatever a foreign object's __dlpack__ raises
+            raise DtypeError(
+                f"{name}: torch cannot take this {type(x).__name__} over: {error}"
+            ) from error
+    if type(x) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise DtypeError(
+            f"{name}: expected a plain torch.Tensor, got the subclass {type(x).__name__}; "
+            "convert it first"
+        )
+    if x.device.type == "meta":
+        raise DtypeError(
+            f"{name}: it is on the meta device and has no values; materialise it first"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise DtypeError(f"{name}: it is inside a torch.func transform; call this outside of it")
+    if x.is_nested:
+        raise DtypeError(
+            f"{name}: it is a nested tensor; pass {name}.to_padded_tensor or its parts"
+        )
+    if x.layout != torch.strided:
+        raise DtypeError(f"{name}: layout {x.layout} is not supported; pass {name}.to_dense()")
+    if x.is_quantized:
+        raise DtypeError(f"{name}: it is quantised; pass {name}.dequantize()")
+    allowed = tuple(dtypes)
+    if x.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise DtypeError(
+            f"{name}: dtype is {str(x.dtype).removeprefix('torch.')}, expected one of {names}"
+        )
+    if ndim is not None and x.ndim != ndim:
+        raise ShapeError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+    _check_memory(x, name)
+    plain: Tensor = x.detach().resolve_neg()
+    if plain.device.type == "cpu" and plain.data_ptr() % plain.element_size():
+        return plain.clone()
+    return plain
+
+
+def output(x: Any, name: str, *, ndim: int, dtypes: Iterable[torch.dtype]) -> Tensor:
+    """Check a tensor that is written in place: as :func:`tensor`, contiguous, no grad, no second
+    name for its memory."""
+    if not isinstance(x, Tensor):
+        raise DtypeError(f"{name}: expected a torch.Tensor to write into, got {type(x).__name__}")
+    if x.requires_grad:
+        raise DtypeError(
+            f"{name}: it requires grad and would be written in place; pass {name}.detach()"
+        )
+    checked = tensor(x, name, ndim=ndim, dtypes=dtypes)
+    if checked.data_ptr() != x.data_ptr() or x.is_neg():
+        raise ShapeError(
+            f"{name}: it is written in place, so its memory must be aligned and its values not "
+            "lazily negated"
+        )
+    if not x.is_contiguous():
+        raise ShapeError(
+            f"{name}: it is written in place and must be contiguous; its strides are {x.stride()}"
+        )
+    return checked
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """First and last byte (exclusive) of the memory that a strided tensor reaches."""
+    if x.numel() == 0:
+        return x.data_ptr(), x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _check_memory(x: Tensor, name: str) -> None:
+    """Refuse a tensor whose storage is smaller than its shape says (freed, cut, never there)."""
+    if x.numel() == 0:
+        return
+    first, last = _extent(x)
+    held = x.untyped_storage().nbytes()
+    needed = x.storage_offset() * x.element_size() + (last - first)
+    if first == 0 or needed > held:
+        raise ShapeError(
+            f"{name}: shape {tuple(x.shape)} needs {needed} bytes but its storage has {held}; "
+            "it was freed or resized"
+        )
+
+
+def apart(out: Tensor, name: str, read: Tensor, other: str) -> None:
+    """Refuse an output that shares memory with an input."""
+    first, last = _extent(out)
+    begin, end = _extent(read)
+    if out.device == read.device and first < end and begin < last:
+        raise ShapeError(
+            f"{other}: it shares memory with {name}, which is written; pass {other}.clone()"
+        )
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` if it is True or False; DtypeError by ``name`` otherwise."""
+    if not isinstance(value, bool):
+        raise DtypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any, name: str) -> Tensor:
+    """torch.zeros, with errors that name ``name`` (what decided the shape) or ``device``."""
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"device: {device!r} is no device of torch") from error
+    if where.type == "meta":
+        raise BackendError("device: meta tensors have no values; use a real device")
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    if size >= 1 << 47:
+        raise ArgumentError(f"{name}: a matrix of {shape} needs {size} bytes, more than there is")
+    try:
+        return torch.zeros(shape, dtype=dtype, device=where)
+    except MemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        if where.type == "cpu":
+            raise MemoryError(f"{name}: a matrix of {shape} needs {size} bytes: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"device: {where} cannot be used: {reason}") from error
+
+
+def positive_int(value: Any, name: str) -> int:
+    """``value`` as an int >= 1; DtypeError or ArgumentError by ``name`` otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise DtypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    try:
+        number = int(value.__index__())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DtypeError(f"{name}: expected an integer, got {type(value).__name__}") from error
+    if number < 1:
+        raise ArgumentError(f"{name}: {number}; it must be at least 1")
+    return number
+
+
+def real(value: Any, name: str) -> float:
+    """``value`` as a float that is not NaN; DtypeError or ArgumentError by ``name`` otherwise."""
+    wrong = DtypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, (bool, str, bytes, complex)) or value is None:
+        raise wrong
+    if getattr(value, "dtype", None) is not None and "complex" in str(value.dtype):
+        raise wrong
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except OverflowError as error:
+        raise ArgumentError(f"{name}: it is beyond the range of a float") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong from error
+    if math.isnan(number):
+        raise ArgumentError(f"{name}: it is NaN")
+    return number
+
+
+def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
+    """Raise NonFiniteError with the first position of a NaN or an infinity.
+
+    ``where`` (N,) limits the search to some rows of x (N, C).
+    """
+    finite = torch.isfinite(x)
+    if where is not None:
+        finite |= ~where[:, None]
+    if not bool(finite.all()):
+        raise not_finite(name, x, int((~finite).reshape(-1).to(torch.uint8).argmax()))
+
+
+def not_finite(name: str, x: Tensor, flat: int) -> NonFiniteError:
+    """The error for the value at a flat index of x, by its position in x's own shape."""
+    error = NonFiniteError(_not_finite(name, x, flat))
+    error.flat = flat
+    return error
+
+
+def _not_finite(name: str, x: Tensor, flat: int) -> str:
+    where = []
+    for size in reversed(x.shape):
+        where.append(flat % size)
+        flat //= size
+    position = tuple(reversed(where))
+    return (
+        f"{name}: {float(x[position])} at {position}; inputs must be finite. Nothing was changed."
+    )
+
+
+def token_weights(weights: Any, rows: int, device: torch.device) -> Tensor:
+    """Check per-row weights and return them as contiguous float64 (rows,)."""
+    t = tensor(weights, "weights", ndim=1, dtypes=WEIGHTS)
+    if t.numel() != rows:
+        raise ShapeError(f"weights: {t.numel()} of them for {rows} rows of X; give one per row")
+    t = t.to(device=device, dtype=torch.float64).contiguous()
+    check_finite(t, "weights")
+    if rows and float(t.min()) < 0:
+        q = int(t.argmin())
+        raise ArgumentError(
+            f"weights: {float(t[q])} at {q}; weights must be >= 0 (0 leaves the row out)"
+        )
+    return t
+
+
+def same_device(first: Tensor, name: str, second: Tensor, other: str) -> None:
+    if first.device != second.device:
+        raise ShapeError(
+            f"{name} is on {first.device} but {other} is on {second.device}: move one of them"
+        )

@@ -1,0 +1,592 @@
+"""The operations: check the tensors, choose a backend, call it, turn a status into an exception.
+
+The only importer of the native module. A tensor crosses as pointer, dtype code, shape and strides,
+so one build serves every torch; everything that could make native code read or write the wrong
+memory is refused first, by checks.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lobs_native import checks, reference
+from lobs_native.errors import (
+    ArgumentError,
+    BackendError,
+    DtypeError,
+    LobsError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    ShapeError,
+)
+
+try:
+    from lobs_native import _core
+except ImportError as error:  # pragma: no cover - only in a broken installation
+    raise ImportError(
+        "lobs_native._core, the compiled part, is missing or does not load. From a source tree, "
+        f"run 'pip install .' and do not import from inside the tree. The loader said: {error}"
+    ) from error
+
+_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_SAMPLES = 4096  # samples in one native call, so that Ctrl-C is answered soon
+_LARGE_BLOCK = 512  # from here on a block's update is one big matrix product, which torch does best
+
+# A parallel region in a forked child hangs if the parent has had one, torch's own regions
+# included: children of processes that use this package work on one thread.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+def threads() -> int:
+    """Threads that a native call will use: torch's setting, which is 1 in a forked child."""
+    return max(1, torch.get_num_threads())
+
+
+def parallel_runtime() -> str:
+    """``"openmp"`` or ``"std::thread"``, as built."""
+    return _core.parallel_runtime
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """List the backends as (name, ready, detail).
+
+    Returns
+    -------
+    list of (str, bool, str)
+        ``"cuda"``, ``"cpu"`` and ``"reference"``. ``"cpu"`` stands for the fastest instruction-set
+        level of this machine, or the one that the environment variable ``LOBS_CPU_LEVEL`` names
+        (``v1``, ``v3``, ``v4``); its detail names the level. Each level is also a backend by
+        itself, called ``"cpu_v3"`` and so on.
+    """
+    native = _core.backends()
+    level = _core.resolve("cpu")
+    rows = [row for row in native if row[0] == "cuda"]
+    chosen = next((row for row in native if row[0] == level), None)
+    if chosen is None:
+        rows.append(("cpu", False, _wrong_level()))
+    else:
+        detail = f"{level} ({chosen[2]}), {threads()} threads, {parallel_runtime()}"
+        rows.append(("cpu", chosen[1], detail))
+    rows.append(("reference", True, "plain torch in float64; slow; any device"))
+    return rows
+
+
+def levels() -> list[tuple[str, bool, str]]:
+    """The CPU levels as (name, ready, detail), fastest first; each name is a backend as well."""
+    return [row for row in _core.backends() if row[0].startswith("cpu_")]
+
+
+def _wrong_level() -> str:
+    known = ", ".join(name.removeprefix("cpu_") for name, _, _ in levels())
+    asked = os.environ.get("LOBS_CPU_LEVEL")
+    return f"LOBS_CPU_LEVEL is {asked!r}, which is no level of this platform; use one of {known}"
+
+
+def select_backend(backend: str | None, device: torch.device) -> str:
+    """The backend's own name for a call on ``device``.
+
+    ``None`` means the fastest: the CPU kernels for CPU tensors, ``"reference"`` for any other
+    device until that device has kernels. What was chosen is in every result.
+    """
+    if backend is None:
+        backend = "cpu" if device.type == "cpu" else "reference"
+    if not isinstance(backend, str):
+        raise DtypeError(f"backend: expected a name or None, got {type(backend).__name__}")
+    if backend == "reference":
+        return backend
+    native = {row[0]: row for row in _core.backends()}
+    if backend != "cpu" and backend not in native:
+        known = ", ".join(["cpu", *native, "reference"])
+        raise BackendError(f"backend: there is none called {backend!r}; known: {known}")
+    row = native.get(_core.resolve(backend) or "")
+    if row is None:
+        raise BackendError(f"backend: {_wrong_level()}")
+    if not row[1]:
+        raise BackendError(
+            f"backend: {backend!r} is not ready here: {row[2]}. Use 'cpu' or 'reference'."
+        )
+    kind = "cpu" if row[0].startswith("cpu") else row[0]
+    if device.type != kind:
+        raise BackendError(
+            f"backend: {backend!r} works on {kind} tensors, these are on {device}; move them, or "
+            "leave backend out"
+        )
+    return row[0]
+
+
+def _crossing(x: Tensor) -> tuple[int, int, Sequence[int], Sequence[int]]:
+    return (x.data_ptr(), _CODES.get(x.dtype, -1), tuple(x.shape), tuple(x.stride()))
+
+
+def _memory(status: int) -> None:
+    if status == 3:
+        raise MemoryError("lobs_native: scratch memory for a native call could not be allocated")
+    if status:  # pragma: no cover - a status that the caller did not expect
+        raise LobsError(f"native call ended with status {status}")
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
+def hessian_accumulate_(
+    H: Tensor,
+    X: Tensor,
+    weights: Tensor | None = None,
+    *,
+    ones: bool = False,
+    backend: str | None = None,
+) -> str:
+    """Add a chunk's second moment to the lower triangle of ``H``: ``H += X^T diag(weights) X``.
+
+    Parameters
+    ----------
+    H : (D, D) float64 or float32, contiguous
+        Written in place; only the lower triangle is read or written.
+    X : (N, C) float64, float32, float16 or bfloat16, any strides
+        Not modified. D = C, or C + 1 with ``ones``.
+    weights : (N,) float, finite, >= 0, optional
+        Weight of each row. Rows of weight 0 are not read.
+    ones : bool
+        Treat X as if a last column of ones followed (for a bias).
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    str
+        The backend that did it.
+
+    Raises
+    ------
+    ShapeError, DtypeError, BackendError
+        An argument does not fit.
+    NonFiniteError
+        X or weights hold a NaN or an infinity; H is untouched.
+
+    Notes
+    -----
+    Source: Dong, Chen & Pan 2017, eq. 9 (times the number of rows).
+    """
+    H = checks.output(H, "H", ndim=2, dtypes=(torch.float64, torch.float32))
+    X = checks.tensor(X, "X", ndim=2)
+    checks.flag(ones, "ones")
+    D = X.shape[1] + (1 if ones else 0)
+    if H.shape != (D, D):
+        raise ShapeError(f"H is {tuple(H.shape)} but X is {tuple(X.shape)}: H must be ({D}, {D})")
+    checks.same_device(H, "H", X, "X")
+    checks.apart(H, "H", X, "X")
+    if weights is not None:
+        checks.apart(H, "H", checks.tensor(weights, "weights", dtypes=checks.WEIGHTS), "weights")
+        weights = checks.token_weights(weights, X.shape[0], X.device)
+    chosen = select_backend(backend, H.device)
+    if X.shape[0] == 0:
+        return chosen
+    if chosen == "reference":
+        checks.check_finite(X, "X", None if weights is None else weights > 0)
+        reference.hessian_accumulate_(H, X, weights, ones)
+        return chosen
+    pointer = 0 if weights is None else weights.data_ptr()
+    status, where = _core.hessian_accumulate(
+        chosen, _crossing(H), _crossing(X), pointer, ones, threads()
+    )
+    if status == 1:
+        raise checks.not_finite("X", X, where)
+    _memory(status)
+    return chosen
+
+
+def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = None) -> str:
+    """Bring inverse second moments up to date with r samples: ``F <- F - F G^T (m I + G F G^T)^-1 G
+    F``.
+
+    Parameters
+    ----------
+    F : (blocks, B, B) float64 or float32, contiguous, symmetric
+        Written in place.
+    G : (r, d) of F's dtype, (blocks - 1) * B < d <= blocks * B
+        Samples, one a row; block b sees columns b*B .. b*B+B-1. Not modified. Missing columns count
+        as zero.
+    m : float > 0
+        Number of samples the mean is taken over.
+    backend : str, optional
+        A name from ``backends()``. Blocks larger than 512 go through torch's matrix products on any
+        backend but ``"reference"``.
+
+    Returns
+    -------
+    str
+        The backend that did it: a backend's name, or ``"torch"`` for large blocks.
+
+    Raises
+    ------
+    NonFiniteError
+        G holds a NaN or an infinity; F is untouched.
+    NotPositiveDefiniteError
+        F lost definiteness; names the block. F must be thrown away.
+
+    Notes
+    -----
+    Equals r rank-1 updates (Dong, Chen & Pan 2017, section 3.4.1; WoodFisher and oBERT for blocks).
+    """
+    F = checks.output(F, "F", ndim=3, dtypes=(torch.float64, torch.float32))
+    G = checks.tensor(G, "G", ndim=2, dtypes=(F.dtype,))
+    blocks, B, _ = F.shape
+    d = G.shape[1]
+    if F.shape[2] != B or not (blocks - 1) * B < d <= blocks * B:
+        raise ShapeError(
+            f"F is {tuple(F.shape)} and G is {tuple(G.shape)}: F must be (blocks, B, B) and G "
+            "have more than "
+            f"(blocks - 1) * B and at most blocks * B columns"
+        )
+    checks.same_device(F, "F", G, "G")
+    checks.apart(F, "F", G, "G")
+    m = checks.real(m, "m")
+    if not 0 < m <= torch.finfo(F.dtype).max:
+        raise ArgumentError(f"m: {m}; it must be positive and fit into {F.dtype}")
+    chosen = select_backend(backend, F.device)
+    if G.shape[0] == 0:
+        return chosen
+    if chosen == "reference":
+        checks.check_finite(G, "G")
+        if (block := reference.inverse_update_(F, G, m)) >= 0:
+            raise _lost_definiteness(block)
+        return chosen
+    if B > _LARGE_BLOCK:
+        checks.check_finite(G, "G")
+        _update_large(F, G, m)
+        return "torch"
+    G = G.contiguous()
+    if G.shape[0] > _SAMPLES:
+        checks.check_finite(G, "G")  # all of it before the first part is written
+    for part in G.split(_SAMPLES):
+        status, where = _core.inverse_update(
+            chosen,
+            F.data_ptr(),
+            _CODES[F.dtype],
+            blocks,
+            B,
+            _crossing(part),
+            float(m),
+            threads(),
+        )
+        if status == 1:
+            raise checks.not_finite("G", G, where)
+        if status == 2:
+            raise _lost_definiteness(where)
+        _memory(status)
+    return chosen
+
+
+def _lost_definiteness(block: int) -> NotPositiveDefiniteError:
+    return NotPositiveDefiniteError(
+        f"F: block {block} is no longer positive definite; it must be thrown away. "
+        "Start from a smaller alpha, or use float64."
+    )
+
+
+def _update_large(F: Tensor, G: Tensor, m: float) -> None:
+    blocks, B, _ = F.shape
+    for b in range(blocks):
+        for g in G[:, b * B : (b + 1) * B].split(_LARGE_BLOCK):  # (r, <= B)
+            y = g @ F[b, : g.shape[1]]  # (r, B)
+            s = y[:, : g.shape[1]] @ g.T  # (r, r)
+            s.diagonal().add_(m)
+            factor, info = torch.linalg.cholesky_ex(s)
+            if int(info) or not bool(torch.isfinite(factor.diagonal()).all()):
+                raise _lost_definiteness(b)
+            z = torch.linalg.solve_triangular(factor, y, upper=False)  # (r, B)
+            F[b].addmm_(z.T, z, alpha=-1)
+
+
+def saliency_argmin(
+    W: Tensor, diag: Tensor, live: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find, in every row, the live weight that costs least to remove: ``w_q**2 / diag_q``.
+
+    Parameters
+    ----------
+    W : (R, C) float64 or float32
+        One output unit per row. Not modified.
+    diag : (C,) or (R, C), W's dtype, positive where live
+        Diagonal of the inverse second moment. Not modified.
+    live : (C,) or (R, C) bool
+        True where a removal is allowed. Not modified.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    column : (R,) int64
+        The lowest column on a tie; -1 where nothing is live.
+    value : (R,) W's dtype
+        Its cost, the exact increase of tr(dW H dW^T); infinity where nothing is live.
+
+    Raises
+    ------
+    ShapeError, DtypeError, BackendError
+        An argument does not fit.
+    NotPositiveDefiniteError
+        A live ``diag`` entry is not positive; names row and column.
+    NonFiniteError
+        A live weight is not finite; names row and column.
+
+    Notes
+    -----
+    All backends agree exactly, ties included: there is no sum to reorder.
+    Source: Hassibi & Stork 1993; Dong, Chen & Pan 2017, eq. 6, without its factor 1/2.
+    """
+    W = checks.tensor(W, "W", ndim=2, dtypes=(torch.float64, torch.float32))
+    diag = checks.tensor(diag, "diag", dtypes=(W.dtype,))
+    live = checks.tensor(live, "live", dtypes=(torch.bool,))
+    R, C = W.shape
+    for x, name in ((diag, "diag"), (live, "live")):
+        if tuple(x.shape) not in ((C,), (R, C)):
+            raise ShapeError(
+                f"{name} is {tuple(x.shape)} but W is ({R}, {C}): it must be ({C},) or ({R}, {C})"
+            )
+        checks.same_device(W, "W", x, name)
+    chosen = select_backend(backend, W.device)
+    W, diag, live = (x.contiguous().expand(R, C) for x in (W, diag, live))
+    column = torch.empty(R, dtype=torch.int64, device=W.device)
+    value = torch.empty(R, dtype=W.dtype, device=W.device)
+    if R == 0:
+        return column, value
+    if chosen == "reference" or C == 0:
+        fault = live & ~((diag > 0) & torch.isfinite(diag) & torch.isfinite(W))
+        where = int(fault.reshape(-1).to(torch.uint8).argmax()) if bool(fault.any()) else -1
+        if where < 0:
+            if C:
+                column, value = reference.saliency_argmin(W, diag, live)
+            else:
+                column.fill_(-1)
+                value.fill_(torch.inf)
+    else:
+        status, where = _core.saliency_argmin(
+            chosen,
+            column.data_ptr(),
+            value.data_ptr(),
+            _crossing(W),
+            _crossing(diag),
+            _crossing(live),
+            threads(),
+        )
+        if status not in (1, 2):
+            _memory(status)
+            where = -1
+    if where >= 0:
+        r, q = divmod(where, C)
+        if not 0 < float(diag[r, q]) < float("inf"):
+            raise NotPositiveDefiniteError(
+                f"diag: {float(diag[r, q])} at row {r}, column {q}; it must be positive and "
+                "finite where live: raise the damping"
+            )
+        raise NonFiniteError(
+            f"W: {float(W[r, q])} at row {r}, column {q}, which is live; inputs must be finite"
+        )
+    return column, value
+
+
+def static_order_prune_(
+    W: Tensor, A: Tensor, order: Tensor, start: Tensor, *, backend: str | None = None
+) -> str:
+    """Remove given weights from every row in a given order, without downdating the inverse (the
+    paper's update).
+
+    For each q in a row's order, ``w -= (w_q / A_qq) * A[:, q]`` with the current ``w_q``; then the
+    removed become zero. Equal to one triangular solve ``c = -tril(A[P, P])^-1 w[P]``, ``w += A[:,
+    P] c``, ``w[P] = 0``.
+
+    Parameters
+    ----------
+    W : (R, C) float64 or float32, contiguous
+        Written in place.
+    A : (C, C) of W's dtype, symmetric
+        Inverse second moment, shared by all rows. Not modified.
+    order : (K,) int32
+        Columns to remove, row after row, each at most once per row. Not modified.
+    start : (R + 1,) int64
+        Row r owns ``order[start[r]:start[r + 1]]``. Not modified.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    str
+        The backend that did it.
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        Shapes disagree, or order and start do not describe removals.
+    NotPositiveDefiniteError
+        A diagonal entry of A to be divided by is not positive; W is untouched.
+
+    Notes
+    -----
+    Source: Dong, Chen & Pan 2017, algorithm 1 and eq. 6.
+    """
+    W = checks.output(W, "W", ndim=2, dtypes=(torch.float64, torch.float32))
+    checks.check_finite(W, "W")
+    A = checks.tensor(A, "A", ndim=2, dtypes=(W.dtype,)).contiguous()
+    order = checks.tensor(order, "order", ndim=1, dtypes=(torch.int32,)).contiguous()
+    start = checks.tensor(start, "start", ndim=1, dtypes=(torch.int64,)).contiguous()
+    R, C = W.shape
+    if A.shape != (C, C):
+        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    if start.shape != (R + 1,):
+        raise ShapeError(
+            f"W is ({R}, {C}) but start is {tuple(start.shape)}: it must be ({R + 1},)"
+        )
+    for x, name in ((A, "A"), (order, "order"), (start, "start")):
+        checks.same_device(W, "W", x, name)
+        checks.apart(W, "W", x, name)
+    K = order.numel()
+    in_range = int(start.min()) >= 0 and int(start.max()) <= K  # so that differences fit
+    count = start.diff()  # (R,)
+    if not in_range or int(start[0]) != 0 or int(start[-1]) != K or (R and int(count.min()) < 0):
+        raise ArgumentError(f"start: it must rise from 0 to {K}, the length of order")
+    chosen = select_backend(backend, W.device)
+    if K == 0:
+        return chosen
+    checks.check_finite(A, "A")
+    if chosen == "reference":
+        status, where = _check_order(A, order, start)
+        if status == 0:
+            reference.static_order_prune_(W, A, order, start)
+    else:
+        status, where = _core.static_order_prune(
+            chosen, _crossing(W), A.data_ptr(), order.data_ptr(), start.data_ptr(), threads()
+        )
+    if status == 6:
+        r = int(torch.searchsorted(start, where, right=True)) - 1
+        raise ArgumentError(
+            f"order: column {int(order[where])} of row {r} is not in 0 to {C - 1}, or occurs twice"
+        )
+    if status == 2:
+        q = int(order[where])
+        raise NotPositiveDefiniteError(
+            f"A: {float(A[q, q])} at ({q}, {q}), but it must be positive to remove column {q}: "
+            "raise the damping"
+        )
+    _memory(status)
+    return chosen
+
+
+def _check_order(A: Tensor, order: Tensor, start: Tensor) -> tuple[int, int]:
+    """The native check in plain Python: (6, position) of a bad column, (2, position) of a pivot."""
+    positive = (A.diagonal() > 0).tolist()
+    bounds = start.tolist()
+    for first, last in itertools.pairwise(bounds):
+        seen: set[int] = set()
+        for place, q in enumerate(order[first:last].tolist(), first):
+            if not 0 <= q < len(positive) or q in seen:
+                return 6, place
+            if not positive[q]:
+                return 2, place
+            seen.add(q)
+    return 0, 0
+
+
+def rank_lowest(score: Tensor, count: int, *, backend: str | None = None) -> Tensor:
+    """Choose the ``count`` lowest scores of each row, exactly that many.
+
+    Parameters
+    ----------
+    score : (R, C) float64, without NaN
+        Not modified. Infinities are allowed: plus infinity is chosen last.
+    count : int, 0 <= count <= C
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    (R, C) bool
+        True for the chosen; the lowest column goes first among equals.
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError, BackendError
+        An argument does not fit.
+    """
+    score = checks.tensor(score, "score", ndim=2, dtypes=(torch.float64,)).contiguous()
+    R, C = score.shape
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise DtypeError(f"count: expected an integer, got {type(count).__name__}")
+    if not 0 <= count <= C:
+        raise ArgumentError(f"count: {count}; there are {C} scores in a row")
+    if bool(torch.isnan(score).any()):
+        raise NonFiniteError("score: it holds NaN, which has no rank")
+    chosen_backend = select_backend(backend, score.device)
+    if chosen_backend == "reference":
+        return reference.rank_lowest(score, count)
+    chosen = torch.empty(R, C, dtype=torch.bool, device=score.device)
+    if score.numel():
+        status, _ = _core.rank_lowest(
+            chosen_backend, chosen.data_ptr(), score.data_ptr(), R, C, count, threads()
+        )
+        _memory(status)
+    return chosen
+
+
+def rank_rows(
+    score: Tensor, chosen: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Put the chosen columns of each row in order of rising score.
+
+    Parameters
+    ----------
+    score : (R, C) float64, without NaN where chosen
+        Not modified.
+    chosen : (R, C) bool
+        Not modified.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    order : (K,) int32
+        Columns, row after row; the lowest column first among equals. What
+        :func:`static_order_prune_` takes.
+    start : (R + 1,) int64
+        Row r owns ``order[start[r]:start[r + 1]]``.
+
+    Raises
+    ------
+    ShapeError, DtypeError, BackendError
+        An argument does not fit.
+    """
+    score = checks.tensor(score, "score", ndim=2, dtypes=(torch.float64,)).contiguous()
+    chosen = checks.tensor(chosen, "chosen", ndim=2, dtypes=(torch.bool,)).contiguous()
+    if chosen.shape != score.shape:
+        raise ShapeError(
+            f"chosen is {tuple(chosen.shape)} but score is {tuple(score.shape)}: they must agree"
+        )
+    checks.same_device(score, "score", chosen, "chosen")
+    name = select_backend(backend, score.device)
+    if name == "reference":
+        return reference.rank_rows(score, chosen)
+    R, C = score.shape
+    start = torch.zeros(R + 1, dtype=torch.int64)
+    start[1:] = chosen.sum(dim=1).cumsum(0)
+    order = torch.empty(int(start[-1]), dtype=torch.int32)
+    if order.numel():
+        status, _ = _core.rank_rows(
+            name,
+            order.data_ptr(),
+            start.data_ptr(),
+            chosen.data_ptr(),
+            score.data_ptr(),
+            R,
+            C,
+            threads(),
+        )
+        _memory(status)
+    return order, start

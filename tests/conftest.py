@@ -1,0 +1,40 @@
+"""Fixtures: every backend in turn, and the real data where it lies beside the checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lobs_native import ops
+
+_ROWS = {name: (ready, detail) for name, ready, detail in ops._core.backends()}
+_BACKENDS = ["reference", *(name for name in _ROWS if name.startswith("cpu_")), "cuda"]
+
+
+@pytest.fixture(params=_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend by name; one that cannot run here is skipped with its reason."""
+    name: str = request.param
+    if name != "reference":
+        ready, detail = _ROWS[name]
+        if not ready:
+            pytest.skip(f"{name}: {detail}")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with MNIST and the authors' LeNet-300-100, outside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "lenet300-100" / "w_layer1.npy").is_file():
+        pytest.skip(
+            "the shared data folder (MNIST, the authors' LeNet-300-100) is not beside this checkout"
+        )
+    return folder
