@@ -1,0 +1,153 @@
+"""Theorem 3.2 of the paper for a whole network, where it holds.
+
+For a feed-forward chain of linear layers with 1-Lipschitz activations (the paper: ReLU), with E_k
+the error that pruning layer k incurred on its inputs,
+
+    ||output - original||_F / sqrt(n)  <=  sum_k ( prod_{l > k} ||What_l|| ) sqrt(E_k)
+
+with Frobenius norms as printed, or with spectral norms, which the same proof allows and which are
+far smaller. Biases cancel. If layers were pruned against the inputs of the already pruned network,
+the telescoping goes the other way round and the same holds with the norms of the ORIGINAL later
+layers (our remark).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+__all__ = ["NotAChainError", "chain_of", "theorem_bound"]
+
+
+class NotAChainError(Exception):
+    """The network is not one that the theorem covers; the message says why."""
+
+
+_LIPSCHITZ_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.AlphaDropout,
+)  # fmt: skip
+_LIPSCHITZ_FUNCTIONS = {
+    torch.relu, functional.relu, functional.relu6, functional.hardtanh,
+    torch.tanh, torch.sigmoid, torch.flatten,
+}  # fmt: skip
+_LIPSCHITZ_METHODS = {
+    "relu",
+    "relu_",
+    "tanh",
+    "sigmoid",
+    "flatten",
+    "view",
+    "reshape",
+    "contiguous",
+}
+_SHAPE_METHODS = {"size", "dim"}
+
+
+def chain_of(model: nn.Module) -> list[str]:
+    """Names of the linear layers, first to last, if ``model`` is a chain of them.
+
+    Raises NotAChainError with the reason if it is not.
+    """
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception as error:  # tracing runs the user's forward: anything can come out of it
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NotAChainError(f"the model could not be traced: {first_line}") from error
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    current: fx.Node | None = None
+    shapes: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if current is not None and node.users:
+                raise NotAChainError(f"it has more than one input ({node.name})")
+            current = current or node
+        elif node.op == "output":
+            if node.args[0] is not current:
+                raise NotAChainError("its output is not the last layer's output alone")
+        elif _is_shape(node, shapes):
+            shapes.add(node)
+        else:
+            _check_step(node, current, modules, names)
+            current = node
+    if not names:
+        raise NotAChainError("it has no linear layer")
+    return names
+
+
+def _is_shape(node: fx.Node, shapes: set[fx.Node]) -> bool:
+    """Whether a node yields sizes, which carry no values of the network."""
+    if node.op == "call_method" and node.target in _SHAPE_METHODS:
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_function" and node.target is operator.getitem and node.args[0] in shapes
+
+
+def _check_step(
+    node: fx.Node, current: fx.Node | None, modules: Mapping[str, nn.Module], names: list[str]
+) -> None:
+    if not node.args or node.args[0] is not current:
+        raise NotAChainError(f"{node.name} reads something else than the step before it")
+    what: Any = node.target
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) is nn.Linear:
+            if str(node.target) in names:
+                raise NotAChainError(f"layer {node.target} is used twice")
+            names.append(str(node.target))
+            return
+        if isinstance(module, _LIPSCHITZ_MODULES):
+            return
+        if isinstance(module, nn.LeakyReLU) and abs(module.negative_slope) <= 1:
+            return
+        if isinstance(module, nn.ELU) and abs(module.alpha) <= 1:
+            return
+        what = type(module).__name__
+    elif node.op == "call_function" and node.target is functional.dropout:
+        if node.kwargs.get("training", True) is False:
+            return
+        what = "dropout that is always on"
+    elif (node.op == "call_function" and node.target in _LIPSCHITZ_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _LIPSCHITZ_METHODS
+    ):
+        return
+    raise NotAChainError(
+        f"{getattr(what, '__name__', what)} ({node.name}) is not covered by the theorem"
+    )
+
+
+def theorem_bound(
+    chain: Sequence[str],
+    weights: Mapping[str, Tensor],
+    errors: Mapping[str, tuple[float, float]],
+    output_rows: float,
+) -> tuple[float, float]:
+    """(Frobenius, spectral) bound on the output's change.
+
+    chain : the layers' names, first to last.
+    weights : (R, C) of every layer: the pruned ones if layers were pruned on dense inputs, the
+    original ones otherwise.
+    errors : name -> (E_k, rows), for the pruned layers.
+    output_rows : rows of the network's output; a layer may see more of them where a flatten follows
+    it.
+    """
+    frobenius = spectral = 0.0
+    later_frobenius = later_spectral = 1.0
+    for name in reversed(chain):
+        if name in errors:
+            error, count = errors[name]
+            step = math.sqrt(error * count / output_rows)
+            frobenius += later_frobenius * step
+            spectral += later_spectral * step
+        w = weights[name].detach().to(torch.float64)
+        later_frobenius *= float(torch.linalg.matrix_norm(w))
+        later_spectral *= float(torch.linalg.matrix_norm(w, ord=2))
+    return frobenius, spectral

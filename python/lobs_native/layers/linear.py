@@ -1,0 +1,25 @@
+"""nn.Linear: the weight is the matrix, and every position but the last dimension of the input is a
+row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lobs_native.layers.base import Layer
+
+__all__ = ["Linear"]
+
+
+class Linear(Layer):
+    """weight (R, C) as it is; inputs (..., C)."""
+
+    module_type = nn.Linear
+
+    def __init__(self, name: str, module: nn.Linear) -> None:
+        super().__init__(name, module)
+        self.groups, self.rows, self.width = 1, module.out_features, module.in_features
+
+    def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield 0, inputs.reshape(-1, self.width)

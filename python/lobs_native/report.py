@@ -1,0 +1,120 @@
+"""What happened to every layer: as objects, as JSON, and as one HTML page that needs nothing
+else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lobs_native.errors import ArgumentError
+from lobs_native.files import write_file
+
+__all__ = ["ErrorBound", "LayerReport", "Report", "Skipped"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. Errors are ``tr(dW H dW^T)`` with the layer's own inputs, from the final weights
+    in float64."""
+
+    name: str
+    kind: str  # "Linear", "Conv2d"
+    shape: tuple[int, ...]  # of the weight tensor
+    method: str
+    scope: str
+    asked: str  # "sparsity 0.5", "threshold 0.001"
+    sparsity: float  # reached
+    error: float
+    relative_error: float  # error / tr(W H W^T)
+    damping: float  # used; 0 where the method inverts nothing
+    damping_asked: float
+    rows: float  # input rows (tokens, samples, patches) that H is the mean of
+    columns: int  # width of H, without the bias
+    dead_columns: int
+    backend: str
+    status: str
+    notes: tuple[str, ...]
+    seconds_calibrating: float
+    seconds_pruning: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that matched and was left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """Theorem 3.2 for the whole network, beside what was measured on the calibration inputs.
+
+    All three are ``||output - original output||_F / sqrt(rows)``. Where the theorem does not cover
+    the network, the bounds are None and ``reason`` says why.
+    """
+
+    covered: bool
+    reason: str
+    frobenius: float | None = None  # as printed in the paper
+    spectral: float | None = None  # the same proof with spectral norms: valid and tighter
+    measured: float | None = None
+    output_norm: float | None = None  # ||original output||_F / sqrt(rows)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`lobs_native.prune` returns."""
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    error_bound: ErrorBound
+    sparsity: float  # zeros removed over weights in the pruned layers
+    removed: int
+    weights: int
+    seconds: float
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    masks: dict[str, Tensor] = field(
+        repr=False, compare=False, default_factory=dict
+    )  # True = kept; not saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the masks, as plain JSON values; an infinity becomes the string "inf"."""
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"
+        }
+        plain = {
+            k: [dataclasses.asdict(x) for x in v] if isinstance(v, tuple) else v
+            for k, v in fields.items()
+        }
+        plain["error_bound"] = dataclasses.asdict(self.error_bound)
+        return {"format": 1, **_plain(plain)}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``.json`` or ``.html``, atomically. Returns the path."""
+        suffix = Path(path).suffix
+        if suffix == ".json":
+            return write_file(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        if suffix == ".html":
+            from lobs_native.html import report_page
+
+            return write_file(path, report_page(self))
+        raise ArgumentError(f"path: {os.fspath(path)!r} must end in .json or .html")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
