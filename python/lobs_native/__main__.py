@@ -1,0 +1,7 @@
+"""``python -m lobs_native``: the same as the command ``lobs-native``."""
+
+import sys
+
+from lobs_native.cli import main
+
+sys.exit(main())
