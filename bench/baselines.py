@@ -1,0 +1,193 @@
+"""The rivals: what has been published, and the best that plain torch can do, in our own words.
+
+Every operation has both. A published way is kept as it is, slow habits included, except where
+noted; a tuned way may use anything that torch offers. None checks its inputs, which the native
+operations do. Block sizes were chosen by timing on two cores with AVX-512.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# ---- second moment -----------------------------------------------------------------------------
+
+
+def gram(X: Tensor) -> Tensor:
+    """X^T X (C, C) float32 by one product; nothing is accumulated, which favours it."""
+    x = X.float()  # (N, C)
+    return x.T @ x
+
+
+def gram_running_mean_(H: Tensor, seen: int, X: Tensor) -> Tensor:
+    """H (C, C) float32 becomes the mean of 2 x x^T over all rows, as SparseGPT and GPTQ keep it."""
+    total = seen + len(X)
+    H *= seen / total
+    x = X.float() * (2 / total) ** 0.5  # (N, C)
+    H += x.T @ x
+    return H
+
+
+def gram_block_triangle_(H: Tensor, X: Tensor, rows: int = 4096, width: int = 256) -> Tensor:
+    """Lower block triangle of H (C, C) float64 += X^T X; sums in float32 over ``rows`` rows."""
+    for chunk in X.split(rows):
+        x = chunk.float()
+        for first in range(0, X.shape[1], width):
+            last = first + width
+            H[first:, first:last] += x[:, first:].T @ x[:, first:last]
+    return H
+
+
+# ---- block inverse -----------------------------------------------------------------------------
+
+
+def inverse_update_one_by_one_(F: Tensor, G: Tensor, m: float) -> Tensor:
+    """F (blocks, B, B) takes the gradients G (r, blocks * B) in turn, as oBERT and SparseML do."""
+    blocks, B, _ = F.shape
+    for g in G.view(len(G), blocks, B):
+        y = torch.einsum("bij,bj->bi", F, g)
+        y /= torch.sqrt(m + torch.einsum("bi,bi->b", g, y))[:, None]
+        F.baddbmm_(y[:, :, None], y[:, None, :], alpha=-1)
+    return F
+
+
+def inverse_update_together_(
+    F: Tensor, G: Tensor, m: float, at_once: int = 16, group_elements: int = 400_000
+) -> Tensor:
+    """The same, ``at_once`` gradients together by the matrix inversion lemma.
+
+    Goes through F in groups of blocks that stay in the second-level cache for all gradients.
+    """
+    blocks, B, _ = F.shape
+    per_block = G.view(len(G), blocks, B)
+    group = max(1, group_elements // (B * B))
+    for first in range(0, blocks, group):
+        f = F[first : first + group]  # (group, B, B)
+        for chunk in per_block[:, first : first + group].split(at_once):
+            g = chunk.transpose(0, 1).contiguous()  # (group, r, B)
+            y = torch.bmm(g, f)
+            s = torch.bmm(y, g.mT)  # (group, r, r)
+            s.diagonal(dim1=1, dim2=2).add_(m)
+            factor, _ = torch.linalg.cholesky_ex(s)
+            z = torch.linalg.solve_triangular(factor, y, upper=False)
+            f.baddbmm_(z.mT, z, alpha=-1)
+    return F
+
+
+# ---- saliency ----------------------------------------------------------------------------------
+
+
+def saliency_argmin(W: Tensor, diag: Tensor, live: Tensor) -> Tensor:
+    """Cheapest live column of each row, written as one would: a new tensor at every step."""
+    return torch.where(live, W * W / diag, torch.inf).argmin(dim=1)
+
+
+def saliency_argmin_in_place(W: Tensor, diag: Tensor, dead: Tensor, cost: Tensor) -> Tensor:
+    """The same without a fresh tensor: the caller keeps ``cost`` (R, C), and not live but dead."""
+    torch.mul(W, W, out=cost)
+    cost.div_(diag).masked_fill_(dead, torch.inf)
+    return cost.argmin(dim=1)
+
+
+# ---- static order: ranking ---------------------------------------------------------------------
+
+
+def rank_globally(W: np.ndarray, diag: np.ndarray) -> np.ndarray:
+    """Positions of W (C, R), input-major as released, by w^2 / (2 diag): one sort of the layer."""
+    return np.argsort((W * W / (2 * diag[:, None])).ravel())
+
+
+class Ranking(NamedTuple):
+    """Which weights go, and in which order within a row."""
+
+    gone: Tensor  # (R, C) bool
+    columns: Tensor  # (R, C) int64: row r loses columns[r, :counts[r]], in this order
+    counts: Tensor  # (R,) int64
+    cut: float  # the highest score that goes
+
+    def removals(self) -> tuple[Tensor, Tensor]:
+        """``order`` and ``start`` as ``ops.static_order_prune_`` takes them."""
+        position = torch.arange(self.columns.shape[1])
+        order = self.columns[position < self.counts[:, None]].to(torch.int32)  # (K,)
+        start = torch.zeros(len(self.counts) + 1, dtype=torch.int64)
+        torch.cumsum(self.counts, 0, out=start[1:])
+        return order, start
+
+
+def rank_by_row(W: Tensor, diag: Tensor, count: int) -> Ranking:
+    """The same ranking by torch.
+
+    Rows are independent, so a threshold for the whole layer and a sort within each row will do.
+    """
+    score = W * W / diag  # (R, C)
+    cut = score.view(-1).kthvalue(count).values
+    gone = score <= cut
+    counts = gone.sum(dim=1)
+    surplus = int(counts.sum()) - count
+    if surplus:  # equal scores at the cut: keep the last ones
+        row, column = torch.nonzero(score == cut)[-surplus:].T
+        gone[row, column] = False
+        counts = gone.sum(dim=1)
+    columns = torch.where(gone, score, torch.inf).argsort(dim=1, stable=True)
+    return Ranking(gone, columns, counts, float(cut))
+
+
+# ---- static order: removal ---------------------------------------------------------------------
+
+
+def remove_one_by_one(
+    W: np.ndarray, A: np.ndarray, positions: np.ndarray, *, mask_at_once: bool
+) -> np.ndarray:
+    """The released L-OBS loop over ``positions`` of W (C, R), in place: in Python, one by one.
+
+    With ``mask_at_once`` the whole matrix is masked after every removal, as in the paper's
+    TensorFlow code; without, once at the end, as in the authors' later port. The released code
+    computes in float64; this takes W's type, so that both sides of a comparison have the same.
+    """
+    mask = np.ones_like(W)
+    for position in positions.tolist():
+        q, unit = divmod(position, W.shape[1])
+        W[:, unit] += -(W[q, unit] / A[q, q]) * A[:, q]
+        mask[q, unit] = 0
+        if mask_at_once:
+            W *= mask
+    W *= mask
+    return W
+
+
+def remove_in_blocks_(W: Tensor, A: Tensor, ranking: Ranking, width: int = 16) -> Tensor:
+    """The best that torch does with W (R, C): ``width`` removals of every row at a time.
+
+    Each step solves c = tril(A[P, P])^-1 w[P] for all rows together and subtracts c A[P, :], where
+    c is a sparse (R, C) matrix. Fewer removals at a time would be bound by W's traffic, more by
+    gathering A[P, P]. A dense product instead of the sparse one takes more than twice as long, and
+    one solve with all removals of a row more than that.
+    """
+    R, C = W.shape
+    entries = A.view(-1)
+    columns = ranking.columns.to(torch.int32)
+    last = int(ranking.counts.max())
+    for first in range(0, last, width):
+        P = columns[:, first : min(first + width, last)].contiguous()  # (R, k)
+        k = P.shape[1]
+        corner = entries.index_select(0, (P[:, :, None] * C + P[:, None, :]).view(-1)).view(R, k, k)
+        w = W.gather(1, P.long())[:, :, None]
+        c = torch.linalg.solve_triangular(corner, w, upper=False)[:, :, 0]
+        beyond = torch.arange(first, first + k) >= ranking.counts[:, None]
+        torch.addmm(W, _sparse_rows(P, c.masked_fill(beyond, 0), C), A, alpha=-1, out=W)
+    return W.masked_fill_(ranking.gone, 0)
+
+
+def _sparse_rows(P: Tensor, c: Tensor, columns: int) -> Tensor:
+    """Sparse (R, columns) with c[r, i] at column P[r, i]."""
+    R, k = P.shape
+    start = torch.arange(0, R * k + 1, k, dtype=torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR support a beta version
+        return torch.sparse_csr_tensor(
+            start, P.view(-1), c.reshape(-1), (R, columns), check_invariants=False
+        )

@@ -1,0 +1,94 @@
+"""Sizes of layers in named real models, and made-up contents that behave like theirs.
+
+Letters as everywhere: W (R, C) weights, X (N, C) inputs, H (C, C) their mean second moment, A its
+damped inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # fraction of the mean diagonal of H, as prune_weight has it by default
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One weight matrix of a published model, convolutions flattened per output channel."""
+
+    name: str
+    rows: int  # R
+    columns: int  # C
+    bias: bool = False  # the last column is the bias, so the last input is always 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    def small(self) -> LayerShape:
+        """A sixteenth of each side: the same code runs, in milliseconds."""
+        return replace(self, rows=max(8, self.rows // 16), columns=max(8, self.columns // 16))
+
+
+LAYERS = {
+    shape.name: shape
+    for shape in (
+        LayerShape("lenet300-100.fc1", 300, 785, bias=True),  # as its authors prune it
+        LayerShape("lenet300-100.fc2", 100, 301, bias=True),
+        LayerShape("resnet50.layer1.conv2", 64, 576),
+        LayerShape("resnet50.layer4.conv2", 512, 4608),
+        LayerShape("bert-base.fc1", 3072, 768),
+        LayerShape("bert-base.fc2", 768, 3072),
+        LayerShape("bert-large.attention", 1024, 1024),
+        LayerShape("opt-125m.fc2", 768, 3072),
+        LayerShape("opt-1.3b.attention", 2048, 2048),
+    )
+}
+
+# Block inverse of WoodFisher and oBERT: a million weights, the block sizes that are published.
+FISHER_WEIGHTS = 1_000_000
+FISHER_GRADIENTS = 64
+FISHER_BLOCKS = (50, 128)
+FISHER_ALPHA = 1e4  # start alpha * I, in units in which a gradient entry is about 0.1
+
+
+def relu_features(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """X (N, C) float32: ReLU of correlated Gaussians whose spectrum falls off, as in real layers.
+
+    Independent columns would give a nearly diagonal H, on which all orders of removal are alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    latent = max(4, columns // 4)
+    strength = torch.arange(1, latent + 1).rsqrt()  # (latent,)
+    mixing = torch.randn(latent, columns, generator=generator) * strength[:, None] / strength.norm()
+    signal = torch.randn(rows, latent, generator=generator) @ mixing  # (N, C)
+    return torch.relu_(signal.add_(torch.randn(rows, columns, generator=generator), alpha=0.3))
+
+
+def weights(shape: LayerShape, seed: int = 1) -> Tensor:
+    """W (R, C) float32, scaled so that outputs are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape.rows, shape.columns, generator=generator) / shape.columns**0.5
+
+
+def second_moment(shape: LayerShape) -> Tensor:
+    """H (C, C) float64 of 4 C correlated inputs: full rank, and far from diagonal."""
+    X = relu_features(4 * shape.columns, shape.columns)
+    if shape.bias:
+        X[:, -1] = 1.0
+    return (X.T @ X).to(torch.float64) / len(X)
+
+
+def inverse(H: Tensor) -> Tensor:
+    """A (C, C) = (H + damping * mean(diag H) * I)^-1, row-major like every matrix here."""
+    damped = H.clone()
+    damped.diagonal().add_(DAMPING * H.diagonal().mean())
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).contiguous()
+
+
+def gradients(count: int, columns: int, seed: int = 2) -> Tensor:
+    """G (count, columns) float32: rows of very different length, as gradients of samples have."""
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.rand(count, 1, generator=generator).add_(0.1)
+    return torch.randn(count, columns, generator=generator).mul_(0.2 * length)
