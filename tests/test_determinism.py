@@ -41,9 +41,14 @@ def bits(*tensors: Tensor) -> tuple[bytes, ...]:
 
 
 def script(code: str, timeout: float = 60.0) -> dict[str, Any]:
-    """Run Python code in a process of its own; what its last line prints is JSON."""
+    """Run Python code in a process of its own; what its last line prints is JSON.
+
+    A test run in the background is started with SIGINT ignored, which children inherit and Python
+    then leaves alone: so the handler of an interactive run is set here.
+    """
+    setup = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", setup + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=timeout,
