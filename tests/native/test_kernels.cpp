@@ -115,6 +115,44 @@ void check_hessian(const Backend& backend, Index N, Index C, bool weighted, bool
     check(upper_kept, "hessian leaves the upper triangle alone");
 }
 
+// 16-bit inputs, a float32 sum, columns with a stride, and a chunk long enough to be cut into segments.
+void check_hessian_variants(const Backend& backend, Dtype dtype, Index N, Index C,
+                            Index column_stride, int threads) {
+    const Context context{threads, nullptr};
+    const auto width = static_cast<std::size_t>(C * column_stride);
+    std::vector<std::uint16_t> bits(static_cast<std::size_t>(N) * width);
+    std::vector<double> value(bits.size());
+    for (std::size_t i = 0; i < bits.size(); ++i) {
+        const int eighths = static_cast<int>(std::lround(uniform() * 8));  // -1 .. 1: exact in both
+        const float f = static_cast<float>(eighths) / 8;
+        std::uint32_t word;
+        std::memcpy(&word, &f, sizeof word);
+        const std::uint32_t half = f == 0 ? 0
+                                          : (word >> 16 & 0x8000u) |
+                                                (((word >> 23 & 0xffu) - 112) << 10) |
+                                                (word >> 13 & 0x3ffu);
+        bits[i] = static_cast<std::uint16_t>(dtype == Dtype::f16 ? half : word >> 16);
+        value[i] = static_cast<double>(f);
+    }
+    Table<float> H(C, C, 0);
+    for (float& h : H.data) h = 0;
+    const AnyMatrix X{bits.data(), dtype, N, C, static_cast<Index>(width), column_stride};
+    const Info info = backend.hessian_accumulate(H.view(), X, nullptr, false, context);
+    check(info.status == Status::ok, "hessian variants status");
+    bool exact = true;  // all sums are multiples of 1/64 below 2^18: float32 holds them
+    for (Index i = 0; i < C; ++i)
+        for (Index j = 0; j <= i; ++j) {
+            double sum = 0;
+            for (Index n = 0; n < N; ++n) {
+                const std::size_t row = static_cast<std::size_t>(n) * width;
+                sum += value[row + static_cast<std::size_t>(i * column_stride)] *
+                       value[row + static_cast<std::size_t>(j * column_stride)];
+            }
+            exact = exact && static_cast<double>(H.at(i, j)) == sum;
+        }
+    check(exact, "hessian variants are exact");
+}
+
 template <typename T>
 void check_hessian_refuses(const Backend& backend) {
     const Context context{2, nullptr};
@@ -246,6 +284,26 @@ void check_saliency(const Backend& backend, Index R, Index C, bool shared, int t
                value[static_cast<std::size_t>(r)] == least;
     }
     check(same, "saliency column and value, exactly");
+}
+
+template <typename T>
+void check_saliency_refuses(const Backend& backend) {
+    const Context context{2, nullptr};
+    const Index R = 3, C = 530;  // the fault lies in the second strip, behind the last whole vector
+    std::vector<unsigned char> live(static_cast<std::size_t>(R * C), 1);
+    std::vector<Index> column(static_cast<std::size_t>(R));
+    std::vector<T> value(static_cast<std::size_t>(R));
+    for (const bool in_diag : {true, false}) {
+        Table<T> W(R, C), diag(R, C);
+        W.fill();
+        for (T& d : diag.data) d = T(1);
+        (in_diag ? diag : W).at(1, C - 1) = in_diag ? T(-1) : std::numeric_limits<T>::quiet_NaN();
+        const Info info = backend.saliency_argmin(column.data(), value.data(), W.view(),
+                                                  diag.view(), {live.data(), R, C, C, 1}, context);
+        check(info.status == (in_diag ? Status::not_positive : Status::not_finite),
+              "saliency refuses");
+        check(info.where == C + C - 1, "saliency names the first fault");
+    }
 }
 
 // ---- static order
@@ -404,6 +462,7 @@ void check_type(const Backend& backend) {
     }
     check_hessian_refuses<T>(backend);
     check_inverse_refuses<T>(backend);
+    check_saliency_refuses<T>(backend);
 }
 
 }  // namespace
@@ -421,6 +480,9 @@ int main() {
         check_type<float>(rows[i]);
         where = std::string(rows[i].name) + " float64";
         check_type<double>(rows[i]);
+        for (const Dtype dtype : {Dtype::f16, Dtype::bf16})
+            for (const Index N : {7, 4096, 9001})
+                check_hessian_variants(rows[i], dtype, N, 13, N == 7 ? 2 : 1, 2);
         for (const int threads : {1, 3})
             for (const Index C : {1, 2, 9, 300})
                 check_ranking(rows[i], C == 300 ? 1 : 5, C, threads);
