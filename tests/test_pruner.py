@@ -15,6 +15,7 @@ import lobs_native as lobs
 from lobs_native import pruner
 from lobs_native.errors import (
     ArgumentError,
+    BackendError,
     DtypeError,
     NonFiniteError,
     NotPositiveDefiniteError,
@@ -211,6 +212,8 @@ def test_wrong_arguments_are_named_before_anything_runs(arguments, message):
         ({"overrides": [("0", 1)]}, DtypeError),
         ({"forward": "model(x)"}, DtypeError),
         ({"seed": 0.5}, DtypeError),
+        ({"device": "nowhere"}, BackendError),
+        ({"device": "meta"}, BackendError),
         ({"prune_bias": 1}, DtypeError),
         ({"pattern": "2:4"}, PatternError),
         ({"model": nn.Sequential(nn.ReLU())}, ArgumentError),

@@ -182,6 +182,7 @@ def prune(
         raise DtypeError(f"seed: expected an int, got {type(seed).__name__}")
     batches = batches_of(calibration)
     if device is not None:
+        checks.zeros((1,), torch.float32, device, "device")  # refuses what cannot be used, by name
         model.to(device)
     for plan in plans:
         ops.select_backend(backend, plan.layer.weight().device)

@@ -1,0 +1,41 @@
+"""What the README and the package's docstring show is run here."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import lobs_native
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_lines_run_and_say_what_they_claim(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["0", "0.8"], ["2", "0.8"]]
+    measured, bound = (float(x) for x in lines[2].split(" <= "))
+    assert measured <= bound
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_names_in_the_second_example_exist():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    fields = re.findall(r"out\.(\w+)", code)
+    assert set(fields) <= set(lobs_native.PrunedWeight.__dataclass_fields__)
+    assert "lobs.Hessian(" in code
+
+
+def test_the_files_it_points_at_exist():
+    for name in re.findall(r"`((?:csrc|python|docs|bench)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`python (bench/\w+\.py)`", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_docstring_s_example_is_true():
+    assert doctest.testmod(lobs_native).failed == 0
