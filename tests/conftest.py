@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def backend(request: pytest.FixtureRequest) -> str:
         if not ready:
             pytest.skip(f"{name}: {detail}")
     return name
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For files of many tiny calls: handing them to other threads costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

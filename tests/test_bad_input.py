@@ -39,6 +39,8 @@ from lobs_native.errors import (
     ShapeError,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 R, C, N = 5, 4, 7  # rows and columns of a weight, rows of its inputs: all different
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**400  # an int that no float can hold
@@ -1184,15 +1186,6 @@ RIGHT = list(right_answers())
 
 
 # ---- tests ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny calls: handing them to other threads costs more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def arguments_of(case: Wrong | Right, make: Callable[[Any], Any]) -> dict[str, Any]:

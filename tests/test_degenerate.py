@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,16 +18,9 @@ from lobs_native import ops
 from lobs_native.errors import LobsError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.weight import METHODS, SCOPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 C = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Many small calls: handing them to other threads costs more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weight(rows: int = 6, columns: int = C, seed: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,11 @@ import lobs_native as lobs
 from lobs_native.errors import ArgumentError
 from lobs_native.weight import METHODS, SCOPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHARES = [0.0, 1e-9, 0.1, 0.29, 0.5, 0.9, 1 - 1e-9, 1.0]
 R, C = 6, 9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny calls: handing them to other threads costs more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def documented(share: float, of: int) -> int:
