@@ -19,6 +19,7 @@ from lobs_native.errors import (
 )
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PIECE = 1 << 22  # elements looked at together
 WEIGHTS = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)  # for token weights
 
 
@@ -195,11 +196,17 @@ def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
 
     ``where`` (N,) limits the search to some rows of x (N, C).
     """
-    finite = torch.isfinite(x)
-    if where is not None:
-        finite |= ~where[:, None]
-    if not bool(finite.all()):
-        raise not_finite(name, x, int((~finite).reshape(-1).to(torch.uint8).argmax()))
+    # In pieces: small temporaries, and Ctrl-C is answered between them.
+    whole = x.reshape(1) if x.ndim == 0 else x
+    width = whole[:1].numel()
+    rows = max(1, _PIECE // max(1, width))
+    for first in range(0, len(whole), rows):
+        finite = torch.isfinite(whole[first : first + rows])
+        if where is not None:
+            finite |= ~where[first : first + rows, None]
+        if not bool(finite.all()):
+            flat = int((~finite).reshape(-1).to(torch.uint8).argmax())
+            raise not_finite(name, x, first * width + flat)
 
 
 def not_finite(name: str, x: Tensor, flat: int) -> NonFiniteError:
