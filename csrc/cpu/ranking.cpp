@@ -1,8 +1,9 @@
 // ranking.cpp: contract in ranking.h.
 //
-// A score becomes an unsigned key of the same order. The count-th lowest key is found digit by digit from the top: one
-// histogram per digit over the keys that share the digits found so far. Counts are integers, so adding up the
-// workers' histograms gives the same result for any number of threads.
+// A score becomes an unsigned key of the same order. The count-th lowest key is found digit by
+// digit from the top: one histogram per digit over the keys that share the digits found so far.
+// Counts are integers, so adding up the workers' histograms gives the same result for any number of
+// threads.
 #include "ranking.h"
 
 #include "parallel.h"
@@ -20,7 +21,8 @@ LOBS_INLINE Key key_of(double score) {
     return bits >> 63 != 0 ? ~bits : bits | Key{1} << 63;
 }
 
-// The digit of the wanted key, given how many keys have each digit; `rank` becomes the rank inside that digit.
+// The digit of the wanted key, given how many keys have each digit; `rank` becomes the rank inside
+// that digit.
 Index digit_of_rank(const Index* histogram, Index* rank) {
     Index digit = 0;
     while (*rank >= histogram[digit]) *rank -= histogram[digit++];
@@ -44,7 +46,8 @@ void lowest_of_row(unsigned char* chosen, const double* score, Index C, Index co
         Index histogram[256] = {};
         for (Index i = 0; i < C; ++i) {
             const Key key = key_of(score[i]);
-            // The digits above this one, all of them; shifting by 64 is undefined, hence in two steps.
+            // The digits above this one, all of them; shifting by 64 is undefined, hence in two
+            // steps.
             if (((key ^ prefix) >> shift) >> 8 == 0) ++histogram[key >> shift & 255];
         }
         prefix |= static_cast<Key>(digit_of_rank(histogram, &rank)) << shift;
@@ -109,7 +112,8 @@ struct Entry {
     std::int32_t column;
 };
 
-// Stable radix sort by key, lowest digit first; digits in which all keys agree are skipped. Returns the sorted one.
+// Stable radix sort by key, lowest digit first; digits in which all keys agree are skipped. Returns
+// the sorted one.
 Entry* sort(Entry* from, Entry* to, Index count) {
     Index histogram[8][256] = {};
     for (Index i = 0; i < count; ++i)

@@ -32,8 +32,8 @@ struct Seen {  // of one strip
     bool fault, alive;
 };
 
-// Costs of one strip into `cost`, infinite where not live. Vectors by hand: compilers do not turn a comparison of floats
-// next to bytes into one (4 M weights: 11 ms scalar, 3 ms so).
+// Costs of one strip into `cost`, infinite where not live. Vectors by hand: compilers do not turn a
+// comparison of floats next to bytes into one (4 M weights: 11 ms scalar, 3 ms so).
 template <typename T>
 Seen<T> price(const Row<T>& row, Index count, T* cost) {
     typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
