@@ -363,9 +363,14 @@ class StreamingInverse:
                 "of them"
             )
         g = x.reshape(-1, self.columns).to(self._inverse.dtype)  # (r, d)
-        checks.check_finite(g, "x")
         self._whole = False
-        self.backend = ops.inverse_update_(self._inverse, g, self.rows)
+        try:
+            self.backend = ops.inverse_update_(self._inverse, g, self.rows)
+        except NonFiniteError as error:
+            self._whole = True  # refused before anything was written
+            if error.flat is None:
+                raise
+            raise checks.not_finite("x", g, error.flat) from None
         self._whole = True
         self.seen += len(g)
         return self
