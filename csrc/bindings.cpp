@@ -37,6 +37,13 @@ T* address(std::uintptr_t pointer) {
     return reinterpret_cast<T*>(pointer);
 }
 
+// (limit, stop, floor, block, group, per_group, update)
+lobs::ExactPlan exact_plan(const py::tuple& plan) {
+    return {plan[0].cast<Index>(), plan[1].cast<double>(), plan[2].cast<double>(),
+            plan[3].cast<Index>(), plan[4].cast<Index>(),  plan[5].cast<Index>(),
+            plan[6].cast<bool>()};
+}
+
 bool interrupted() {  // asked by parallel_for on the calling thread; a signal handler's exception
                       // stays pending
     py::gil_scoped_acquire held;
@@ -176,4 +183,72 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("backend"), py::arg("order"), py::arg("start"), py::arg("chosen"), py::arg("score"),
         py::arg("rows"), py::arg("columns"), py::arg("threads"));
+
+    module.def(
+        "exact_trace",
+        [](const std::string& backend, std::uintptr_t order, std::uintptr_t loss,
+           std::uintptr_t count, std::uintptr_t status, const py::tuple& W, std::uintptr_t A,
+           std::uintptr_t state, const py::tuple& plan, int threads) {
+            auto* run = operation(backend, &Backend::exact_trace, "exact_trace");
+            const AnyMatrix w = matrix(W);
+            const lobs::ExactOut out{address<std::int32_t>(order), address<void>(loss),
+                                     address<Index>(count), address<unsigned char>(status)};
+            const lobs::ExactPlan how = exact_plan(plan);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(out, w, address<const void>(A), address<const unsigned char>(state), how,
+                           c);
+            });
+        },
+        py::arg("backend"), py::arg("order"), py::arg("loss"), py::arg("count"), py::arg("status"),
+        py::arg("W"), py::arg("A"), py::arg("state"), py::arg("plan"), py::arg("threads"));
+
+    module.def(
+        "exact_bytes",
+        [](const std::string& backend, int dtype, Index columns, const py::tuple& plan) {
+            auto* run = operation(backend, &Backend::exact_bytes, "exact_bytes");
+            return run(static_cast<lobs::Dtype>(dtype), columns, exact_plan(plan));
+        },
+        py::arg("backend"), py::arg("dtype"), py::arg("columns"), py::arg("plan"));
+
+    module.def(
+        "support_solve",
+        [](const std::string& backend, const py::tuple& X, std::uintptr_t M, std::uintptr_t chosen,
+           int threads) {
+            auto* run = operation(backend, &Backend::support_solve, "support_solve");
+            const AnyMatrix x = matrix(X);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(x, address<const void>(M), address<const unsigned char>(chosen), c);
+            });
+        },
+        py::arg("backend"), py::arg("X"), py::arg("M"), py::arg("chosen"), py::arg("threads"));
+
+    module.def(
+        "exchange",
+        [](const std::string& backend, std::uintptr_t kept, std::uintptr_t swaps,
+           std::uintptr_t left, const py::tuple& W, std::uintptr_t A, std::uintptr_t fixed,
+           Index group, Index limit, int threads) {
+            auto* run = operation(backend, &Backend::exchange, "exchange");
+            const AnyMatrix w = matrix(W);
+            const lobs::ExchangeOut out{address<unsigned char>(kept), address<Index>(swaps),
+                                        address<double>(left)};
+            return released(threads, [&](const lobs::Context& c) {
+                return run(out, w, address<const double>(A), address<const unsigned char>(fixed),
+                           group, limit, c);
+            });
+        },
+        py::arg("backend"), py::arg("kept"), py::arg("swaps"), py::arg("left"), py::arg("W"),
+        py::arg("A"), py::arg("fixed"), py::arg("group"), py::arg("limit"), py::arg("threads"));
+
+    module.def(
+        "sweep_block",
+        [](const std::string& backend, const py::tuple& W, const py::tuple& U, std::uintptr_t gone,
+           const py::tuple& E, Index group, Index per_group, int threads) {
+            auto* run = operation(backend, &Backend::sweep_block, "sweep_block");
+            const AnyMatrix w = matrix(W), u = matrix(U), e = matrix(E);
+            return released(threads, [&](const lobs::Context& c) {
+                return run(w, u, address<unsigned char>(gone), e, group, per_group, c);
+            });
+        },
+        py::arg("backend"), py::arg("W"), py::arg("U"), py::arg("gone"), py::arg("E"),
+        py::arg("group"), py::arg("per_group"), py::arg("threads"));
 }

@@ -21,12 +21,18 @@ namespace lobs {
     StaticOrderPruneFn static_order_prune;  \
     RankLowestFn rank_lowest;               \
     RankRowsFn rank_rows;                   \
+    ExactTraceFn exact_trace;               \
+    ExactBytes exact_bytes;                 \
+    SupportSolveFn support_solve;           \
+    ExchangeFn exchange;                    \
+    SweepBlockFn sweep_block;               \
     }
-#define LOBS_LEVEL_ROW(level, detail, ready)                                       \
-    Backend {                                                                      \
-        #level, detail, ready, level::hessian_accumulate, level::inverse_update,   \
-            level::saliency_argmin, level::static_order_prune, level::rank_lowest, \
-            level::rank_rows                                                       \
+#define LOBS_LEVEL_ROW(level, detail, ready)                                                \
+    Backend {                                                                               \
+        #level, detail, ready, level::hessian_accumulate, level::inverse_update,            \
+            level::saliency_argmin, level::static_order_prune, level::rank_lowest,          \
+            level::rank_rows, level::exact_trace, level::exact_bytes, level::support_solve, \
+            level::exchange, level::sweep_block                                             \
     }
 
 #if defined(__x86_64__)

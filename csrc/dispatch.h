@@ -1,11 +1,15 @@
 // dispatch.h: the backend table. One row per backend, one column per operation.
 #pragma once
 
+#include "exact.h"
+#include "exchange.h"
 #include "hessian.h"
 #include "inverse.h"
 #include "ranking.h"
 #include "saliency.h"
+#include "solve.h"
 #include "static_order.h"
+#include "sweep.h"
 
 namespace lobs {
 
@@ -21,11 +25,16 @@ struct Backend {
     StaticOrderPruneFn* static_order_prune = nullptr;
     RankLowestFn* rank_lowest = nullptr;
     RankRowsFn* rank_rows = nullptr;
+    ExactTraceFn* exact_trace = nullptr;
+    ExactBytes* exact_bytes = nullptr;
+    SupportSolveFn* support_solve = nullptr;
+    ExchangeFn* exchange = nullptr;
+    SweepBlockFn* sweep_block = nullptr;
 };
 
 // The C entry of a backend that lives in a shared object of its own (`lobs_backend`). Fills *row
 // and returns 0, or returns non-zero if `version` is not the one it was built for.
-constexpr int kBackendVersion = 1;
+constexpr int kBackendVersion = 2;
 using BackendEntry = int(int version, Backend* row);
 
 // All rows, fastest first among those that run here; the CUDA object is looked for once, when first

@@ -25,6 +25,23 @@ LOBS_INLINE bool parallel_items(Index items, const Context& context, Body& body)
         [](void* arg, Index item, int worker) { (*static_cast<Body*>(arg))(item, worker); }, &body);
 }
 
+// For items that take long: asks context.interrupted() on worker 0, ten times a second, and tells
+// every worker. After raised(), outputs are a mixture of old and new.
+class Interrupt {
+   public:
+    explicit Interrupt(const Context& context);
+    ~Interrupt();
+    Interrupt(const Interrupt&) = delete;
+    Interrupt& operator=(const Interrupt&) = delete;
+
+    bool asked(int worker);  // true: return as soon as possible
+    bool raised() const;
+
+   private:
+    struct State;
+    State* state_;
+};
+
 // The name of the build: "openmp" or "std::thread".
 const char* parallel_runtime();
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <new>
 
 #if defined(LOBS_THREADS)
 #include <thread>
@@ -63,6 +64,33 @@ bool parallel_for(Index items, const Context& context,
     loop.work(omp_get_thread_num());
 #endif
     return !loop.stop.load();
+}
+
+struct Interrupt::State {
+    const Context* context;
+    Clock::time_point last;
+    std::atomic<bool> raised{false};
+};
+
+Interrupt::Interrupt(const Context& context)
+    : state_(new (std::nothrow) State{&context, Clock::now()}) {}
+
+Interrupt::~Interrupt() { delete state_; }
+
+bool Interrupt::asked(int worker) {
+    if (state_ == nullptr) return false;
+    if (worker == 0 && state_->context->interrupted != nullptr) {
+        const auto now = Clock::now();
+        if (now - state_->last >= std::chrono::milliseconds(100)) {
+            state_->last = now;
+            if (state_->context->interrupted()) state_->raised.store(true);
+        }
+    }
+    return raised();
+}
+
+bool Interrupt::raised() const {
+    return state_ != nullptr && state_->raised.load(std::memory_order_relaxed);
 }
 
 const char* parallel_runtime() {

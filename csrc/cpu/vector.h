@@ -8,6 +8,10 @@
 
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "types.h"
 
 #if !defined(LOBS_LEVEL)
@@ -93,6 +97,27 @@ LOBS_INLINE std::uint64_t magnitude_bits(double d) {
 }
 LOBS_INLINE bool finite_bits(std::uint32_t magnitude) { return magnitude < 0x7f800000u; }
 LOBS_INLINE bool finite_bits(std::uint64_t magnitude) { return magnitude < 0x7ff0000000000000ull; }
+
+// Writes the lanes of `in` whose bit in `keep` is set, next to each other, and returns their end. May
+// write up to kLanes elements from `out` on.
+template <typename T>
+LOBS_INLINE T* compress(T* out, const T* in, unsigned keep) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        _mm512_storeu_ps(
+            out, _mm512_maskz_compress_ps(static_cast<__mmask16>(keep), _mm512_loadu_ps(in)));
+    else
+        _mm512_storeu_pd(
+            out, _mm512_maskz_compress_pd(static_cast<__mmask8>(keep), _mm512_loadu_pd(in)));
+    return out + __builtin_popcount(keep);
+#else
+    for (int l = 0; l < kLanes<T>; ++l) {
+        *out = in[l];
+        out += keep >> l & 1;
+    }
+    return out;
+#endif
+}
 
 // accumulator[i][v] += sum_k A[k][i] * B[k][v]: A packed with `kRows` (or, with a stride, more)
 // entries per k, B with kVectors vectors per k. kRows * kVectors accumulators live in registers.

@@ -4,6 +4,7 @@ __version__: str
 parallel_runtime: str
 
 _Tensor = tuple[int, int, Sequence[int], Sequence[int]]
+_Plan = tuple[int, float, float, int, int, int, bool]
 
 def backends() -> list[tuple[str, bool, str]]: ...
 def resolve(backend: str) -> str | None: ...
@@ -30,5 +31,43 @@ def rank_rows(
     score: int,
     rows: int,
     columns: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def exact_trace(
+    backend: str,
+    order: int,
+    loss: int,
+    count: int,
+    status: int,
+    W: _Tensor,
+    A: int,
+    state: int,
+    plan: _Plan,
+    threads: int,
+) -> tuple[int, int]: ...
+def exact_bytes(backend: str, dtype: int, columns: int, plan: _Plan) -> int: ...
+def support_solve(
+    backend: str, X: _Tensor, M: int, chosen: int, threads: int
+) -> tuple[int, int]: ...
+def exchange(
+    backend: str,
+    kept: int,
+    swaps: int,
+    left: int,
+    W: _Tensor,
+    A: int,
+    fixed: int,
+    group: int,
+    limit: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def sweep_block(
+    backend: str,
+    W: _Tensor,
+    U: _Tensor,
+    gone: int,
+    E: _Tensor,
+    group: int,
+    per_group: int,
     threads: int,
 ) -> tuple[int, int]: ...

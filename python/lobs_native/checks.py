@@ -77,9 +77,16 @@ def tensor(
     return plain
 
 
-def output(x: Any, name: str, *, ndim: int, dtypes: Iterable[torch.dtype]) -> Tensor:
+def output(
+    x: Any,
+    name: str,
+    *,
+    ndim: int,
+    dtypes: Iterable[torch.dtype],
+    rows_apart: bool = False,
+) -> Tensor:
     """Check a tensor that is written in place: as :func:`tensor`, contiguous, no grad, no second
-    name for its memory."""
+    name for its memory. With ``rows_apart`` the rows of a matrix may lie apart."""
     if not isinstance(x, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor to write into, got {type(x).__name__}")
     if x.requires_grad:
@@ -92,7 +99,10 @@ def output(x: Any, name: str, *, ndim: int, dtypes: Iterable[torch.dtype]) -> Te
             f"{name}: it is written in place, so its memory must be aligned and its values not "
             "lazily negated"
         )
-    if not x.is_contiguous():
+    whole = x.is_contiguous() or (
+        rows_apart and x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    )
+    if not whole:
         raise ShapeError(
             f"{name}: it is written in place and must be contiguous; its strides are {x.stride()}"
         )
@@ -171,6 +181,13 @@ def positive_int(value: Any, name: str) -> int:
     if number < 1:
         raise ArgumentError(f"{name}: {number}; it must be at least 1")
     return number
+
+
+def count(value: Any, name: str) -> int:
+    """``value`` as an int >= 0; DtypeError or ArgumentError by ``name`` otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        return 0
+    return positive_int(value, name)
 
 
 def real(value: Any, name: str) -> float:

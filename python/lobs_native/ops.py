@@ -8,8 +8,10 @@ memory is refused first, by checks.py.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -590,3 +592,477 @@ def rank_rows(
         )
         _memory(status)
     return order, start
+
+
+# ---- exact greedy removal ------------------------------------------------------------------------
+
+MAX_BLOCK = 64  # columns in a 1 x b block, at most
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What :func:`exact_trace` found."""
+
+    order: Tensor  # (R, limit) int32, columns in order of removal; -1 where a row has ended
+    loss: Tensor  # (R, limit), W's dtype: what each removal cost; 0 where a row has ended
+    count: Tensor  # (R,) int64, removals
+    lost: Tensor  # (R,) bool: rounding ended the row early, redo it in a wider type
+    backend: str
+
+
+def exact_trace(
+    W: Tensor,
+    A: Tensor,
+    *,
+    state: Tensor | None = None,
+    limit: int | None = None,
+    stop: float = math.inf,
+    block: int = 1,
+    group: int = 0,
+    per_group: int = 0,
+    update: bool = False,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> Trace:
+    """Remove weights from every row one at a time, the cheapest first, re-optimising the rest after
+    each.
+
+    True Optimal Brain Surgeon per row: ``q = argmin w_q**2 / D_qq``, ``w -= (w_q / D_qq) D[:, q]``,
+    ``D -= D[:, q] D[q, :] / D_qq``, with D = A at first. Done as a pivoted Cholesky factorisation
+    of the shared A; the order is that of the plain algorithm in the same precision.
+
+    Parameters
+    ----------
+    W : (R, C) float64 or float32, contiguous
+        Written only with ``update``: then it holds the repaired weights after the removals, removed
+        ones exactly zero (rows that are ``lost`` keep their old values).
+    A : (C, C) of W's dtype, symmetric
+        Damped inverse second moment. Not modified.
+    state : (R, C) uint8, optional
+        0 = may go, 1 = goes before all others (whatever it costs), 2 = stays but is repaired. The
+        same throughout a block. Not modified.
+    limit : int, optional
+        Removals per row at most; all by default.
+    stop : float >= 0
+        A row ends before the first removal that would cost more (not counting state 1).
+    block : int
+        1 x b blocks: b neighbouring columns go together, at ``w_B^T D_BB^-1 w_B``. The C % b last
+        columns stay.
+    group, per_group : int
+        N:M patterns: of every ``group`` columns at most ``per_group`` go, unless state 1 says more.
+        The C % group last columns stay.
+    update : bool
+        Write the repaired weights into W.
+    memory : int, optional
+        Bytes of scratch at most; fewer threads are used where it takes that, and MemoryError is
+        raised where one thread needs more. :func:`exact_bytes` tells what a thread needs.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    Trace
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError, BackendError
+        An argument does not fit.
+    NonFiniteError
+        W or A hold a NaN or an infinity.
+    NotPositiveDefiniteError
+        A has a diagonal entry that is not positive.
+
+    Notes
+    -----
+    Source: Hassibi & Stork 1993; Frantar, Singh & Alistarh 2022 (ExactOBS).
+    """
+    checked = checks.output if update else checks.tensor
+    W = checked(W, "W", ndim=2, dtypes=(torch.float64, torch.float32)).contiguous()
+    checks.check_finite(W, "W")
+    A = checks.tensor(A, "A", ndim=2, dtypes=(W.dtype,)).contiguous()
+    R, C = W.shape
+    if A.shape != (C, C):
+        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    checks.same_device(W, "W", A, "A")
+    plan = _exact_plan(C, W.dtype, limit, stop, block, group, per_group, update)
+    if update:
+        checks.apart(W, "W", A, "A")
+    if state is not None:
+        state = checks.tensor(state, "state", ndim=2, dtypes=(torch.uint8,)).contiguous()
+        if state.shape != W.shape:
+            raise ShapeError(f"state is {tuple(state.shape)} but W is ({R}, {C})")
+        checks.same_device(W, "W", state, "state")
+        if state.numel() and int(state.max()) > 2:
+            raise ArgumentError(f"state: {int(state.max())}; entries are 0, 1 or 2")
+        blocks = state[:, : C - C % block].reshape(-1, block)
+        if block > 1 and not bool((blocks == blocks[:, :1]).all()):
+            raise ArgumentError(f"state: it differs within a block of {block} columns")
+    checks.check_finite(A, "A")
+    chosen = select_backend(backend, W.device)
+    if W.numel() and not bool((A.diagonal() > 0).all()):
+        q = int((~(A.diagonal() > 0)).to(torch.uint8).argmax())
+        raise NotPositiveDefiniteError(
+            f"A: {float(A[q, q])} at ({q}, {q}); it must be positive: raise the damping"
+        )
+    if chosen == "reference":
+        order, loss, count, lost = reference.exact_trace(W, A, state, *plan)
+        return Trace(order, loss, count, lost.to(torch.bool), chosen)
+    limit = plan[0]
+    order = torch.full((R, limit), -1, dtype=torch.int32)
+    loss = torch.zeros(R, limit, dtype=W.dtype)
+    count = torch.zeros(R, dtype=torch.int64)
+    lost = torch.zeros(R, dtype=torch.uint8)
+    if W.numel() and limit:
+        status, _ = _core.exact_trace(
+            chosen,
+            order.data_ptr(),
+            loss.data_ptr(),
+            count.data_ptr(),
+            lost.data_ptr(),
+            _crossing(W),
+            A.data_ptr(),
+            0 if state is None else state.data_ptr(),
+            plan,
+            _affordable(chosen, W.dtype, C, plan, memory),
+        )
+        _memory(status)
+        ended = torch.arange(limit) >= count[:, None]
+        order[ended] = -1
+        loss[ended] = 0
+    return Trace(order, loss, count, lost.to(torch.bool), chosen)
+
+
+_Plan = tuple[int, float, float, int, int, int, bool]
+
+
+def _exact_plan(
+    C: int,
+    dtype: torch.dtype,
+    limit: int | None,
+    stop: float,
+    block: int,
+    group: int,
+    per_group: int,
+    update: bool,
+) -> _Plan:
+    limit = C if limit is None else checks.count(limit, "limit")
+    stop = checks.real(stop, "stop")
+    if not stop >= 0:
+        raise ArgumentError(f"stop: {stop:g}; it must be >= 0")
+    block = checks.positive_int(block, "block")
+    group = checks.count(group, "group")
+    per_group = checks.count(per_group, "per_group")
+    if block > MAX_BLOCK:
+        raise ArgumentError(f"block: {block}; blocks have at most {MAX_BLOCK} columns")
+    if group and block > 1:
+        raise ArgumentError(f"block: {block} with group={group}; use one of them")
+    if per_group > group:
+        raise ArgumentError(f"per_group: {per_group} of a group of {group} columns")
+    # A pivot below a few eps of where it started is rounding, not information.
+    floor = 8 * torch.finfo(dtype).eps
+    return (min(limit, C), stop, floor, block, group, per_group, checks.flag(update, "update"))
+
+
+def exact_bytes(
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    limit: int | None = None,
+    block: int = 1,
+    group: int = 0,
+    backend: str | None = None,
+) -> int:
+    """Bytes of scratch that one thread of :func:`exact_trace` needs for rows of ``columns``; 0 for
+    "reference"."""
+    columns = checks.positive_int(columns, "columns")
+    if dtype not in (torch.float64, torch.float32):
+        raise DtypeError(f"dtype: {dtype}; rows are traced in torch.float64 or torch.float32")
+    plan = _exact_plan(columns, dtype, limit, math.inf, block, group, 0, True)
+    chosen = select_backend(backend, torch.device("cpu"))
+    if chosen == "reference":
+        return 0
+    return _core.exact_bytes(chosen, _CODES[dtype], columns, plan)
+
+
+def _affordable(chosen: str, dtype: torch.dtype, C: int, plan: _Plan, memory: int | None) -> int:
+    """Threads whose scratch fits into ``memory``."""
+    if memory is None:
+        return threads()
+    memory = checks.positive_int(memory, "memory")
+    each = _core.exact_bytes(chosen, _CODES[dtype], C, plan)
+    if each > memory:
+        raise MemoryError(
+            f"memory: one thread needs {each} bytes of scratch for {C} columns and {plan[0]} "
+            f"removals, more than the {memory} allowed; raise memory or remove less"
+        )
+    return min(threads(), memory // each)
+
+
+def support_solve_(
+    X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None
+) -> str:
+    """Solve one small symmetric system per row, all cut from one matrix: ``M[P, P] x = b[P]``.
+
+    Parameters
+    ----------
+    X : (R, C) float64 or float32, contiguous
+        Right-hand sides, overwritten by the solutions; entries outside P become zero.
+    M : (C, C) of X's dtype, symmetric positive definite
+        Not modified.
+    chosen : (R, C) bool
+        Row r's P. Not modified.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    str
+        The backend that did it.
+
+    Raises
+    ------
+    ShapeError, DtypeError, BackendError
+        An argument does not fit.
+    NonFiniteError
+        X or M hold a NaN or an infinity; X is untouched.
+    NotPositiveDefiniteError
+        M[P, P] is not positive definite for some row, which is named; X must be thrown away.
+
+    Notes
+    -----
+    With M = A (inverse second moment) and P removed, ``w - A[:, P] x`` is the best repair of w
+    (Hassibi & Stork 1993 for several weights at once).
+    """
+    X = checks.output(X, "X", ndim=2, dtypes=(torch.float64, torch.float32))
+    M = checks.tensor(M, "M", ndim=2, dtypes=(X.dtype,)).contiguous()
+    P = checks.tensor(chosen, "chosen", ndim=2, dtypes=(torch.bool,)).contiguous()
+    R, C = X.shape
+    if M.shape != (C, C):
+        raise ShapeError(f"X is ({R}, {C}) but M is {tuple(M.shape)}: M must be ({C}, {C})")
+    if P.shape != X.shape:
+        raise ShapeError(f"chosen is {tuple(P.shape)} but X is ({R}, {C})")
+    for x, name in ((M, "M"), (P, "chosen")):
+        checks.same_device(X, "X", x, name)
+        checks.apart(X, "X", x, name)
+    checks.check_finite(X, "X")
+    checks.check_finite(M, "M")
+    name = select_backend(backend, X.device)
+    if X.numel() == 0:
+        return name
+    if name == "reference":
+        row = reference.support_solve_(X, M, P)
+    else:
+        status, row = _core.support_solve(
+            name, _crossing(X), M.data_ptr(), P.data_ptr(), threads()
+        )
+        if status != 2:
+            _memory(status)
+            row = -1
+    if row >= 0:
+        raise NotPositiveDefiniteError(
+            f"M: not positive definite on the {int(P[row].sum())} columns of row {row}: raise the "
+            "damping, or use float64"
+        )
+    return name
+
+
+def exchange_(
+    W: Tensor,
+    A: Tensor,
+    kept: Tensor,
+    *,
+    fixed: Tensor | None = None,
+    group: int = 0,
+    limit: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, str]:
+    """Swap a kept weight of a row against a removed one as long as one swap lowers the error.
+
+    Each round makes the one swap, of all pairs, that lowers ``dw H dw^T`` most; afterwards the
+    kept weights are the best there are for the final set.
+
+    Parameters
+    ----------
+    W : (R, C) float64, contiguous
+        The original weights; overwritten by the repaired ones, zero where removed.
+    A : (C, C) float64, symmetric positive definite
+        Damped inverse second moment. Not modified.
+    kept : (R, C) bool, contiguous
+        The kept set to start from; overwritten by the final one.
+    fixed : (R, C) bool, optional
+        True where a weight stays on its side. Not modified.
+    group : int
+        Swap within groups of this many columns only (N:M patterns); 0 = anywhere in the row.
+    limit : int, optional
+        Swaps per row at most; 0 only re-solves.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    swaps : (R,) int64
+    left : (R,) float64
+        The row's error afterwards, in the damped second moment.
+    str
+        The backend that did it.
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError, BackendError
+        An argument does not fit.
+    NonFiniteError
+        W or A hold a NaN or an infinity; nothing is written.
+    NotPositiveDefiniteError
+        A is not positive definite on some row's columns; W and kept must be thrown away.
+
+    Notes
+    -----
+    Source: exchange steps of subset selection (Miller 2002, section 3.5).
+    """
+    W = checks.output(W, "W", ndim=2, dtypes=(torch.float64,))
+    A = checks.tensor(A, "A", ndim=2, dtypes=(torch.float64,)).contiguous()
+    kept = checks.output(kept, "kept", ndim=2, dtypes=(torch.bool,))
+    R, C = W.shape
+    if A.shape != (C, C):
+        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    if fixed is not None:
+        fixed = checks.tensor(fixed, "fixed", ndim=2, dtypes=(torch.bool,)).contiguous()
+        checks.apart(W, "W", fixed, "fixed")
+        checks.apart(kept, "kept", fixed, "fixed")
+    for x, name in ((kept, "kept"), (fixed, "fixed")):
+        if x is not None and x.shape != W.shape:
+            raise ShapeError(f"{name} is {tuple(x.shape)} but W is ({R}, {C})")
+        if x is not None:
+            checks.same_device(W, "W", x, name)
+    checks.same_device(W, "W", A, "A")
+    checks.apart(W, "W", A, "A")
+    checks.apart(W, "W", kept, "kept")
+    group = checks.count(group, "group")
+    rounds = 10 * C if limit is None else checks.count(limit, "limit")
+    checks.check_finite(W, "W")
+    checks.check_finite(A, "A")
+    chosen = select_backend(backend, W.device)
+    swaps = torch.zeros(R, dtype=torch.int64, device=W.device)
+    left = torch.zeros(R, dtype=torch.float64, device=W.device)
+    if W.numel() == 0:
+        return swaps, left, chosen
+    if chosen == "reference":
+        swaps, left, row = reference.exchange_(W, A, kept, fixed, group, rounds)
+    else:
+        status, row = _core.exchange(
+            chosen,
+            kept.data_ptr(),
+            swaps.data_ptr(),
+            left.data_ptr(),
+            _crossing(W),
+            A.data_ptr(),
+            0 if fixed is None else fixed.data_ptr(),
+            group,
+            rounds,
+            threads(),
+        )
+        if status != 2:
+            _memory(status)
+            row = -1
+    if row >= 0:
+        raise NotPositiveDefiniteError(
+            f"A: not positive definite on the removed columns of row {row}: raise the damping"
+        )
+    return swaps, left, chosen
+
+
+# ---- sweep ---------------------------------------------------------------------------------------
+
+
+def sweep_block_(
+    W: Tensor,
+    U: Tensor,
+    gone: Tensor,
+    E: Tensor,
+    *,
+    group: int = 0,
+    per_group: int = 0,
+    backend: str | None = None,
+) -> str:
+    """One block of columns of SparseGPT's sweep: choose, remove, and repair inside the block.
+
+    For each column j: ``e = w_j / U_jj`` where it goes, ``w[j:] -= e U[j, j:]``. The caller repairs
+    what is right of the block: ``W[:, right] -= E @ U[block, right]``.
+
+    Parameters
+    ----------
+    W : (R, B) float64 or float32, columns contiguous
+        The block; may be a part of a larger matrix. Written in place.
+    U : (B, B) of W's dtype, columns contiguous
+        Diagonal block of the upper factor, ``U^T U = A``. Not modified.
+    gone : (R, B) uint8, contiguous
+        With ``group`` = 0: 1 where a weight goes. With a group: 1 = goes before others and counts,
+        2 = stays; overwritten by the choice.
+    E : (R, B) of W's dtype, columns contiguous
+        Overwritten by e, zero where a weight stays.
+    group, per_group : int
+        Of every ``group`` columns the ``per_group`` of lowest ``w**2 / U_jj**2`` go. B must be a
+        multiple of ``group``.
+    backend : str, optional
+        A name from ``backends()``.
+
+    Returns
+    -------
+    str
+        The backend that did it.
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError, BackendError
+        An argument does not fit.
+    NotPositiveDefiniteError
+        A diagonal entry of U is not positive; nothing is written.
+
+    Notes
+    -----
+    Source: Frantar & Alistarh 2023 (SparseGPT), algorithm 1.
+    """
+    floats = (torch.float64, torch.float32)
+    W = checks.output(W, "W", ndim=2, dtypes=floats, rows_apart=True)
+    U = checks.tensor(U, "U", ndim=2, dtypes=(W.dtype,))
+    E = checks.output(E, "E", ndim=2, dtypes=(W.dtype,), rows_apart=True)
+    gone = checks.output(gone, "gone", ndim=2, dtypes=(torch.uint8,))
+    R, B = W.shape
+    if U.shape != (B, B):
+        raise ShapeError(f"W is ({R}, {B}) but U is {tuple(U.shape)}: U must be ({B}, {B})")
+    U = U if B == 0 or U.stride(1) == 1 else U.contiguous()
+    for x, name in ((gone, "gone"), (E, "E")):
+        if x.shape != W.shape:
+            raise ShapeError(f"{name} is {tuple(x.shape)} but W is ({R}, {B})")
+    for x, name in ((U, "U"), (gone, "gone"), (E, "E")):
+        checks.same_device(W, "W", x, name)
+    group = checks.count(group, "group")
+    per_group = checks.count(per_group, "per_group")
+    if group and (B % group or per_group > group):
+        raise ArgumentError(
+            f"group: {per_group} of {group} columns do not fit a block of {B} columns"
+        )
+    chosen = select_backend(backend, W.device)
+    if W.numel() == 0:
+        return chosen
+    bad = ~(U.diagonal() > 0)
+    if bool(bad.any()):
+        j = int(bad.to(torch.uint8).argmax())
+        raise NotPositiveDefiniteError(
+            f"U: {float(U[j, j])} at ({j}, {j}); it must be positive: raise the damping"
+        )
+    if chosen == "reference":
+        reference.sweep_block_(W, U, gone, E, group, per_group)
+        return chosen
+    status, _ = _core.sweep_block(
+        chosen,
+        _crossing(W),
+        _crossing(U),
+        gone.data_ptr(),
+        _crossing(E),
+        group,
+        per_group,
+        threads(),
+    )
+    _memory(status)
+    return chosen

@@ -88,3 +88,124 @@ def rank_rows(score: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     ranked = by_score.gather(1, chosen_first)  # (R, C)
     place = torch.arange(score.shape[1], device=score.device)
     return ranked[place < count[:, None]].to(torch.int32), start
+
+
+def exact_trace(
+    W: Tensor,
+    A: Tensor,
+    state: Tensor | None,
+    limit: int,
+    stop: float,
+    floor: float,
+    block: int,
+    group: int,
+    per_group: int,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy OBS of every row of W (R, C) with its own downdated copy of A, as published.
+
+    Returns order (R, limit) int32 (-1 where a row ended), loss (R, limit), count (R,), status (R,);
+    with ``update``, W holds the repaired weights of rows with status 0.
+    """
+    R, C = W.shape
+    order = torch.full((R, limit), -1, dtype=torch.int32, device=W.device)
+    loss = torch.zeros(R, limit, dtype=torch.float64, device=W.device)
+    count = torch.zeros(R, dtype=torch.int64, device=W.device)
+    status = torch.zeros(R, dtype=torch.uint8, device=W.device)
+    unit = group or block
+    whole = C - C % unit
+    for r in range(R):
+        w = W[r].to(torch.float64)
+        D = A.to(torch.float64)
+        first_diag = D.diagonal().clone()
+        kind = torch.zeros(C, dtype=torch.uint8) if state is None else state[r].clone()
+        kind[whole:] = 2
+        taken = [0] * (C // unit)
+        if group and per_group == 0:
+            kind[kind == 0] = 2
+        while int(count[r]) + block <= limit:
+            first = kind == 1
+            may = (first if bool(first.any()) else kind == 0).nonzero()[:, 0]
+            if len(may) == 0:
+                break
+            if block == 1:
+                cost = w[may] ** 2 / D.diagonal()[may]
+                choice = int(torch.where(cost > 0, cost, 0.0).argmin())
+                columns = [int(may[choice])]
+            else:
+                starts = may[may % block == 0].tolist()
+                costs = []
+                for s in starts:
+                    B = slice(s, s + block)
+                    costs.append(w[B] @ torch.linalg.solve(D[B, B], w[B]))
+                cost = torch.stack(costs)
+                choice = int(cost.argmin())
+                columns = list(range(starts[choice], starts[choice] + block))
+            if not bool(first.any()) and float(cost[choice]) > stop:
+                break
+            for i, q in enumerate(columns):
+                d = float(D[q, q])
+                if not d > floor * float(first_diag[q]):
+                    status[r] = 1
+                    break
+                order[r, count[r] + i] = q
+                loss[r, count[r] + i] = w[q] ** 2 / d
+                column = D[:, q] / d
+                w = w - w[q] * column
+                D = D - torch.outer(column, column) * d
+                w[q] = 0.0
+                kind[q] = 3
+            if status[r]:
+                break
+            count[r] += block
+            if group:
+                g = columns[0] // group
+                taken[g] += 1
+                if taken[g] >= per_group:
+                    members = slice(g * group, (g + 1) * group)
+                    kind[members][kind[members] == 0] = 2
+        if update and not status[r]:
+            w[kind == 3] = 0.0
+            W[r] = w.to(W.dtype)
+    order[torch.arange(limit, device=W.device) >= count[:, None]] = -1
+    return order, loss.to(W.dtype), count, status
+
+
+def support_solve_(X: Tensor, M: Tensor, chosen: Tensor) -> int:
+    """Row r of X (R, C): X[r, P] <- M[P, P]^-1 X[r, P] with P = chosen[r]; zero elsewhere.
+
+    Returns -1, or the first row whose system is not positive definite (undefined from there on).
+    """
+    m = M.to(torch.float64)
+    for r in range(len(X)):
+        P = chosen[r].nonzero()[:, 0]
+        L, info = torch.linalg.cholesky_ex(m[P][:, P])
+        if int(info):
+            return r
+        x = torch.cholesky_solve(X[r, P].to(torch.float64)[:, None], L)[:, 0]
+        X[r] = 0.0
+        X[r, P] = x.to(X.dtype)
+    return -1
+
+
+def sweep_block_(
+    W: Tensor, U: Tensor, gone: Tensor, E: Tensor, group: int, per_group: int
+) -> None:
+    """One block of SparseGPT's sweep, column by column: W (R, B), U (B, B) upper, gone and E (R,
+    B)."""
+    w = W.to(torch.float64)
+    u = U.to(torch.float64)
+    for j in range(W.shape[1]):
+        if group and j % group == 0:
+            members = slice(j, j + group)
+            asked = gone[:, members]  # (R, M)
+            cost = (w[:, members] / u.diagonal()[members]) ** 2
+            cost = torch.where(asked == 1, -1.0, cost)
+            cost = torch.where(asked == 2, torch.inf, cost)
+            rank = cost.argsort(dim=1, stable=True).argsort(dim=1)  # (R, M)
+            asked.copy_((asked != 2) & ((rank < per_group) | (asked == 1)))
+        e = torch.where(gone[:, j] == 1, w[:, j] / u[j, j], 0.0)  # (R,)
+        w[:, j:] -= e[:, None] * u[j, j:]
+        w[gone[:, j] == 1, j] = 0.0
+        E[:, j] = e.to(E.dtype)
+    W.copy_(w)

@@ -1,0 +1,673 @@
+// exact.cpp: contract in exact.h.
+//
+// One row is one item of work. Its live columns sit in slots, in tiles of kTile slots; V, the
+// factor so far, is kept as [panel of kPanel steps][tile][step][slot in tile], so that the part of V
+// that one tile needs is contiguous. Everything dense is one of two passes over the tiles:
+//
+//   refill  Bring the `ahead` cheapest columns up to date together: cached column -= V * (its
+//           entries of V), a product of 6 columns by kTile slots in registers. Nearly all flops are
+//           here. The next removals are almost surely among these columns, because saliencies
+//           change slowly.
+//   remove  One cached column takes the few steps made since the last refill, becomes the new
+//           column of V, and updates weights, diagonal and saliency; the next argmin falls out of
+//           the same pass.
+//
+// The argmin is always over all eligible columns with exact values; if it is not in the cache, a
+// refill comes first. So prefetch changes when columns are computed, never which one is removed.
+// At the start of a panel, when at least an eighth of the tiles could be given up, dead slots are
+// squeezed out of V and of all vectors.
+#include "exact.h"
+
+#include <limits>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace lobs::LOBS_LEVEL {
+namespace {
+
+constexpr int kVectors = kManyRegisters ? 4 : 2;
+constexpr int kRows = 6;  // 24 accumulators of 32 registers, or 12 of 16
+template <typename T>
+constexpr Index kTile = kVectors * kLanes<T>;
+constexpr Index kPanel = 128;                        // steps
+constexpr Index kLeastAhead = 48, kMostAhead = 128;  // columns brought up to date together
+constexpr Index kBins = 2048;  // of the histogram that finds the cheapest columns
+constexpr Index kMaxBlock = 64;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+LOBS_INLINE float root(float x) { return __builtin_sqrtf(x); }
+LOBS_INLINE double root(double x) { return __builtin_sqrt(x); }
+LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }
+
+template <typename T>
+struct IntegersOf;
+template <>
+struct IntegersOf<float> {
+    typedef std::int32_t type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct IntegersOf<double> {
+    typedef std::int64_t type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <typename T>
+using Integers = typename IntegersOf<T>::type;  // as many lanes as Vector<T>
+
+enum Kind : unsigned char { kGone = 0, kStays = 1, kFree = 2, kFirst = 3 };
+
+// Element counts of one worker's buffers.
+template <typename T>
+struct Sizes {
+    Index slots, ahead, rows, stride, factor, coefficients, blocks;
+
+    Sizes(Index C, const ExactPlan& plan) {
+        slots = up(C, kTile<T>);
+        ahead = C / 32;  // more of them for longer rows, whose products gain more from it
+        ahead = ahead < kLeastAhead ? kLeastAhead : least(ahead, kMostAhead);
+        ahead = least(ahead < plan.block ? plan.block : ahead, slots);
+        rows = 2 * ahead;
+        stride = slots + kTile<T>;
+        coefficients = (ahead + kRows) * (up(plan.limit, kPanel) + kPanel);
+        blocks = plan.block > 1 ? C / plan.block * plan.block * plan.block : 0;
+        // Slots are squeezed as soon as an eighth of the tiles is spare, so at most 8/7 of the tiles
+        // that live columns need are held when a panel begins.
+        factor = 0;
+        for (Index p = 0; p * kPanel < plan.limit; ++p) {
+            const Index live = up(C - p * kPanel, kTile<T>) / kTile<T>;
+            const Index tiles = least(slots / kTile<T>, (8 * live + 6) / 7);
+            const Index held = (p + 1) * kPanel * tiles * kTile<T>;
+            factor = held > factor ? held : factor;
+        }
+    }
+
+    Index bytes(Index C, const ExactPlan& plan) const {
+        const Index values = factor + rows * stride + 5 * slots + coefficients + blocks + stride;
+        const Index integers =
+            4 * slots + C + 2 * rows + 2 * ahead + kBins + (plan.group > 0 ? C / plan.group : 0);
+        return values * static_cast<Index>(sizeof(T)) + integers * 4 + slots + 64 * 24;
+    }
+};
+
+template <typename T>
+class Row {
+   public:
+    Row(unsigned char* memory, const T* A, Index C, const ExactPlan& plan)
+        : A_(A), C_(C), plan_(plan), size_(C, plan), at_(memory) {
+        take(V_, size_.factor);
+        take(cache_, size_.rows * size_.stride);
+        take(w_, size_.slots);
+        take(diag_, size_.slots);
+        take(bar_, size_.slots);
+        take(cost_, size_.slots);
+        take(coefficient_, size_.coefficients);
+        take(block_, size_.blocks);
+        take(first_diag_, size_.slots);
+        take(column_, size_.slots);
+        take(cached_, size_.slots);
+        take(slot_, C);
+        take(row_slot_, size_.rows);
+        take(row_stamp_, size_.rows);
+        take(chosen_, size_.ahead);
+        take(members_, size_.ahead);
+        take(bins_, kBins);
+        take(taken_, plan.group > 0 ? C / plan.group : 0);
+        take(present_, size_.slots / kLanes<T>);
+        take(keep_, size_.slots / kLanes<T>);
+        take(line_, size_.stride);
+        take(kind_, size_.slots);
+    }
+
+    // Returns the number of removals; *lost tells whether rounding ended the row early.
+    Index run(std::int32_t* order, T* loss, T* W, const unsigned char* state, Interrupt& interrupt,
+              int worker, unsigned char* lost) {
+        *lost = 0;
+        begin(W, state);
+        Index best = plan_.block > 1 ? cheapest_block() : cheapest();
+        while (best >= 0 && j_ + plan_.block <= plan_.limit) {
+            if (first_left_ == 0 && static_cast<double>(lowest_) > plan_.stop) break;
+            if (j_ % kPanel == 0) squeeze(&best);
+            if (cached_[best] < 0 || row_stamp_[cached_[best]] < refilled_) {
+                if (interrupt.asked(worker)) return 0;
+                refill(best);
+            }
+            const Index begun = j_;
+            Index q = best;
+            const bool last = j_ + plan_.block == plan_.limit && !plan_.update;
+            for (Index b = 0; b < plan_.block; ++b, ++q) {
+                if (!(diag_[q] > static_cast<T>(plan_.floor) * first_diag_[q])) {
+                    *lost = 1;
+                    return begun;
+                }
+                order[j_] = column_[q];
+                loss[j_] = w_[q] * w_[q] / diag_[q];
+                drop(q);
+                if (!last || plan_.block > 1) best = remove(q);
+                ++j_;
+            }
+            if (first_left_ == 0 && waiting_) release(), best = -2;
+            if (plan_.block > 1)
+                best = cheapest_block();
+            else if (best == -2 || last)
+                best = cheapest();
+        }
+        if (plan_.update) write(W);
+        return j_;
+    }
+
+   private:
+    template <typename U>
+    void take(U*& p, Index count) {
+        p = reinterpret_cast<U*>(at_);
+        at_ += up(count * static_cast<Index>(sizeof(U)), 64);
+    }
+
+    LOBS_INLINE T* factor(Index tile, Index step) const {
+        return V_ + ((step / kPanel * tiles_ + tile) * kPanel + step % kPanel) * kTile<T>;
+    }
+    LOBS_INLINE T* row(Index r) const { return cache_ + r * size_.stride; }
+
+    void begin(const T* W, const unsigned char* state) {
+        const Index whole = plan_.group > 0   ? C_ - C_ % plan_.group
+                            : plan_.block > 1 ? C_ - C_ % plan_.block
+                                              : C_;
+        slots_ = 0;
+        first_left_ = 0;
+        eligible_ = 0;
+        for (Index i = 0; i < C_; ++i) {
+            const unsigned char asked = state == nullptr ? 0 : state[i];
+            const bool stays = asked == 2 || i >= whole;
+            slot_[i] = -1;
+            if (stays && !plan_.update) continue;
+            const Index s = slots_++;
+            slot_[i] = static_cast<std::int32_t>(s);
+            column_[s] = static_cast<std::int32_t>(i);
+            kind_[s] = stays ? kStays : asked == 1 ? kFirst : kFree;
+            first_left_ += kind_[s] == kFirst;
+            w_[s] = W[i];
+            diag_[s] = first_diag_[s] = A_[i * C_ + i];
+        }
+        tiles_ = up(slots_, kTile<T>) / kTile<T>;
+        for (Index s = slots_; s < tiles_ * kTile<T>; ++s) {
+            column_[s] = 0;
+            kind_[s] = kGone;
+            w_[s] = 0;
+            diag_[s] = first_diag_[s] = 1;
+        }
+        waiting_ = first_left_ > 0;
+        for (Index s = 0; s < tiles_ * kTile<T>; ++s) {
+            cached_[s] = -1;
+            const bool now = kind_[s] == (waiting_ ? kFirst : kFree);
+            bar_[s] = now ? T(0) : kInfinity<T>;
+        }
+        for (Index r = 0; r < size_.rows; ++r) row_slot_[r] = -1;
+        for (Index g = 0; plan_.group > 0 && g < C_ / plan_.group; ++g) taken_[g] = 0;
+        if (plan_.group > 0 && plan_.per_group == 0)
+            for (Index s = 0; s < slots_; ++s) close(s);
+        note_present();
+        live_ = slots_;
+        j_ = 0;
+        refilled_ = 0;
+        if (plan_.block > 1) begin_blocks();
+    }
+
+    // q leaves; its group may close.
+    void drop(Index q) {
+        first_left_ -= kind_[q] == kFirst;
+        kind_[q] = kGone;
+        bar_[q] = kInfinity<T>;
+        slot_[column_[q]] = -1;
+        --live_;
+        if (cached_[q] >= 0) row_slot_[cached_[q]] = -1;  // still there for this removal
+        if (plan_.group == 0) return;
+        const Index g = column_[q] / plan_.group;
+        if (++taken_[g] < plan_.per_group) return;
+        for (Index i = g * plan_.group; i < (g + 1) * plan_.group; ++i)
+            if (slot_[i] >= 0) close(slot_[i]);
+    }
+
+    void close(Index s) {
+        if (kind_[s] != kFree) return;
+        bar_[s] = kInfinity<T>;
+        kind_[s] = plan_.update ? kStays : kGone;
+        if (plan_.update) return;
+        slot_[column_[s]] = -1;
+        --live_;
+        if (cached_[s] >= 0) row_slot_[cached_[s]] = -1;
+    }
+
+    // All that had to go first have gone: the others may go.
+    void release() {
+        waiting_ = false;
+        for (Index s = 0; s < slots_; ++s)
+            if (kind_[s] == kFree) bar_[s] = 0;
+    }
+
+    // Costs of all slots, and the lowest.
+    Index cheapest() {
+        lowest_ = kInfinity<T>;
+        Index best = -1;
+        for (Index s = 0; s < slots_; ++s) {
+            const T own = w_[s] * w_[s] / diag_[s];
+            cost_[s] = own > bar_[s] ? own : bar_[s];
+            if (cost_[s] < lowest_) lowest_ = cost_[s], best = s;
+        }
+        return best;
+    }
+
+    // ---- the dense passes ------------------------------------------------------------------------
+
+    // Removes q: finishes its column, updates everything, returns the next cheapest slot.
+    Index remove(Index q) {
+        const std::int32_t r = cached_[q];
+        const Index from = row_stamp_[r];
+        const T* column = row(r);
+        T* coefficient = coefficient_;
+        for (Index i = from; i < j_; ++i)
+            coefficient[i - from] = -factor(q / kTile<T>, i)[q % kTile<T>];
+        const T scale = 1 / root(diag_[q]);
+        const T z = w_[q] * scale;
+        Vector<T> lowest = Vector<T>{} + kInfinity<T>;
+        Integers<T> where = Integers<T>{} - 1;
+        Integers<T> lane;
+        for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
+        for (Index t = 0; t < tiles_; ++t) {
+            const Index s = t * kTile<T>;
+            Vector<T> v[kVectors];
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k) v[k] = load(column + s + k * kLanes<T>);
+            for (Index i = from; i < j_;) {
+                const Index end = least(j_, (i / kPanel + 1) * kPanel);
+                const T* V = factor(t, i);
+                for (; i < end; ++i, V += kTile<T>) {
+                    const T c = coefficient[i - from];
+#pragma GCC unroll 4
+                    for (int k = 0; k < kVectors; ++k) v[k] += c * load(V + k * kLanes<T>);
+                }
+            }
+            T* out = factor(t, j_);
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k) {
+                const Index at = s + k * kLanes<T>;
+                const Vector<T> made = v[k] * scale;
+                const Vector<T> w = load(w_ + at) - z * made;
+                const Vector<T> d = load(diag_ + at) - made * made;
+                store(out + k * kLanes<T>, made);
+                store(w_ + at, w);
+                store(diag_ + at, d);
+                const Vector<T> own = w * w / d, bar = load(bar_ + at);
+                const Vector<T> cost = own > bar ? own : bar;
+                const Integers<T> better = cost < lowest;
+                lowest = better ? cost : lowest;
+                where = better ? lane : where;
+                lane += kLanes<T>;
+            }
+        }
+        cached_[q] = -1;
+        if (plan_.block > 1) update_blocks();
+        Index best = -1;
+        lowest_ = kInfinity<T>;
+        for (int l = 0; l < kLanes<T>; ++l)
+            if (where[l] >= 0 && (lowest[l] < lowest_ || (lowest[l] == lowest_ && where[l] < best)))
+                lowest_ = lowest[l], best = where[l];
+        return best;
+    }
+
+    void refill(Index best) {
+        if (plan_.block == 1) cheapest();
+        const Index wanted = least(size_.ahead, 8 + (plan_.limit - j_) * 5 / 4);
+        const Index count = choose(best, wanted > plan_.block ? wanted : plan_.block);
+        // Rows of the cache for those that have none: free ones, then those not chosen.
+        Index fresh = 0, kept = 0, r = 0;
+        for (Index m = 0; m < count; ++m)
+            if (cached_[chosen_[m]] >= 0) members_[count - ++kept] = chosen_[m];
+        for (Index m = 0; m < kept; ++m) row_slot_[cached_[members_[count - 1 - m]]] = -2;
+        for (Index m = 0; m < count; ++m) {
+            const Index s = chosen_[m];
+            if (cached_[s] >= 0) continue;
+            while (r < size_.rows && row_slot_[r] != -1) ++r;
+            if (r == size_.rows) {
+                for (Index e = 0; e < size_.rows; ++e)  // give up everything not chosen
+                    if (row_slot_[e] >= 0) cached_[row_slot_[e]] = -1, row_slot_[e] = -1;
+                r = 0;
+                while (row_slot_[r] != -1) ++r;
+            }
+            row_slot_[r] = -2;
+            cached_[s] = static_cast<std::int32_t>(r);
+            row_stamp_[r] = 0;
+            members_[fresh++] = static_cast<std::int32_t>(s);
+            fetch(s, row(r));
+        }
+        for (Index m = 0; m < count; ++m) row_slot_[cached_[members_[m]]] = members_[m];
+        // By stamp, so that a group starts where its oldest column stands.
+        for (Index m = fresh + 1; m < count; ++m) {
+            const std::int32_t s = members_[m];
+            Index i = m;
+            for (; i > fresh && row_stamp_[cached_[members_[i - 1]]] > row_stamp_[cached_[s]]; --i)
+                members_[i] = members_[i - 1];
+            members_[i] = s;
+        }
+        if (j_ > 0) advance(fresh, count);
+        for (Index m = 0; m < count; ++m)
+            row_stamp_[cached_[members_[m]]] = static_cast<std::int32_t>(j_);
+        refilled_ = j_;
+    }
+
+    // A[:, column of s] over the slots.
+    void fetch(Index s, T* out) const {
+        const T* a = A_ + static_cast<Index>(column_[s]) * C_;
+        T* const end = out + tiles_ * kTile<T>;
+        Index i = 0;
+        for (; i + kLanes<T> <= C_; i += kLanes<T>)
+            if (const unsigned keep = present_[i / kLanes<T>]) out = compress(out, a + i, keep);
+        for (; i < C_; ++i)
+            if (present_[i / kLanes<T>] >> i % kLanes<T> & 1) *out++ = a[i];
+        while (out < end) *out++ = 0;
+    }
+
+    // Remembers which columns have a slot.
+    void note_present() {
+        for (Index i = 0; i < C_; i += kLanes<T>) present_[i / kLanes<T>] = 0;
+        for (Index s = 0; s < slots_; ++s)
+            present_[column_[s] / kLanes<T>] |= 1u << column_[s] % kLanes<T>;
+    }
+
+    // members_[0 .. fresh) stand at step 0, the others further on: bring all to step j.
+    void advance(Index fresh, Index count) {
+        Index groups = 0;
+        Group group[kMostAhead / kRows + 4];
+        T* coefficient = coefficient_;
+        for (Index m = 0; m < count;) {
+            const Index end = least(m + kRows, m < fresh ? fresh : count);
+            Group& g = group[groups++];
+            g.size = static_cast<int>(end - m);
+            g.from = row_stamp_[cached_[members_[m]]];
+            g.coefficient = coefficient;
+            for (int r = 0; r < g.size; ++r) {
+                const Index s = members_[m + r];
+                g.row[r] = row(cached_[s]);
+                gather(s, g.from, row_stamp_[cached_[s]], coefficient + r, g.size);
+            }
+            coefficient += (j_ - g.from) * g.size;
+            m = end;
+        }
+        for (Index t = 0; t < tiles_; ++t)
+            for (Index p = 0; p < j_; p += kPanel)
+                for (Index g = 0; g < groups; ++g) {
+                    const Index from = group[g].from > p ? group[g].from : p;
+                    const Index to = least(j_, p + kPanel);
+                    if (from >= to) continue;
+                    const T* c = group[g].coefficient + (from - group[g].from) * group[g].size;
+                    const T* V = factor(t, from);
+                    switch (group[g].size) {
+                        case 6:
+                            product<6>(group[g], t, c, V, to - from);
+                            break;
+                        case 5:
+                            product<5>(group[g], t, c, V, to - from);
+                            break;
+                        case 4:
+                            product<4>(group[g], t, c, V, to - from);
+                            break;
+                        case 3:
+                            product<3>(group[g], t, c, V, to - from);
+                            break;
+                        case 2:
+                            product<2>(group[g], t, c, V, to - from);
+                            break;
+                        default:
+                            product<1>(group[g], t, c, V, to - from);
+                    }
+                }
+    }
+
+    struct Group {
+        int size;
+        Index from;
+        const T* coefficient;
+        T* row[kRows];
+    };
+
+    template <int kCount>
+    LOBS_INLINE static void product(const Group& g, Index t, const T* c, const T* V, Index steps) {
+        Vector<T> sum[kCount][kVectors];
+#pragma GCC unroll 6
+        for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k)
+                sum[r][k] = load(g.row[r] + t * kTile<T> + k * kLanes<T>);
+        multiply<T, kCount, kVectors>(sum, steps, c, kCount, 1, V, kTile<T>);
+#pragma GCC unroll 6
+        for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k)
+                store(g.row[r] + t * kTile<T> + k * kLanes<T>, sum[r][k]);
+    }
+
+    // out[(i - from) * stride] = -V[i][s] for i in stamp .. j, zero before.
+    void gather(Index s, Index from, Index stamp, T* out, int stride) const {
+        for (Index i = from; i < stamp; ++i) *out = 0, out += stride;
+        for (Index i = stamp; i < j_;) {
+            const Index end = least(j_, (i / kPanel + 1) * kPanel);
+            const T* V = factor(s / kTile<T>, i) + s % kTile<T>;
+            for (; i < end; ++i, V += kTile<T>) *out = -*V, out += stride;
+        }
+    }
+
+    // The `wanted` cheapest eligible slots, about, in rising order, with all of the cheapest block;
+    // returns how many.
+    Index choose(Index best, Index wanted) {
+        const Index slots = tiles_ * kTile<T>;
+        auto key = [&](Index s) {
+            const float c = static_cast<float>(cost_[s]);
+            std::uint32_t bits;
+            std::memcpy(&bits, &c, sizeof bits);
+            return bits;
+        };
+        std::uint32_t low = 0;
+        Index below = 0;
+        for (int shift = 20; shift >= 9; shift -= 11) {  // two rounds of 11 bits
+            std::memset(bins_, 0, kBins * sizeof *bins_);
+            for (Index s = 0; s < slots; ++s) {
+                const std::uint32_t k = key(s);
+                if (shift == 20 ? k < 0x7f800000u : (k ^ low) >> 20 == 0)
+                    ++bins_[k >> shift & (kBins - 1)];
+            }
+            Index b = 0;
+            while (b < kBins - 1 && below + bins_[b] < wanted) below += bins_[b++];
+            low |= static_cast<std::uint32_t>(b) << shift;
+        }
+        const std::uint32_t high = low + (1u << 9);
+        Index count = 0;
+        for (Index b = 0; b < plan_.block; ++b)
+            chosen_[count++] = static_cast<std::int32_t>(best + b);
+        Index spare = wanted - below;
+        for (Index s = 0; s < slots && count < wanted; ++s) {
+            const std::uint32_t k = key(s);
+            if (k >= 0x7f800000u || k >= high || (s >= best && s < best + plan_.block)) continue;
+            if (k >= low && --spare < 0) continue;
+            chosen_[count++] = static_cast<std::int32_t>(s);
+        }
+        return count;
+    }
+
+    // ---- squeezing -------------------------------------------------------------------------------
+
+    void squeeze(Index* best) {
+        const Index after = up(live_, kTile<T>) / kTile<T>;
+        if (8 * after > 7 * tiles_) return;
+        for (Index s = 0; s < tiles_ * kTile<T>; s += kLanes<T>) keep_[s / kLanes<T>] = 0;
+        Index n = 0;
+        for (Index s = 0; s < slots_; ++s) {
+            if (kind_[s] == kGone) {
+                if (cached_[s] >= 0) row_slot_[cached_[s]] = -1;
+                continue;
+            }
+            keep_[s / kLanes<T>] |= 1u << s % kLanes<T>;
+            if (s == *best) *best = n;
+            slot_[column_[s]] = static_cast<std::int32_t>(n);
+            w_[n] = w_[s], diag_[n] = diag_[s], bar_[n] = bar_[s], cost_[n] = cost_[s];
+            first_diag_[n] = first_diag_[s];
+            column_[n] = column_[s], kind_[n] = kind_[s], cached_[n] = cached_[s];
+            if (cached_[n] >= 0) row_slot_[cached_[n]] = static_cast<std::int32_t>(n);
+            ++n;
+        }
+        const Index padded = after * kTile<T>, before = tiles_;
+        slots_ = n;
+        for (; n < padded; ++n) {
+            w_[n] = 0, diag_[n] = first_diag_[n] = 1, bar_[n] = cost_[n] = kInfinity<T>;
+            column_[n] = 0, kind_[n] = kGone, cached_[n] = -1;
+        }
+        note_present();
+        for (Index s = slots_; s < padded; ++s) line_[s] = 0;
+        for (Index r = 0; r < size_.rows; ++r) {
+            if (row_slot_[r] < 0) continue;
+            T* out = line_;
+            for (Index s = 0; s < before * kTile<T>; s += kLanes<T>)
+                out = compress(out, row(r) + s, keep_[s / kLanes<T>]);
+            for (Index s = slots_; s < padded; ++s) line_[s] = 0;
+            std::memcpy(row(r), line_, static_cast<std::size_t>(padded) * sizeof(T));
+        }
+        // In place: a step's lines are read before any of them is written, and lines of different
+        // steps never overlap.
+        for (Index p = 0; p * kPanel < j_; ++p)
+            for (Index i = 0; i < kPanel; ++i) {
+                const T* in = V_ + (p * before * kPanel + i) * kTile<T>;
+                T* out = line_;
+                for (Index t = 0; t < before; ++t, in += kPanel * kTile<T>)
+                    for (Index k = 0; k < kVectors; ++k)
+                        out = compress(out, in + k * kLanes<T>, keep_[t * kVectors + k]);
+                for (Index s = slots_; s < padded; ++s) line_[s] = 0;
+                T* to = V_ + (p * after * kPanel + i) * kTile<T>;
+                for (Index t = 0; t < after; ++t, to += kPanel * kTile<T>)
+                    std::memcpy(to, line_ + t * kTile<T>, sizeof(T) * kTile<T>);
+            }
+        tiles_ = after;
+    }
+
+    // ---- blocks of columns -----------------------------------------------------------------------
+
+    void begin_blocks() {
+        const Index b = plan_.block;
+        for (Index g = 0; g < C_ / b; ++g)
+            for (Index i = 0; i < b; ++i)
+                for (Index k = 0; k <= i; ++k)
+                    block_[(g * b + i) * b + k] = A_[(g * b + i) * C_ + g * b + k];
+    }
+
+    // The diagonal blocks follow the newest column of V.
+    void update_blocks() {
+        const Index b = plan_.block;
+        T v[kMaxBlock];
+        for (Index g = 0; g < C_ / b; ++g) {
+            const Index s = slot_[g * b + b - 1];  // the last column of a block to go
+            if (s < 0 || kind_[s] == kStays) continue;
+            const Index first = slot_[g * b] >= 0 ? 0 : b;  // a block that is going is done with
+            for (Index i = first; i < b; ++i) {
+                const Index at = s - (b - 1) + i;
+                v[i] = factor(at / kTile<T>, j_)[at % kTile<T>];
+                for (Index k = 0; k <= i; ++k) block_[(g * b + i) * b + k] -= v[i] * v[k];
+            }
+        }
+    }
+
+    // Cost of every eligible block into cost_ of its slots; the first slot of the cheapest.
+    Index cheapest_block() {
+        const Index b = plan_.block;
+        for (Index s = 0; s < tiles_ * kTile<T>; ++s) cost_[s] = kInfinity<T>;
+        lowest_ = kInfinity<T>;
+        Index best = -1;
+        for (Index g = 0; g < C_ / b; ++g) {
+            const Index s = slot_[g * b];
+            if (s < 0 || bar_[s] > 0) continue;
+            T L[kMaxBlock * kMaxBlock], y[kMaxBlock], sum = 0;
+            for (Index i = 0; i < b; ++i) {
+                y[i] = w_[s + i];
+                for (Index k = 0; k <= i; ++k) {
+                    T l = block_[(g * b + i) * b + k];
+                    for (Index m = 0; m < k; ++m) l -= L[i * b + m] * L[k * b + m];
+                    if (k < i) {
+                        L[i * b + k] = l / L[k * b + k];
+                        y[i] -= L[i * b + k] * y[k];
+                    } else {
+                        L[i * b + i] = root(l);
+                        y[i] /= L[i * b + i];
+                    }
+                }
+                sum += y[i] * y[i];
+            }
+            if (!(sum >= 0)) sum = 0;  // a lost pivot: chosen next, and reported
+            for (Index i = 0; i < b; ++i) cost_[s + i] = sum;
+            if (sum < lowest_) lowest_ = sum, best = s;
+        }
+        return best;
+    }
+
+    void write(T* W) const {
+        for (Index i = 0; i < C_; ++i) {
+            const Index s = slot_[i];
+            W[i] = s >= 0 ? w_[s] : T(0);
+        }
+    }
+
+    const T* A_;
+    Index C_;
+    const ExactPlan& plan_;
+    Sizes<T> size_;
+    unsigned char* at_;
+
+    T *V_, *cache_, *w_, *diag_, *bar_, *cost_, *coefficient_, *block_, *first_diag_;
+    std::int32_t *column_, *cached_, *slot_, *row_slot_, *row_stamp_, *chosen_, *members_, *bins_,
+        *taken_;
+    unsigned *present_, *keep_;
+    T* line_;
+    unsigned char* kind_;
+
+    Index slots_ = 0, tiles_ = 0, live_ = 0, j_ = 0, refilled_ = 0, first_left_ = 0, eligible_ = 0;
+    bool waiting_ = false;
+    T lowest_ = 0;
+};
+
+template <typename T>
+Info launch(const ExactOut& out, AnyMatrix W, const T* A, const unsigned char* state,
+            const ExactPlan& plan, const Context& context) {
+    const Index R = W.rows, C = W.columns;
+    for (Index q = 0; q < C; ++q)
+        if (!(A[q * C + q] > 0)) return {Status::not_positive, q};
+    Scratch scratch(R < context.threads ? R : context.threads, Sizes<T>(C, plan).bytes(C, plan));
+    if (!scratch.ok()) return {Status::out_of_memory, 0};
+    Interrupt interrupt(context);
+    auto body = [&](Index r, int worker) {
+        if (interrupt.asked(worker)) return;
+        Row<T> row(scratch.of<unsigned char>(worker), A, C, plan);
+        out.count[r] =
+            row.run(out.order + r * plan.limit, static_cast<T*>(out.loss) + r * plan.limit,
+                    static_cast<T*>(W.data) + r * W.row_stride,
+                    state == nullptr ? nullptr : state + r * C, interrupt, worker, out.status + r);
+    };
+    const bool whole = parallel_items(R, context, body);
+    return {whole && !interrupt.raised() ? Status::ok : Status::interrupted, 0};
+}
+
+}  // namespace
+
+Info exact_trace(const ExactOut& out, AnyMatrix W, const void* A, const unsigned char* state,
+                 const ExactPlan& plan, const Context& context) {
+    switch (W.dtype) {
+        case Dtype::f64:
+            return launch(out, W, static_cast<const double*>(A), state, plan, context);
+        case Dtype::f32:
+            return launch(out, W, static_cast<const float*>(A), state, plan, context);
+        default:
+            return {Status::unsupported, 0};
+    }
+}
+
+Index exact_bytes(Dtype dtype, Index C, const ExactPlan& plan) {
+    return dtype == Dtype::f64 ? Sizes<double>(C, plan).bytes(C, plan)
+                               : Sizes<float>(C, plan).bytes(C, plan);
+}
+
+}  // namespace lobs::LOBS_LEVEL
