@@ -81,12 +81,20 @@ def main() -> None:
             "damping": 1e-5,
             "prune_bias": True,
         },
+        "sweep": {"method": "sweep"},
+        "exact, row": {"scope": "row"},
+        "exact, layer": {"scope": "layer"},
+        "exact, layer, damping 1e-5": {"scope": "layer", "damping": 1e-5},
+        "exact, layer, exchange": {"scope": "layer", "refine": "exchange"},
+        "exact, model": {"scope": "model"},
+        "exact, model, damping 1e-5": {"scope": "model", "damping": 1e-5},
     }
     for kept, inputs in (
         ((0.067, 0.20, 0.65), "dense"),
         ((0.07, 0.09, 0.26), "pruned"),
         ((0.04, 0.08, 0.25), "pruned"),
         ((0.02, 0.06, 0.20), "pruned"),
+        ((0.01, 0.035, 0.15), "pruned"),
     ):
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():

@@ -67,15 +67,21 @@ def test_the_table_has_a_line_for_every_run(finished):
     assert lines[0][:2] == ["method", "sparsity"]
 
 
-def test_lobs_leaves_smaller_layer_errors_and_no_more_test_errors_than_magnitude(finished):
+def test_layer_errors_rank_the_methods_and_repair_beats_magnitude(finished):
     runs = json.loads((finished[0] / "demo.json").read_text())["runs"]
     after = {(run["method"], run["sparsity"]): run["error_after"] for run in runs}
     for sparsity in (0.5, 0.7):  # further up, one network says little
         assert after["lobs", sparsity] <= after["magnitude", sparsity]
     first = {(run["method"], run["sparsity"]): run["relative_errors"]["fc1"] for run in runs}
     assert all(
-        first["lobs", s] < first["wanda", s] < first["magnitude", s] for s in demo.SPARSITIES
+        first["exact", s]
+        < first["sweep", s]
+        < first["lobs", s]
+        < first["wanda", s]
+        < first["magnitude", s]
+        for s in demo.SPARSITIES
     )
+    assert all(after["exact", s] <= after["magnitude", s] for s in demo.SPARSITIES)
     assert after["lobs", 0.5] <= runs[0]["error_before"] + 0.02
     assert runs[0]["error_before"] < 0.05
 

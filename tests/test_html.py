@@ -19,6 +19,7 @@ def layer(name="fc1", **changes):
         "damping": 0.01, "damping_asked": 0.01, "rows": 1297.0, "columns": 64, "dead_columns": 4,
         "backend": "cpu_v3", "status": "ok", "notes": (), "seconds_calibrating": 0.004,
         "seconds_pruning": 0.012,
+        "optimality": 0.003, "swaps": 0,
     }  # fmt: skip
     return LayerReport(**{**values, **changes})
 

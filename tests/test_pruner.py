@@ -137,9 +137,74 @@ def test_lower_error_than_magnitude_on_a_trained_network():
         m: lobs.prune(
             copy.deepcopy(model), data, sparsity=0.6, method=m, progress=False
         ).error_bound.measured
-        for m in ("lobs", "magnitude")
+        for m in ("exact", "lobs", "magnitude")
     }
-    assert change["lobs"] < 0.7 * change["magnitude"]
+    assert change["exact"] < change["lobs"] < 0.7 * change["magnitude"]
+
+
+def test_patterns_hold_in_every_layer_and_can_be_overridden():
+    model = network()
+    report = lobs.prune(
+        model,
+        batches(),
+        sparsity=0.7,
+        overrides={"0": {"pattern": "2:4"}, "2": {"pattern": "1x5", "sparsity": 0.6}},
+        progress=False,
+    )
+    assert [x.sparsity for x in report.layers] == [0.5, 58 / 96, 0.7]
+    groups = (model[0].weight != 0).view(30, 5, 4).sum(2)
+    assert (groups == 2).all()
+    blocks = (model[2].weight != 0).view(16, 6, 5).sum(2)
+    assert ((blocks == 0) | (blocks == 5)).all()
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_one_budget_for_the_model_is_the_global_greedy(inputs):
+    """Merging all rows of all layers by the running maximum of their relative costs."""
+    model, data = network().double(), [x.double() for x in batches()]
+    original = copy.deepcopy(model)
+    report = lobs.prune(model, data, sparsity=0.7, scope="model", inputs=inputs, progress=False)
+    weights = sum(layer.weight.numel() for layer in original[::2])
+    assert sum(int((layer.weight == 0).sum()) for layer in model[::2]) == round(0.7 * weights)
+    assert report.sparsity == pytest.approx(0.7, abs=1e-3)
+    x, traced = torch.cat(data), []
+    for i in (0, 2, 4):
+        h = lobs.Hessian(original[i].in_features, bias=True).update(x)
+        t = lobs.trace_weight(original[i].weight, h, bias=original[i].bias)
+        both = torch.cat([original[i].weight, original[i].bias[:, None]], 1).detach()
+        unit = (both @ h.matrix() * both).sum()
+        traced.append((t.loss / unit).cummax(1).values)
+        x = torch.relu(original[i](x)).detach()
+    cut = torch.cat([t.reshape(-1) for t in traced]).sort().values[round(0.7 * weights) - 1]
+    expected = [int((t <= cut).sum()) for t in traced]
+    assert [int((layer.weight == 0).sum()) for layer in model[::2]] == expected
+    assert len({layer.sparsity for layer in report.layers}) == 3
+
+
+def test_a_layer_can_stay_out_of_the_budget_of_the_model():
+    report = lobs.prune(
+        network(),
+        batches(),
+        sparsity=0.5,
+        scope="model",
+        overrides={"4": {"scope": "row", "sparsity": 0.25}},
+        progress=False,
+    )
+    assert report.layers[2].sparsity == 0.25
+    removed = sum(round(x.sparsity * x.shape[0] * x.shape[1]) for x in report.layers[:2])
+    assert removed == (30 * 20 + 16 * 30) // 2
+
+
+def test_refine_is_passed_on_and_reported():
+    errors = {}
+    for refine in (None, "solve", "exchange"):
+        report = lobs.prune(
+            network(), batches(), sparsity=0.7, refine=refine, inputs="dense", progress=False
+        )
+        errors[refine] = report.layers[0].error
+        assert (sum(x.swaps for x in report.layers) > 0) == (refine == "exchange")
+        assert report.settings["refine"] == refine
+    assert errors["exchange"] < errors["solve"] * 1.0001
 
 
 # ---- choosing layers -----------------------------------------------------------------------------
@@ -164,7 +229,11 @@ def test_include_exclude_and_overrides():
     report = lobs.prune(network(), batches(), sparsity=0.5, include=["0", "4"], progress=False)
     assert [x.name for x in report.layers] == ["0", "4"]
     report = lobs.prune(
-        network(), batches(), sparsity=0.5, overrides={"2": {"threshold": 0.0}}, progress=False
+        network(),
+        batches(),
+        sparsity=0.5,
+        overrides={"2": {"method": "lobs", "threshold": 0.0}},
+        progress=False,
     )
     assert report.layers[1].asked == "threshold 0"
     assert (
@@ -184,8 +253,15 @@ def test_include_exclude_and_overrides():
         ({"inputs": "sparse"}, "inputs: 'sparse'"),
         ({"sparsity": None}, "exactly one"),
         ({"threshold": 0.1}, "exactly one"),
-        ({"method": "exact"}, "method: 'exact'"),
-        ({"scope": "model"}, "scope: 'model'"),
+        ({"method": "greedy"}, "method: 'greedy'"),
+        ({"scope": "model", "method": "lobs"}, "scope: 'model' needs method 'exact'"),
+        ({"scope": "model", "pattern": "1x5"}, "scope: 'model'"),
+        ({"scope": "network"}, "scope: 'network'"),
+        ({"refine": "polish"}, "refine: 'polish'"),
+        ({"refine": "exchange", "pattern": "1x5"}, "refine: 'exchange'"),
+        ({"sparsity": 0.7, "pattern": "2:4"}, "pattern '2:4' removes 0.5"),
+        ({"pattern": "2:4"}, r"layer '2': pattern: '2:4' does not divide rows of 30"),
+        ({"memory": 0}, "memory: 0"),
         ({"damping": -1.0}, "damping: -1"),
         ({"backend": "tpu"}, "backend"),
     ],
@@ -196,6 +272,16 @@ def test_wrong_arguments_are_named_before_anything_runs(arguments, message):
     before = states(model)
     with pytest.raises(lobs.LobsError, match=message):
         lobs.prune(model, batches(), **{"sparsity": 0.5, "progress": False, **arguments})
+    assert same(states(model), before)
+
+
+def test_too_little_memory_leaves_the_model_as_it_was():
+    model = network()
+    before = states(model)
+    with pytest.raises(
+        MemoryError, match=r"memory: one thread needs .* more than the 60000 allowed"
+    ):
+        lobs.prune(model, batches(), sparsity=0.5, memory=60_000, progress=False)
     assert same(states(model), before)
 
 
@@ -215,7 +301,8 @@ def test_wrong_arguments_are_named_before_anything_runs(arguments, message):
         ({"device": "nowhere"}, BackendError),
         ({"device": "meta"}, BackendError),
         ({"prune_bias": 1}, DtypeError),
-        ({"pattern": "2:4"}, PatternError),
+        ({"pattern": "2:4:8"}, PatternError),
+        ({"memory": 1.5}, DtypeError),
         ({"model": nn.Sequential(nn.ReLU())}, ArgumentError),
         ({"model": nn.Sequential(nn.Linear(20, 3, device="meta"))}, DtypeError),
         ({"model": nn.Sequential(emptied(nn.Linear(20, 1)))}, ArgumentError),

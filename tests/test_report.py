@@ -46,7 +46,7 @@ def test_settings_of_any_kind_can_be_saved(tmp_path):
     )
     saved = json.loads(report.save(tmp_path / "r.json").read_text())["settings"]
     assert saved["include"] == ["0"]
-    assert saved["overrides"]["0"]["pattern"] == "Unstructured(name='unstructured')"
+    assert saved["overrides"]["0"]["pattern"] == "Unstructured()"
 
 
 def test_infinities_are_legal_json(tmp_path):

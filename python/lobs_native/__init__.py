@@ -25,6 +25,7 @@ from lobs_native.hessian import Hessian, StreamingInverse
 from lobs_native.ops import backends
 from lobs_native.pruner import prune
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.trace import WeightTrace, trace_weight
 from lobs_native.weight import PrunedWeight, prune_weight
 
 __version__ = "0.1.0"
@@ -46,7 +47,9 @@ __all__ = [
     "ShapeError",
     "Skipped",
     "StreamingInverse",
+    "WeightTrace",
     "backends",
     "prune",
     "prune_weight",
+    "trace_weight",
 ]

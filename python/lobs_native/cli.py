@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    said = "train a small network on real digits, prune it three ways and compare"
+    said = "train a small network on real digits, prune it five ways and compare"
     command = commands.add_parser("demo", help=said, description=said)
     command.add_argument(
         "--out",

@@ -386,7 +386,8 @@ class StreamingInverse:
 
 
 def second_moment(H: Any, name: str) -> Tensor:
-    """Check a (C, C) second moment given as a tensor and return a float64 copy, exactly symmetric.
+    """Check a (C, C) second moment given as a tensor and return it in float64, exactly symmetric;
+    not to be written to, because it may be the tensor that was given.
 
     Both triangles must be finite and agree to 1e-4 of the largest entry; the diagonal must not be
     negative.
@@ -396,10 +397,12 @@ def second_moment(H: Any, name: str) -> Tensor:
         raise ShapeError(f"{name}: shape {tuple(given.shape)}; it must be square and not empty")
     checks.check_finite(given, name)
     moment = given.to(torch.float64)
-    difference = (moment - moment.T).abs()
-    if float(difference.max()) > 1e-4 * float(moment.abs().max()):
-        q = int(difference.argmax())
-        i, j = divmod(q, moment.shape[0])
+    pieces = range(0, len(moment), 512)  # so that temporaries stay small
+    apart = torch.tensor([_skew(moment, i).amax() for i in pieces])
+    if float(apart.max()) > 1e-4 * max(float(moment.max()), -float(moment.min())):
+        first = pieces[int(apart.argmax())]
+        i, j = divmod(int(_skew(moment, first).argmax()), len(moment))
+        i += first
         raise ArgumentError(
             f"{name}: not symmetric: {float(moment[i, j])} at ({i}, {j}) but "
             f"{float(moment[j, i])} at ({j}, {i}); pass both triangles"
@@ -410,7 +413,14 @@ def second_moment(H: Any, name: str) -> Tensor:
         raise NotPositiveDefiniteError(
             f"{name}: {float(moment[q, q])} at ({q}, {q}); a second moment has no negative diagonal"
         )
-    return ((moment + moment.T) / 2).contiguous()
+    if float(apart.max()) == 0:
+        return moment.contiguous()
+    return (moment + moment.T).div_(2).contiguous()
+
+
+def _skew(moment: Tensor, first: int, rows: int = 512) -> Tensor:
+    """|M - M^T| for some rows of M."""
+    return (moment[first : first + rows] - moment[:, first : first + rows].T).abs()
 
 
 @dataclass(frozen=True)
@@ -437,15 +447,16 @@ def invert(H: Tensor, damping: float, what: str) -> Inverse:
             torch.eye(len(H), dtype=H.dtype, device=H.device), 1.0, damping, raised=False
         )
     scale = math.ldexp(1.0, math.frexp(mean)[1])
-    scaled = H / scale
-    mean = float(scaled.diagonal().mean())
+    mean /= scale
     for factor in LADDER:
         used = damping * factor
-        damped = scaled.clone()
+        damped = H / scale
         damped.diagonal().add_(used * mean)
         L, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info) == 0:
             A = torch.cholesky_inverse(L)
+            del L
             if bool(torch.isfinite(A).all()) and bool((A.diagonal() > 0).all()):
                 return Inverse(A, scale, used, raised=factor > 1)
         if damping == 0:

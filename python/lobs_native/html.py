@@ -248,6 +248,7 @@ _LAYER_HEADER = (
     "Sparsity",
     "Relative error",
     "Error",
+    "Optimality",
     "Damping",
     "Inputs",
     "Backend",
@@ -261,7 +262,9 @@ def _layers(report: Report) -> str:
     largest = max(errors, default=0.0)
     caption = (
         "Error is tr(dW H dWᵀ) with the layer's own inputs; relative error is its share of "
-        "tr(W H Wᵀ). Bars compare with the table's largest. Seconds are calibrating + pruning."
+        "tr(W H Wᵀ). Bars compare with the table's largest. Optimality is how far the kept "
+        "weights are from the best for their mask, in units of rounding: below 30, they are it. "
+        "Seconds are calibrating + pruning."
     )
     body = "".join(_layer(layer, largest) for layer in report.layers)
     return "<h2>Layers</h2>" + _table_of(_LAYER_HEADER, body, caption, kind="layers")
@@ -280,6 +283,7 @@ def _layer(layer: LayerReport, largest: float) -> str:
         _percent(layer.sparsity),
         _number(layer.relative_error) + _bar(layer.relative_error, largest),
         _number(layer.error),
+        _number(layer.optimality) + _small(f"{layer.swaps} swaps" if layer.swaps else ""),
         f"{layer.damping:g}" + _small(asked_damping),
         f"{_number(layer.rows)} × {layer.columns:,}" + _small(dead),
         _text(layer.backend),

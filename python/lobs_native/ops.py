@@ -798,9 +798,7 @@ def _affordable(chosen: str, dtype: torch.dtype, C: int, plan: _Plan, memory: in
     return min(threads(), memory // each)
 
 
-def support_solve_(
-    X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None
-) -> str:
+def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None) -> str:
     """Solve one small symmetric system per row, all cut from one matrix: ``M[P, P] x = b[P]``.
 
     Parameters
@@ -852,9 +850,7 @@ def support_solve_(
     if name == "reference":
         row = reference.support_solve_(X, M, P)
     else:
-        status, row = _core.support_solve(
-            name, _crossing(X), M.data_ptr(), P.data_ptr(), threads()
-        )
+        status, row = _core.support_solve(name, _crossing(X), M.data_ptr(), P.data_ptr(), threads())
         if status != 2:
             _memory(status)
             row = -1

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import platform
 import time
 import warnings
@@ -19,10 +20,18 @@ from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
 from lobs_native.calibration import Forward, Run, batches_of, calibrate, hooked, measure_change
-from lobs_native.errors import ArgumentError, DtypeError, NonFiniteError, NotPositiveDefiniteError
+from lobs_native.errors import (
+    ArgumentError,
+    DtypeError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    PatternError,
+)
+from lobs_native.greedy import Greedy, cut_together
 from lobs_native.hessian import Hessian
 from lobs_native.layers import LAYERS, Layer, layer_for
-from lobs_native.patterns import pattern_of
+from lobs_native.patterns import GroupsOf, Unstructured, check_fit, pattern_of
+from lobs_native.problem import Problem, nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
 from lobs_native.weight import (
     METHODS,
@@ -31,6 +40,7 @@ from lobs_native.weight import (
     Target,
     check_choice,
     check_damping,
+    check_refine,
     few_rows,
     prune_groups,
 )
@@ -51,11 +61,18 @@ class Plan:
     scope: str
     damping: float
     prune_bias: bool
+    refine: str | None
 
     @property
     def asked(self) -> str:
         """The target as people write it."""
         return next(f"{k} {v:g}" for k, v in vars(self.target).items() if v is not None)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the layer that may be removed."""
+        layer = self.layer
+        return layer.groups * layer.rows * (layer.width + self.prune_bias)
 
 
 _OVERRIDABLE = (
@@ -67,6 +84,7 @@ _OVERRIDABLE = (
     "scope",
     "damping",
     "prune_bias",
+    "refine",
 )
 _TARGETS = ("sparsity", "threshold", "max_error")
 
@@ -78,17 +96,19 @@ def prune(
     sparsity: float | None = None,
     threshold: float | None = None,
     max_error: float | None = None,
-    method: str = "lobs",
+    method: str = "exact",
     pattern: Any = "unstructured",
     scope: str = "layer",
     damping: float = 0.01,
     prune_bias: bool = False,
+    refine: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     inputs: str = "pruned",
     forward: Forward | None = None,
     device: torch.device | str | None = None,
+    memory: int | None = None,
     backend: str | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -108,14 +128,21 @@ def prune(
         usual. An iterator that can be read only once is kept in memory, since the data is needed
         more than once.
     sparsity, threshold, max_error
-        Exactly one, for every layer: see :func:`lobs_native.prune_weight`.
-    method, pattern, scope, damping, prune_bias, backend
+        Exactly one, for every layer: see :func:`lobs_native.prune_weight`. With an N:M pattern,
+        none.
+    method, pattern, damping, prune_bias, refine, memory, backend
         As in :func:`lobs_native.prune_weight`.
+    scope : "layer", "row" or "model"
+        As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers, by their
+        exact cost relative to the layer's ``tr(W H W^T)`` on the original network's inputs, and
+        removes the share ``sparsity`` of all of them. It needs method "exact", single weights, one
+        more pass over the data, and the second moments of all layers in memory at once.
     include, exclude : glob or list of globs on module names
         Default: every nn.Linear and nn.Conv2d. A glob that matches no layer is an error.
     overrides : {glob: {argument: value}}
         Other arguments for some layers, for example ``{"classifier": {"sparsity": 0.3}}``; later
-        ones win. A target (sparsity, threshold, max_error) replaces the target from before.
+        ones win. A target (sparsity, threshold, max_error) or an N:M pattern replaces the target
+        from before.
     inputs : "pruned" or "dense"
         Whether a layer is calibrated on what the already pruned network feeds it, or on the
         original network's activations (the paper, and Theorem 3.2 as printed; one pass over the
@@ -159,6 +186,7 @@ def prune(
         "scope": scope,
         "damping": damping,
         "prune_bias": prune_bias,
+        "refine": refine,
     }
     settings = {
         **{
@@ -171,10 +199,12 @@ def prune(
         "inputs": inputs,
         "device": None if device is None else str(device),
         "backend": backend,
+        "memory": memory,
         "seed": seed,
         "threads": ops.threads(),
     }
     plans = _plan(model, defaults, include, exclude, overrides)
+    memory = None if memory is None else checks.positive_int(memory, "memory")
     check_choice(inputs, "inputs", ("pruned", "dense"))
     if forward is not None and not callable(forward):
         raise DtypeError(f"forward: expected callable(model, batch), got {type(forward).__name__}")
@@ -195,7 +225,8 @@ def prune(
     try:
         with run.evaluating():
             order, skipped = _order(plans, run, explicit=include is not None)
-            done = _prune_layers(order, run, inputs, backend)
+            order = _allocate(order, run, memory, backend)
+            done = _prune_layers(order, run, inputs, memory, backend)
             error_bound = _bound(model, run, order, done, originals, inputs)
     except BaseException:
         _restore(model, originals)
@@ -318,7 +349,8 @@ def _plan(
                     f"overrides[{glob!r}]: {sorted(unknown)} unknown; known: "
                     f"{', '.join(_OVERRIDABLE)}"
                 )
-            if any(key in changes for key in _TARGETS):
+            grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
+            if grouped or any(key in changes for key in _TARGETS):
                 settings.update(dict.fromkeys(_TARGETS))
             settings.update(changes)
         plans.append(_plan_layer(layer, settings))
@@ -327,9 +359,23 @@ def _plan(
 
 def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
     method = check_choice(settings["method"], "method", METHODS)
-    target = Target.of(settings["sparsity"], settings["threshold"], settings["max_error"], method)
-    pattern_of(settings["pattern"])
-    scope = check_choice(settings["scope"], "scope", SCOPES)
+    pattern = pattern_of(settings["pattern"])
+    target = Target.of(
+        settings["sparsity"], settings["threshold"], settings["max_error"], method, pattern
+    )
+    scope = check_choice(settings["scope"], "scope", (*SCOPES, "model"))
+    refine = check_refine(settings["refine"], pattern)
+    if scope == "model" and not (
+        method == "exact" and isinstance(pattern, Unstructured) and target.sparsity is not None
+    ):
+        raise ArgumentError(
+            "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "
+            "'layer'"
+        )
+    try:
+        check_fit(pattern, layer.width, None, prune_bias=False)
+    except PatternError as error:
+        raise PatternError(f"layer {layer.name!r}: {error}") from error
     prune_bias = checks.flag(settings["prune_bias"], "prune_bias")
     for name, parameter in layer.parameters.items():
         value = checks.tensor(parameter, name)
@@ -343,10 +389,11 @@ def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
         layer,
         target,
         method,
-        settings["pattern"],
+        pattern,
         scope,
         check_damping(settings["damping"]),
         prune_bias and layer.bias() is not None,
+        refine,
     )
 
 
@@ -398,12 +445,59 @@ def _order(plans: Sequence[Plan], run: Run, explicit: bool) -> tuple[list[Plan],
     return [by_name[name] for name in called], skipped
 
 
+# ---- one budget for several layers ---------------------------------------------------------------
+
+
+def _allocate(
+    order: Sequence[Plan], run: Run, memory: int | None, backend: str | None
+) -> list[Plan]:
+    """Plans with scope "model" get the sparsity that their common budget leaves them.
+
+    Cut at that sparsity, a layer loses exactly the weights that the common cut takes from it.
+    """
+    together = [plan for plan in order if plan.scope == "model"]
+    if not together:
+        return list(order)
+    moments = calibrate([p.layer for p in together], run, "calibrate all layers")
+    parts, unit, budget = [], [], 0
+    for plan in together:
+        layer = plan.layer
+        try:
+            problem = Problem.of(
+                layer.weight(),
+                layer.bias(),
+                [h.matrix() for h in moments.pop(layer.name)],
+                damping=plan.damping,
+                inverted=True,
+                prune_bias=plan.prune_bias,
+                mask=None,
+                backend=ops.select_backend(backend, layer.weight().device),
+                memory=memory,
+            )
+        except (NonFiniteError, NotPositiveDefiniteError) as error:
+            raise type(error)(f"layer {layer.name!r}: {error}") from error
+        greedy = Greedy(problem, plan.pattern)
+        energy = problem.energy()
+        parts.append(greedy)
+        unit.append(greedy.unit_cost() / energy if energy > 0 else 1.0)
+        assert plan.target.sparsity is not None
+        budget += nearest_count(plan.target.sparsity, plan.weights)
+    gone = cut_together(parts, unit, budget)
+    changed = {}
+    for plan, g in zip(together, gone, strict=True):
+        target = Target(sparsity=int(g.sum()) / plan.weights)
+        changed[plan.layer.name] = dataclasses.replace(plan, target=target)
+    return [changed.get(plan.layer.name, plan) for plan in order]
+
+
 # ---- the layers, one after another ---------------------------------------------------------------
 
 _Done = dict[str, tuple[LayerReport, PrunedWeight]]
 
 
-def _prune_layers(order: Sequence[Plan], run: Run, inputs: str, backend: str | None) -> _Done:
+def _prune_layers(
+    order: Sequence[Plan], run: Run, inputs: str, memory: int | None, backend: str | None
+) -> _Done:
     done: _Done = {}
     bar = tqdm(
         total=len(order), desc="layers", unit="layer", disable=None if run.progress else True
@@ -417,7 +511,8 @@ def _prune_layers(order: Sequence[Plan], run: Run, inputs: str, backend: str | N
             moments = calibrate([p.layer for p in piece], run, f"calibrate {names}")
             calibrating = (time.perf_counter() - begun) / len(piece)
             for plan in piece:
-                report, out = _prune_layer(plan, moments.pop(plan.layer.name), backend, calibrating)
+                mine = moments.pop(plan.layer.name)
+                report, out = _prune_layer(plan, mine, memory, backend, calibrating)
                 done[plan.layer.name] = (report, out)
                 if inputs == "pruned":
                     plan.layer.write_back(out.weight, out.bias)
@@ -444,7 +539,11 @@ def _passes(order: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def _prune_layer(
-    plan: Plan, moments: Sequence[Hessian], backend: str | None, calibrating: float
+    plan: Plan,
+    moments: Sequence[Hessian],
+    memory: int | None,
+    backend: str | None,
+    calibrating: float,
 ) -> tuple[LayerReport, PrunedWeight]:
     layer = plan.layer
     rows = moments[0].rows
@@ -456,10 +555,12 @@ def _prune_layer(
             target=plan.target,
             method=plan.method,
             pattern=plan.pattern,
-            scope=plan.scope,
+            scope="layer" if plan.scope == "model" else plan.scope,
             bias=layer.bias(),
             prune_bias=plan.prune_bias,
             damping=plan.damping,
+            refine=plan.refine,
+            memory=memory,
             backend=backend,
             notes=notes,
         )
@@ -477,6 +578,8 @@ def _prune_layer(
         relative_error=out.relative_error,
         damping=out.damping,
         damping_asked=plan.damping,
+        optimality=out.optimality,
+        swaps=out.swaps,
         rows=rows,
         columns=layer.width,
         dead_columns=out.dead_columns,

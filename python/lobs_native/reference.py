@@ -188,9 +188,7 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor) -> int:
     return -1
 
 
-def sweep_block_(
-    W: Tensor, U: Tensor, gone: Tensor, E: Tensor, group: int, per_group: int
-) -> None:
+def sweep_block_(W: Tensor, U: Tensor, gone: Tensor, E: Tensor, group: int, per_group: int) -> None:
     """One block of SparseGPT's sweep, column by column: W (R, B), U (B, B) upper, gone and E (R,
     B)."""
     w = W.to(torch.float64)
@@ -209,3 +207,58 @@ def sweep_block_(
         w[gone[:, j] == 1, j] = 0.0
         E[:, j] = e.to(E.dtype)
     W.copy_(w)
+
+
+def exchange_(
+    W: Tensor, A: Tensor, kept: Tensor, fixed: Tensor | None, group: int, limit: int
+) -> tuple[Tensor, Tensor, int]:
+    """Each row of W (R, C) swaps one kept weight against one removed one while that helps.
+
+    Returns the swaps made (R,) int64, the error left (R,) float64 and -1, or the first row for
+    which A lost definiteness; that row of W and ``kept`` is as it was.
+    """
+    R, C = W.shape
+    swaps = torch.zeros(R, dtype=torch.int64, device=W.device)
+    left = torch.zeros(R, dtype=torch.float64, device=W.device)
+    group_of = torch.arange(C, device=W.device) // (group or C or 1)
+    bad = -1
+    for r in range(R):
+        free = torch.ones(C, dtype=torch.bool, device=W.device) if fixed is None else ~fixed[r]
+        try:
+            done = _exchange_row(W[r], A, kept[r], free, group_of, limit)
+        except RuntimeError:  # LinAlgError: not positive definite
+            bad = r if bad < 0 else bad
+            continue
+        S, w, swaps[r], left[r] = done
+        kept[r], W[r] = S, w
+    return swaps, left, bad
+
+
+def _exchange_row(
+    w0: Tensor, A: Tensor, kept: Tensor, free: Tensor, group_of: Tensor, limit: int
+) -> tuple[Tensor, Tensor, int, float]:
+    """The final kept set (C,), the weights (C,), the number of swaps, and the error left."""
+    S, done = kept.clone(), 0
+    while True:
+        i, j = torch.nonzero(S)[:, 0], torch.nonzero(~S)[:, 0]  # kept, removed
+        K = torch.cholesky_inverse(torch.linalg.cholesky(A[j][:, j]))  # raises
+        x = K @ w0[j]
+        w = w0 - A[:, j] @ x
+        w[j] = 0.0
+        error = float(x @ w0[j])
+        if done >= limit or not len(i) or not len(j):
+            return S, w, done, max(error, 0.0)
+        T = A[i][:, j] @ K  # (kept, removed)
+        D = A.diagonal()[i] - (T * A[i][:, j]).sum(dim=1)
+        ratio = x / K.diagonal()
+        share = T / K.diagonal()
+        cost = (w[i, None] + T * ratio) ** 2 / (D[:, None] + T * share)  # of removing i, j back
+        net = cost - x * ratio
+        allowed = free[i, None] & free[j] & (group_of[i, None] == group_of[j])
+        net = torch.where(allowed, net, torch.inf)
+        best = int(net.argmin())  # the first: the lowest i, then the lowest j
+        if not float(net.view(-1)[best]) < -1e-9 * error:
+            return S, w, done, max(error, 0.0)
+        row, column = divmod(best, len(j))
+        S[i[row]], S[j[column]] = False, True
+        done += 1

@@ -35,6 +35,8 @@ class LayerReport:
     relative_error: float  # error / tr(W H W^T)
     damping: float  # used; 0 where the method inverts nothing
     damping_asked: float
+    optimality: float  # worst row's distance from the best weights for its mask, in rounding units
+    swaps: int  # exchanges of a kept against a removed weight
     rows: float  # input rows (tokens, samples, patches) that H is the mean of
     columns: int  # width of H, without the bias
     dead_columns: int

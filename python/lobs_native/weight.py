@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks, ops
-from lobs_native.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
-from lobs_native.hessian import Hessian, Inverse, invert, second_moment
-from lobs_native.patterns import pattern_of
+from lobs_native.errors import ArgumentError, DtypeError, PatternError
+from lobs_native.greedy import Greedy
+from lobs_native.hessian import Hessian, second_moment
+from lobs_native.patterns import (
+    Blocks,
+    GroupsOf,
+    Pattern,
+    Unstructured,
+    check_fit,
+    pattern_of,
+)
+from lobs_native.problem import Problem
+from lobs_native.ranked import Ranked
+from lobs_native.sweep import Sweep
 
 __all__ = ["METHODS", "PrunedWeight", "Target", "prune_groups", "prune_weight"]
 
-METHODS = ("lobs", "magnitude", "wanda")
+METHODS = ("exact", "sweep", "lobs", "magnitude", "wanda")
 SCOPES = ("row", "layer")
-_FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
-_FORCED, _ZERO = -2.0, -1.0  # scores below every real one: masked out already, zero already
+REFINES = ("solve", "exchange")
+_OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
 
 
 @dataclass(frozen=True)
@@ -43,19 +54,29 @@ class PrunedWeight:
         default=()
     )  # everything that was done differently from what was asked
     dead_columns: int = 0  # inputs whose second moment is zero
+    optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
+    swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """How far to go. Exactly one of the three is set."""
+    """How far to go: one of the three, or none of them where a pattern or a mask says it."""
 
     sparsity: float | None = None
     threshold: float | None = None
     max_error: float | None = None
 
     @classmethod
-    def of(cls, sparsity: Any, threshold: Any, max_error: Any, method: str) -> Target:
+    def of(
+        cls,
+        sparsity: Any,
+        threshold: Any,
+        max_error: Any,
+        method: str,
+        pattern: Pattern,
+        masked: bool = False,
+    ) -> Target:
         """Check the three arguments; ArgumentError names what is wrong."""
         given = {
             name: checks.real(value, name)
@@ -66,6 +87,10 @@ class Target:
             )
             if value is not None
         }
+        if isinstance(pattern, GroupsOf):
+            return cls._of_groups(given, pattern)
+        if not given and masked:
+            return cls()
         if len(given) != 1:
             said = ", ".join(f"{k}={v:g}" for k, v in given.items()) or "none"
             raise ArgumentError(
@@ -83,7 +108,22 @@ class Target:
                 f"threshold: it bounds the paper's sqrt(L_q), which method {method!r} has not; "
                 "use sparsity"
             )
+        if name == "threshold" and not isinstance(pattern, Unstructured):
+            raise ArgumentError(f"threshold: it removes single weights; pattern is {pattern.name}")
         return cls(**given)
+
+    @classmethod
+    def _of_groups(cls, given: dict[str, float], pattern: GroupsOf) -> Target:
+        extra = [name for name in given if name != "sparsity"]
+        if extra or not math.isclose(
+            given.get("sparsity", pattern.sparsity), pattern.sparsity, abs_tol=1e-9
+        ):
+            said = ", ".join(f"{k}={v:g}" for k, v in given.items())
+            raise ArgumentError(
+                f"{said}: pattern {pattern.name!r} removes {pattern.sparsity:g} of the weights; "
+                "leave sparsity, threshold and max_error out"
+            )
+        return cls(sparsity=pattern.sparsity)
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
@@ -114,21 +154,27 @@ def prune_weight(
     sparsity: float | None = None,
     max_error: float | None = None,
     threshold: float | None = None,
-    method: str = "lobs",
+    method: str = "exact",
     pattern: Any = "unstructured",
     scope: str = "layer",
     bias: Any = None,
     prune_bias: bool = False,
     mask: Any = None,
     damping: float = 0.01,
+    refine: str | None = None,
+    memory: int | None = None,
     backend: str | None = None,
 ) -> PrunedWeight:
     """Remove weights from one layer and repair the rest.
 
-    ``"lobs"`` is the paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in
-    that order, and after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H +
-    damping * mean(diag H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and
-    ``"wanda"`` by ``abs(w) * sqrt(H_qq)``; neither changes the kept weights.
+    ``"exact"`` is true Optimal Brain Surgeon: the weight whose removal costs least,
+    ``w_q**2 / A_qq``, goes; all others of its row make up for it; A is downdated; and so on. Lowest
+    error of all methods here. ``"sweep"`` is SparseGPT's: columns from left to right in blocks of
+    128, one shared factor; several times faster and about twice the error. ``"lobs"`` is the
+    paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in that order, and
+    after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H + damping * mean(diag
+    H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and ``"wanda"`` by ``abs(w) *
+    sqrt(H_qq)``; neither changes the kept weights.
 
     Parameters
     ----------
@@ -146,21 +192,34 @@ def prune_weight(
     max_error : float >= 0
         Remove as many as leave the incurred ``error`` at or below this (found by bisection over the
         ranking).
-    method : "lobs", "magnitude" or "wanda"
-    pattern : "unstructured"
+    method : "exact", "sweep", "lobs", "magnitude" or "wanda"
+    pattern : "unstructured", "N:M" or "1xB"
+        ``"2:4"`` keeps 2 of every 4 neighbouring inputs of a row: it says itself how far to go, so
+        leave the three targets out. ``"1x4"`` removes 4 neighbouring inputs of a row together. Rows
+        must be whole groups.
     scope : "layer" or "row"
-        Compare weights over the whole layer, or give every row the same number of removals.
+        Compare weights over the whole layer, or give every row the same number of removals. Under
+        "sweep", the whole layer means all rows of a block of columns.
     bias : (R,), optional
         Updated together with the weights; never removed unless ``prune_bias``. Not modified.
     prune_bias : bool
         Rank and remove biases like weights, as the authors' code does. They then count in
         ``sparsity``.
     mask : (R, C) bool, optional
-        True = may stay. Entries that are False are removed first, whatever they cost.
+        True = may stay. Entries that are False are removed first, whatever they cost. Without a
+        target exactly those are removed, and the rest is repaired for that.
     damping : float >= 0
         Fraction of the mean diagonal of H that is added to the diagonal. Where Cholesky fails, 10
         and 100 times as much is tried, and ``damping``, ``status`` and ``notes`` of the result say
         so.
+    refine : None, "solve" or "exchange"
+        "solve" recomputes the kept weights for the final mask in float64, whatever the method.
+        "exchange" then swaps a kept weight of a row against a removed one as long as one swap
+        lowers the error, and takes C * C doubles per thread. Not with 1xB patterns, and the mask's
+        demands stay.
+    memory : int, optional
+        Bytes of scratch for "exact" at most: it then uses fewer threads, or raises MemoryError;
+        see :func:`plan_memory`.
     backend : str, optional
         A name from ``backends()``.
 
@@ -182,8 +241,11 @@ def prune_weight(
     -----
     Ties go to the lowest row, then column. Inputs that are zero in every row ("dead") cost nothing,
     so their weights go first under ``"lobs"`` and ``"wanda"``. With a damping below 1e-4 the
-    removal runs in float64 whatever the weight's type. Source: Dong, Chen & Pan 2017, algorithm 1;
-    Sun et al. 2024 for "wanda".
+    removal runs in float64 whatever the weight's type. ``optimality`` of the result says how far
+    the kept weights are from the best for their mask and the damped H, in units of rounding: below
+    about 30, they are it. Source: Dong, Chen & Pan 2017, algorithm 1; Hassibi & Stork 1993 and
+    Frantar, Singh & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024
+    for "wanda".
     """
     W = checks.tensor(weight, "weight", ndim=2)
     H = hessian.matrix() if isinstance(hessian, Hessian) else second_moment(hessian, "hessian")
@@ -195,7 +257,14 @@ def prune_weight(
     out = prune_groups(
         W[None],
         [H],
-        target=Target.of(sparsity, threshold, max_error, check_choice(method, "method", METHODS)),
+        target=Target.of(
+            sparsity,
+            threshold,
+            max_error,
+            check_choice(method, "method", METHODS),
+            pattern_of(pattern),
+            allowed is not None,
+        ),
         method=method,
         pattern=pattern,
         scope=scope,
@@ -203,10 +272,12 @@ def prune_weight(
         prune_bias=prune_bias,
         mask=None if allowed is None else allowed[None],
         damping=damping,
+        refine=refine,
+        memory=memory,
         backend=backend,
         notes=notes,
     )
-    return _first_group(out)
+    return first_group(out)
 
 
 def few_rows(rows: float, columns: int) -> str:
@@ -217,7 +288,7 @@ def few_rows(rows: float, columns: int) -> str:
     )
 
 
-def _first_group(out: PrunedWeight) -> PrunedWeight:
+def first_group(out: PrunedWeight) -> PrunedWeight:
     def first(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[0]
 
@@ -240,6 +311,8 @@ def prune_groups(
     prune_bias: bool = False,
     mask: Tensor | None = None,
     damping: float = 0.01,
+    refine: str | None = None,
+    memory: int | None = None,
     backend: str | None = None,
     notes: Sequence[str] = (),
 ) -> PrunedWeight:
@@ -250,257 +323,150 @@ def prune_groups(
     PrunedWeight whose tensors have the leading G.
     """
     begun = time.perf_counter()
-    pattern_of(pattern)
+    pattern = pattern_of(pattern)
     check_choice(scope, "scope", SCOPES)
-    damping = check_damping(damping)
+    check_refine(refine, pattern)
     checks.flag(prune_bias, "prune_bias")
-    _check_layer(W, moments, bias, mask, prune_bias)
-    chosen = ops.select_backend(backend, W.device)
-    C = W.shape[2]
-    layer = _Layer.of(W, bias, moments, method, damping, chosen)
-    layer.rank(method, mask, prune_bias)
-    candidates = layer.before.shape[2] if prune_bias else C
-    if target.max_error is not None:
-        gone = _bisect(layer, scope, candidates, target.max_error)
-    elif target.threshold is not None:
-        gone = layer.below(target.threshold)
-    else:
-        assert target.sparsity is not None
-        gone = _cheapest(layer, scope, candidates, target.sparsity)
-    if mask is not None and not bool(gone[:, :, :C][~mask].all()):
-        raise ArgumentError(
-            f"mask: it already removes {int((~mask).sum())} of {mask.numel()} weights, more "
-            "than was asked for: ask for more"
+    if memory is not None:
+        memory = checks.positive_int(memory, "memory")
+    inverted = method in ("exact", "sweep", "lobs") or refine is not None
+    problem = Problem.of(
+        W,
+        bias,
+        moments,
+        damping=check_damping(damping),
+        inverted=inverted,
+        prune_bias=prune_bias,
+        mask=mask,
+        backend=ops.select_backend(backend, W.device),
+        memory=memory,
+    )
+    check_fit(pattern, W.shape[2], mask, prune_bias)
+    gone, after = _removed(problem, _solver(problem, pattern, method), method, target, scope)
+    problem.check_mask(gone)
+    swaps = 0
+    if refine == "solve":
+        after = problem.repaired(gone, precise=True)
+    elif refine == "exchange":
+        gone, after, swaps = _exchanged(problem, pattern, gone)
+    return finished(problem, gone, after, method=method, swaps=swaps, notes=notes, begun=begun)
+
+
+def finished(
+    problem: Problem,
+    gone: Tensor,
+    after: Tensor,
+    *,
+    method: str,
+    begun: float,
+    swaps: int = 0,
+    notes: Sequence[str] = (),
+) -> PrunedWeight:
+    """Round the weights to their own types and measure what is left of them."""
+    weight, new_bias = problem.rounded(after)
+    error, optimality = problem.measured(weight, new_bias, gone)
+    if method == "exact" and not problem.precise and optimality > _OPTIMAL:
+        problem.said.append(
+            f"the kept weights were solved for again in float64: their optimality ratio was "
+            f"{optimality:.3g}"
         )
-    weight, new_bias, error = layer.without(gone)
-    energy = _quadratic(layer.before, moments)
+        weight, new_bias = problem.rounded(problem.repaired(gone, precise=True))
+        error, optimality = problem.measured(weight, new_bias, gone)
+    energy = problem.energy()
+    C = problem.columns
     return PrunedWeight(
         weight=weight,
         bias=new_bias,
         mask=~gone[:, :, :C],
-        bias_mask=~gone[:, :, C] if prune_bias else None,
+        bias_mask=~gone[:, :, C] if problem.prune_bias else None,
         error=error,
         relative_error=error / energy if energy > 0 else (0.0 if error == 0 else math.inf),
-        sparsity=int(gone.sum()) / (W.shape[0] * W.shape[1] * candidates),
-        damping=max((i.damping for i in layer.inverses), default=0.0),
+        sparsity=int(gone.sum()) / problem.total,
+        damping=problem.damping,
         method=method,
-        backend=chosen,
-        status="damping raised" if any(i.raised for i in layer.inverses) else "ok",
-        notes=(*notes, *layer.notes(weight, gone, damping)),
-        dead_columns=sum(int(d.sum()) for d in layer.dead),
+        backend=problem.backend,
+        status="damping raised" if any(i.raised for i in problem.inverses) else "ok",
+        notes=(*notes, *problem.said, *problem.lost_in_rounding(weight, gone)),
+        dead_columns=sum(int(d.sum()) for d in problem.dead),
+        optimality=optimality,
+        swaps=swaps,
         seconds=time.perf_counter() - begun,
     )
 
 
-@dataclass
-class _Layer:
-    """A layer while it is being pruned: G groups, R rows, D columns (a bias is the last one)."""
-
-    before: Tensor  # (G, R, D) float64
-    moments: Sequence[Tensor]  # G times (D, D) float64
-    inverses: list[Inverse]  # G of them, or none for methods that only rank
-    dead: list[Tensor]  # G times (C,) bool: inputs that were zero in every row
-    weight_dtype: torch.dtype
-    bias_dtype: torch.dtype | None
-    precise: bool  # the removal runs in float64
-    backend: str
-    score: Tensor  # (G, R, D) float64: cheapest first, infinite where nothing may be removed
-    unit: float = 1.0  # for "lobs": w**2 / A_qq is score * unit**2
-
-    @classmethod
-    def of(
-        cls,
-        W: Tensor,
-        bias: Tensor | None,
-        moments: Sequence[Tensor],
-        method: str,
-        damping: float,
-        backend: str,
-    ) -> _Layer:
-        before = W.to(torch.float64)
-        if bias is not None:
-            before = torch.cat([before, bias[:, :, None].to(torch.float64)], 2)
-        inverses: list[Inverse] = []
-        if method == "lobs":
-            name = "hessian" if len(moments) == 1 else "hessian of group {}"
-            inverses = [invert(H, damping, name.format(g)) for g, H in enumerate(moments)]
-        double = torch.float64 in (W.dtype, None if bias is None else bias.dtype)
-        little = any(i.damping < _FLOAT64_BELOW for i in inverses)
-        return cls(
-            before=before,
-            moments=moments,
-            inverses=inverses,
-            dead=[H.diagonal()[: W.shape[2]] == 0 for H in moments],
-            weight_dtype=W.dtype,
-            bias_dtype=None if bias is None else bias.dtype,
-            precise=double or little,
-            backend=backend,
-            score=torch.empty_like(before),
+def check_refine(refine: Any, pattern: Pattern) -> str | None:
+    """``refine`` if it is None or one of REFINES and possible for the pattern."""
+    if refine is None:
+        return None
+    check_choice(refine, "refine", REFINES)
+    if refine == "exchange" and isinstance(pattern, Blocks):
+        raise PatternError(
+            f"refine: 'exchange' swaps single weights, pattern is {pattern.name!r}; use 'solve'"
         )
-
-    def rank(self, method: str, mask: Tensor | None, prune_bias: bool) -> None:
-        """Fill ``score`` and ``unit``.
-
-        Powers of two are taken out of W and H, so that squares neither over- nor underflow and the
-        ranking does not depend on the scale of either.
-        """
-        exponent = max(-1000, min(1000, math.frexp(float(self.before.abs().max()))[1]))
-        scaled = self.before * math.ldexp(1.0, -exponent)
-        common = max((i.scale for i in self.inverses), default=1.0)
-        for g, H in enumerate(self.moments):
-            if method == "magnitude":
-                self.score[g] = scaled[g].abs()
-            elif method == "wanda":
-                self.score[g] = scaled[g].abs() * H.diagonal().sqrt()
-            else:
-                inverse = self.inverses[g]
-                self.score[g] = scaled[g] ** 2 / inverse.A.diagonal() * (inverse.scale / common)
-                self.score[g][:, : len(self.dead[g])][:, self.dead[g]] = 0.0
-        root = math.sqrt(common)  # a power of two, or one times sqrt(2)
-        beyond = math.frexp(root)[1] + exponent > 1023
-        self.unit = math.inf if beyond else math.ldexp(root, exponent)
-        self.score[self.before == 0] = _ZERO
-        if self.bias_dtype is not None and not prune_bias:
-            self.score[:, :, -1] = torch.inf
-        if mask is not None:
-            self.score[:, :, : mask.shape[2]][~mask] = _FORCED
-
-    def below(self, threshold: float) -> Tensor:
-        """Bool (G, R, D): sqrt(L_q) <= threshold. The paper's L_q has a factor 1/2."""
-        root = torch.sqrt(0.5 * self.score.clamp_min(0.0)) * self.unit
-        return torch.isfinite(self.score) & (root <= threshold)
-
-    def without(self, gone: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """The weights and biases in their own types after a removal, and its incurred error."""
-        zeroed = torch.where(gone, 0.0, self.before)
-        after = self._compensated(gone) if self.inverses else zeroed
-        C = after.shape[2] - (self.bias_dtype is not None)
-        weight = after[:, :, :C].to(self.weight_dtype, copy=True).contiguous()
-        bias = None
-        final = weight.to(torch.float64)
-        if self.bias_dtype is not None:
-            bias = after[:, :, C].to(self.bias_dtype, copy=True).contiguous()
-            final = torch.cat([final, bias[:, :, None].to(torch.float64)], 2)
-        if not bool(torch.isfinite(final).all()):
-            kind = str(self.weight_dtype).removeprefix("torch.")
-            raise NonFiniteError(
-                f"weight: a kept weight outgrew {kind} when it was compensated; convert the layer "
-                "to a wider type, raise the damping, or remove less"
-            )
-        return weight, bias, _quadratic(final - self.before, self.moments)
-
-    def _compensated(self, gone: Tensor) -> Tensor:
-        work = self.before.to(torch.float64 if self.precise else torch.float32, copy=True)
-        work = work.contiguous()
-        for g, inverse in enumerate(self.inverses):
-            order, start = ops.rank_rows(self.score[g], gone[g], backend=self.backend)
-            A = inverse.A.to(work.dtype)
-            ops.static_order_prune_(work[g], A, order, start, backend=self.backend)
-        return work
-
-    def notes(self, weight: Tensor, gone: Tensor, damping: float) -> list[str]:
-        """What was done differently from what was asked."""
-        said = []
-        used = max((i.damping for i in self.inverses), default=damping)
-        if any(i.raised for i in self.inverses):
-            said.append(f"Cholesky failed with damping {damping:g}; {used:g} was used")
-        if self.precise and self.weight_dtype != torch.float64 and self.inverses:
-            why = (
-                f"the damping is below {_FLOAT64_BELOW:g}"
-                if any(i.damping < _FLOAT64_BELOW for i in self.inverses)
-                else "the bias is float64"
-            )
-            said.append(f"computed in float64 because {why}")
-        C = weight.shape[2]
-        lost = int(((weight == 0) & ~gone[:, :, :C] & (self.before[:, :, :C] != 0)).sum())
-        if lost:
-            kind = str(self.weight_dtype).removeprefix("torch.")
-            said.append(f"{lost} kept weights became zero when they were rounded to {kind}")
-        return said
+    return str(refine)
 
 
-def _check_layer(
-    W: Tensor, moments: Sequence[Tensor], bias: Tensor | None, mask: Tensor | None, prune_bias: bool
-) -> None:
-    G, R, C = W.shape
-    if W.numel() == 0:
-        raise ShapeError(f"weight: shape {tuple(W.shape[1:])} is empty; leave this layer out")
-    checks.check_finite(W if G > 1 else W[0], "weight")
-    if prune_bias and bias is None:
-        raise ArgumentError("prune_bias: True, but no bias was given; pass bias=")
-    size = C
-    if bias is not None:
-        size += 1
-        if bias.shape != (G, R):
-            raise ShapeError(f"bias: shape {tuple(bias.shape[1:])}, but weight has {R} rows")
-        if bias.device != W.device:
-            raise ShapeError(
-                f"bias is on {bias.device} but weight is on {W.device}: move one of them"
-            )
-        checks.check_finite(bias if G > 1 else bias[0], "bias")
-    for H in moments:
-        if H.shape != (size, size):
-            hint = ""
-            if bias is None and len(H) == C + 1:
-                hint = "; it seems to have a ones column: pass bias= as well"
-            elif bias is not None and len(H) == C:
-                hint = "; with a bias it needs a ones column: Hessian(columns, bias=True)"
-            raise ShapeError(
-                f"hessian: {tuple(H.shape)}, expected ({size}, {size}) for weight ({R}, {C}){hint}"
-            )
-        if H.device != W.device:
-            raise ShapeError(
-                f"hessian is on {H.device} but weight is on {W.device}: move one of them"
-            )
-    if mask is not None:
-        if mask.shape != W.shape:
-            raise ShapeError(f"mask: shape {tuple(mask.shape[1:])}, but weight is ({R}, {C})")
-        if mask.device != W.device:
-            raise ShapeError(
-                f"mask is on {mask.device} but weight is on {W.device}: move one of them"
-            )
+def _solver(problem: Problem, pattern: Pattern, method: str) -> Greedy | Sweep | Ranked:
+    if method == "exact":
+        return Greedy(problem, pattern)
+    if method == "sweep":
+        return Sweep(problem, pattern)
+    return Ranked(problem, pattern, method)
 
 
-def _count(share: float, of: int) -> int:
-    """The nearest whole number to share * of; a half rounds down, so that rounding never removes
-    more than half a weight."""
-    return min(of, max(0, math.ceil(share * of - 0.5)))
+def _removed(
+    problem: Problem, solver: Greedy | Sweep | Ranked, method: str, target: Target, scope: str
+) -> tuple[Tensor, Tensor]:
+    """Bool (G, R, D) of what goes, and the weights (G, R, D) that are left."""
+    if target.max_error is not None:
+        return _bisect(problem, solver, scope, target.max_error)
+    if target.threshold is not None:
+        assert isinstance(solver, Ranked)
+        return solver.below(target.threshold)
+    if target.sparsity is not None:
+        return solver.prune(target.sparsity, scope)
+    assert problem.mask is not None
+    gone = torch.zeros_like(problem.before, dtype=torch.bool)
+    gone[:, :, : problem.columns] = ~problem.mask
+    if isinstance(solver, Sweep):
+        return solver.prune(int(gone.sum()) / problem.total, "layer")
+    return gone, problem.best(gone) if isinstance(solver, Greedy) else solver.removed(gone)
 
 
-def _cheapest(layer: _Layer, scope: str, candidates: int, share: float) -> Tensor:
-    """Bool (G, R, D): exactly the count asked for, cheapest first, ties to the lowest position."""
-    G, R, D = layer.score.shape
-    if scope == "row":
-        rows, count = layer.score.reshape(G * R, D), _count(share, candidates)
-    else:
-        rows, count = layer.score.reshape(1, -1), _count(share, G * R * candidates)
-    return ops.rank_lowest(rows, count, backend=layer.backend).reshape(G, R, D)
-
-
-def _quadratic(dW: Tensor, moments: Sequence[Tensor]) -> float:
-    """sum over groups of tr(dW H dW^T) in float64, never below zero.
-
-    Raises NonFiniteError where that is beyond float64.
-    """
-    total = sum(float(((d @ H) * d).sum()) for d, H in zip(dW, moments, strict=True))
-    if not math.isfinite(total):
-        raise NonFiniteError(
-            "weight: tr(W H W^T) is beyond float64; scale the weight or the hessian down"
+def _exchanged(problem: Problem, pattern: Pattern, gone: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Swap kept against removed weights, row by row, in float64."""
+    group = pattern.size if isinstance(pattern, GroupsOf) else 0
+    kept, after = ~gone, torch.empty_like(problem.before, dtype=torch.float64)
+    swaps = 0
+    for g, inverse in enumerate(problem.inverses):
+        fixed = torch.zeros_like(kept[g])
+        if problem.mask is not None:
+            fixed[:, : problem.columns] = ~problem.mask[g]
+        if problem.bias_dtype is not None and not problem.prune_bias:
+            fixed[:, -1] = True
+        W, mine = problem.working(g, torch.float64), kept[g].contiguous()
+        made, _, _ = ops.exchange_(
+            W, inverse.A, mine, fixed=fixed, group=group, backend=problem.backend
         )
-    return max(0.0, total)
+        kept[g], after[g] = mine, W
+        swaps += int(made.sum())
+    return ~kept, problem.restored(after, ~kept), swaps
 
 
-def _bisect(layer: _Layer, scope: str, candidates: int, limit: float) -> Tensor:
+def _bisect(
+    problem: Problem, solver: Greedy | Sweep | Ranked, scope: str, limit: float
+) -> tuple[Tensor, Tensor]:
     """The largest removal found whose incurred error is at or below ``limit``."""
-    G, R, _ = layer.score.shape
-    steps = candidates if scope == "row" else G * R * candidates
+    if isinstance(solver, Greedy):
+        solver.trace_all(problem.before.shape[2])
+    steps = problem.candidates if scope == "row" else problem.total
     low, high = 0, steps  # low is feasible; nothing above high is
-    best = _cheapest(layer, scope, candidates, 0.0)
+    best = solver.prune(0.0, scope)
     while low < high:
         middle = (low + high + 1) // 2
-        gone = _cheapest(layer, scope, candidates, middle / steps)
-        if layer.without(gone)[2] <= limit:
-            low, best = middle, gone
+        tried = solver.prune(middle / steps, scope)
+        if problem.error(*problem.rounded(tried[1])) <= limit:
+            low, best = middle, tried
         else:
             high = middle - 1
     return best

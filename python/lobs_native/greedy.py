@@ -1,0 +1,365 @@
+"""Method "exact": true Optimal Brain Surgeon, one weight (or block) of a row at a time.
+
+Rows are independent, so one trace of every row, its order of removal and what each removal cost,
+answers for every sparsity: a row's own prefix, or, over a whole layer, all removals whose running
+maximum of costs stays below one threshold. The weights follow from the set alone, by one solve per
+row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.patterns import Blocks, GroupsOf, Pattern
+from lobs_native.problem import Problem, nearest_count
+
+__all__ = ["Greedy", "cut_together"]
+
+_SAMPLE = 32  # rows of a layer that say how far the others must go, at least
+_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
+_MARGIN = 1.02  # how much further than that they go
+
+
+@dataclass
+class _Rows:
+    """What is known of all G * R rows: the first count[r] entries of row r."""
+
+    order: Tensor  # (N, L) int32
+    loss: Tensor  # (N, L) float32 or float64, what each removal cost in the row's own unit
+    count: Tensor  # (N,) int64
+    complete: Tensor  # (N,) float64: every removal whose running maximum is at most this is known
+
+
+class Greedy:
+    """Traces the rows of a problem as far as they are asked for, and cuts them."""
+
+    def __init__(self, problem: Problem, pattern: Pattern) -> None:
+        self.problem = problem
+        self.pattern = pattern
+        G, R, D = problem.before.shape
+        self.unit = pattern.size if isinstance(pattern, Blocks) else 1
+        self.group = pattern.size if isinstance(pattern, GroupsOf) else 0
+        self.per_group = pattern.size - pattern.keep if isinstance(pattern, GroupsOf) else 0
+        self.state: Tensor | None = None  # (N, D) uint8
+        stays = problem.bias_dtype is not None and not problem.prune_bias
+        if problem.mask is not None or stays:
+            state = torch.zeros(G, R, D, dtype=torch.uint8, device=problem.before.device)
+            if problem.mask is not None:
+                state[:, :, : problem.columns][~problem.mask] = 1
+            if stays:
+                state[:, :, -1] = 2
+            self.state = state.reshape(G * R, D)
+        self.first = (
+            torch.zeros(G * R, dtype=torch.int64)
+            if self.state is None
+            else (self.state == 1).sum(1).cpu()
+        )  # (N,) removals that the mask demands
+        self._most = problem.candidates  # removals that a row can have
+        if self.group:
+            self._most = problem.columns // self.group * self.per_group
+        # Costs are w**2 / A_qq times this, for working weights and the inverse of H / scale.
+        common = max(i.scale for i in problem.inverses)
+        self.scale = [i.scale / common for i in problem.inverses]
+        self.common = common
+        each = torch.tensor(self.scale, dtype=torch.float64)
+        self.row_scale = each.repeat_interleave(R)[:, None]  # (N, 1)
+        self.rows = _Rows(
+            order=torch.empty(G * R, 0, dtype=torch.int32),
+            loss=torch.empty(G * R, 0, dtype=problem.dtype),
+            count=torch.zeros(G * R, dtype=torch.int64),
+            complete=torch.full((G * R,), -math.inf, dtype=torch.float64),
+        )
+
+    # ---- how far ---------------------------------------------------------------------------------
+
+    def prune(self, share: float, scope: str) -> tuple[Tensor, Tensor]:
+        """Bool (G, R, D) of what goes, and the weights (G, R, D) float64 that are left."""
+        G, R, D = self.problem.before.shape
+        if self.group:
+            if bool((self.rows.complete == math.inf).all()):
+                gone = self.cut(self.rows.count)
+                return gone, self.problem.best(gone)
+            return self._straight(D)
+        if scope == "row":
+            units = nearest_count(share, self.problem.candidates // self.unit)
+            if units == 0:
+                return self._nothing()
+            if bool((self.rows.count >= units * self.unit).all()):  # traced already
+                gone = self.cut(torch.full((G * R,), units * self.unit))
+                return gone, self.problem.best(gone)
+            return self._straight(units * self.unit)
+        gone = self.cut_layer(share)
+        return gone, self.problem.best(gone)
+
+    def cut_layer(self, share: float) -> Tensor:
+        """Bool (G, R, D) of what goes: the cheapest removals of the whole layer."""
+        units = nearest_count(share, self.problem.total // self.unit)
+        if units == 0:
+            return self._nothing()[0]
+        return cut_together([self], [1.0], units)[0]
+
+    @property
+    def width(self) -> int:
+        """D: columns of a row, a bias included."""
+        return self.problem.before.shape[2]
+
+    @property
+    def sparsity(self) -> float:
+        """What an N:M pattern removes; 0 without one."""
+        return self.per_group / self.group if self.group else 0.0
+
+    def curve(self, scope: str) -> tuple[Tensor, Tensor]:
+        """Sparsity and error, (P,) float64 each, as far as every row was traced."""
+        rows = self.rows
+        cost = self._unit_costs(torch.arange(len(rows.count)))
+        if scope == "row":
+            common = int(rows.count.min()) // self.unit
+            each = cost[:, :common].sum(0)
+            removed = torch.arange(common + 1, dtype=torch.float64) * len(cost)
+        else:
+            ceiling = self.ceilings().reshape(-1)
+            known = float(rows.complete.min())
+            ranked, place = ceiling.sort(stable=True)
+            upto = int(((ranked <= known) & torch.isfinite(ranked)).sum())
+            each = cost.reshape(-1)[place[:upto]]
+            removed = torch.arange(upto + 1, dtype=torch.float64)
+        error = torch.nn.functional.pad(each.cumsum(0), (1, 0)) * self.unit_cost()
+        return removed * self.unit / self.problem.total, error
+
+    def trace_all(self, limit: int) -> _Rows:
+        """Every row traced to ``limit`` removals, or to its end."""
+        rows = self.rows
+        todo = ((rows.count < limit) & (rows.complete < math.inf)).nonzero()[:, 0]
+        self.trace(todo, limit, math.inf)
+        return rows
+
+    def unit_cost(self) -> float:
+        """What one unit of ``rows.loss`` is in tr(dW H dW^T)."""
+        return math.ldexp(math.ldexp(self.common, self.problem.exponent), self.problem.exponent)
+
+    # ---- tracing ---------------------------------------------------------------------------------
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.problem.before, dtype=torch.bool), self.problem.before.clone()
+
+    def _straight(self, limit: int) -> tuple[Tensor, Tensor]:
+        """The same number of removals in every row: the kernel repairs the weights on its way."""
+        G, R, _ = self.problem.before.shape
+        after = torch.empty_like(self.problem.before, dtype=self.problem.dtype)
+        gone = torch.zeros_like(after, dtype=torch.bool)
+        for g in range(G):
+            for within in torch.arange(R).split(_TOGETHER):
+                order, _, _, weights = self._run(g, within + g * R, limit, math.inf, update=True)
+                gone[g, within] = self._marked(order)
+                after[g, within] = weights
+        return gone, self.problem.restored(after, gone)
+
+    def trace(self, todo: Tensor, limit: int, stop: float) -> None:
+        """Trace rows ``todo`` (indices) afresh: to ``limit`` removals or the cost ``stop``."""
+        R = self.problem.before.shape[1]
+        for g in range(self.problem.before.shape[0]):
+            mine = todo[(todo >= g * R) & (todo < (g + 1) * R)]
+            for some in mine.split(_TOGETHER):
+                order, loss, count, _ = self._run(
+                    g, some, limit, stop / self.scale[g], update=False
+                )
+                self._keep(some, order, loss, count)
+                self._note_complete(some, limit, stop)
+
+    def _keep(self, some: Tensor, order: Tensor, loss: Tensor, count: Tensor) -> None:
+        rows = self.rows
+        longest = int(count.max()) if len(count) else 0
+        more = longest - rows.order.shape[1]
+        if more > 0:
+            rows.order = torch.nn.functional.pad(rows.order, (0, more), value=-1)
+            rows.loss = torch.nn.functional.pad(rows.loss, (0, more))
+        pad = rows.order.shape[1] - longest
+        order, loss = order[:, :longest], loss[:, :longest].to(rows.loss.dtype)
+        rows.order[some] = torch.nn.functional.pad(order, (0, pad), value=-1)
+        rows.loss[some] = torch.nn.functional.pad(loss, (0, pad))
+        rows.count[some] = count
+
+    def _note_complete(self, some: Tensor, limit: int, stop: float) -> None:
+        """A row that ended by itself is complete up to ``stop``; one that was cut off by the limit,
+        just short of its running maximum."""
+        rows = self.rows
+        count = rows.count[some]
+        ceiling = self.ceilings(some)
+        ceiling = torch.where(torch.isfinite(ceiling), ceiling, -math.inf)
+        short = ceiling.amax(1) if ceiling.shape[1] else torch.full((len(some),), -math.inf)
+        short = short.to(torch.float64)
+        short = torch.nextafter(short, torch.full_like(short, -math.inf))
+        complete = torch.where(count + self.unit <= limit, stop, short)
+        rows.complete[some] = complete.masked_fill_(count + self.unit > self._most, math.inf)
+
+    def _run(
+        self, g: int, rows: Tensor, limit: int, stop: float, *, update: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Order, loss, count and weights of some rows of group g; rows that float32 loses are done
+        again in float64."""
+        problem = self.problem
+        within = rows - g * problem.before.shape[1]
+        W = problem.working(g, rows=within)
+        state = None if self.state is None else self.state[rows].contiguous()
+
+        def run(W: Tensor, state: Tensor | None) -> ops.Trace:
+            return ops.exact_trace(
+                W,
+                problem.inverses[g].A.to(W.dtype),
+                state=state,
+                limit=limit,
+                stop=stop,
+                block=self.unit,
+                group=self.group,
+                per_group=self.per_group,
+                update=update,
+                memory=problem.memory,
+                backend=problem.backend,
+            )
+
+        found = run(W, state)
+        order, loss, count = found.order, found.loss, found.count
+        lost = found.lost.nonzero()[:, 0]
+        if len(lost) and not problem.precise:
+            wide = problem.working(g, torch.float64, within[lost])
+            again = run(wide, None if state is None else state[lost].contiguous())
+            order[lost], count[lost] = again.order, again.count
+            loss[lost] = again.loss.to(loss.dtype)
+            if update:
+                W[lost] = wide.to(W.dtype)
+            problem.said.append(f"{len(lost)} rows were redone in float64: float32 was too narrow")
+            lost = lost[again.lost]
+        if len(lost):
+            raise NotPositiveDefiniteError(
+                f"hessian: rounding in float64 left no positive pivot in row {int(within[lost[0]])}"
+                f" after {int(count[lost[0]])} removals, with damping {problem.damping:g}; pass a "
+                "larger damping (0.01 is usual)"
+            )
+        return order.cpu(), loss.cpu(), count.cpu(), W
+
+    # ---- cutting ---------------------------------------------------------------------------------
+
+    def ceilings(self, some: Tensor | None = None) -> Tensor:
+        """(N, U) float64: the running maximum of the costs of each row's removals (blocks).
+
+        -1 for those that the mask demands, infinite past a row's end. ``some`` picks rows.
+        """
+        pick = torch.arange(len(self.rows.count)) if some is None else some
+        units = self.rows.loss.shape[1] // self.unit
+        out = torch.empty(len(pick), units, dtype=torch.float64)
+        if not units:
+            return out
+        place = torch.arange(units)
+        for at in torch.arange(len(pick)).split(_TOGETHER):
+            rows = pick[at]
+            cost = self._unit_costs(rows)
+            cost.masked_fill_(place < (self.first[rows] // self.unit)[:, None], -1.0)
+            ceiling = cost.cummax(1).values
+            ended = place >= (self.rows.count[rows] // self.unit)[:, None]
+            out[at] = ceiling.masked_fill_(ended, torch.inf)
+        return out
+
+    def _unit_costs(self, rows: Tensor) -> Tensor:
+        """(len(rows), U) float64: what each removal (block) cost, in the layer's common unit."""
+        loss = self.rows.loss[rows].to(torch.float64)
+        if self.unit > 1:
+            units = loss.shape[1] // self.unit
+            loss = loss[:, : units * self.unit].reshape(len(loss), units, self.unit).sum(2)
+        return loss * self.row_scale[rows]
+
+    def cut(self, counts: Tensor) -> Tensor:
+        """Bool (G, R, D): the first counts[r] columns of each row's order."""
+        place = torch.arange(self.rows.order.shape[1])
+        order = torch.where(place < counts[:, None], self.rows.order, -1)
+        return self._marked(order).view(self.problem.before.shape)
+
+    def _marked(self, order: Tensor) -> Tensor:
+        D = self.problem.before.shape[2]
+        marked = torch.zeros(len(order), D + 1, dtype=torch.bool)
+        marked.scatter_(1, torch.where(order < 0, D, order).long(), True)
+        return marked[:, :D].to(self.problem.before.device)
+
+    def sample(self, limit: int) -> None:
+        """Trace some rows, spread over the range of costs; all of them where there are few."""
+        N, D = len(self.first), self.problem.before.shape[2]
+        if N <= 2 * _SAMPLE:
+            self.trace_all(D)
+            return
+        few = max(_SAMPLE, N // 24)
+        energy = []
+        for g, (inverse, scale) in enumerate(zip(self.problem.inverses, self.scale, strict=True)):
+            w = self.problem.working(g, torch.float64)
+            energy.append((w**2 / inverse.A.diagonal()).sum(1) * scale)
+        spread = (torch.arange(few, dtype=torch.float64) + 0.5) * (N / few)
+        chosen = torch.cat(energy).cpu().argsort(stable=True)[spread.long()]
+        self.trace(chosen[self.rows.count[chosen] < limit], min(limit, D), math.inf)
+
+
+def cut_together(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> list[Tensor]:
+    """Bool (G, R, D) for each part of what goes: its share of the ``units`` cheapest removals of
+    all parts together, whose costs are multiplied by ``unit`` first.
+
+    Ties go to the lowest position.
+    """
+    _reach(parts, unit, units)
+    ceilings = [p.ceilings() * u for p, u in zip(parts, unit, strict=True)]  # (N, U) each
+    flat = torch.cat([c.reshape(-1) for c in ceilings])[None]
+    backend = "reference" if parts[0].problem.backend == "reference" else "cpu"
+    chosen = ops.rank_lowest(flat, units, backend=backend)[0]
+    gone = []
+    for part, ceiling, mine in zip(
+        parts, ceilings, chosen.split([c.numel() for c in ceilings]), strict=True
+    ):
+        gone.append(part.cut(mine.view_as(ceiling).sum(1) * part.unit))
+    return gone
+
+
+def _reach(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> None:
+    """Trace far enough that the ``units`` cheapest removals of all parts are known.
+
+    A sample of rows tells at which cost they will end; all rows go that far and a little further.
+    Where that turns out too short, those that ended there go again, further.
+    """
+    total = sum(p.problem.total // p.unit for p in parts)
+    for part in parts:
+        D = part.problem.before.shape[2]
+        if units > 0.8 * total:
+            part.trace_all(D)
+        elif len(parts) == 1:
+            part.sample(math.ceil(1.5 * units / total * D) + 2 * part.unit)
+        else:
+            part.sample(D)
+    factor = _MARGIN
+    while True:
+        stop = _quantile(parts, unit, factor * units)
+        available = 0
+        for part, u in zip(parts, unit, strict=True):
+            part.trace((part.rows.complete < stop / u).nonzero()[:, 0], part.width, stop / u)
+            ceiling = part.ceilings() * u
+            available += int(((ceiling <= stop) & torch.isfinite(ceiling)).sum())
+        if available >= units or stop == math.inf:
+            return
+        factor *= 1.1 * units / max(available, 1)
+
+
+def _quantile(parts: Sequence[Greedy], unit: Sequence[float], units: float) -> float:
+    """The running maximum below which about ``units`` removals lie, judged by the rows that have
+    been traced; infinity where they do not tell."""
+    values, weights = [], []
+    for part, u in zip(parts, unit, strict=True):
+        known = part.rows.count > 0
+        ceiling = part.ceilings(known.nonzero()[:, 0]).reshape(-1) * u
+        ceiling = ceiling[torch.isfinite(ceiling)]
+        values.append(ceiling)
+        weights.append(torch.full_like(ceiling, len(known) / max(1, int(known.sum()))))
+    ranked, place = torch.cat(values).sort()
+    below = torch.cat(weights)[place].cumsum(0)
+    at = int(torch.searchsorted(below, units))
+    return float(ranked[at]) if at < len(ranked) else math.inf

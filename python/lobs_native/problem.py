@@ -1,0 +1,349 @@
+"""One layer as a quadratic problem: weights, second moments, inverses, and what a change costs.
+
+Shared by every method. G groups (grouped convolutions; 1 otherwise), R rows, D columns: the C
+inputs and, with a bias, the column of ones last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lobs_native import checks, ops
+from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
+from lobs_native.hessian import Inverse, invert
+
+__all__ = ["Problem", "nearest_count"]
+
+_FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
+_PIECE = 1 << 21  # elements of a float64 temporary
+_NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
+
+
+@dataclass
+class Problem:
+    """A layer while it is being pruned."""
+
+    before: Tensor  # (G, R, D) float32, or float64 where weight or bias is; never written
+    moments: Sequence[Tensor]  # G times (D, D) float64
+    inverses: list[Inverse]  # G of them, or none for methods that need none
+    dead: list[Tensor]  # G times (C,) bool: inputs that were zero in every row
+    weight_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    prune_bias: bool
+    mask: Tensor | None  # (G, R, C) bool, True = may stay
+    precise: bool  # kernels run in float64
+    backend: str
+    memory: int | None = None  # bytes of kernel scratch
+    said: list[str] = field(default_factory=list)  # what was done differently from what was asked
+
+    @classmethod
+    def of(
+        cls,
+        W: Tensor,
+        bias: Tensor | None,
+        moments: Sequence[Tensor],
+        *,
+        damping: float,
+        inverted: bool,
+        prune_bias: bool,
+        mask: Tensor | None,
+        backend: str,
+        memory: int | None = None,
+    ) -> Problem:
+        """Check that the parts fit together, and invert the second moments if asked."""
+        _check_layer(W, moments, bias, mask, prune_bias)
+        double = torch.float64 in (W.dtype, None if bias is None else bias.dtype)
+        before = W.to(torch.float64 if double else torch.float32)
+        if bias is not None:
+            before = torch.cat([before, bias[:, :, None].to(before.dtype)], 2)
+        inverses: list[Inverse] = []
+        if inverted:
+            name = "hessian" if len(moments) == 1 else "hessian of group {}"
+            inverses = [invert(H, damping, name.format(g)) for g, H in enumerate(moments)]
+        little = any(i.damping < _FLOAT64_BELOW for i in inverses)
+        made = cls(
+            before=before,
+            moments=moments,
+            inverses=inverses,
+            dead=[H.diagonal()[: W.shape[2]] == 0 for H in moments],
+            weight_dtype=W.dtype,
+            bias_dtype=None if bias is None else bias.dtype,
+            prune_bias=prune_bias,
+            mask=mask,
+            precise=double or little,
+            backend=backend,
+            memory=memory,
+        )
+        if any(i.raised for i in inverses):
+            made.said.append(f"Cholesky failed with damping {damping:g}; {made.damping:g} was used")
+        if made.precise and W.dtype != torch.float64 and inverses:
+            why = f"the damping is below {_FLOAT64_BELOW:g}" if little else "the bias is float64"
+            made.said.append(f"computed in float64 because {why}")
+        return made
+
+    @property
+    def columns(self) -> int:
+        """C: inputs, without the column of ones."""
+        return self.before.shape[2] - (self.bias_dtype is not None)
+
+    @property
+    def candidates(self) -> int:
+        """Weights per row that may be removed."""
+        return self.before.shape[2] if self.prune_bias else self.columns
+
+    @property
+    def total(self) -> int:
+        """Weights of the layer that may be removed."""
+        return self.before.shape[0] * self.before.shape[1] * self.candidates
+
+    @property
+    def damping(self) -> float:
+        """The largest fraction that was used; 0 where nothing was inverted."""
+        return max((i.damping for i in self.inverses), default=0.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the kernels compute in."""
+        return torch.float64 if self.precise else torch.float32
+
+    @property
+    def exponent(self) -> int:
+        """A power of two that brings the weights near one, so that their squares keep in range."""
+        largest = max(float(self.before.max()), -float(self.before.min()))
+        return max(-1000, min(1000, math.frexp(largest)[1]))
+
+    def damped(self, g: int) -> Tensor:
+        """(D, D) float64: the second moment of group g over its inverse's scale, with damping.
+
+        It is what ``inverses[g].A`` is the inverse of.
+        """
+        inverse = self.inverses[g]
+        H = self.moments[g] / inverse.scale
+        mean = float(H.diagonal().mean())
+        H.diagonal().add_(inverse.damping * mean if mean > 0 else 1.0)
+        return H
+
+    def working(
+        self, g: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """(R, D) contiguous copy of group g's weights (or some rows of them), near one in size,
+        zero on dead inputs."""
+        given = self.before[g] if rows is None else self.before[g][rows.to(self.before.device)]
+        w = scaled(given.to(dtype or self.dtype), -self.exponent)
+        w[:, : len(self.dead[g])][:, self.dead[g]] = 0.0
+        return w.contiguous()
+
+    def restored(self, after: Tensor, gone: Tensor) -> Tensor:
+        """(G, R, D) in the original unit from working weights after a removal."""
+        out = scaled(after, self.exponent)
+        for g, dead in enumerate(self.dead):  # a kept weight of a dead input keeps its value
+            if bool(dead.any()):
+                columns = dead.nonzero()[:, 0]
+                out[g][:, columns] = self.before[g][:, columns].to(out.dtype)
+        return out.masked_fill_(gone, 0.0)
+
+    def repaired(self, gone: Tensor, *, precise: bool | None = None) -> Tensor:
+        """(G, R, D): the best weights that are zero in ``gone`` (G, R, D).
+
+        Solves for the multipliers of the removed weights or for the change of the kept ones,
+        whichever are fewer: ``w - A[:, P] A[P, P]^-1 w[P]``, or ``w[S] + H[S, S]^-1 H[S, P] w[P]``.
+        """
+        precise = self.precise if precise is None else precise
+        dtype = torch.float64 if precise else torch.float32
+        after = torch.empty(gone.shape, dtype=dtype, device=gone.device)
+        for g, inverse in enumerate(self.inverses):
+            w, P = self.working(g, dtype), gone[g].contiguous()
+            removed = torch.where(P, w, 0.0)
+            count = P.sum(1, dtype=torch.float64)
+            if float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum()):
+                A = inverse.A.to(dtype)
+                ops.support_solve_(removed, A, P, backend=self.backend)
+                after[g] = torch.addmm(w, removed, A, alpha=-1)
+            else:
+                H = self.damped(g).to(dtype)
+                change = removed @ H
+                ops.support_solve_(change, H, ~P, backend=self.backend)
+                after[g] = w + change
+        return self.restored(after, gone)
+
+    def best(self, gone: Tensor) -> Tensor:
+        """:meth:`repaired`; in float64, with a note, where float32 is not enough."""
+        if not self.precise:
+            try:
+                return self.repaired(gone)
+            except NotPositiveDefiniteError:
+                self.said.append(
+                    "the kept weights were solved for in float64: float32 was too narrow"
+                )
+        return self.repaired(gone, precise=True)
+
+    def rounded(self, after: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights (G, R, C) and biases (G, R) in their own types."""
+        C = self.columns
+        weight = after[:, :, :C].to(self.weight_dtype, copy=True).contiguous()
+        bias = None
+        if self.bias_dtype is not None:
+            bias = after[:, :, C].to(self.bias_dtype, copy=True).contiguous()
+        if not all(bool(torch.isfinite(x).all()) for x in (weight, bias) if x is not None):
+            kind = str(self.weight_dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"weight: a kept weight outgrew {kind} when it was compensated; convert the layer "
+                "to a wider type, raise the damping, or remove less"
+            )
+        return weight, bias
+
+    def energy(self) -> float:
+        """tr(W H W^T) of the original weights."""
+        total = 0.0
+        for g, H in enumerate(self.moments):
+            for rows in self._pieces():
+                total += _error(self.before[g, rows].to(torch.float64), H)[0]
+        return _finite(total)
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """tr(dW H dW^T) of final weights (G, R, C) and biases (G, R), without damping."""
+        total = 0.0
+        for g, H in enumerate(self.moments):
+            for rows in self._pieces():
+                total += _error(self._change(weight, bias, g, rows), H)[0]
+        return _finite(total)
+
+    def measured(self, weight: Tensor, bias: Tensor | None, gone: Tensor) -> tuple[float, float]:
+        """:meth:`error`, and the optimality ratio of the kept weights.
+
+        The ratio is the worst row's ``||(dw H) on kept|| / (D eps ||dw|| ||H||)`` with the damped
+        H and the eps of the weight's type: below about 30 the kept weights are the best there are
+        for their mask as far as this type can tell.
+        """
+        total, worst = 0.0, 0.0
+        eps = torch.finfo(self.weight_dtype).eps
+        for g, H in enumerate(self.moments):
+            mean = float(H.diagonal().mean())
+            shift = 0.0
+            if self.inverses:
+                shift = self.inverses[g].damping * mean if mean > 0 else 1.0
+            unit = (_norm(H) + shift) * eps * H.shape[0]
+            for rows in self._pieces():
+                dW = self._change(weight, bias, g, rows)
+                error, G = _error(dW, H)
+                total += error
+                G.add_(dW, alpha=shift).masked_fill_(gone[g, rows], 0.0)
+                size = dW.norm(dim=1) * unit
+                ratio = torch.where(size > 0, G.norm(dim=1) / size, 0.0)
+                worst = max(worst, float(ratio.max()))
+        return _finite(total), worst
+
+    def _pieces(self) -> Iterator[slice]:
+        """Rows a few at a time, so that float64 temporaries stay small."""
+        _, R, D = self.before.shape
+        step = max(1, _PIECE // D)
+        for first in range(0, R, step):
+            yield slice(first, first + step)
+
+    def _change(self, weight: Tensor, bias: Tensor | None, g: int, rows: slice) -> Tensor:
+        after = weight[g, rows].to(torch.float64)
+        if bias is not None:
+            after = torch.cat([after, bias[g, rows, None].to(torch.float64)], 1)
+        return after - self.before[g, rows]
+
+    def check_mask(self, gone: Tensor) -> None:
+        """ArgumentError if something that the user's mask removes is still there."""
+        if self.mask is not None and not bool(gone[:, :, : self.columns][~self.mask].all()):
+            raise ArgumentError(
+                f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
+                "weights, more than was asked for: ask for more"
+            )
+
+    def lost_in_rounding(self, weight: Tensor, gone: Tensor) -> list[str]:
+        """A note if kept weights became zero in their own type."""
+        C = self.columns
+        lost = int(((weight == 0) & ~gone[:, :, :C] & (self.before[:, :, :C] != 0)).sum())
+        kind = str(self.weight_dtype).removeprefix("torch.")
+        return [f"{lost} kept weights became zero when they were rounded to {kind}"] if lost else []
+
+
+def nearest_count(share: float, of: int) -> int:
+    """The nearest whole number to share * of; a half rounds down, so that rounding never removes
+    more than half a weight."""
+    return min(of, max(0, math.ceil(share * of - 0.5)))
+
+
+def scaled(x: Tensor, exponent: int) -> Tensor:
+    """A copy of x times a power of two, in two steps that both fit into x's type."""
+    half = exponent // 2
+    return (x * math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
+
+
+def _error(dW: Tensor, H: Tensor) -> tuple[float, Tensor]:
+    """tr(dW H dW^T) in float64, and dW H (R, D)."""
+    G = dW @ H
+    return float(torch.linalg.vecdot(G, dW).sum()), G
+
+
+def _finite(total: float) -> float:
+    """``total``, never below zero; NonFiniteError where it is beyond float64."""
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            "weight: tr(W H W^T) is beyond float64; scale the weight or the hessian down"
+        )
+    return max(0.0, total)
+
+
+def _norm(H: Tensor) -> float:
+    """The spectral norm of a second moment, from below, within a few percent."""
+    scale = float(H.diagonal().max())
+    if scale == 0:
+        return 0.0
+    v = (H.diagonal() / scale).sqrt()
+    norm = 0.0
+    for _ in range(_NORM_STEPS):
+        v = H @ (v / v.norm()) / scale
+        norm = float(v.norm())
+    return norm * scale
+
+
+def _check_layer(
+    W: Tensor, moments: Sequence[Tensor], bias: Tensor | None, mask: Tensor | None, prune_bias: bool
+) -> None:
+    G, R, C = W.shape
+    if W.numel() == 0:
+        raise ShapeError(f"weight: shape {tuple(W.shape[1:])} is empty; leave this layer out")
+    checks.check_finite(W if G > 1 else W[0], "weight")
+    if prune_bias and bias is None:
+        raise ArgumentError("prune_bias: True, but no bias was given; pass bias=")
+    size = C
+    if bias is not None:
+        size += 1
+        if bias.shape != (G, R):
+            raise ShapeError(f"bias: shape {tuple(bias.shape[1:])}, but weight has {R} rows")
+        if bias.device != W.device:
+            raise ShapeError(
+                f"bias is on {bias.device} but weight is on {W.device}: move one of them"
+            )
+        checks.check_finite(bias if G > 1 else bias[0], "bias")
+    for H in moments:
+        if H.shape != (size, size):
+            hint = ""
+            if bias is None and len(H) == C + 1:
+                hint = "; it seems to have a ones column: pass bias= as well"
+            elif bias is not None and len(H) == C:
+                hint = "; with a bias it needs a ones column: Hessian(columns, bias=True)"
+            raise ShapeError(
+                f"hessian: {tuple(H.shape)}, expected ({size}, {size}) for weight ({R}, {C}){hint}"
+            )
+        if H.device != W.device:
+            raise ShapeError(
+                f"hessian is on {H.device} but weight is on {W.device}: move one of them"
+            )
+    if mask is not None:
+        if mask.shape != W.shape:
+            raise ShapeError(f"mask: shape {tuple(mask.shape[1:])}, but weight is ({R}, {C})")
+        if mask.device != W.device:
+            raise ShapeError(
+                f"mask is on {mask.device} but weight is on {W.device}: move one of them"
+            )

@@ -1,0 +1,155 @@
+"""Method "sweep": SparseGPT's order, columns from left to right in blocks, one shared factor."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.patterns import Blocks, GroupsOf, Pattern, Unstructured
+from lobs_native.problem import Problem, nearest_count
+
+__all__ = ["Sweep"]
+
+_WIDTH = 128  # columns of a block, as published
+_FORCED, _ZERO = -2.0, -1.0  # scores below every real one
+
+
+class Sweep:
+    """Chooses the mask of each block from the weights as they stand when the sweep arrives."""
+
+    def __init__(self, problem: Problem, pattern: Pattern) -> None:
+        self.problem = problem
+        self.pattern = pattern
+        self.upper = [_upper(i.A, problem.dtype) for i in problem.inverses]
+        self.unit = pattern.size if isinstance(pattern, Blocks) else 1
+        C, D = problem.columns, problem.before.shape[2]
+        if isinstance(pattern, Unstructured):
+            self.cuts = [*range(0, D, _WIDTH), D]
+        else:  # whole groups or blocks; a bias comes after them
+            step = max(pattern.size, _WIDTH // pattern.size * pattern.size)
+            self.cuts = [*range(0, C, step), C] + ([D] if D > C else [])
+
+    def prune(self, share: float, scope: str) -> tuple[Tensor, Tensor]:
+        """Bool (G, R, D) of what goes, exactly the count asked for, and the weights (G, R, D)
+        float64 that are left.
+
+        Every block removes its part of the count: over all rows, or (scope "row") in each row.
+        """
+        problem = self.problem
+        G, R, _ = problem.before.shape
+        gone = torch.zeros_like(problem.before, dtype=torch.bool)
+        after = torch.empty_like(problem.before, dtype=problem.dtype)
+        units = problem.candidates // self.unit
+        total = nearest_count(share, G * R * units)
+        for g in range(G):
+            W = problem.working(g)
+            if scope == "row":
+                budget = torch.full((R,), nearest_count(share, units))
+            else:
+                budget = torch.tensor([total * (g + 1) // G - total * g // G])
+            gone[g] = self._sweep(g, W, budget)
+            after[g] = W
+        return gone, problem.restored(after, gone)
+
+    def _sweep(self, g: int, W: Tensor, budget: Tensor) -> Tensor:
+        """Sweep W (R, D) in place. ``budget`` is the number of removals: one for all rows together,
+        or one for each."""
+        problem, U, pattern = self.problem, self.upper[g], self.pattern
+        (R, D), C = W.shape, problem.candidates
+        zero = problem.before[g][:, :C] == 0
+        forced = torch.zeros_like(zero)
+        if problem.mask is not None:
+            forced[:, : problem.columns] = ~problem.mask[g]
+        gone = torch.zeros(R, D, dtype=torch.bool, device=W.device)
+        spread = _Spread(budget.to(W.device), forced[:, :: self.unit])
+        for begin, end in itertools.pairwise(self.cuts):
+            block, inside = slice(begin, end), slice(begin, min(end, C))
+            part, u = W[:, block], U[block, block]
+            E = torch.empty(R, end - begin, dtype=W.dtype, device=W.device)
+            code = torch.zeros(R, end - begin, dtype=torch.uint8, device=W.device)
+            group, per_group = 0, 0
+            if begin < C and isinstance(pattern, GroupsOf):
+                group, per_group = pattern.size, pattern.size - pattern.keep
+                code.copy_(_first(forced[:, inside], zero[:, inside], group, per_group))
+            elif begin < C:
+                width = min(end, C) - begin
+                score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square()
+                score[zero[:, inside]] = _ZERO
+                score[forced[:, inside]] = _FORCED
+                count = spread.take(slice(begin // self.unit, min(end, C) // self.unit))
+                code[:, :width] = self._choose(score, count)
+            ops.sweep_block_(
+                part, u, code, E, group=group, per_group=per_group, backend=problem.backend
+            )
+            gone[:, block] = code == 1
+            if end < D:
+                W[:, end:].addmm_(E, U[block, end:], alpha=-1)
+        return gone
+
+    def _choose(self, score: Tensor, count: Tensor) -> Tensor:
+        """Bool like score (R, B): the ``count`` lowest of all, or of each row, in whole blocks."""
+        backend = self.problem.backend
+        if self.unit > 1:
+            blocks = score.reshape(len(score), -1, self.unit)
+            score = blocks.clamp_min(0.0).sum(2)
+            score[(blocks < 0).all(2)] = _ZERO
+            score[(blocks == _FORCED).all(2)] = _FORCED
+        if len(count) == 1:
+            chosen = ops.rank_lowest(score.reshape(1, -1), int(count), backend=backend)
+        elif bool((count == count[0]).all()):
+            chosen = ops.rank_lowest(score, int(count[0]), backend=backend)
+        else:
+            chosen = score.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
+        chosen = chosen.view_as(score)
+        return chosen.repeat_interleave(self.unit, 1) if self.unit > 1 else chosen
+
+
+def _first(forced: Tensor, zero: Tensor, group: int, per_group: int) -> Tensor:
+    """Which weights (R, B) of a block go before all others: those that the mask demands, and zeros
+    that are there already as far as the group has room for them."""
+    if not bool(zero.any()):
+        return forced
+    groups = (len(forced), -1, group)
+    demanded, extra = forced.reshape(groups), (zero & ~forced).reshape(groups)
+    room = per_group - demanded.sum(2, keepdim=True)
+    return (demanded | (extra & (extra.cumsum(2) <= room))).view_as(forced)
+
+
+class _Spread:
+    """Spreads a number of removals over blocks of columns in proportion to what is free in each,
+    so that they add up exactly; what the mask demands comes first and counts."""
+
+    def __init__(self, budget: Tensor, forced: Tensor) -> None:
+        self.forced = forced  # (R, units)
+        self.by_row = len(budget) > 1
+        self.spare = (budget - self._sum(forced)).clamp_min(0)
+        self.free = self._sum(~forced).clamp_min(1)
+        self.seen = torch.zeros_like(self.free)
+        self.given = torch.zeros_like(self.free)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.sum(1) if self.by_row else x.sum().reshape(1)
+
+    def take(self, units: slice) -> Tensor:
+        """Removals among the next columns (units): one number, or one per row."""
+        forced = self.forced[:, units]
+        self.seen += self._sum(~forced)
+        until = (2 * self.spare * self.seen + self.free) // (2 * self.free)
+        more = until - self.given
+        self.given = until
+        return self._sum(forced) + more
+
+
+def _upper(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """U (D, D) upper with U^T U = A."""
+    U, info = torch.linalg.cholesky_ex(A, upper=True)
+    if int(info):
+        raise NotPositiveDefiniteError(
+            "hessian: its damped inverse is not positive definite in float64; pass a larger damping"
+        )
+    upper: Tensor = U.to(dtype)
+    return upper
