@@ -7,7 +7,8 @@
 //   with  K = A[P, P]^-1,  T = A[S, P] K,  D = A[S, S] - T A[P, S],  x = K w0[P],
 //         w = w0[S] - A[S, P] x
 //
-// Each round makes the one swap, of all pairs, that lowers the row's error most.
+// Each round makes the one swap, of all pairs, that lowers the row's error most; ties go to the
+// lowest kept column, then the lowest removed one.
 //
 // Shapes    W (R, C), rows with any stride, columns contiguous: the original weights on entry.  A
 //           (C, C) symmetric, contiguous.  kept (R, C) bytes, 1 = kept.  fixed (R, C) bytes or null,
@@ -22,7 +23,7 @@
 //           not.
 // Cost      About k C^2 flops per row to bring the tableau [D, T; T^T, K] to P with |P| = k, then 3
 //           C^2 and |S||P| evaluations of the formula per swap.
-// Memory    Scratch per thread: C^2 values.
+// Memory    Scratch per thread: C^2 / 2 values.
 // Source    algorithm: greedy exchange (Miller 2002, Subset Selection in Regression, section 3.5);
 //           the tableau is Beaton's sweep operator (Goodnight 1979).
 #pragma once

@@ -129,7 +129,7 @@ class Row {
         while (best >= 0 && j_ + plan_.block <= plan_.limit) {
             if (first_left_ == 0 && static_cast<double>(lowest_) > plan_.stop) break;
             if (j_ % kPanel == 0) squeeze(&best);
-            if (cached_[best] < 0 || row_stamp_[cached_[best]] < refilled_) {
+            if (!ready(best)) {
                 if (interrupt.asked(worker)) return 0;
                 refill(best);
             }
@@ -211,6 +211,13 @@ class Row {
         j_ = 0;
         refilled_ = 0;
         if (plan_.block > 1) begin_blocks();
+    }
+
+    // Are the column at s, and those of its block, cached and brought up to date by the last refill?
+    bool ready(Index s) const {
+        for (Index b = 0; b < plan_.block; ++b)
+            if (cached_[s + b] < 0 || row_stamp_[cached_[s + b]] < refilled_) return false;
+        return true;
     }
 
     // q leaves; its group may close.

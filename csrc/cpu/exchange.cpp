@@ -256,7 +256,7 @@ class Row {
         return sum;
     }
 
-    // ---- the tableau -----------------------------------------------------------------------------
+    // ---- the tableau ----------------------------------------------------------------------------
 
     // Without swaps to come, kept columns need no slots: they follow from x alone.
     void begin(const double* W, const unsigned char* kept, const unsigned char* fixed, bool whole) {
@@ -350,7 +350,7 @@ class Row {
         for (Index r = s; r < slots_; ++r) entry(r, s) = in[r];
     }
 
-    // ---- one swap --------------------------------------------------------------------------------
+    // ---- one swap -------------------------------------------------------------------------------
 
     // Everything of the length of a row for adding slot j and removing slot i; the tableau itself
     // stays. False if a pivot is not positive, else *p = the second one.
@@ -391,7 +391,8 @@ class Row {
         return sum;
     }
 
-    // Carries out what was prepared, but for M += u u^T - v v^T. i and j change places.
+    // Carries out what was prepared, but for M += u u^T - v v^T. i and j, neither of them fixed,
+    // change places.
     void exchange(Index i, Index j, double p) {
         for (Index s = 0; s < k_; ++s) d_[s] += v_[s] * v_[s] - u_[s] * u_[s];
         for (Index s = k_; s < n_; ++s) d_[s] += u_[s] * u_[s] - v_[s] * v_[s];
@@ -407,8 +408,6 @@ class Row {
         column_[i] = column_[j], column_[j] = column;
         slot_[column_[i]] = static_cast<std::int32_t>(i);
         slot_[column_[j]] = static_cast<std::int32_t>(j);
-        const unsigned char fixed = fixed_[i];
-        fixed_[i] = fixed_[j], fixed_[j] = fixed;
     }
 
     // M += u u^T - v v^T, and the best pair after it: lowest_, best_row_ (kept; -1 if there is no
@@ -525,7 +524,7 @@ class Row {
         }
     }
 
-    // ---- the weights -----------------------------------------------------------------------------
+    // ---- the weights ----------------------------------------------------------------------------
 
     // x += K (w0[P] - A[P, P] x), then sum_ = A[:, P] x.
     void polish(const double* W) {

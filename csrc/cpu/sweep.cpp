@@ -28,7 +28,7 @@ constexpr int kSlab = kStep<T> < 16 ? 16 : kStep<T>;  // bytes are transposed 16
 constexpr int kGoes = 1;  // codes on entry; 0 is free
 constexpr int kStays = 2;
 
-// ---- vectors of integers -------------------------------------------------------------------------
+// ---- vectors of integers ------------------------------------------------------------------------
 
 template <typename T>
 struct BitsOf;
@@ -57,7 +57,7 @@ LOBS_INLINE void store_bits(Lane<T>* p, Bits<T> v) {
     *reinterpret_cast<Bits<T>*>(p) = v;
 }
 
-// ---- transposes ----------------------------------------------------------------------------------
+// ---- transposes ---------------------------------------------------------------------------------
 
 template <typename T>
 struct TileRowOf {
@@ -176,7 +176,7 @@ void convert(Out* out, const In* in, Index count) {
     for (Index i = 0; i < count; ++i) out[i] = static_cast<Out>(in[i]);
 }
 
-// ---- one slab ------------------------------------------------------------------------------------
+// ---- one slab -----------------------------------------------------------------------------------
 
 // What all slabs share. No panel crosses the end of a unit: either whole groups make a panel and a
 // panel is a unit, or whole panels make a group and a group is a unit; without groups B is one.
@@ -327,9 +327,10 @@ void sweep_rows(const Plan<T>& plan, const Slab<T>& slab, Index row) {
     }
 }
 
-// ---- all rows ------------------------------------------------------------------------------------
+// ---- all rows -----------------------------------------------------------------------------------
 
-// Negative, so that the micro-kernel, which adds, subtracts. U itself may have its rows pages apart.
+// Negative, so that the micro-kernel, which adds, subtracts; and dense, while rows of U may be
+// pages apart.
 template <typename T>
 void pack(T* panels, T* pivots, const Plan<T>& plan, const T* U, Index stride) {
     Index width = 0;

@@ -23,6 +23,7 @@ from lobs_native.errors import (
 )
 from lobs_native.hessian import Hessian, StreamingInverse
 from lobs_native.ops import backends
+from lobs_native.plan import MemoryPlan, plan_memory
 from lobs_native.pruner import prune
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
 from lobs_native.trace import WeightTrace, trace_weight
@@ -39,6 +40,7 @@ __all__ = [
     "Hessian",
     "LayerReport",
     "LobsError",
+    "MemoryPlan",
     "NonFiniteError",
     "NotPositiveDefiniteError",
     "PatternError",
@@ -49,6 +51,7 @@ __all__ = [
     "StreamingInverse",
     "WeightTrace",
     "backends",
+    "plan_memory",
     "prune",
     "prune_weight",
     "trace_weight",

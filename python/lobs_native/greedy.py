@@ -295,8 +295,8 @@ class Greedy:
         few = max(_SAMPLE, N // 24)
         energy = []
         for g, (inverse, scale) in enumerate(zip(self.problem.inverses, self.scale, strict=True)):
-            w = self.problem.working(g, torch.float64)
-            energy.append((w**2 / inverse.A.diagonal()).sum(1) * scale)
+            w = self.problem.working(g)
+            energy.append(w.square_() @ (scale / inverse.A.diagonal()).to(w.dtype))
         spread = (torch.arange(few, dtype=torch.float64) + 0.5) * (N / few)
         chosen = torch.cat(energy).cpu().argsort(stable=True)[spread.long()]
         self.trace(chosen[self.rows.count[chosen] < limit], min(limit, D), math.inf)

@@ -784,6 +784,23 @@ def exact_bytes(
     return _core.exact_bytes(chosen, _CODES[dtype], columns, plan)
 
 
+def affordable_threads(
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> int:
+    """Threads that :func:`exact_trace` would use for rows of ``columns`` with this limit on
+    scratch. MemoryError where one needs more than that."""
+    columns = checks.positive_int(columns, "columns")
+    plan = _exact_plan(columns, dtype, None, math.inf, 1, 0, 0, True)
+    chosen = select_backend(backend, torch.device("cpu"))
+    if chosen == "reference":
+        return 1
+    return _affordable(chosen, dtype, columns, plan, memory)
+
+
 def _affordable(chosen: str, dtype: torch.dtype, C: int, plan: _Plan, memory: int | None) -> int:
     """Threads whose scratch fits into ``memory``."""
     if memory is None:

@@ -134,13 +134,13 @@ class Problem:
         """(R, D) contiguous copy of group g's weights (or some rows of them), near one in size,
         zero on dead inputs."""
         given = self.before[g] if rows is None else self.before[g][rows.to(self.before.device)]
-        w = scaled(given.to(dtype or self.dtype), -self.exponent)
+        w = scaled_(given.to(dtype or self.dtype, copy=True), -self.exponent)
         w[:, : len(self.dead[g])][:, self.dead[g]] = 0.0
         return w.contiguous()
 
     def restored(self, after: Tensor, gone: Tensor) -> Tensor:
-        """(G, R, D) in the original unit from working weights after a removal."""
-        out = scaled(after, self.exponent)
+        """Working weights (G, R, D) after a removal, brought back to the original unit in place."""
+        out = scaled_(after, self.exponent)
         for g, dead in enumerate(self.dead):  # a kept weight of a dead input keeps its value
             if bool(dead.any()):
                 columns = dead.nonzero()[:, 0]
@@ -155,20 +155,21 @@ class Problem:
         """
         precise = self.precise if precise is None else precise
         dtype = torch.float64 if precise else torch.float32
-        after = torch.empty(gone.shape, dtype=dtype, device=gone.device)
+        parts = []
         for g, inverse in enumerate(self.inverses):
             w, P = self.working(g, dtype), gone[g].contiguous()
-            removed = torch.where(P, w, 0.0)
             count = P.sum(1, dtype=torch.float64)
+            removed = torch.where(P, w, 0.0)
             if float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum()):
                 A = inverse.A.to(dtype)
                 ops.support_solve_(removed, A, P, backend=self.backend)
-                after[g] = torch.addmm(w, removed, A, alpha=-1)
+                parts.append(w.addmm_(removed, A, alpha=-1))
             else:
                 H = self.damped(g).to(dtype)
                 change = removed @ H
                 ops.support_solve_(change, H, ~P, backend=self.backend)
-                after[g] = w + change
+                parts.append(w.add_(change))
+        after = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         return self.restored(after, gone)
 
     def best(self, gone: Tensor) -> Tensor:
@@ -254,10 +255,15 @@ class Problem:
     def check_mask(self, gone: Tensor) -> None:
         """ArgumentError if something that the user's mask removes is still there."""
         if self.mask is not None and not bool(gone[:, :, : self.columns][~self.mask].all()):
-            raise ArgumentError(
-                f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
-                "weights, more than was asked for: ask for more"
-            )
+            raise self.over_masked()
+
+    def over_masked(self) -> ArgumentError:
+        """The error for a mask that removes more than was asked for."""
+        assert self.mask is not None
+        return ArgumentError(
+            f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
+            "weights, more than was asked for: ask for more"
+        )
 
     def lost_in_rounding(self, weight: Tensor, gone: Tensor) -> list[str]:
         """A note if kept weights became zero in their own type."""
@@ -273,10 +279,10 @@ def nearest_count(share: float, of: int) -> int:
     return min(of, max(0, math.ceil(share * of - 0.5)))
 
 
-def scaled(x: Tensor, exponent: int) -> Tensor:
-    """A copy of x times a power of two, in two steps that both fit into x's type."""
+def scaled_(x: Tensor, exponent: int) -> Tensor:
+    """x times a power of two, in place, in two steps that both fit into x's type."""
     half = exponent // 2
-    return (x * math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
+    return x.mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
 
 
 def _error(dW: Tensor, H: Tensor) -> tuple[float, Tensor]:

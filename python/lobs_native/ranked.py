@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
-from lobs_native.problem import Problem, nearest_count, scaled
+from lobs_native.problem import Problem, nearest_count, scaled_
 
 __all__ = ["Ranked"]
 
@@ -29,7 +29,7 @@ class Ranked:
         self.pattern = pattern
         self.repairs = method == "lobs"
         before = problem.before
-        near_one = scaled(before.to(torch.float64), -problem.exponent)
+        near_one = scaled_(before.to(torch.float64, copy=True), -problem.exponent)
         common = max((i.scale for i in problem.inverses), default=1.0) if self.repairs else 1.0
         score = torch.empty_like(before, dtype=torch.float64)  # (G, R, D) float64
         for g, H in enumerate(problem.moments):

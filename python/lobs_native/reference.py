@@ -224,24 +224,26 @@ def exchange_(
     bad = -1
     for r in range(R):
         free = torch.ones(C, dtype=torch.bool, device=W.device) if fixed is None else ~fixed[r]
-        try:
-            done = _exchange_row(W[r], A, kept[r], free, group_of, limit)
-        except RuntimeError:  # LinAlgError: not positive definite
+        done = _exchange_row(W[r], A, kept[r], free, group_of, limit)
+        if done is None:
             bad = r if bad < 0 else bad
-            continue
-        S, w, swaps[r], left[r] = done
-        kept[r], W[r] = S, w
+        else:
+            kept[r], W[r], swaps[r], left[r] = done
     return swaps, left, bad
 
 
 def _exchange_row(
     w0: Tensor, A: Tensor, kept: Tensor, free: Tensor, group_of: Tensor, limit: int
-) -> tuple[Tensor, Tensor, int, float]:
-    """The final kept set (C,), the weights (C,), the number of swaps, and the error left."""
+) -> tuple[Tensor, Tensor, int, float] | None:
+    """The final kept set (C,), the weights (C,), the number of swaps, and the error left; or None
+    where A is not positive definite."""
     S, done = kept.clone(), 0
     while True:
         i, j = torch.nonzero(S)[:, 0], torch.nonzero(~S)[:, 0]  # kept, removed
-        K = torch.cholesky_inverse(torch.linalg.cholesky(A[j][:, j]))  # raises
+        factor, info = torch.linalg.cholesky_ex(A[j][:, j])
+        if int(info):
+            return None
+        K = torch.cholesky_inverse(factor)
         x = K @ w0[j]
         w = w0 - A[:, j] @ x
         w[j] = 0.0

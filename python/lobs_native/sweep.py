@@ -66,6 +66,8 @@ class Sweep:
             forced[:, : problem.columns] = ~problem.mask[g]
         gone = torch.zeros(R, D, dtype=torch.bool, device=W.device)
         spread = _Spread(budget.to(W.device), forced[:, :: self.unit])
+        if bool((spread.spare < 0).any()):
+            raise problem.over_masked()
         for begin, end in itertools.pairwise(self.cuts):
             block, inside = slice(begin, end), slice(begin, min(end, C))
             part, u = W[:, block], U[block, block]
@@ -126,7 +128,7 @@ class _Spread:
     def __init__(self, budget: Tensor, forced: Tensor) -> None:
         self.forced = forced  # (R, units)
         self.by_row = len(budget) > 1
-        self.spare = (budget - self._sum(forced)).clamp_min(0)
+        self.spare = budget - self._sum(forced)  # negative: the mask demands more
         self.free = self._sum(~forced).clamp_min(1)
         self.seen = torch.zeros_like(self.free)
         self.given = torch.zeros_like(self.free)

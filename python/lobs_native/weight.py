@@ -215,8 +215,8 @@ def prune_weight(
     refine : None, "solve" or "exchange"
         "solve" recomputes the kept weights for the final mask in float64, whatever the method.
         "exchange" then swaps a kept weight of a row against a removed one as long as one swap
-        lowers the error, and takes C * C doubles per thread. Not with 1xB patterns, and the mask's
-        demands stay.
+        lowers the error, and takes C * C / 2 doubles per thread. Not with 1xB patterns; what the
+        mask demands stays.
     memory : int, optional
         Bytes of scratch for "exact" at most: it then uses fewer threads, or raises MemoryError;
         see :func:`plan_memory`.

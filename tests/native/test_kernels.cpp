@@ -445,6 +445,252 @@ void check_parallel() {
     check(!impossible.ok(), "scratch that cannot be had is reported");
 }
 
+// ---- exact removal, solves, exchanges, sweep -------------------------------------------------------
+
+double correlation(Index i, Index j) {  // positive definite, and far from diagonal
+    return std::pow(0.6, std::fabs(static_cast<double>(i - j))) + (i == j ? 0.2 : 0.0);
+}
+
+template <typename T>
+std::vector<T> correlations(Index C) {
+    std::vector<T> A(static_cast<std::size_t>(C * C));
+    for (Index i = 0; i < C; ++i)
+        for (Index j = 0; j < C; ++j)
+            A[static_cast<std::size_t>(i * C + j)] = static_cast<T>(correlation(i, j));
+    return A;
+}
+
+// One row by the plain algorithm in double: its order, the weights that are left, and what was
+// lost is added to *lost.
+std::vector<Index> plain_greedy(std::vector<double>& w, Index limit, Index group, Index per_group,
+                                double* lost) {
+    const auto C = static_cast<Index>(w.size());
+    std::vector<double> D = correlations<double>(C);
+    const auto d = [&](Index i, Index j) -> double& {
+        return D[static_cast<std::size_t>(i * C + j)];
+    };
+    std::vector<Index> order;
+    std::vector<Index> taken(static_cast<std::size_t>(C), 0);
+    std::vector<bool> live(static_cast<std::size_t>(C), true);
+    while (static_cast<Index>(order.size()) < limit) {
+        Index q = -1;
+        double best = 0;
+        for (Index i = 0; i < C; ++i) {
+            const auto at = static_cast<std::size_t>(i);
+            if (!live[at]) continue;
+            if (group > 0 &&
+                (i >= C - C % group || taken[static_cast<std::size_t>(i / group)] == per_group))
+                continue;
+            const double cost = w[at] * w[at] / d(i, i);
+            if (q < 0 || cost < best) best = cost, q = i;
+        }
+        if (q < 0) break;
+        order.push_back(q);
+        *lost += best;
+        live[static_cast<std::size_t>(q)] = false;
+        if (group > 0) ++taken[static_cast<std::size_t>(q / group)];
+        const double pivot = d(q, q), z = w[static_cast<std::size_t>(q)] / pivot;
+        std::vector<double> v(static_cast<std::size_t>(C));
+        for (Index i = 0; i < C; ++i) v[static_cast<std::size_t>(i)] = d(i, q);
+        for (Index i = 0; i < C; ++i) {
+            w[static_cast<std::size_t>(i)] -= z * v[static_cast<std::size_t>(i)];
+            for (Index j = 0; j < C; ++j)
+                d(i, j) -= v[static_cast<std::size_t>(i)] * v[static_cast<std::size_t>(j)] / pivot;
+        }
+    }
+    for (const Index q : order) w[static_cast<std::size_t>(q)] = 0;
+    return order;
+}
+
+template <typename T>
+void check_exact(const Backend& backend, Index R, Index C, Index limit, Index group,
+                 Index per_group, int threads) {
+    const std::vector<T> A = correlations<T>(C);
+    Table<T> W(R, C);
+    W.fill();
+    const Table<T> before = W;
+    const auto size = static_cast<std::size_t>(R * limit);
+    std::vector<std::int32_t> order(size + 1, -7);
+    std::vector<T> loss(size + 1, T(-7));
+    std::vector<Index> count(static_cast<std::size_t>(R));
+    std::vector<unsigned char> status(static_cast<std::size_t>(R), 9);
+    const double infinity = std::numeric_limits<double>::infinity();
+    const double floor = 8 * static_cast<double>(std::numeric_limits<T>::epsilon());
+    const lobs::ExactPlan plan{limit, infinity, floor, 1, group, per_group, true};
+    const Info info = backend.exact_trace({order.data(), loss.data(), count.data(), status.data()},
+                                          W.view(), A.data(), nullptr, plan, {threads, nullptr});
+    check(info.status == Status::ok, "exact status");
+    check(order[size] == -7 && loss[size] == T(-7), "exact writes within its outputs");
+    bool same = true, fine = true;
+    double worst = 0, lost = 0, expected_lost = 0;
+    for (Index r = 0; r < R; ++r) {
+        std::vector<double> w(static_cast<std::size_t>(C));
+        for (Index c = 0; c < C; ++c)
+            w[static_cast<std::size_t>(c)] =
+                static_cast<double>(before.data[static_cast<std::size_t>(r * before.stride + c)]);
+        const std::vector<Index> expected =
+            plain_greedy(w, limit, group, per_group, &expected_lost);
+        for (std::size_t i = 0; i < expected.size(); ++i)
+            lost += static_cast<double>(loss[static_cast<std::size_t>(r * limit) + i]);
+        fine = fine && status[static_cast<std::size_t>(r)] == 0 &&
+               count[static_cast<std::size_t>(r)] == static_cast<Index>(expected.size());
+        for (std::size_t i = 0; i < expected.size(); ++i)
+            same = same && order[static_cast<std::size_t>(r * limit) + i] == expected[i];
+        for (Index c = 0; c < C; ++c)
+            worst = std::fmax(
+                worst, std::fabs(static_cast<double>(W.at(r, c)) - w[static_cast<std::size_t>(c)]));
+    }
+    check(fine, "exact counts");
+    if (sizeof(T) == 8) check(same, "exact order is the plain one");  // float32 has near ties
+    check(std::fabs(lost - expected_lost) <= 100 * tolerance<T>() * expected_lost, "exact losses");
+    if (same) check(worst < 100 * tolerance<T>(), "exact weights");
+}
+
+template <typename T>
+void check_blocks(const Backend& backend, Index C, Index block) {
+    const std::vector<T> A = correlations<T>(C);
+    Table<T> W(3, C);
+    W.fill();
+    std::vector<std::int32_t> order(static_cast<std::size_t>(3 * C));
+    std::vector<T> loss(order.size());
+    std::vector<Index> count(3);
+    std::vector<unsigned char> status(3), state(static_cast<std::size_t>(3 * C), 0);
+    for (Index i = 0; i < block; ++i) state[static_cast<std::size_t>(C + i)] = 1;
+    for (Index i = 0; i < block; ++i) state[static_cast<std::size_t>(2 * C + i)] = 2;
+    const double infinity = std::numeric_limits<double>::infinity();
+    const lobs::ExactPlan plan{C, infinity, 1e-6, block, 0, 0, true};
+    const Info info = backend.exact_trace({order.data(), loss.data(), count.data(), status.data()},
+                                          W.view(), A.data(), state.data(), plan, {2, nullptr});
+    const Index whole = C / block * block;
+    check(info.status == Status::ok, "blocks status");
+    check(count[0] == whole && count[1] == whole && count[2] == whole - block, "blocks counts");
+    bool together = true;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(whole);
+         i += static_cast<std::size_t>(block))
+        for (std::size_t b = 0; b < static_cast<std::size_t>(block); ++b)
+            together = together && order[i + b] == order[i] + static_cast<std::int32_t>(b) &&
+                       order[i] % block == 0;
+    check(together, "blocks go whole");
+    check(order[static_cast<std::size_t>(C)] == 0, "what must go first goes first");
+}
+
+template <typename T>
+void check_solve(const Backend& backend, Index R, Index C, int threads) {
+    const std::vector<T> M = correlations<T>(C);
+    Table<T> X(R, C);
+    X.fill();
+    const Table<T> before = X;
+    std::vector<unsigned char> chosen(static_cast<std::size_t>(R * C));
+    for (std::size_t i = 0; i < chosen.size(); ++i)
+        chosen[i] = i < static_cast<std::size_t>(C) ? 0 : i % 3 != 0;
+    const Info info = backend.support_solve(X.view(), M.data(), chosen.data(), {threads, nullptr});
+    check(info.status == Status::ok, "solve status");
+    double worst = 0;
+    bool zeros = true;
+    for (Index r = 0; r < R; ++r)
+        for (Index i = 0; i < C; ++i) {
+            if (!chosen[static_cast<std::size_t>(r * C + i)]) {
+                zeros = zeros && X.at(r, i) == 0;
+                continue;
+            }
+            double sum =
+                -static_cast<double>(before.data[static_cast<std::size_t>(r * before.stride + i)]);
+            for (Index j = 0; j < C; ++j)
+                if (chosen[static_cast<std::size_t>(r * C + j)])
+                    sum += correlation(i, j) * static_cast<double>(X.at(r, j));
+            worst = std::fmax(worst, std::fabs(sum));
+        }
+    check(worst < 10 * tolerance<T>(), "solve residual");
+    check(zeros, "solve leaves zeros outside");
+    std::vector<T> indefinite(static_cast<std::size_t>(C * C), T(1));
+    Table<T> Y(R, C);
+    Y.fill();
+    std::memset(chosen.data(), 1, chosen.size());
+    const Info bad =
+        backend.support_solve(Y.view(), indefinite.data(), chosen.data(), {threads, nullptr});
+    check(C == 1 || (bad.status == Status::not_positive && bad.where == 0), "solve refuses");
+}
+
+void check_exchange(const Backend& backend, Index R, Index C, Index group, int threads) {
+    const std::vector<double> A = correlations<double>(C);
+    Table<double> W(R, C);
+    W.fill();
+    const Table<double> before = W;
+    std::vector<unsigned char> kept(static_cast<std::size_t>(R * C));
+    for (std::size_t i = 0; i < kept.size(); ++i) kept[i] = i % 2 == 0;
+    const std::vector<unsigned char> first = kept;
+    std::vector<Index> swaps(static_cast<std::size_t>(R), -1);
+    std::vector<double> left(static_cast<std::size_t>(R), -1), start = left;
+    auto once = first;
+    Table<double> V = before;
+    backend.exchange({once.data(), swaps.data(), start.data()}, V.view(), A.data(), nullptr, group,
+                     0, {threads, nullptr});
+    const Info info = backend.exchange({kept.data(), swaps.data(), left.data()}, W.view(), A.data(),
+                                       nullptr, group, 10 * C, {threads, nullptr});
+    check(info.status == Status::ok, "exchange status");
+    bool better = true, counts = true, zeros = true;
+    for (Index r = 0; r < R; ++r) {
+        const auto at = static_cast<std::size_t>(r);
+        better = better && left[at] <= start[at] * (1 + 1e-12);
+        Index was = 0, is = 0;
+        for (Index c = 0; c < C; ++c) {
+            was += first[static_cast<std::size_t>(r * C + c)];
+            is += kept[static_cast<std::size_t>(r * C + c)];
+            if (!kept[static_cast<std::size_t>(r * C + c)]) zeros = zeros && W.at(r, c) == 0;
+        }
+        counts = counts && was == is;
+    }
+    check(better, "exchange never makes it worse");
+    check(counts, "exchange keeps the counts");
+    check(zeros, "exchange leaves zeros where weights are gone");
+    check(once == first, "no swaps when none are allowed");
+}
+
+template <typename T>
+void check_sweep(const Backend& backend, Index R, Index B, Index group, int threads) {
+    Table<T> W(R, B), U(B, B), E(R, B);
+    W.fill();
+    for (Index i = 0; i < B; ++i)
+        for (Index j = 0; j < B; ++j)
+            U.at(i, j) =
+                j < i ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(correlation(i, j));
+    const Table<T> before = W;
+    std::vector<unsigned char> gone(static_cast<std::size_t>(R * B));
+    for (std::size_t i = 0; i < gone.size(); ++i) gone[i] = group > 0 ? 0 : i % 3 == 1;
+    const Info info = backend.sweep_block(W.view(), U.view(), gone.data(), E.view(), group,
+                                          group / 2, {threads, nullptr});
+    check(info.status == Status::ok, "sweep status");
+    double worst = 0;
+    bool counts = true;
+    for (Index r = 0; r < R; ++r) {
+        std::vector<double> w(static_cast<std::size_t>(B));
+        for (Index j = 0; j < B; ++j)
+            w[static_cast<std::size_t>(j)] =
+                static_cast<double>(before.data[static_cast<std::size_t>(r * before.stride + j)]);
+        for (Index j = 0; j < B; ++j) {
+            if (group > 0 && j % group == 0) {
+                Index in_group = 0;
+                for (Index i = j; i < j + group; ++i)
+                    in_group += gone[static_cast<std::size_t>(r * B + i)];
+                counts = counts && in_group == group / 2;
+            }
+            const bool goes = gone[static_cast<std::size_t>(r * B + j)] == 1;
+            const double e = goes ? w[static_cast<std::size_t>(j)] / correlation(j, j) : 0.0;
+            for (Index i = j; i < B; ++i) w[static_cast<std::size_t>(i)] -= e * correlation(j, i);
+            if (goes) w[static_cast<std::size_t>(j)] = 0;
+            worst = std::fmax(worst, std::fabs(e - static_cast<double>(E.at(r, j))));
+            if (goes) counts = counts && W.at(r, j) == 0;
+        }
+        for (Index j = 0; j < B; ++j)
+            worst = std::fmax(
+                worst, std::fabs(w[static_cast<std::size_t>(j)] - static_cast<double>(W.at(r, j))));
+    }
+    check(worst < 100 * tolerance<T>(), "sweep weights and errors");
+    check(counts, "sweep counts and zeros");
+}
+
+// ---- together -------------------------------------------------------------------------------------
+
 template <typename T>
 void check_type(const Backend& backend) {
     for (const int threads : {1, 3}) {
@@ -459,7 +705,20 @@ void check_type(const Backend& backend) {
             for (const bool shared : {false, true})
                 check_saliency<T>(backend, 6, C, shared, threads);
         for (const Index C : {1, 8, 15, 16, 17, 70}) check_static_order<T>(backend, 20, C, threads);
+        for (const Index C : {1, 5, 16, 63, 64, 65, 150})
+            for (const Index limit : {(C + 1) / 2, C}) {
+                check_exact<T>(backend, 4, C, limit, 0, 0, threads);
+                check_exact<T>(backend, 4, C, limit, 4, 2, threads);
+            }
+        for (const Index C : {1, 15, 64, 65, 200}) check_solve<T>(backend, 5, C, threads);
+        for (const Index R : {1, 17, 40})
+            for (const Index B : {4, 20, 128}) {
+                check_sweep<T>(backend, R, B, 0, threads);
+                check_sweep<T>(backend, R, B, 4, threads);
+            }
     }
+    check_exact<T>(backend, 2, 300, 300, 0, 0, 2);
+    for (const Index block : {2, 5, 16}) check_blocks<T>(backend, 83, block);
     check_hessian_refuses<T>(backend);
     check_inverse_refuses<T>(backend);
     check_saliency_refuses<T>(backend);
@@ -483,6 +742,11 @@ int main() {
         for (const Dtype dtype : {Dtype::f16, Dtype::bf16})
             for (const Index N : {7, 4096, 9001})
                 check_hessian_variants(rows[i], dtype, N, 13, N == 7 ? 2 : 1, 2);
+        for (const int threads : {1, 3})
+            for (const Index C : {2, 9, 40, 150}) {
+                check_exchange(rows[i], 3, C, 0, threads);
+                check_exchange(rows[i], 3, C, 4, threads);
+            }
         for (const int threads : {1, 3})
             for (const Index C : {1, 2, 9, 300})
                 check_ranking(rows[i], C == 300 ? 1 : 5, C, threads);
