@@ -62,14 +62,15 @@ def test_bench_exact_trace(
     keep: int,
     size: int,
 ) -> None:
-    """Every way loses what the plain loop in float64 loses, and removes as many weights."""
+    """Every way loses what float64 loses, step for step, and its weights lose that as well."""
     if way is published_loop and not small:
         pytest.skip("the loop takes most of a minute; paired.py extrapolates it from a sample")
     shape = shapes.LAYERS[name].small() if small else shapes.LAYERS[name]
     shape = replace(shape, rows=min(shape.rows, ROWS))
     C, k = shape.columns, round(share * shape.columns)
     W = shapes.weights(shape)
-    A = shapes.inverse(shapes.second_moment(shape)).to(torch.float32)
+    H = shapes.second_moment(shape)
+    A = shapes.inverse(H).to(torch.float32)
     found = benchmark.pedantic(way, args=(W, A, k, keep, size), rounds=5, warmup_rounds=1)
     expected = baselines.exact_torch(
         W[:CHECKED].to(torch.float64), A.to(torch.float64), k, keep, size
@@ -82,6 +83,8 @@ def test_bench_exact_trace(
     )
     assert error < 1e-3
     assert bool(((found.weights == 0).sum(dim=1) == k).all())
+    lost = shapes.cost(W, found.weights, shapes.damped(H))
+    assert lost == pytest.approx(float(found.loss.to(torch.float64).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("share", "keep", "size"), [(0.5, 0, 0), (1.0, 0, 0), (0.5, 2, 4)])

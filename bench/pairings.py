@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import baselines
@@ -18,6 +18,11 @@ from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native import ops, reference
+from lobs_native.greedy import Greedy
+from lobs_native.patterns import pattern_of
+from lobs_native.problem import Problem
+
+SWEEP_BLOCK = 128  # columns of a block of SparseGPT's sweep, as published
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Side:
     seconds: Callable[[], float]  # one measurement, with whatever is not to be timed done inside
     answer: Callable[[], Tensor]
     note: str = ""
+    work: float | None = None  # where it is not the case's: rates are then compared, not times
+    error: Callable[[Tensor], float] | None = None  # where its answer is not like ours
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,12 @@ class Case:
 
     name: str
     work: float  # flops or bytes of one run, from the Cost line of the operation's contract
-    unit: str  # "GFLOP/s" or "GB/s"
+    unit: str  # what 1e9 of them in a second are called: "GFLOP/s" or "GB/s"
     error: Callable[[Tensor], float]  # of an answer
     tolerance: float  # highest error with which a side is still right
     ours: Side
     rivals: Sequence[Side]
+    most_pairs: int | None = None  # for runs that take long
 
 
 def clock(
@@ -259,6 +267,21 @@ def layer(name: str, share: float, quick: bool) -> Layer:
     return Layer(shape, shapes.weights(shape), H, shapes.inverse(H).to(torch.float32), count)
 
 
+def lost_share(given: Layer, surplus: int = 0) -> Callable[[Tensor], float]:
+    """The share of the layer's output that is lost; infinite if the count is not exact.
+
+    ``surplus`` is how many weights too many may be gone.
+    """
+    energy = shapes.cost(given.W, torch.zeros_like(given.W), given.H)
+
+    def error(pruned: Tensor) -> float:
+        if not 0 <= int((pruned == 0).sum()) - given.count <= surplus:
+            return float("inf")
+        return shapes.cost(given.W, pruned, given.H) / energy
+
+    return error
+
+
 def static_order_cases(quick: bool) -> Iterator[Case]:
     """The paper's removal: ranking and removal, given A; the removal alone; everything from H."""
     for name, share, samples in (
@@ -397,14 +420,7 @@ def _whole_layer_case(given: Layer) -> Case:
         ranking = baselines.rank_by_row(W, A.diagonal(), given.count)
         return baselines.remove_in_blocks_(W.clone(), A, ranking)
 
-    def layer_error(pruned: Tensor) -> float:
-        """The share of the layer's output that is lost; infinite if the count is not exact."""
-        if int((pruned == 0).sum()) != given.count:
-            return float("inf")
-        before = W.to(torch.float64)
-        change = pruned - before
-        return float(((change @ H) * change).sum() / ((before @ H) * before).sum())
-
+    layer_error = lost_share(given)
     return Case(
         name=f"whole layer from H, {given}",
         work=2.0 * given.count * given.shape.columns,
@@ -423,9 +439,402 @@ def _whole_layer_case(given: Layer) -> Case:
     )
 
 
+# ---- cases: exact removal ----------------------------------------------------------------------
+
+
+def exact_cases(quick: bool) -> Iterator[Case]:
+    """Rows to the end; 2:4 with its weights; the share of a product's rate; a whole layer."""
+    yield _exact_rows_case(quick)
+    yield _exact_groups_case(quick)
+    yield _exact_rate_case(quick)
+    yield from _exact_layer_cases(quick)
+
+
+def _useful(rows: int, C: int, k: int) -> float:
+    """Flops that k exact removals per row need, as csrc/exact.h counts them."""
+    return 2.0 * rows * (C * k**2 / 2 - k**3 / 3)
+
+
+def _some_rows(
+    name: str, rows: int, quick: bool
+) -> tuple[shapes.LayerShape, Tensor, Tensor, Tensor]:
+    """Some rows of a named layer: shape, W (R, C) and A (C, C) float32, H (C, C) float64."""
+    shape = shapes.LAYERS[name].small() if quick else shapes.LAYERS[name]
+    shape = replace(shape, rows=min(shape.rows, rows))
+    H = shapes.second_moment(shape)
+    return shape, shapes.weights(shape), shapes.inverse(H).to(torch.float32), H
+
+
+def _few_exact(
+    W: Tensor, A: Tensor, until: int, keep: int = 0, size: int = 0
+) -> tuple[slice, baselines.Exact]:
+    """A few rows, which are independent of the others, and their float64 answer."""
+    few = slice(0, 2)
+    wide = W[few].to(torch.float64), A.to(torch.float64)
+    return few, baselines.exact_torch(*wide, until, keep, size)
+
+
+def _curve_error(expected: Tensor) -> Callable[[Tensor], float]:
+    """Distance of what was lost after every removal from what float64 loses, relative.
+
+    Costs that are nearly equal may change places in float32, which the running sum forgives.
+    """
+    curve = expected.cumsum(dim=1)
+
+    def error(loss: Tensor) -> float:
+        return float((loss.to(torch.float64).cumsum(dim=1) - curve).norm() / curve.norm())
+
+    return error
+
+
+def _published_clock(
+    W: Tensor, A: Tensor, rows: int, sample: int, keep: int = 0, size: int = 0
+) -> Callable[[], float]:
+    """Seconds of the published loop over ``rows`` rows in batches like W.
+
+    Of one batch, ``sample`` removals are made and counted for all, as they all take the same time.
+    """
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        batch = baselines.PublishedRows(W, A, keep, size)
+        ready = time.perf_counter()
+        batch.remove(sample)
+        each = (time.perf_counter() - ready) / sample
+        return (ready - begun + each * batch.last) * (rows / len(W))
+
+    return seconds
+
+
+def _exact_rows_case(quick: bool) -> Case:
+    shape, W, A, _ = _some_rows("bert-base.fc1", 32, quick)
+    R, C = W.shape
+    few, expected = _few_exact(W, A, C)
+    sample = min(24, C // 2)
+
+    def ours() -> Tensor:
+        return ops.exact_trace(W, A).loss
+
+    def tuned() -> Tensor:
+        return baselines.exact_torch(W, A, C).loss
+
+    return Case(
+        name=f"exact, {R} rows of {shape} ({C}) removed to the end",
+        work=_useful(R, C, C),
+        unit="GFLOP/s",
+        error=_curve_error(expected.loss),
+        tolerance=1e-3,
+        ours=Side("lobs", clock(ours), lambda: ours()[few]),
+        rivals=[
+            Side(
+                "published loop",
+                _published_clock(W, A, R, sample),
+                lambda: baselines.obc_unstructured(W[few], A).loss,
+                note=f"extrapolated from {sample} of {C} removals",
+            ),
+            Side("torch in panels", clock(tuned), lambda: tuned()[few]),
+        ],
+    )
+
+
+def _exact_groups_case(quick: bool) -> Case:
+    shape, W, A, H = _some_rows("bert-base.attention", 768, quick)
+    R, C = W.shape
+    few, expected = _few_exact(W, A, C // 2, 2, 4)
+    lowest = float(expected.loss.sum())
+    damped = shapes.damped(H)
+    batch = W[: min(R, 32)]
+    sample = min(24, C // 4)
+
+    def fresh() -> tuple[Tensor]:
+        return (W.clone(),)
+
+    def ours(w: Tensor) -> Tensor:
+        ops.exact_trace(w, A, group=4, per_group=2, update=True)
+        return w
+
+    def error(pruned: Tensor) -> float:
+        """How far the cost of the weights is from float64's; infinite if they are not 2:4."""
+        if not bool(((pruned == 0).view(len(pruned), -1, 4).sum(dim=2) == 2).all()):
+            return float("inf")
+        return abs(shapes.cost(W[few], pruned, damped) / lowest - 1)
+
+    def sampled() -> float:
+        return tuned() * (R / len(batch))
+
+    tuned = clock(lambda: baselines.exact_torch(batch, A, C // 2, 2, 4))
+    return Case(
+        name=f"exact 2:4 with weights, {shape} ({R}, {C})",
+        work=_useful(R, C, C // 2),
+        unit="GFLOP/s",
+        error=error,
+        tolerance=1e-3,
+        ours=Side("lobs", clock(ours, fresh), lambda: ours(*fresh())[few]),
+        rivals=[
+            Side(
+                "published loop",
+                _published_clock(batch, A, R, sample, 2, 4),
+                lambda: baselines.obc_groups(W[few], A, 2, 4).weights,
+                note=f"extrapolated from {sample} of {C // 2} removals, {len(batch)} of {R} rows",
+            ),
+            Side(
+                "torch in panels",
+                sampled,
+                lambda: baselines.exact_torch(W[few], A, C // 2, 2, 4).weights,
+                note=f"extrapolated from {len(batch)} of {R} rows",
+            ),
+        ],
+    )
+
+
+def _exact_rate_case(quick: bool) -> Case:
+    shape, W, A, _ = _some_rows("opt-1.3b.attention", 8, quick)
+    R, C = W.shape
+    k = C // 2
+    few, expected = _few_exact(W, A, k)
+    n = C
+    generator = torch.Generator().manual_seed(5)
+    X, Y = (torch.randn(n, n, generator=generator) for _ in range(2))
+    Z = torch.empty(n, n)
+
+    def ours() -> Tensor:
+        return ops.exact_trace(W, A, limit=k).loss
+
+    def tuned() -> Tensor:
+        return baselines.exact_torch(W, A, k).loss
+
+    def product() -> Tensor:
+        return torch.mm(X, Y, out=Z)
+
+    return Case(
+        name=f"exact, {R} rows of {shape} ({C}), half removed",
+        work=_useful(R, C, k),
+        unit="GFLOP/s",
+        error=_curve_error(expected.loss),
+        tolerance=1e-3,
+        ours=Side("lobs", clock(ours), lambda: ours()[few]),
+        rivals=[
+            Side(
+                f"torch.mm, {n} x {n} float32",
+                clock(product),
+                product,
+                note="the ratio is ours' share of the rate of a matrix product",
+                work=2.0 * n**3,
+                error=relative_error(X.to(torch.float64) @ Y.to(torch.float64)),
+            ),
+            Side("torch in panels", clock(tuned), lambda: tuned()[few]),
+        ],
+    )
+
+
+def _exact_layer_cases(quick: bool) -> Iterator[Case]:
+    """Everything from H; and the choice of the weights alone, without their repair."""
+    given = layer("opt-125m.fc2", 0.5, quick)
+    W, H = given.W, given.H
+    published = _published_procedure(given, None)
+    highest = lost_share(given, _surplus(given, None))(published.answer())
+
+    def case(name: str, ours: Side) -> Case:
+        return Case(
+            name=f"{name}, {given}",
+            work=1e3 * W.numel(),
+            unit="Mweights/s",
+            error=lost_share(given),
+            tolerance=1.01 * highest,
+            ours=ours,
+            rivals=[replace(published, note="errors are the layer's")],
+            most_pairs=3,
+        )
+
+    def ours() -> Tensor:
+        return lobs.prune_weight(
+            W, H, sparsity=given.share, method="exact", damping=shapes.DAMPING
+        ).weight
+
+    def chosen() -> tuple[Problem, Tensor]:
+        problem = Problem.of(
+            W[None],
+            None,
+            [H],
+            damping=shapes.DAMPING,
+            inverted=True,
+            prune_bias=False,
+            mask=None,
+            backend=ops.select_backend(None, W.device),
+        )
+        return problem, Greedy(problem, pattern_of("unstructured")).cut_layer(given.share)
+
+    def repaired() -> Tensor:
+        problem, gone = chosen()
+        return problem.best(gone)[0].to(W.dtype)
+
+    yield case("exact, whole layer from H", Side("lobs.prune_weight", clock(ours), ours))
+    yield case("exact, choice alone from H", Side("lobs, no repair", clock(chosen), repaired))
+
+
+# ---- cases: sweep ------------------------------------------------------------------------------
+
+
+def sweep_cases(quick: bool) -> Iterator[Case]:
+    """SparseGPT's sweep at half, and 2:4: from the same factor, and everything from H."""
+    given = layer("opt-1.3b.attention", 0.5, quick)
+    for pattern in (None, "2:4"):
+        yield _sweep_case(given, pattern)
+        yield _sweep_layer_case(given, pattern)
+
+
+def _factor(given: Layer) -> Tensor:
+    """U (C, C) float32, upper, with U^T U = A."""
+    return torch.linalg.cholesky(shapes.inverse(given.H), upper=True).to(torch.float32)
+
+
+def _surplus(given: Layer, pattern: str | None) -> int:
+    """The published threshold takes one weight too many of every block, and all equal to it."""
+    return 0 if pattern else -(-given.shape.columns // SWEEP_BLOCK) * 4
+
+
+def _groups(pattern: str | None) -> tuple[int, int]:
+    """Group size and how many of a group go; 0 and 0 without groups."""
+    return (4, 2) if pattern == "2:4" else (0, 0)
+
+
+def _swept(W: Tensor, U: Tensor, count: int, pattern: str | None) -> Tensor:
+    """Sweep W (R, C) in place: ``count`` weights of the layer, or 2:4."""
+    R, C = W.shape
+    group, per_group = _groups(pattern)
+    removed = 0
+    for begin in range(0, C, SWEEP_BLOCK):
+        end = min(begin + SWEEP_BLOCK, C)
+        part, u = W[:, begin:end], U[begin:end, begin:end]
+        E = torch.empty(R, end - begin)
+        if pattern:
+            gone = torch.zeros(R, end - begin, dtype=torch.uint8)
+        else:
+            score = (part / u.diagonal()).to(torch.float64).square_()
+            until = count * end // C
+            lowest = ops.rank_lowest(score.view(1, -1), until - removed)
+            gone, removed = lowest.view_as(score).view(torch.uint8), until
+        ops.sweep_block_(part, u, gone, E, group=group, per_group=per_group)
+        if end < C:
+            W[:, end:].addmm_(E, U[begin:end, end:], alpha=-1)
+    return W
+
+
+def _sweep_case(given: Layer, pattern: str | None) -> Case:
+    W, U = given.W, _factor(given)
+
+    def fresh() -> tuple[Tensor]:
+        return (W.clone(),)
+
+    def ours(w: Tensor) -> Tensor:
+        return _swept(w, U, given.count, pattern)
+
+    def published(w: Tensor) -> Tensor:
+        return baselines.sparsegpt_(w, U, given.share, *_groups(pattern))
+
+    return _judged(
+        f"sweep {pattern or 'half'} from U, {given}",
+        given,
+        pattern,
+        Side("lobs", clock(ours, fresh), lambda: ours(*fresh())),
+        Side("published loop", clock(published, fresh), lambda: published(*fresh())),
+    )
+
+
+def _sweep_layer_case(given: Layer, pattern: str | None) -> Case:
+    W, H = given.W, given.H
+    target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": given.share}
+
+    def ours() -> Tensor:
+        return lobs.prune_weight(W, H, method="sweep", damping=shapes.DAMPING, **target).weight
+
+    return _judged(
+        f"sweep {pattern or 'half'} from H, {given}",
+        given,
+        pattern,
+        Side("lobs.prune_weight", clock(ours), ours),
+        _published_procedure(given, pattern),
+    )
+
+
+def _published_procedure(given: Layer, pattern: str | None) -> Side:
+    """SparseGPT from H: three factorisations in float32, and the loop."""
+    H = given.H.to(torch.float32)
+
+    def run(w: Tensor) -> Tensor:
+        U = baselines.sparsegpt_factor(H, shapes.DAMPING)
+        return baselines.sparsegpt_(w, U, given.share, *_groups(pattern))
+
+    def fresh() -> tuple[Tensor]:
+        return (given.W.clone(),)
+
+    return Side(
+        "published procedure",
+        clock(run, fresh),
+        lambda: run(*fresh()),
+        error=lost_share(given, _surplus(given, pattern)),
+    )
+
+
+def _judged(name: str, given: Layer, pattern: str | None, ours: Side, published: Side) -> Case:
+    """Both sides must come within 1 % of the lower error, and remove what was asked for."""
+    error, theirs = lost_share(given), lost_share(given, _surplus(given, pattern))
+    return Case(
+        name=name,
+        work=float(given.W.numel()) * given.shape.columns,
+        unit="GFLOP/s",
+        error=error,
+        tolerance=1.01 * min(error(ours.answer()), theirs(published.answer())),
+        ours=ours,
+        rivals=[replace(published, error=theirs, note="errors are the layer's")],
+    )
+
+
+# ---- cases: one small system per row -----------------------------------------------------------
+
+
+def solve_cases(quick: bool) -> Iterator[Case]:
+    """The repair of a whole layer of which about half is gone."""
+    shape, W, A, _ = _some_rows("bert-base.attention", 768, quick)
+    chosen = shapes.halves(shape)
+    B = torch.where(chosen, W, 0)
+    few = slice(0, 4)
+    expected = B[few].to(torch.float64)
+    reference.support_solve_(expected, A, chosen[few])
+
+    def fresh() -> tuple[Tensor]:
+        return (B.clone(),)
+
+    def ours(X: Tensor) -> Tensor:
+        ops.support_solve_(X, A, chosen)
+        return X
+
+    def one_by_one() -> Tensor:
+        return baselines.solve_row_by_row(B, A, chosen)
+
+    def together() -> Tensor:
+        return baselines.solve_together(B, A, chosen)
+
+    yield Case(
+        name=f"one system per row, {shape} {tuple(W.shape)}",
+        work=float((chosen.sum(dim=1, dtype=torch.float64) ** 3).sum() / 3),
+        unit="GFLOP/s",
+        error=relative_error(expected),
+        tolerance=1e-3,
+        ours=Side("lobs", clock(ours, fresh), lambda: ours(*fresh())[few]),
+        rivals=[
+            Side("torch row by row", clock(one_by_one), lambda: one_by_one()[few]),
+            Side("torch, 16 rows at once", clock(together), lambda: together()[few]),
+        ],
+    )
+
+
 GROUPS = {
     "hessian": hessian_cases,
     "inverse": inverse_cases,
     "saliency": saliency_cases,
     "static_order": static_order_cases,
+    "exact": exact_cases,
+    "sweep": sweep_cases,
+    "solve": solve_cases,
 }

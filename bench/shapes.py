@@ -38,6 +38,7 @@ LAYERS = {
         LayerShape("lenet300-100.fc2", 100, 301, bias=True),
         LayerShape("resnet50.layer1.conv2", 64, 576),
         LayerShape("resnet50.layer4.conv2", 512, 4608),
+        LayerShape("bert-base.attention", 768, 768),
         LayerShape("bert-base.fc1", 3072, 768),
         LayerShape("bert-base.fc2", 768, 3072),
         LayerShape("bert-large.attention", 1024, 1024),
@@ -72,6 +73,13 @@ def weights(shape: LayerShape, seed: int = 1) -> Tensor:
     return torch.randn(shape.rows, shape.columns, generator=generator) / shape.columns**0.5
 
 
+def halves(shape: LayerShape, seed: int = 4) -> Tensor:
+    """Bool (R, C): 40 to 60 % of every row, as unevenly spread as a whole layer's pruning is."""
+    generator = torch.Generator().manual_seed(seed)
+    share = 0.4 + 0.2 * torch.rand(shape.rows, 1, generator=generator)
+    return torch.rand(shape.rows, shape.columns, generator=generator) < share
+
+
 def second_moment(shape: LayerShape) -> Tensor:
     """H (C, C) float64 of 4 C correlated inputs: full rank, and far from diagonal."""
     X = relu_features(4 * shape.columns, shape.columns)
@@ -80,11 +88,22 @@ def second_moment(shape: LayerShape) -> Tensor:
     return (X.T @ X).to(torch.float64) / len(X)
 
 
+def damped(H: Tensor) -> Tensor:
+    """H + damping * mean(diag H) * I."""
+    out = H.clone()
+    out.diagonal().add_(DAMPING * H.diagonal().mean())
+    return out
+
+
 def inverse(H: Tensor) -> Tensor:
     """A (C, C) = (H + damping * mean(diag H) * I)^-1, row-major like every matrix here."""
-    damped = H.clone()
-    damped.diagonal().add_(DAMPING * H.diagonal().mean())
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).contiguous()
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped(H))).contiguous()
+
+
+def cost(W: Tensor, pruned: Tensor, H: Tensor) -> float:
+    """tr(dW H dW^T) in float64: what the layer's output loses."""
+    change = pruned.to(torch.float64) - W.to(torch.float64)
+    return float(((change @ H) * change).sum())
 
 
 def gradients(count: int, columns: int, seed: int = 2) -> Tensor:

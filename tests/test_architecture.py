@@ -20,9 +20,10 @@ LAYERS_OF_PYTHON = [
     {"demo", "doctor"},
     {"__init__"},
     {"pruner"},
-    {"calibration", "bound", "report"},
-    {"layers"},
-    {"weight"},
+    {"calibration", "bound", "report", "trace"},
+    {"layers", "weight"},
+    {"greedy", "ranked", "sweep"},
+    {"problem", "plan"},
     {"hessian", "patterns"},
     {"ops"},
     {"checks"},
@@ -52,7 +53,17 @@ def imports_at_run_time(path: Path) -> list[ast.Import | ast.ImportFrom]:
 
 
 def test_there_are_operations():
-    assert STEMS == ["hessian", "inverse", "ranking", "saliency", "static_order"]
+    assert STEMS == [
+        "exact",
+        "exchange",
+        "hessian",
+        "inverse",
+        "ranking",
+        "saliency",
+        "solve",
+        "static_order",
+        "sweep",
+    ]
 
 
 def test_every_operation_has_kernel_test_bench_and_reference():
@@ -105,6 +116,12 @@ def test_python_imports_point_downward():
                 for name in names[:1] if module != "lobs_native" else names:
                     if name in rank and name != own:
                         assert rank[name] > rank[own], f"{own} imports {name}"
+
+
+def test_every_module_has_its_line():
+    package = ROOT / "python/lobs_native"
+    modules = {p.stem for p in package.glob("*.py")} | {"layers", "_core"}
+    assert set().union(*LAYERS_OF_PYTHON) == modules
 
 
 def test_only_ops_imports_the_native_module():

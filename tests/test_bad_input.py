@@ -87,6 +87,19 @@ def mask_of_two() -> Tensor:
     return mask
 
 
+def half_mask() -> Tensor:
+    return (torch.arange(R * C) % 2 == 0).reshape(R, C)
+
+
+def codes() -> Tensor:
+    """0 = may go, 1 = goes first, 2 = stays."""
+    return (torch.arange(R * C) % 3).reshape(R, C).to(torch.uint8)
+
+
+def traced() -> lobs.WeightTrace:
+    return lobs.trace_weight(weight(), moment(), until=0.5)
+
+
 FUNCTIONS = {
     "Hessian": Function(
         lobs.Hessian,
@@ -138,6 +151,44 @@ FUNCTIONS = {
             "prune_bias": True,
             "mask": mask_of_two(),
             "damping": 0.01,
+            "refine": None,
+            "memory": None,
+            "backend": None,
+        },
+    ),
+    "trace_weight": Function(
+        lobs.trace_weight,
+        lambda: {
+            "weight": weight(),
+            "hessian": moment(C + 1),
+            "method": "exact",
+            "pattern": "unstructured",
+            "until": 0.75,
+            "bias": torch.linspace(1.0, 2.0, R),
+            "prune_bias": True,
+            "mask": mask_of_two(),
+            "damping": 0.01,
+            "memory": None,
+            "backend": None,
+        },
+    ),
+    "WeightTrace.at": Function(
+        lobs.WeightTrace.at,
+        lambda: {"self": traced(), "sparsity": 0.5, "scope": "layer"},
+        written=("self",),  # it may trace further
+    ),
+    "WeightTrace.curve": Function(
+        lobs.WeightTrace.curve, lambda: {"self": traced(), "scope": "layer", "points": 7}
+    ),
+    "plan_memory": Function(
+        lobs.plan_memory,
+        lambda: {
+            "rows": R,
+            "columns": C,
+            "sparsity": 0.5,
+            "dtype": torch.float32,
+            "bias": True,
+            "memory": None,
             "backend": None,
         },
     ),
@@ -182,6 +233,69 @@ FUNCTIONS = {
         },
         written=("W",),
     ),
+    "exact_trace": Function(
+        ops.exact_trace,
+        lambda: {
+            "W": weight().double(),
+            "A": moment(),
+            "state": codes(),
+            "limit": 3,
+            "stop": 1e3,
+            "block": 1,
+            "group": 2,
+            "per_group": 1,
+            "update": True,
+            "memory": None,
+            "backend": None,
+        },
+        written=("W",),
+    ),
+    "exact_bytes": Function(
+        ops.exact_bytes,
+        lambda: {
+            "columns": 64,
+            "dtype": torch.float32,
+            "limit": 20,
+            "block": 1,
+            "group": 4,
+            "backend": None,
+        },
+    ),
+    "affordable_threads": Function(
+        ops.affordable_threads,
+        lambda: {"columns": 64, "dtype": torch.float32, "memory": None, "backend": None},
+    ),
+    "support_solve_": Function(
+        ops.support_solve_,
+        lambda: {"X": weight().double(), "M": moment(), "chosen": mask_of_two(), "backend": None},
+        written=("X",),
+    ),
+    "exchange_": Function(
+        ops.exchange_,
+        lambda: {
+            "W": weight().double(),
+            "A": moment(),
+            "kept": half_mask(),
+            "fixed": ~mask_of_two(),
+            "group": 2,
+            "limit": 5,
+            "backend": None,
+        },
+        written=("W", "kept"),
+    ),
+    "sweep_block_": Function(
+        ops.sweep_block_,
+        lambda: {
+            "W": weight().double(),
+            "U": torch.linalg.cholesky(moment(), upper=True),
+            "gone": codes(),
+            "E": torch.zeros(R, C, dtype=torch.float64),
+            "group": 2,
+            "per_group": 1,
+            "backend": None,
+        },
+        written=("W", "gone", "E"),
+    ),
 }
 
 
@@ -194,6 +308,8 @@ def print_of(x: Any) -> Any:
         return (x.columns, x.bias, x.rows, x.backend, print_of(x.state_dict()))
     if isinstance(x, lobs.StreamingInverse):
         return (x.columns, x.blocks, x.rows, x.seen, x.backend, print_of(x.inverse()))
+    if isinstance(x, lobs.WeightTrace):
+        return (print_of(x.order), print_of(x.loss))
     if isinstance(x, Mapping):
         return [(key, print_of(value)) for key, value in x.items()]
     if isinstance(x, np.ndarray):
@@ -226,9 +342,14 @@ def bits_of(x: Any) -> Any:
         return (x.dtype, tuple(x.shape), plain.view(torch.uint8).numpy().tobytes())
     if isinstance(x, lobs.PrunedWeight):
         said = (x.error, x.relative_error, x.sparsity, x.damping, x.backend, x.status, x.notes)
+        said += (x.method, x.optimality, x.swaps, x.dead_columns)
         return (*said, *(bits_of(t) for t in (x.weight, x.bias, x.mask, x.bias_mask)))
     if isinstance(x, lobs.Hessian):
         return (x.rows, bits_of(x.state_dict()["sum"]))
+    if isinstance(x, lobs.WeightTrace):
+        return (bits_of(x.order), bits_of(x.loss), bits_of(x.at(0.5)))
+    if isinstance(x, ops.Trace):
+        return (x.backend, *(bits_of(t) for t in (x.order, x.loss, x.count, x.lost)))
     if isinstance(x, lobs.StreamingInverse):
         return (x.seen, bits_of(x.inverse()))
     if isinstance(x, tuple):
@@ -349,14 +470,15 @@ def wrong_tensors(
     if written:
         kinds["array"] = (lambda x: x.numpy(), DtypeError)
         kinds["float16"] = (lambda x: x.half(), DtypeError)
+        kinds["expanded"] = (lambda x: x[:1].expand_as(x), ShapeError)
+        kinds["transposed"] = (transposed, ShapeError)
+        kinds["every other"] = (strided, ShapeError)
+    if written and good.is_floating_point():
         kinds["requires grad"] = (lambda x: x.requires_grad_(), DtypeError)
         kinds["Parameter"] = (torch.nn.Parameter, DtypeError)
         kinds["computed from a Parameter"] = (lambda x: torch.nn.Parameter(x) * 1, DtypeError)
         kinds["negated"] = (negated, ShapeError)
-        kinds["expanded"] = (lambda x: x[:1].expand_as(x), ShapeError)
         kinds["misaligned"] = (misaligned, ShapeError)
-        kinds["transposed"] = (transposed, ShapeError)
-        kinds["every other"] = (strided, ShapeError)
     for kind, (make, error) in kinds.items():
         if kind in skip:
             continue
@@ -422,22 +544,41 @@ def wrong_flags(function: str, argument: str) -> Iterator[Wrong]:
         yield Wrong(function, argument, kind, be(value), DtypeError)
 
 
-def wrong_counts(function: str, argument: str) -> Iterator[Wrong]:
-    for kind, value, error in (
-        ("None", None, DtypeError),
-        ("str", "4", DtypeError),
-        ("list", [4], DtypeError),
-        ("bool", True, DtypeError),
-        ("float", 4.0, DtypeError),
-        ("float tensor", torch.tensor(4.0), DtypeError),
-        ("array", np.array([4, 4]), DtypeError),
-        ("type", Tensor, DtypeError),
-        ("zero", 0, ArgumentError),
-        ("negative", -4, ArgumentError),
-        ("beyond any memory", 2**62, ArgumentError),
-        ("beyond 64 bits", HUGE, ArgumentError),
-    ):
+def wrong_counts(
+    function: str,
+    argument: str,
+    *,
+    none: bool = True,
+    zero: bool = True,
+    high: bool = True,
+    named: str = "",
+) -> Iterator[Wrong]:
+    """What is wrong for any whole number; also None, zero and what is far too high, if asked."""
+    kinds: dict[str, tuple[Any, type[LobsError]]] = {
+        "str": ("4", DtypeError),
+        "list": ([4], DtypeError),
+        "bool": (True, DtypeError),
+        "float": (4.0, DtypeError),
+        "float tensor": (torch.tensor(4.0), DtypeError),
+        "array": (np.array([4, 4]), DtypeError),
+        "type": (Tensor, DtypeError),
+        "negative": (-4, ArgumentError),
+        "beyond 64 bits and negative": (-HUGE, ArgumentError),
+    }
+    if none:
+        kinds["None"] = (None, DtypeError)
+    if zero:
+        kinds["zero"] = (0, ArgumentError)
+    for kind, (value, error) in kinds.items():
         yield Wrong(function, argument, kind, be(value), error)
+    if high:
+        yield Wrong(function, argument, "beyond any memory", be(2**62), ArgumentError, named)
+        yield Wrong(function, argument, "beyond 64 bits", be(HUGE), ArgumentError, named)
+
+
+def wrong_flags_as_names(function: str, argument: str) -> Iterator[Wrong]:
+    for kind, value in {"True": True, "False": False}.items():
+        yield Wrong(function, argument, kind, be(value), DtypeError)
 
 
 def wrong_devices(function: str) -> Iterator[Wrong]:
@@ -858,7 +999,9 @@ def wrong_prune() -> Iterator[Wrong]:
     yield from wrong_numbers(prune, "sparsity", low=-1e-300, none=False)
     yield Wrong(prune, "sparsity", "above 1", be(1 + 1e-15), ArgumentError)
     yield Wrong(prune, "sparsity", "percent", be(50), ArgumentError)
-    yield Wrong(prune, "sparsity", "None and no other", be(None), ArgumentError)
+    yield Wrong(
+        prune, "sparsity", "None and no other", be(None), ArgumentError, also={"mask": be(None)}
+    )
     for target in ("max_error", "threshold"):
         alone = {"sparsity": be(None)}
         for case in wrong_numbers(prune, target, low=-1e-300, high=False, none=False):
@@ -894,11 +1037,176 @@ def wrong_prune() -> Iterator[Wrong]:
             )
     yield from wrong_names(prune, "method", ("", "LOBS", "obs", "magnitude "), ArgumentError)
     yield from wrong_names(prune, "scope", ("", "Layer", "model", "column"), ArgumentError)
-    yield from wrong_names(prune, "pattern", ("", "2:4", "4:8", "1x4", "block"), PatternError)
+    yield from wrong_names(prune, "pattern", ("", "5:4", "4:8", "1x5", "block"), PatternError)
+    yield from wrong_names(prune, "refine", ("", "Solve", "both", "None"), ArgumentError)
+    yield from wrong_flags_as_names(prune, "refine")
+    yield Wrong(
+        prune,
+        "refine",
+        "exchange of blocks",
+        be("exchange"),
+        PatternError,
+        also={**PLAIN, "mask": be(None), "pattern": be("1x2")},
+    )
+    yield from wrong_counts(prune, "memory", none=False, high=False)
     yield from wrong_names(prune, "backend", UNKNOWN_BACKENDS, BackendError)
     for argument in ("method", "scope", "pattern"):
         yield Wrong(prune, argument, "None", be(None), DtypeError)
     yield from wrong_flags(prune, "prune_bias")
+
+
+def wrong_trace() -> Iterator[Wrong]:
+    trace = "trace_weight"
+    yield from wrong_tensors(trace, "weight")
+    yield from wrong_values(trace, "weight")
+    yield from wrong_moments(trace, "hessian")
+    yield Wrong(trace, "hessian", "without the ones column", be(moment()), ShapeError)
+    yield Wrong(trace, "hessian", "Hessian too wide", lambda _: seen(C + 2), ShapeError)
+    yield Wrong(trace, "hessian", "empty Hessian", lambda _: lobs.Hessian(C, bias=True), LobsError)
+    yield from wrong_tensors(trace, "bias", skip=("None",))
+    yield from wrong_values(trace, "bias")
+    yield from wrong_tensors(trace, "mask", skip=("None",))
+    yield from wrong_numbers(trace, "until")
+    yield Wrong(trace, "until", "above 1", be(1 + 1e-15), ArgumentError)
+    yield from wrong_numbers(trace, "damping", low=-1e-300)
+    yield from wrong_names(trace, "method", ("", "EXACT", "sweep", "lobs"), ArgumentError)
+    yield from wrong_names(trace, "pattern", ("", "3:5", "4:8", "1x5", "block"), PatternError)
+    yield from wrong_names(trace, "backend", UNKNOWN_BACKENDS, BackendError)
+    for argument in ("method", "pattern"):
+        yield Wrong(trace, argument, "None", be(None), DtypeError)
+    yield from wrong_flags(trace, "prune_bias")
+    yield from wrong_counts(trace, "memory", none=False, high=False)
+
+    at = "WeightTrace.at"
+    yield from wrong_numbers(at, "sparsity", low=-1e-300)
+    yield Wrong(at, "sparsity", "above 1", be(1 + 1e-15), ArgumentError)
+    curve = "WeightTrace.curve"
+    for function in (at, curve):
+        yield from wrong_names(function, "scope", ("", "Layer", "column"), ArgumentError)
+        yield Wrong(function, "scope", "None", be(None), DtypeError)
+    yield from wrong_counts(curve, "points", high=False)
+
+    plan = "plan_memory"
+    yield from wrong_counts(plan, "rows", high=False)
+    yield from wrong_counts(plan, "columns", high=False)
+    yield from wrong_numbers(plan, "sparsity", low=-1e-300)
+    for kind, value in {"None": None, "str": "float32", "int64": torch.int64}.items():
+        yield Wrong(plan, "dtype", kind, be(value), DtypeError)
+    yield from wrong_flags(plan, "bias")
+    yield from wrong_counts(plan, "memory", none=False, high=False)
+    yield from wrong_names(plan, "backend", UNKNOWN_BACKENDS, BackendError)
+
+
+def wrong_kernels() -> Iterator[Wrong]:
+    """Removal, solves, exchanges and sweep, as operations."""
+    exact = "exact_trace"
+    yield from wrong_tensors(exact, "W")
+    yield from wrong_values(exact, "W", backends=BOTH)
+    yield Wrong(exact, "W", "int16 and not written", lambda W: W.to(torch.int16), DtypeError)
+    yield from wrong_tensors(exact, "A")
+    yield Wrong(exact, "A", "other dtype than W", lambda A: A.float(), DtypeError)
+    yield from wrong_values(exact, "A", parts=("all", "upper", "lower"), backends=BOTH)
+    yield from wrong_tensors(exact, "state", skip=("None",))
+    yield Wrong(exact, "state", "3", lambda state: state + 1, ArgumentError)
+    yield Wrong(
+        exact,
+        "state",
+        "uneven in a block",
+        same,
+        ArgumentError,
+        also={"group": be(0), "per_group": be(0), "block": be(2)},
+    )
+    yield from wrong_counts(exact, "limit", none=False, zero=False, high=False)
+    yield from wrong_numbers(exact, "stop", low=-1e-300, high=False)
+    yield from wrong_counts(exact, "block")
+    yield Wrong(exact, "block", "and group", be(2), ArgumentError)
+    yield from wrong_counts(exact, "group", zero=False, high=False)
+    yield from wrong_counts(exact, "per_group", zero=False)
+    yield Wrong(exact, "per_group", "more than group", be(3), ArgumentError)
+    yield from wrong_flags(exact, "update")
+    yield from wrong_counts(exact, "memory", none=False, high=False)
+
+    for function in ("exact_bytes", "affordable_threads"):
+        yield from wrong_counts(function, "columns", high=False)
+        yield from wrong_dtypes(function)
+    size = "exact_bytes"
+    yield from wrong_counts(size, "limit", none=False, zero=False, high=False)
+    yield from wrong_counts(size, "block")
+    yield from wrong_counts(size, "group", zero=False, high=False)
+    yield from wrong_counts("affordable_threads", "memory", none=False, high=False)
+
+    solve = "support_solve_"
+    yield from wrong_tensors(solve, "X")
+    yield from wrong_values(solve, "X", backends=BOTH)
+    yield from wrong_tensors(solve, "M")
+    yield Wrong(solve, "M", "other dtype than X", lambda M: M.float(), DtypeError)
+    yield from wrong_values(solve, "M", parts=("all", "upper", "lower"), backends=BOTH)
+    yield from wrong_tensors(solve, "chosen")
+    yield Wrong(solve, "chosen", "uint8", lambda m: m.to(torch.uint8), DtypeError)
+
+    swap = "exchange_"
+    yield from wrong_tensors(swap, "W")
+    yield Wrong(swap, "W", "float32", lambda W: W.float(), DtypeError)
+    yield from wrong_values(swap, "W", backends=BOTH)
+    yield from wrong_tensors(swap, "A")
+    yield Wrong(swap, "A", "float32", lambda A: A.float(), DtypeError)
+    yield from wrong_values(swap, "A", parts=("all", "upper", "lower"), backends=BOTH)
+    yield from wrong_tensors(swap, "kept")
+    yield Wrong(swap, "kept", "uint8", lambda m: m.to(torch.uint8), DtypeError)
+    yield from wrong_tensors(swap, "fixed", skip=("None",))
+    yield from wrong_counts(swap, "group", zero=False, high=False)
+    yield from wrong_counts(swap, "limit", none=False, zero=False, high=False)
+
+    sweep = "sweep_block_"
+    yield from wrong_tensors(sweep, "W")
+    yield from wrong_tensors(sweep, "U")
+    yield Wrong(sweep, "U", "other dtype than W", lambda U: U.float(), DtypeError)
+    for value in (NAN, 0.0, -1.0, -INF):
+        for place in (0, C - 1):
+            for backend in BOTH:
+
+                def diagonal(U: Tensor, value: float = value, place: int = place) -> Tensor:
+                    U[place, place] = value
+                    return U
+
+                yield Wrong(
+                    sweep,
+                    "U",
+                    f"{value} on the diagonal {place} {backend}",
+                    diagonal,
+                    NotPositiveDefiniteError,
+                    also={"backend": be(backend)},
+                )
+    yield from wrong_tensors(sweep, "gone")
+    yield from wrong_tensors(sweep, "E")
+    yield from wrong_counts(sweep, "group", zero=False)
+    yield Wrong(sweep, "group", "that does not divide the block", be(3), ArgumentError)
+    yield from wrong_counts(sweep, "per_group", zero=False, named="group")
+
+    for function in (exact, size, "affordable_threads", solve, swap, sweep):
+        yield from wrong_names(function, "backend", UNKNOWN_BACKENDS, BackendError)
+
+    # The output's own memory as an input: the result would depend on the order of writing.
+    for function, output, argument, make in (
+        (exact, "W", "A", lambda W: W[:C]),
+        (exact, "W", "A", lambda W: W[1 : 1 + C]),
+        (solve, "X", "M", lambda X: X[:C]),
+        (swap, "W", "A", lambda W: W[:C]),
+        (swap, "kept", "fixed", lambda kept: kept),
+        (sweep, "W", "U", lambda W: W[:C]),
+        (sweep, "E", "U", lambda E: E[:C]),
+        (sweep, "W", "E", lambda W: W),
+    ):
+        good = FUNCTIONS[function].good()[output]
+        shared = good.abs() + 1 if good.is_floating_point() else good
+        yield Wrong(
+            function,
+            argument,
+            f"overlaps {output} at {make(shared).storage_offset()}",
+            be(make(shared)),
+            ShapeError,
+            also={output: be(shared)},
+        )
 
 
 def wrong_ops() -> Iterator[Wrong]:
@@ -1066,9 +1374,19 @@ def right_answers() -> Iterator[Right]:
     yield from right_layouts("static_order_prune_", "A", skip=("expanded",))
     for argument in ("order", "start"):
         yield from right_layouts("static_order_prune_", argument, skip=("expanded",))
-    for argument in ("weight", "bias", "mask"):
-        yield from right_layouts("prune_weight", argument)
-    yield from right_layouts("prune_weight", "hessian", skip=("expanded",))
+    for function in ("prune_weight", "trace_weight"):
+        for argument in ("weight", "bias", "mask"):
+            yield from right_layouts(function, argument)
+        yield from right_layouts(function, "hessian", skip=("expanded",))
+    yield from right_layouts("exact_trace", "A", skip=("expanded",))
+    yield from right_layouts("exact_trace", "state")
+    yield from right_layouts("support_solve_", "M", skip=("expanded",))
+    yield from right_layouts("support_solve_", "chosen")
+    yield from right_layouts("exchange_", "A", skip=("expanded",))
+    yield from right_layouts("exchange_", "fixed")
+    yield from right_layouts("sweep_block_", "U", skip=("expanded",))
+    for argument in ("W", "E"):  # a block of columns of a wider matrix
+        yield Right("sweep_block_", argument, "sliced", sliced, same)
 
     # Expanded where the general maker does not fit: a constant matrix, one column for every row.
     constant = {"odd": be(torch.ones(1, 1).expand(C, C)), "plain": be(torch.ones(C, C))}
@@ -1177,11 +1495,39 @@ def right_answers() -> Iterator[Right]:
     nothing = {"sparsity": be(None), "mask": be(None)}
     yield Right("prune_weight", "max_error", "infinite", be(INF), be(1e300), nothing)
     yield Right("prune_weight", "threshold", "infinite", be(INF), be(1e300), nothing)
+    for function, argument in (
+        ("exact_trace", "limit"),
+        ("exchange_", "limit"),
+        ("exact_bytes", "limit"),
+    ):
+        yield Right(function, argument, "more than there are columns", be(2**62), be(64))
+        yield Right(function, argument, "beyond 64 bits", be(HUGE), be(64))
+        yield Right(function, argument, "array scalar", be(np.int64(3)), be(3))
+    yield Right("exact_trace", "stop", "infinite", be(INF), be(1e300))
+    yield Right("exact_trace", "state", "None", be(None), torch.zeros_like)
+    yield Right("exchange_", "fixed", "None", be(None), torch.zeros_like)
+    for function in ("exact_trace", "exchange_"):
+        one = {"per_group": be(1)} if function == "exact_trace" else {}
+        for kind, value in {"beyond any memory": 2**62, "beyond 64 bits": HUGE}.items():
+            yield Right(function, "group", f"{kind}", be(value), be(1000), one)
+    for function in ("prune_weight", "trace_weight", "exact_trace", "affordable_threads"):
+        for kind, value in {"plenty": 2**62, "beyond 64 bits": HUGE}.items():
+            exact = {"method": be("exact")} if function == "prune_weight" else {}
+            yield Right(function, "memory", kind, be(value), be(None), exact)
+    yield Right("WeightTrace.curve", "points", "beyond 64 bits", be(HUGE), be(1000))
+    yield Right("WeightTrace.at", "sparsity", "tensor", be(torch.tensor(0.5)), be(0.5))
     yield Right("Hessian", "columns", "array scalar", be(np.int64(C)), be(C))
     yield Right("Hessian", "columns", "tensor", be(torch.tensor(C)), be(C))
 
 
-WRONG = [*wrong_hessian(), *wrong_streaming(), *wrong_prune(), *wrong_ops()]
+WRONG = [
+    *wrong_hessian(),
+    *wrong_streaming(),
+    *wrong_prune(),
+    *wrong_trace(),
+    *wrong_ops(),
+    *wrong_kernels(),
+]
 RIGHT = list(right_answers())
 
 
@@ -1285,8 +1631,11 @@ def test_the_position_of_a_nan_in_a_batch_of_sequences_has_all_its_dimensions():
         lambda x, H: lobs.prune_weight(x, H, sparsity=0.5).weight,
         lambda x, H: ops.hessian_accumulate_(H, x),
         lambda x, H: ops.saliency_argmin(x, H.diagonal(), H > -1)[0],
+        lambda x, H: ops.exact_trace(x, H).loss,
+        lambda x, H: ops.support_solve_(x, H, x > 0),
+        lambda x, H: lobs.trace_weight(x, H).loss,
     ],
-    ids=["update", "prune_weight", "accumulate", "argmin"],
+    ids=["update", "prune_weight", "accumulate", "argmin", "exact", "solve", "trace_weight"],
 )
 def test_a_tensor_that_stands_for_a_batch_in_vmap_is_refused(call):
     H = moment().float()
@@ -1334,6 +1683,40 @@ HOSTILE = {
         "ops.static_order_prune_(torch.ones(3, 4), torch.eye(4), torch.tensor([0, 1], "
         "dtype=torch.int32), torch.tensor([0, 2**63 - 1, -2, 2]))",
         "ArgumentError",
+    ),
+    "blocks that do not divide a panel": (
+        "for b in (3, 5, 7, 17, 33, 48, 63):\n"
+        "    ops.exact_trace(torch.randn(4, 520), torch.eye(520), block=b)",
+        None,
+    ),
+    "groups beyond every column": (
+        "ops.exact_trace(torch.randn(4, 50), torch.eye(50), group=2**62, per_group=2**62)",
+        None,
+    ),
+    "A whose storage was freed": (
+        "A = torch.eye(40); A.untyped_storage().resize_(0)\nops.exact_trace(torch.randn(4, 40), A)",
+        "LobsError",
+    ),
+    "state whose storage was freed": (
+        "s = torch.zeros(4, 40, dtype=torch.uint8); s.untyped_storage().resize_(0)\n"
+        "ops.exact_trace(torch.randn(4, 40), torch.eye(40), state=s)",
+        "LobsError",
+    ),
+    "chosen whose storage was cut short": (
+        "p = torch.ones(4, 40, dtype=torch.bool); p.untyped_storage().resize_(40)\n"
+        "ops.support_solve_(torch.randn(4, 40), torch.eye(40), p)",
+        "LobsError",
+    ),
+    "M that is nowhere near positive definite": (
+        "ops.support_solve_(torch.randn(4, 300), torch.randn(300, 300), torch.rand(4, 300) > 0.5)",
+        "NotPositiveDefiniteError",
+    ),
+    "A that is nowhere near positive definite": (
+        "A = torch.randn(300, 300).double(); A.diagonal().abs_()\n"
+        "for block in (1, 4):\n"
+        "    assert ops.exact_trace(torch.randn(4, 300).double(), A, block=block).lost.all()\n"
+        "ops.exchange_(torch.randn(4, 300).double(), A, torch.rand(4, 300) > 0.5)",
+        "NotPositiveDefiniteError",
     ),
     "cost that is infinity over infinity": (
         "ops.saliency_argmin(torch.full((1, 600), 1e30), torch.full((600,), float('inf')), "

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import conditioned, features
+from plain import Plain, error_of, least_squares
 from tolerances import RELATIVE, distance
 from torch import Tensor
 
@@ -23,7 +24,7 @@ FLOATS = [torch.float64, torch.float32]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
 
 
-def damped(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def moment_and_inverse(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A second moment with the usual damping, and its inverse, both float64."""
     x = features(2 * columns + 3, columns, seed)
     H = x.T @ x / len(x)
@@ -32,80 +33,22 @@ def damped(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return H, (A + A.T) / 2
 
 
+def pair(columns: int, condition: float) -> tuple[Tensor, Tensor]:
+    """A second moment with this condition number, and its inverse as exact as the type allows."""
+    Q = torch.linalg.eigh(conditioned(columns, 100.0, columns)).eigenvectors
+    values = torch.logspace(0, -1, columns, base=condition, dtype=torch.float64)
+    return (Q * values) @ Q.T, (Q / values) @ Q.T
+
+
 def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(7000 + seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-
-
-class Plain:
-    """One row, one removal at a time, in float64, with D downdated as published."""
-
-    def __init__(
-        self,
-        w: np.ndarray,
-        A: np.ndarray,
-        state: np.ndarray | None = None,
-        *,
-        limit: int | None = None,
-        stop: float = math.inf,
-        block: int = 1,
-        group: int = 0,
-        per_group: int = 0,
-    ) -> None:
-        C = len(w)
-        w, D = w.copy(), A.copy()
-        whole = C - C % (group or block)
-        kind = np.zeros(C, np.uint8) if state is None else state.copy()
-        kind[whole:] = 2
-        there = np.ones(C, bool)
-        order: list[int] = []
-        loss: list[float] = []
-        while len(order) + block <= (C if limit is None else limit):
-            first = there & (kind == 1)
-            may = first if first.any() else there & (kind == 0)
-            if group and not first.any():
-                taken = (~there[:whole]).reshape(-1, group).sum(1)
-                may[:whole] &= np.repeat(taken < per_group, group)
-            starts = np.flatnonzero(may)[::block]
-            if len(starts) == 0:
-                break
-            if block == 1:
-                cost = w[starts] ** 2 / np.diagonal(D)[starts]
-            else:
-                inside = starts[:, None] + np.arange(block)
-                parts = D[inside[:, :, None], inside[:, None, :]]
-                solved = np.linalg.solve(parts, w[inside][:, :, None])[:, :, 0]
-                cost = (solved * w[inside]).sum(1)
-            best = int(cost.argmin())
-            if not first.any() and cost[best] > stop:
-                break
-            for q in range(starts[best], starts[best] + block):
-                order.append(q)
-                loss.append(w[q] ** 2 / D[q, q])
-                w -= w[q] / D[q, q] * D[:, q]
-                D -= np.outer(D[:, q], D[q] / D[q, q])
-                there[q] = False
-        w[~there] = 0.0
-        self.order, self.loss = order, np.array(loss)
-        self.weight = torch.from_numpy(w)
-
-
-def least_squares(w: Tensor, H: Tensor, gone: Tensor) -> Tensor:
-    """The best row for a mask: kept weights solve H[K, K] d = H[K, gone] w[gone]."""
-    K, P = ~gone, gone
-    out = torch.zeros_like(w)
-    out[K] = w[K] + torch.linalg.solve(H[K][:, K], H[K][:, P] @ w[P])
-    return out
 
 
 def removed(trace: ops.Trace, row: int, columns: int) -> Tensor:
     gone = torch.zeros(columns, dtype=torch.bool)
     gone[trace.order[row, : int(trace.count[row])].long()] = True
     return gone
-
-
-def error_of(change: Tensor, H: Tensor) -> float:
-    return float((change @ H * change).sum())
 
 
 def check_ends(trace: ops.Trace) -> None:
@@ -132,8 +75,9 @@ PATTERNS: dict[str, dict[str, int]] = {
     "1x3": {"block": 3},
     "1x4": {"block": 4},
     "1x7": {"block": 7},
+    "1x17": {"block": 17},
 }
-EACH = 16  # layers for each pattern; 208 in all
+EACH = 16  # layers for each pattern; 224 in all
 
 
 @functools.cache
@@ -144,7 +88,7 @@ def drawn(pattern: str, seed: int) -> tuple[Tensor, Tensor, Tensor, dict[str, An
     options: dict[str, Any] = dict(PATTERNS[pattern])
     block = options.get("block", 1)
     W = weights(R, C, int(rng.integers(1 << 30)))
-    H, A = damped(C, int(rng.integers(1 << 30)))
+    H, A = moment_and_inverse(C, int(rng.integers(1 << 30)))
     if rng.random() < 0.3:
         W[torch.from_numpy(rng.random((R, C)) < 0.2)] = 0
     if rng.random() < 0.5:
@@ -210,7 +154,7 @@ def test_the_random_layers_reach_every_way_a_row_can_end():
 
 
 def test_without_update_nothing_is_written(backend):
-    W, H = weights(4, 40), damped(40)[1]
+    W, H = weights(4, 40), moment_and_inverse(40)[1]
     before = W.clone()
     ops.exact_trace(W, H, backend=backend)
     assert torch.equal(W, before)
@@ -237,7 +181,7 @@ def errors_of_all_masks(w: Tensor, H: Tensor) -> Tensor:
 @pytest.mark.parametrize("C", [1, 2, 3, 5, 8, 10])
 def test_every_removal_is_the_best_single_one_of_all(C, backend):
     """Each step by a table of all masks; the losses add up to the error of the repaired weights."""
-    W, (H, A) = weights(3, C), damped(C)
+    W, (H, A) = weights(3, C), moment_and_inverse(C)
     trace = ops.exact_trace(W, A, backend=backend)
     for r in range(len(W)):
         table = errors_of_all_masks(W[r], H)
@@ -260,26 +204,30 @@ def test_every_removal_is_the_best_single_one_of_all(C, backend):
 SIZES = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300, 520]
 
 
-@functools.cache
-def sized(C: int, limit: int, pattern: str) -> tuple[Tensor, Tensor, Tensor, Plain]:
-    """W (1, C), H and A of condition 100, and the plain result."""
-    H = conditioned(C, 100.0, C)
-    A = torch.linalg.inv(H)
-    A = (A + A.T) / 2
-    W = weights(1, C, C)
-    options: dict[str, Any] = LARGE[pattern]
-    return W, H, A, Plain(W[0].numpy(), A.numpy(), limit=limit, **options)
-
-
 LARGE: dict[str, dict[str, int]] = {
     "any": {},
     "2:4": {"group": 4, "per_group": 2},
     "1:5": {"group": 5, "per_group": 4},
     "1x3": {"block": 3},
     "1x16": {"block": 16},
+    "1x17": {"block": 17},
     "1x48": {"block": 48},
     "1x64": {"block": 64},
 }
+
+
+@functools.cache
+def sized(C: int, limit: int, pattern: str) -> tuple[Tensor, Tensor, Tensor, Plain]:
+    """W (1, C), H and A of condition 100, and the plain result."""
+    H, A = pair(C, 100.0)
+    W = weights(1, C, C)
+    options: dict[str, Any] = LARGE[pattern]
+    return W, H, A, Plain(W[0].numpy(), A.numpy(), limit=limit, **options)
+
+
+def skip_what_is_slow(C: int, backend: str) -> None:
+    if backend == "reference" and C > 65:
+        pytest.skip("the reference has no tiles, and is slow")
 
 
 def check_size(C: int, limit: int, pattern: str, dtype: torch.dtype, backend: str) -> None:
@@ -310,6 +258,7 @@ def check_size(C: int, limit: int, pattern: str, dtype: torch.dtype, backend: st
 @pytest.mark.parametrize("C", SIZES)
 def test_sizes_around_tiles_and_panels(C, dtype, backend):
     """Up to all columns, so that what is dead is squeezed out, several times for the long rows."""
+    skip_what_is_slow(C, backend)
     for limit in sorted({1, (C + 1) // 2, max(1, C - 1), C}):
         check_size(C, limit, "any", dtype, backend)
 
@@ -318,12 +267,14 @@ def test_sizes_around_tiles_and_panels(C, dtype, backend):
 @pytest.mark.parametrize("pattern", [name for name in LARGE if name != "any"])
 @pytest.mark.parametrize("C", [129, 300, 520])
 def test_patterns_in_long_rows(C, pattern, dtype, backend):
+    skip_what_is_slow(C, backend)
     check_size(C, C, pattern, dtype, backend)
 
 
 @pytest.mark.parametrize("C", [300, 520])
 def test_long_rows_with_columns_that_stay_and_columns_that_go_first(C, backend):
     """Without update, columns that stay are dropped at once; with it, they are carried along."""
+    skip_what_is_slow(C, backend)
     W, H, A, _ = sized(C, C, "any")
     rng = np.random.default_rng(C)
     state = rng.choice([0, 1, 2], (1, C), p=[0.6, 0.1, 0.3]).astype(np.uint8)
@@ -346,10 +297,9 @@ def test_long_rows_with_columns_that_stay_and_columns_that_go_first(C, backend):
 @pytest.mark.parametrize("condition", [1e0, 1e2, 1e4, 1e6])
 def test_float32_loses_what_float64_loses(condition, share, backend):
     """By loss, not by mask: sum of losses within max(C, condition) eps of what was incurred, and
-    no more incurred than float64 by a thousandth (measured: 1e-6 at 1e4, 1e-4 at 1e6)."""
+    no more incurred than in float64 by a thousandth."""
     R, C = 6, 96
-    H, W = conditioned(C, condition), weights(R, C)
-    A = torch.linalg.inv(H)
+    (H, A), W = pair(C, condition), weights(R, C)
     incurred = {}
     for dtype in FLOATS:
         found = W.to(dtype, copy=True)
@@ -382,7 +332,7 @@ def test_ties_go_to_the_lowest_column(C, dtype, backend):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_zeros_go_first_and_cost_nothing(dtype, backend):
     C = 70
-    W, A = weights(3, C).to(dtype), damped(C)[1].to(dtype)
+    W, A = weights(3, C).to(dtype), moment_and_inverse(C)[1].to(dtype)
     W[0, [3, 17, 69]] = 0.0
     W[1, [5, 6]] = -0.0
     W[2] = 0.0
@@ -401,7 +351,7 @@ def test_zeros_go_first_and_cost_nothing(dtype, backend):
 
 
 def test_no_removals_change_nothing(backend):
-    W, A = weights(3, 20), damped(20)[1]
+    W, A = weights(3, 20), moment_and_inverse(20)[1]
     before = W.clone()
     for options in ({"limit": 0}, {"stop": 0.0}, {"group": 2}, {"block": 4, "limit": 3}):
         trace = ops.exact_trace(W, A, update=True, backend=backend, **options)
@@ -429,11 +379,11 @@ def test_a_row_that_rounding_ends_is_marked_and_the_others_are_right(dtype, back
     trace = ops.exact_trace(W, A, state=state, update=True, backend=backend)
     assert trace.lost.tolist() == [True, False, False]
     check_ends(trace)
-    # 1 goes, and 4 makes up for it: 3 - 1 = 2, over a diagonal of nothing, so never the cheapest
+    # 1 goes first and 4 makes up for it: 3 - 1 = 2, over a diagonal of nothing, so it goes never.
     k = int(trace.count[0])
-    assert 4 not in trace.order[0, :k].tolist()
     assert trace.order[0, 0] == 1
     assert trace.loss[0, 0] == 1
+    assert 4 not in trace.order[0, :k].tolist()
     assert torch.equal(W[0], before[0])  # lost rows keep their values
     assert trace.order[1].tolist() == [1, 2, 0, 3, 5, 6, -1]
     assert W[1].tolist() == [0, 0, 0, 0, 2, 0, 0]
@@ -441,11 +391,24 @@ def test_a_row_that_rounding_ends_is_marked_and_the_others_are_right(dtype, back
     assert W[2].tolist() == [0, 0, 0, 6, 2, 7, 8]
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_negative_diagonal_ends_a_row_before_it_is_divided_by(dtype, backend):
+    """Columns 1 and 4 are more alike than any two can be."""
+    A = torch.eye(6, dtype=dtype)
+    A[1, 4] = A[4, 1] = 1.5
+    W = torch.tensor([[5.0, 1.0, 2.0, 6.0, 3.0, 7.0], [5.0, 1.0, 2.0, 6.0, 0.0, 7.0]], dtype=dtype)
+    before = W.clone()
+    trace = ops.exact_trace(W, A, update=True, backend=backend)
+    assert trace.lost.tolist() == [True, True]
+    assert trace.count.tolist() == [1, 1]
+    assert trace.order[:, 0].tolist() == [1, 4]
+    assert torch.equal(W, before)
+
+
 def test_what_float32_cannot_do_is_marked_and_the_good_removals_counted(backend):
     """Condition 1e9 without damping; the removals before the end cost what they cost in float64."""
     C = 80
-    H, W = conditioned(C, 1e9), weights(4, C)
-    A = torch.linalg.inv(H)
+    A, W = pair(C, 1e9)[1], weights(4, C)
     trace = ops.exact_trace(W.float(), A.float(), backend=backend)
     check_ends(trace)
     if backend == "reference":  # works in float64, on the rounded matrix
@@ -465,13 +428,11 @@ def test_blocks_that_rounding_ends_are_marked(backend):
     A = torch.eye(6)
     A[2, 3] = A[3, 2] = 1.0
     W = torch.tensor([[1.0, 1, 5, 5, 2, 2]])
-    trace = ops.exact_trace(W.clone(), A, block=2, backend=backend)
-    if backend == "reference":
-        with_update = W.clone()
-        ops.exact_trace(with_update, A, block=2, update=True, backend=backend)
+    trace = ops.exact_trace(W, A, block=2, backend=backend)
     assert trace.lost.tolist() == [True]
     assert 2 not in trace.order[0, : int(trace.count[0])].tolist()
     assert int(trace.count[0]) % 2 == 0
+    check_ends(trace)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -479,7 +440,7 @@ def test_blocks_that_rounding_ends_are_marked(backend):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(value, backend):
-    W, A = weights(3, 9), damped(9)[1]
+    W, A = weights(3, 9), moment_and_inverse(9)[1]
     for at in ((0, 0), (2, 8), (1, 5)):
         for update in (False, True):
             wrong = W.clone()
@@ -505,7 +466,7 @@ def test_a_diagonal_that_is_not_positive_is_named(value, backend):
 
 
 def test_little_memory_means_fewer_threads_and_the_same_bytes(backend):
-    W, A = weights(16, 200).float(), damped(200)[1].float()
+    W, A = weights(16, 200).float(), moment_and_inverse(200)[1].float()
     needed = ops.exact_bytes(200, backend=backend)
     if backend == "reference":
         assert needed == 0

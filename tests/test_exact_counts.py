@@ -19,6 +19,7 @@ from lobs_native.weight import METHODS, SCOPES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+REPAIRING = ("exact", "sweep", "lobs")  # methods that change what they keep
 SHARES = [0.0, 1e-9, 0.1, 0.29, 0.5, 0.9, 1 - 1e-9, 1.0]
 R, C = 6, 9
 
@@ -37,23 +38,24 @@ def moment(columns: int, seed: int = 0) -> Tensor:
     return x.T @ x / len(x)
 
 
-def weights(dtype: torch.dtype) -> dict[str, Tensor]:
+def weights(dtype: torch.dtype, columns: int = C) -> dict[str, Tensor]:
     """Weights as they occur, and as they are hard to count."""
     generator = torch.Generator().manual_seed(7)
-    random = torch.randn(R, C, generator=generator, dtype=torch.float64)
+    random = torch.randn(R, columns, generator=generator, dtype=torch.float64)
     sparse = random.clone()
-    sparse[torch.rand(R, C, generator=generator) < 0.4] = 0
+    sparse[torch.rand(R, columns, generator=generator) < 0.4] = 0
     negative_zero = random.clone()
     negative_zero[:, ::2] = -0.0
-    mostly = torch.zeros(R, C, dtype=torch.float64)
+    mostly = torch.zeros(R, columns, dtype=torch.float64)
     mostly[2, 5] = mostly[4, 0] = 1.5
+    equal = torch.full((R, columns), 0.75, dtype=dtype)
     return {
         "random": random.to(dtype),
-        "equal": torch.full((R, C), -0.75, dtype=dtype),
-        "equal but for the sign": torch.full((R, C), 0.75, dtype=dtype) * random.sign().to(dtype),
-        "zero": torch.zeros(R, C, dtype=dtype),
+        "equal": -equal,
+        "equal but for the sign": equal * random.sign().to(dtype),
+        "zero": torch.zeros(R, columns, dtype=dtype),
         "negative zero": negative_zero.to(dtype),
-        "all negative zero": torch.full((R, C), -0.0, dtype=dtype),
+        "all negative zero": torch.full((R, columns), -0.0, dtype=dtype),
         "sparse": sparse.to(dtype),
         "two": mostly.to(dtype),
     }
@@ -94,7 +96,7 @@ def check(
     if bias is not None:
         kept = torch.ones_like(out.mask[:, 0]) if out.bias_mask is None else out.bias_mask
         check_agreement(bias, out.bias, kept)
-    if method != "lobs":
+    if method not in REPAIRING:
         assert bits(out.weight[out.mask]) == bits(W[out.mask])  # what stays is not touched
     if share == 0:
         assert bits(out.weight) == bits(W)
@@ -164,6 +166,67 @@ def test_masked_weights_count_and_go_before_all_others(share, method, scope, dty
         assert not bool(out.mask[~mask].any())
 
 
+WIDE = 24  # columns of the rows that are cut into groups and blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["0:2", "1:2", "2:4", "1:4", "4:8", "2:3", "8:8"])
+def test_every_group_loses_what_the_pattern_says(pattern, method, scope, dtype):
+    keep, size = map(int, pattern.split(":"))
+    H = moment(WIDE)
+    for W in weights(dtype, WIDE).values():
+        out = lobs.prune_weight(W, H, method=method, pattern=pattern, scope=scope)
+        assert bool(((~out.mask).reshape(-1, size).sum(1) == size - keep).all())
+        check_agreement(W, out.weight, out.mask)
+        zeros_go_first(W.reshape(-1, size), (~out.mask).reshape(-1, size), "row")
+        assert out.sparsity == (size - keep) / size
+        if method not in REPAIRING:
+            assert bits(out.weight[out.mask]) == bits(W[out.mask])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 2, 4, 24])
+def test_the_documented_number_of_blocks_is_removed(size, method, scope, share):
+    H = moment(WIDE)
+    for W in weights(torch.float32, WIDE).values():
+        out = lobs.prune_weight(
+            W, H, sparsity=share, method=method, pattern=f"1x{size}", scope=scope
+        )
+        blocks = (~out.mask).reshape(R, -1, size)
+        assert bool((blocks == blocks[:, :, :1]).all())
+        gone = blocks[:, :, 0]
+        if scope == "row":
+            assert gone.sum(1).tolist() == [documented(share, WIDE // size)] * R
+        else:
+            assert int(gone.sum()) == documented(share, R * WIDE // size)
+        check_agreement(W, out.weight, out.mask)
+        zeros_go_first((W.reshape(R, -1, size) != 0).any(2).double(), gone, scope)
+        assert out.sparsity == int((~out.mask).sum()) / W.numel()
+        if share == 0:
+            assert bits(out.weight) == bits(W)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1x2", "1x4"])
+def test_masked_weights_count_within_a_pattern(pattern, method):
+    mask = torch.ones(R, WIDE, dtype=torch.bool)
+    mask[:, 4:6] = False  # half a group, a whole block of 2
+    if pattern == "1x4":
+        mask[:, 4:8] = False
+    for W in weights(torch.float32, WIDE).values():
+        share = None if ":" in pattern else 0.5
+        out = lobs.prune_weight(
+            W, moment(WIDE), sparsity=share, method=method, pattern=pattern, mask=mask
+        )
+        assert not bool(out.mask[~mask].any())
+        assert int((~out.mask).sum()) == (3 if pattern == "1:4" else 2) * R * WIDE // 4
+        check_agreement(W, out.weight, out.mask)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0])
 @pytest.mark.parametrize("share", SHARES)
@@ -223,6 +286,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 3.0, -2.5, 0.0078125])
     flat = draw(st.lists(values, min_size=rows * columns, max_size=rows * columns))
     with_bias = draw(st.booleans())
+    size = draw(st.sampled_from([b for b in range(1, columns + 1) if columns % b == 0]))
     drawn = {
         "weight": torch.tensor(flat, dtype=dtype).reshape(rows, columns),
         "hessian": moment(columns + with_bias, draw(st.integers(0, 3))),
@@ -230,45 +294,61 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "method": draw(st.sampled_from(METHODS)),
         "scope": draw(st.sampled_from(SCOPES)),
         "damping": draw(st.sampled_from([1e-6, 0.01, 1.0])),
+        "refine": draw(st.sampled_from([None, None, "solve", "exchange"])),
     }
+    blocks = draw(st.booleans())
+    if blocks:
+        drawn["pattern"] = f"1x{size}"
+        drawn["refine"] = None if drawn["refine"] == "exchange" else drawn["refine"]
     if with_bias:
         drawn["bias"] = torch.linspace(1, 2, rows).to(dtype)
-        drawn["prune_bias"] = draw(st.booleans())
+        drawn["prune_bias"] = draw(st.booleans()) and not blocks
     if draw(st.booleans()):
-        kept = draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
-        drawn["mask"] = torch.tensor(kept).reshape(rows, columns)
+        units = rows * columns // size if blocks else rows * columns
+        kept = torch.tensor(draw(st.lists(st.booleans(), min_size=units, max_size=units)))
+        if blocks:
+            kept = kept.repeat_interleave(size)
+        drawn["mask"] = kept.reshape(rows, columns)
     return drawn
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(layers())
 def test_any_layer_loses_the_documented_number(layer):
     W, bias, mask = layer["weight"], layer.get("bias"), layer.get("mask")
     share, scope = layer["sparsity"], layer["scope"]
+    unit = int(layer.get("pattern", "1x1").removeprefix("1x"))
     before = bits(W)
-    candidates = W.shape[1] + bool(layer.get("prune_bias"))
+    candidates = (W.shape[1] + bool(layer.get("prune_bias"))) // unit
+    row_count, layer_count = documented(share, candidates), documented(share, len(W) * candidates)
     if mask is not None:
-        masked = ~mask
+        masked = ~mask[:, ::unit]
         if scope == "row":
-            room = int(masked.sum(1).max()) <= documented(share, candidates)
+            room = int(masked.sum(1).max()) <= row_count
         else:
-            room = int(masked.sum()) <= documented(share, len(W) * candidates)
+            room = int(masked.sum()) <= layer_count
         if not room:
             with pytest.raises(ArgumentError, match="mask"):
                 lobs.prune_weight(**layer)
             return
     out = lobs.prune_weight(**layer)
     assert bits(W) == before
-    check_count(out, share, scope)
+    removed = removed_together(out)
+    if scope == "row":
+        # Swaps are within a row, so they keep this too.
+        assert removed.sum(1).tolist() == [row_count * unit] * len(W)
+    else:
+        assert int(removed.sum()) == layer_count * unit
+    assert out.sparsity == int(removed.sum()) / removed.numel()
     if not any("became zero when they were rounded" in note for note in out.notes):
         check_agreement(W, out.weight, out.mask)
     if share == 0:
         assert bits(out.weight) == bits(W)
-    if mask is None:
-        combined = torch.cat([W, bias[:, None]], 1) if layer.get("prune_bias") else W
-        zeros_go_first(combined, removed_together(out), scope)
-    else:
+    if mask is not None:
         assert not bool(out.mask[~mask].any())
+    elif unit == 1:
+        combined = torch.cat([W, bias[:, None]], 1) if layer.get("prune_bias") else W
+        zeros_go_first(combined, removed, scope)
     assert bool(torch.isfinite(out.weight).all())
     assert math.isfinite(out.error)
     assert out.error >= 0

@@ -260,19 +260,22 @@ def test_the_weights_are_the_best_for_the_final_set(backend, shape, share, limit
     assert not torch.signbit(gone).any()
 
 
-@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
-def test_the_gradient_on_the_kept_weights_vanishes_after_many_swaps(backend, condition):
-    C = 96
+@pytest.mark.parametrize(("condition", "bound"), [(1e2, 0.01), (1e4, 0.02), (1e6, 0.12)])
+def test_the_gradient_on_the_kept_weights_vanishes_after_many_swaps(backend, condition, bound):
+    """In units of C * eps * |dw| * |H|. What the pivots of all the swaps have lost must be made up
+    for at the end: otherwise it is several times as much."""
+    C = 64
     H = conditioned(C, condition)  # of norm 1
     H = (H + H.T) / 2
     A = torch.linalg.inv(H)
-    dense = torch.randn(2, C, dtype=torch.float64)
-    W, kept = dense.clone(), torch.rand(2, C).argsort(dim=1) >= C // 2
+    dense = torch.randn(4, C, dtype=torch.float64)
+    W, kept = dense.clone(), torch.rand(4, C).argsort(dim=1) >= C // 2
     swaps, _, _ = ops.exchange_(W, (A + A.T) / 2, kept, backend=backend)
-    assert int(swaps.min()) >= 8
+    assert int(swaps.min()) >= 5
     dw = W - dense
-    unit = C * torch.finfo(torch.float64).eps * dw.norm(dim=1, keepdim=True)  # times norm of H
-    assert float(((dw @ H) / unit)[kept].abs().max()) < 1
+    unit = C * torch.finfo(torch.float64).eps * dw.norm(dim=1, keepdim=True)
+    found = float(((dw @ H) / unit)[kept].abs().max())
+    assert found < (1 if backend == "reference" else bound)
 
 
 def test_nothing_to_swap_leaves_the_sets_alone(backend):

@@ -6,6 +6,8 @@ import doctest
 import re
 from pathlib import Path
 
+import torch
+
 import lobs_native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,21 @@ def test_the_names_in_the_second_example_exist():
     fields = re.findall(r"out\.(\w+)", code)
     assert set(fields) <= set(lobs_native.PrunedWeight.__dataclass_fields__)
     assert "lobs.Hessian(" in code
+
+
+def test_the_second_and_third_examples_run():
+    second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1:3]
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "lobs": lobs_native,
+        "inputs": torch.rand(500, 64, generator=generator),
+        "token_weights": torch.ones(500),
+        "weight": torch.randn(32, 64, generator=generator),
+        "bias": torch.randn(32, generator=generator),
+    }
+    exec(compile(second + third, "README.md", "exec"), names)
+    assert names["half"].error <= names["out"].error * 1.001
+    assert int((names["two_of_four"].weight == 0).sum()) == 32 * 32
 
 
 def test_the_files_it_points_at_exist():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
+from lobs_native.weight import METHODS
 
 
 def paper_loop(
@@ -57,16 +58,17 @@ def test_lobs_equals_the_paper_s_loop(seed):
             assert distance(out.bias, expected[:, C]) < tolerance
 
 
-def test_backends_agree(backend):
+@pytest.mark.parametrize("method", METHODS)
+def test_backends_agree(method, backend):
     W, H = layer(12, 40)
-    out = lobs.prune_weight(W.float(), H, sparsity=0.6, backend=backend)
-    other = lobs.prune_weight(W, H, sparsity=0.6, backend="reference")
+    out = lobs.prune_weight(W.float(), H, sparsity=0.6, method=method, backend=backend)
+    other = lobs.prune_weight(W, H, sparsity=0.6, method=method, backend="reference")
     assert out.backend == backend
     assert torch.equal(out.mask, other.mask)
     assert distance(out.weight, other.weight) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["lobs", "magnitude", "wanda"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
 )
@@ -81,7 +83,8 @@ def test_the_error_is_the_incurred_one_of_the_final_weights(method, dtype):
     )
     assert out.weight.dtype == dtype
     assert out.sparsity == 0.5
-    assert out.damping == (0.01 if method == "lobs" else 0.0)
+    assert out.damping == (0.0 if method in ("magnitude", "wanda") else 0.01)
+    assert out.method == method
     assert out.backend.startswith("cpu_")
     assert out.status == "ok"
 
@@ -118,7 +121,7 @@ def test_magnitude_and_wanda_keep_what_they_do_not_remove():
 def test_row_scope_gives_every_row_the_same_count():
     W, H = layer(11, 25)
     W[0] *= 100
-    for method in ("lobs", "wanda", "magnitude"):
+    for method in METHODS:
         rows = lobs.prune_weight(W, H, sparsity=0.4, method=method, scope="row")
         assert (~rows.mask).sum(1).tolist() == [10] * 11
         whole = lobs.prune_weight(W, H, sparsity=0.4, method=method, scope="layer")
@@ -136,9 +139,9 @@ def test_threshold_removes_what_the_paper_s_rule_removes():
     A = torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(20, dtype=torch.float64))
     root = (0.5 * W**2 / A.diagonal()).sqrt()
     for epsilon in (0.0, float(root.flatten().sort().values[70]) * (1 + 1e-12), 1e9, math.inf):
-        out = lobs.prune_weight(W, H, threshold=epsilon)
+        out = lobs.prune_weight(W, H, threshold=epsilon, method="lobs")
         assert torch.equal(~out.mask, root <= epsilon)
-        by_count = lobs.prune_weight(W, H, sparsity=out.sparsity)
+        by_count = lobs.prune_weight(W, H, sparsity=out.sparsity, method="lobs")
         assert torch.equal(out.weight, by_count.weight)
 
 
@@ -148,6 +151,7 @@ def test_threshold_never_removes_a_bias_by_itself():
         torch.randn(4, 6),
         lobs.Hessian(6, bias=True).update(x),
         threshold=math.inf,
+        method="lobs",
         bias=torch.ones(4),
     )
     assert out.sparsity == 1.0
@@ -155,7 +159,7 @@ def test_threshold_never_removes_a_bias_by_itself():
     assert bool((out.bias != 0).all())
 
 
-@pytest.mark.parametrize("method", ["lobs", "magnitude", "wanda"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scope", ["row", "layer"])
 def test_max_error_stays_below_and_comes_close(method, scope):
     W, H = layer(10, 30)
@@ -174,7 +178,7 @@ def test_pruned_biases_count_and_are_masked():
     x = features(300, 15)
     W, b = torch.randn(10, 15, dtype=torch.float64), torch.randn(10, dtype=torch.float64) * 0.01
     h = lobs.Hessian(15, bias=True).update(x)
-    out = lobs.prune_weight(W, h, sparsity=0.5, bias=b, prune_bias=True)
+    out = lobs.prune_weight(W, h, sparsity=0.5, method="lobs", bias=b, prune_bias=True)
     expected = paper_loop(torch.cat([W, b[:, None]], 1), h.matrix(), 80, 0.01)
     assert out.bias_mask is not None
     assert out.bias is not None
@@ -184,24 +188,26 @@ def test_pruned_biases_count_and_are_masked():
     assert torch.equal(out.bias == 0, ~out.bias_mask)
 
 
-def test_a_mask_goes_first_whatever_it_costs():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_goes_first_whatever_it_costs(method):
     W, H = layer(6, 10)
     mask = torch.ones(6, 10, dtype=torch.bool)
     mask[2, 3] = mask[5, 9] = False
     W[2, 3] = 1e3
-    out = lobs.prune_weight(W, H, sparsity=0.1, mask=mask)
+    out = lobs.prune_weight(W, H, sparsity=0.1, mask=mask, method=method)
     assert not out.mask[2, 3]
     assert not out.mask[5, 9]
     assert int((~out.mask).sum()) == 6
     with pytest.raises(ArgumentError, match=r"mask: it already removes 2 of 60"):
-        lobs.prune_weight(W, H, sparsity=1 / 60, mask=mask)
+        lobs.prune_weight(W, H, sparsity=1 / 60, mask=mask, method=method)
 
 
-def test_existing_zeros_go_first_and_cost_nothing():
+@pytest.mark.parametrize("method", METHODS)
+def test_existing_zeros_go_first_and_cost_nothing(method):
     W, H = layer(8, 10)
     W[torch.rand(8, 10) < 0.4] = 0
     zeros = int((W == 0).sum())
-    out = lobs.prune_weight(W, H, sparsity=zeros / 80)
+    out = lobs.prune_weight(W, H, sparsity=zeros / 80, method=method)
     assert torch.equal(out.weight, W)
     assert out.error == 0.0
     assert torch.equal(out.mask, W != 0)
@@ -210,11 +216,12 @@ def test_existing_zeros_go_first_and_cost_nothing():
 # ---- what is said --------------------------------------------------------------------------------
 
 
-def test_little_damping_switches_to_float64_and_says_so():
+@pytest.mark.parametrize("method", ["exact", "sweep", "lobs"])
+def test_little_damping_switches_to_float64_and_says_so(method):
     H = conditioned(30, 1e7)
     W = torch.randn(5, 30)
-    careful = lobs.prune_weight(W, H, sparsity=0.5, damping=1e-6)
-    exact = lobs.prune_weight(W.double(), H, sparsity=0.5, damping=1e-6)
+    careful = lobs.prune_weight(W, H, sparsity=0.5, damping=1e-6, method=method)
+    exact = lobs.prune_weight(W.double(), H, sparsity=0.5, damping=1e-6, method=method)
     assert any("float64" in note for note in careful.notes)
     assert exact.notes == ()
     assert distance(careful.weight, exact.weight) < 1e-6
@@ -264,11 +271,24 @@ def test_hints_name_the_missing_ones_column():
         lobs.prune_weight(torch.ones(2, 4), lobs.Hessian(4, bias=True).update(x), sparsity=0.5)
 
 
-def test_inputs_are_not_modified():
+@pytest.mark.parametrize("refine", [None, "solve", "exchange"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_inputs_are_not_modified(dtype, method, refine):
     W, H = layer(5, 9)
-    b = torch.randn(5, dtype=torch.float64)
-    H = torch.block_diag(H, torch.ones(1, 1, dtype=torch.float64))
-    before = W.clone(), H.clone(), b.clone()
-    out = lobs.prune_weight(W, H, sparsity=0.5, bias=b)
-    assert all(torch.equal(x, y) for x, y in zip((W, H, b), before, strict=True))
-    assert out.weight.data_ptr() != W.data_ptr()
+    W = W.to(dtype)
+    b = torch.randn(5, dtype=dtype)
+    with_ones = torch.block_diag(H, torch.ones(1, 1, dtype=torch.float64))
+    mask = torch.rand(5, 9) > 0.1
+    inputs = (W, H, with_ones, b, mask)
+    before = [x.clone() for x in inputs]
+    for share in (0.0, 0.5):
+        out = lobs.prune_weight(W, with_ones, sparsity=share, bias=b, method=method, refine=refine)
+        assert out.weight.data_ptr() != W.data_ptr()
+        assert out.bias is not None
+        assert out.bias.data_ptr() != b.data_ptr()
+        out = lobs.prune_weight(W, H, sparsity=share, method=method, refine=refine)
+        assert out.weight.data_ptr() != W.data_ptr()
+    out = lobs.prune_weight(W, H, mask=mask, method=method, refine=refine)
+    assert out.mask.data_ptr() != mask.data_ptr()
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern, Unstructured
 from lobs_native.problem import Problem, nearest_count
 
@@ -24,7 +23,7 @@ class Sweep:
     def __init__(self, problem: Problem, pattern: Pattern) -> None:
         self.problem = problem
         self.pattern = pattern
-        self.upper = [_upper(i.A, problem.dtype) for i in problem.inverses]
+        self.upper = [i.U.to(problem.dtype) for i in problem.inverses]
         self.unit = pattern.size if isinstance(pattern, Blocks) else 1
         C, D = problem.columns, problem.before.shape[2]
         if isinstance(pattern, Unstructured):
@@ -61,7 +60,9 @@ class Sweep:
         problem, U, pattern = self.problem, self.upper[g], self.pattern
         (R, D), C = W.shape, problem.candidates
         zero = problem.before[g][:, :C] == 0
+        some_zero = bool(zero.any())
         forced = torch.zeros_like(zero)
+        some_forced = problem.mask is not None
         if problem.mask is not None:
             forced[:, : problem.columns] = ~problem.mask[g]
         gone = torch.zeros(R, D, dtype=torch.bool, device=W.device)
@@ -76,12 +77,15 @@ class Sweep:
             group, per_group = 0, 0
             if begin < C and isinstance(pattern, GroupsOf):
                 group, per_group = pattern.size, pattern.size - pattern.keep
-                code.copy_(_first(forced[:, inside], zero[:, inside], group, per_group))
+                if some_zero or some_forced:
+                    code.copy_(_first(forced[:, inside], zero[:, inside], group, per_group))
             elif begin < C:
                 width = min(end, C) - begin
-                score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square()
-                score[zero[:, inside]] = _ZERO
-                score[forced[:, inside]] = _FORCED
+                score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square_()
+                if some_zero:
+                    score.masked_fill_(zero[:, inside], _ZERO)
+                if some_forced:
+                    score.masked_fill_(forced[:, inside], _FORCED)
                 count = spread.take(slice(begin // self.unit, min(end, C) // self.unit))
                 code[:, :width] = self._choose(score, count)
             ops.sweep_block_(
@@ -113,8 +117,6 @@ class Sweep:
 def _first(forced: Tensor, zero: Tensor, group: int, per_group: int) -> Tensor:
     """Which weights (R, B) of a block go before all others: those that the mask demands, and zeros
     that are there already as far as the group has room for them."""
-    if not bool(zero.any()):
-        return forced
     groups = (len(forced), -1, group)
     demanded, extra = forced.reshape(groups), (zero & ~forced).reshape(groups)
     room = per_group - demanded.sum(2, keepdim=True)
@@ -126,32 +128,21 @@ class _Spread:
     so that they add up exactly; what the mask demands comes first and counts."""
 
     def __init__(self, budget: Tensor, forced: Tensor) -> None:
-        self.forced = forced  # (R, units)
-        self.by_row = len(budget) > 1
-        self.spare = budget - self._sum(forced)  # negative: the mask demands more
-        self.free = self._sum(~forced).clamp_min(1)
-        self.seen = torch.zeros_like(self.free)
-        self.given = torch.zeros_like(self.free)
-
-    def _sum(self, x: Tensor) -> Tensor:
-        return x.sum(1) if self.by_row else x.sum().reshape(1)
+        demanded = forced.to(torch.int64) if len(budget) > 1 else forced.sum(0, keepdim=True)
+        each = 1 if len(budget) > 1 else len(forced)
+        self.demanded = torch.nn.functional.pad(
+            demanded.cumsum(1), (1, 0)
+        )  # (rows or 1, units + 1)
+        self.each = each  # weights that a unit stands for
+        self.spare = budget - self.demanded[:, -1]  # negative: the mask demands more
+        self.free = (forced.shape[1] * each - self.demanded[:, -1]).clamp_min(1)
 
     def take(self, units: slice) -> Tensor:
-        """Removals among the next columns (units): one number, or one per row."""
-        forced = self.forced[:, units]
-        self.seen += self._sum(~forced)
-        until = (2 * self.spare * self.seen + self.free) // (2 * self.free)
-        more = until - self.given
-        self.given = until
-        return self._sum(forced) + more
+        """Removals among these columns (units): one number, or one per row."""
 
+        def until(end: int) -> Tensor:
+            demanded = self.demanded[:, end]
+            seen = end * self.each - demanded
+            return demanded + (2 * self.spare * seen + self.free) // (2 * self.free)
 
-def _upper(A: Tensor, dtype: torch.dtype) -> Tensor:
-    """U (D, D) upper with U^T U = A."""
-    U, info = torch.linalg.cholesky_ex(A, upper=True)
-    if int(info):
-        raise NotPositiveDefiniteError(
-            "hessian: its damped inverse is not positive definite in float64; pass a larger damping"
-        )
-    upper: Tensor = U.to(dtype)
-    return upper
+        return until(units.stop) - until(units.start)
