@@ -346,7 +346,7 @@ def test_any_layer_loses_the_documented_number(layer):
         assert bits(out.weight) == bits(W)
     if mask is not None:
         assert not bool(out.mask[~mask].any())
-    elif unit == 1:
+    elif unit == 1 and layer["refine"] != "exchange":  # a swap may bring a zero back to life
         combined = torch.cat([W, bias[:, None]], 1) if layer.get("prune_bias") else W
         zeros_go_first(combined, removed, scope)
     assert bool(torch.isfinite(out.weight).all())

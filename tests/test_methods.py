@@ -368,6 +368,57 @@ def test_float32_goes_as_far_as_float64_over_a_whole_layer(large):
         assert narrow.sparsity == wide.sparsity
 
 
+# ---- what must not matter ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_the_rows_does_not_matter(method, scope):
+    W, H = correlated(90, 32, 9)
+    W = W.float()
+    shuffled = torch.randperm(90, generator=torch.Generator().manual_seed(1))
+    plain = lobs.prune_weight(W, H, sparsity=0.6, method=method, scope=scope)
+    other = lobs.prune_weight(W[shuffled], H, sparsity=0.6, method=method, scope=scope)
+    assert torch.equal(other.mask, plain.mask[shuffled])
+    assert distance(other.weight, plain.weight[shuffled]) < 1e-6  # torch's products block by rows
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", ["exact", "lobs", "wanda", "magnitude"])
+def test_the_order_of_the_columns_does_not_matter(method, scope):
+    """For all but the sweep, which goes from left to right."""
+    W, H = correlated(20, 32, 9)
+    p = torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    plain = lobs.prune_weight(W, H, sparsity=0.6, method=method, scope=scope)
+    other = lobs.prune_weight(W[:, p], H[p][:, p], sparsity=0.6, method=method, scope=scope)
+    assert torch.equal(other.mask, plain.mask[:, p])
+    assert distance(other.weight, plain.weight[:, p]) < 1e-10
+    assert other.error == pytest.approx(plain.error, rel=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_column_of_zeros_more_changes_nothing_but_the_count(method):
+    W, H = correlated(10, 24, 9)
+    wide = torch.nn.functional.pad(W, (0, 1))
+    mean = float(H.diagonal().mean())
+    more = torch.block_diag(H, torch.tensor([[mean]], dtype=F64))  # so that the damping stays
+    plain = lobs.prune_weight(W, H, sparsity=0.5, method=method)
+    other = lobs.prune_weight(wide, more, sparsity=(120 + 10) / 250, method=method)
+    assert torch.equal(other.mask[:, :24], plain.mask)
+    assert not bool(other.mask[:, 24].any())
+    assert distance(other.weight[:, :24], plain.weight) < 1e-10
+
+
+@pytest.mark.parametrize("exponent", [-900, -600, -300, 300, 600, 900])
+def test_the_optimality_ratio_does_not_depend_on_the_scale(exponent):
+    W, H = correlated(6, 24, 9)
+    plain = lobs.prune_weight(W, H, sparsity=0.5)
+    other = lobs.prune_weight(W, H * 2.0**exponent, sparsity=0.5)
+    assert other.optimality == pytest.approx(plain.optimality, rel=1e-6)
+    assert plain.optimality > 0
+    assert other.notes == ()
+
+
 # ---- what is done differently is said ------------------------------------------------------------
 
 

@@ -23,8 +23,8 @@ from lobs_native.problem import Problem, nearest_count
 __all__ = ["Greedy", "cut_together"]
 
 _SAMPLE = 32  # rows of a layer that say how far the others must go, at least
-_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
 _MARGIN = 1.02  # how much further than that they go
+_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
 
 
 @dataclass
@@ -80,7 +80,10 @@ class Greedy:
     # ---- how far ---------------------------------------------------------------------------------
 
     def prune(self, share: float, scope: str) -> tuple[Tensor, Tensor]:
-        """Bool (G, R, D) of what goes, and the weights (G, R, D) float64 that are left."""
+        """Bool (G, R, D) of what goes, and the weights (G, R, D) that are left.
+
+        Scope "layer" takes the cheapest removals of the whole layer, "row" as many in every row.
+        """
         G, R, D = self.problem.before.shape
         if self.group:
             if bool((self.rows.complete == math.inf).all()):
@@ -95,15 +98,11 @@ class Greedy:
                 gone = self.cut(torch.full((G * R,), units * self.unit))
                 return gone, self.problem.best(gone)
             return self._straight(units * self.unit)
-        gone = self.cut_layer(share)
-        return gone, self.problem.best(gone)
-
-    def cut_layer(self, share: float) -> Tensor:
-        """Bool (G, R, D) of what goes: the cheapest removals of the whole layer."""
         units = nearest_count(share, self.problem.total // self.unit)
         if units == 0:
-            return self._nothing()[0]
-        return cut_together([self], [1.0], units)[0]
+            return self._nothing()
+        gone = cut_together([self], [1.0], units)[0]
+        return gone, self.problem.best(gone)
 
     @property
     def width(self) -> int:
@@ -362,4 +361,4 @@ def _quantile(parts: Sequence[Greedy], unit: Sequence[float], units: float) -> f
     ranked, place = torch.cat(values).sort()
     below = torch.cat(weights)[place].cumsum(0)
     at = int(torch.searchsorted(below, units))
-    return float(ranked[at]) if at < len(ranked) else math.inf
+    return max(0.0, float(ranked[at])) if at < len(ranked) else math.inf

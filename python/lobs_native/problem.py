@@ -228,15 +228,19 @@ class Problem:
             shift = 0.0
             if self.inverses:
                 shift = self.inverses[g].damping * mean if mean > 0 else 1.0
-            unit = (_norm(H) + shift) * eps * H.shape[0]
+            norm = _norm(H) + shift or 1.0
             for rows in self._pieces():
                 dW = self._change(weight, bias, g, rows)
                 error, G = _error(dW, H)
                 total += error
                 G.add_(dW, alpha=shift).masked_fill_(gone[g, rows], 0.0)
-                size = dW.norm(dim=1) * unit
-                ratio = torch.where(size > 0, G.norm(dim=1) / size, 0.0)
-                worst = max(worst, float(ratio.max()))
+                largest = dW.abs().amax(
+                    1, keepdim=True
+                )  # out of both, so that squares keep in range
+                moved = largest > 0
+                residual = torch.where(moved, G / norm / largest, 0.0).norm(dim=1)
+                size = torch.where(moved, dW / largest, 1.0).norm(dim=1) * (eps * H.shape[0])
+                worst = max(worst, float((residual / size).max()))
         return _finite(total), worst
 
     def _pieces(self) -> Iterator[slice]:

@@ -53,7 +53,7 @@ class WeightTrace:
     @property
     def order(self) -> Tensor:
         """See the class."""
-        return self._greedy.rows.order.to(self._greedy.problem.before.device)
+        return self._greedy.rows.order.to(self._greedy.problem.before.device, copy=True)
 
     @property
     def loss(self) -> Tensor:
@@ -185,11 +185,11 @@ def trace_weight(
     b = None if bias is None else checks.tensor(bias, "bias", ndim=1)[None]
     allowed = None
     if mask is not None:
-        allowed = checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))[None]
-    problem = Problem.of(
-        W[None],
+        allowed = checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))[None].clone()
+    problem = Problem.of(  # of copies: the trace outlives this call, its inputs may change
+        W[None].clone(),
         b,
-        [H],
+        [H.clone()],
         damping=check_damping(damping),
         inverted=True,
         prune_bias=prune_bias,
