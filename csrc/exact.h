@@ -21,9 +21,10 @@
 //           before the first removal outside state 1 that would cost more than `stop`. With
 //           update, W holds the weights after count[r] removals, removed ones exactly +0; without,
 //           W is untouched.
-//           status[r] = 0, or 1 where D_qq of the cheapest column was not above `floor` times A_qq
-//           or was NaN: rounding has eaten it. Then count[r] is the number of good removals before
-//           it and the row must be redone in a wider type. Ties go to the lowest column.
+//           status[r] = 0, or 1 where D_qq of an eligible column was found not to be above `floor`
+//           times A_qq: rounding has eaten it. It is looked for in the column to be removed, at
+//           every refill, and when nothing else is left. Then count[r] is the number of removals
+//           before that and the row must be redone in a wider type. Ties go to the lowest column.
 // Fails     not_positive: A_qq <= 0 or NaN for some column; where = that column. out_of_memory:
 //           outputs untouched. interrupted: outputs undefined.
 // Accuracy  D_qq and w are the plain recurrences in the type of W; a column is formed by the same

@@ -244,6 +244,7 @@ def layer(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return W, x.T @ x / len(x)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("exponent", [-600, -130, -1, 1, 120, 600])
@@ -260,6 +261,7 @@ def test_the_scale_of_the_second_moment_does_not_matter(exponent, method, scope)
         assert other.damping == plain.damping
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
@@ -280,6 +282,7 @@ def test_the_scale_of_the_weight_does_not_matter(dtype, exponent, method, scope)
             assert torch.equal(other.weight.double() / factor, plain.weight.double())
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("exponent", [-130, -60, 60, 120])
 def test_the_scale_of_the_inputs_does_not_matter(exponent):
     """Small integers: every sum is exact, in float32 and in the float64 of extreme scales."""

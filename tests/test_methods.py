@@ -58,14 +58,21 @@ def per_row(out: lobs.PrunedWeight) -> list[int]:
 # ---- optimal for their mask ----------------------------------------------------------------------
 
 
-def optimality(W: Tensor, out: lobs.PrunedWeight, H: Tensor) -> float:
-    """Worst row's ||(dW H) on kept|| / (C eps ||dW|| ||H||), with the damped H."""
+def optimality(W: Tensor, out: lobs.PrunedWeight, H: Tensor) -> tuple[float, float]:
+    """Worst row's ||(dW H) on kept|| / (C eps ||dW|| ||H||), with the damped H.
+
+    And the same if the rounding of the kept weights to their type, which is all that is left of a
+    row that hardly changes, is taken off.
+    """
     change = out.weight.double() - W.double()
     H = damped(H, out.damping)
-    G = (change @ H).masked_fill(~out.mask, 0.0)
-    size = change.norm(dim=1) * float(torch.linalg.matrix_norm(H, 2))
-    size *= H.shape[0] * torch.finfo(W.dtype).eps
-    return float(torch.where(size > 0, G.norm(dim=1) / size, 0.0).max())
+    gradient = (change @ H).masked_fill(~out.mask, 0.0).norm(dim=1)
+    unit = float(torch.linalg.matrix_norm(H, 2)) * torch.finfo(W.dtype).eps
+    size = change.norm(dim=1) * H.shape[0] * unit
+    stored = out.weight.double().norm(dim=1) * unit / 2
+    ratios = torch.where(size > 0, gradient / size, 0.0)
+    solved = torch.where(size > 0, (gradient - stored) / size, 0.0)
+    return float(ratios.max()), float(solved.max())
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
@@ -73,17 +80,19 @@ def optimality(W: Tensor, out: lobs.PrunedWeight, H: Tensor) -> float:
 @pytest.mark.parametrize("condition", [1e0, 1e2, 1e4, 1e6])
 def test_exact_leaves_the_best_weights_for_its_mask(condition, damping, dtype):
     """A ratio below 30, LAPACK's threshold, without refining; below 1 with it."""
-    C = 64
-    H = conditioned(C, condition)
-    W = torch.randn(8, C, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
     worst = {None: 0.0, "solve": 0.0}
-    for target in TARGETS:
-        for refine in worst:
-            out = lobs.prune_weight(W, H, damping=damping, refine=refine, **target)
-            ratio = optimality(W, out, H)
-            assert out.optimality == pytest.approx(ratio, rel=0.1, abs=2e-3)
-            assert out.damping == damping
-            worst[refine] = max(worst[refine], ratio)
+    for C, seed in ((64, 0), (32, 4), (32, 5)):
+        H = conditioned(C, condition, seed)
+        generator = torch.Generator().manual_seed(seed)
+        W = torch.randn(8, C, generator=generator, dtype=F64).to(dtype)
+        for target in TARGETS:
+            for refine in worst:
+                out = lobs.prune_weight(W, H, damping=damping, refine=refine, **target)
+                ratio, solved = optimality(W, out, H)
+                # The norm in it is an estimate from below, and the gradient here is rounded itself.
+                assert 0.9 * ratio - 0.02 < out.optimality < 1.25 * ratio + 0.02
+                assert out.damping == damping
+                worst[refine] = max(worst[refine], ratio if refine is None else solved)
     print(f"worst ratio {worst[None]:.3g}, refined {worst['solve']:.3g}")
     assert worst[None] < 30
     assert worst["solve"] < 1

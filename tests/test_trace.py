@@ -230,6 +230,18 @@ def test_groups_are_cut_where_their_pattern_says(until, pattern, scope):
             trace.at(wrong)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1x3", "1x4"])
+def test_long_rows_are_cut_where_their_pattern_says(pattern):
+    """A trace drops what will not go, pruning repairs it on the way: both must choose the same."""
+    W, H = layer(3, 300)
+    share = {"2:4": 0.5, "1:4": 0.75}.get(pattern, 0.9)
+    trace = lobs.trace_weight(W, H, pattern=pattern)
+    check_same(
+        trace.at(share, "row"),
+        lobs.prune_weight(W, H, pattern=pattern, sparsity=share, scope="row"),
+    )
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("until", [1.0, 0.3])
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -15,6 +15,8 @@ import lobs_native as lobs
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from lobs_native.weight import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def paper_loop(
     W: Tensor, H: Tensor, count: int, damping: float, last_free: int | None = None

@@ -76,7 +76,8 @@ struct Sizes {
         // that live columns need are held when a panel begins.
         factor = 0;
         for (Index p = 0; p * kPanel < plan.limit; ++p) {
-            const Index live = up(C - p * kPanel, kTile<T>) / kTile<T>;
+            const Index left = C - p * kPanel + plan.block - 1;
+            const Index live = up(left < C ? left : C, kTile<T>) / kTile<T>;
             const Index tiles = least(slots / kTile<T>, (8 * live + 6) / 7);
             const Index held = (p + 1) * kPanel * tiles * kTile<T>;
             factor = held > factor ? held : factor;
@@ -128,7 +129,9 @@ class Row {
         Index best = plan_.block > 1 ? cheapest_block() : cheapest();
         while (best >= 0 && j_ + plan_.block <= plan_.limit) {
             if (first_left_ == 0 && static_cast<double>(lowest_) > plan_.stop) break;
-            if (j_ % kPanel == 0) squeeze(&best);
+            const Index panel = (j_ + plan_.block - 1) / kPanel;
+            if (panel != panel_) squeeze(&best);  // before the first step of a new panel
+            panel_ = panel;
             if (!ready(best)) {
                 if (interrupt.asked(worker)) return 0;
                 refill(best);
@@ -150,7 +153,7 @@ class Row {
             if (first_left_ == 0 && waiting_) release(), best = -2;
             if (plan_.block > 1)
                 best = cheapest_block();
-            else if (best == -2 || last)
+            else if (best < 0 || last)
                 best = cheapest();
         }
         if (plan_.update) write(W);
@@ -175,7 +178,6 @@ class Row {
                                               : C_;
         slots_ = 0;
         first_left_ = 0;
-        eligible_ = 0;
         for (Index i = 0; i < C_; ++i) {
             const unsigned char asked = state == nullptr ? 0 : state[i];
             const bool stays = asked == 2 || i >= whole;
@@ -209,6 +211,7 @@ class Row {
         note_present();
         live_ = slots_;
         j_ = 0;
+        panel_ = 0;
         refilled_ = 0;
         if (plan_.block > 1) begin_blocks();
     }
@@ -243,6 +246,7 @@ class Row {
         slot_[column_[s]] = -1;
         --live_;
         if (cached_[s] >= 0) row_slot_[cached_[s]] = -1;
+        cached_[s] = -1;
     }
 
     // All that had to go first have gone: the others may go.
@@ -252,13 +256,15 @@ class Row {
             if (kind_[s] == kFree) bar_[s] = 0;
     }
 
-    // Costs of all slots, and the lowest.
+    // Costs of all slots, and the lowest. A diagonal that rounding has eaten costs nothing: it is
+    // chosen next, and reported.
     Index cheapest() {
         lowest_ = kInfinity<T>;
         Index best = -1;
         for (Index s = 0; s < slots_; ++s) {
             const T own = w_[s] * w_[s] / diag_[s];
-            cost_[s] = own > bar_[s] ? own : bar_[s];
+            const bool good = diag_[s] > static_cast<T>(plan_.floor) * first_diag_[s];
+            cost_[s] = own > bar_[s] && good ? own : bar_[s];
             if (cost_[s] < lowest_) lowest_ = cost_[s], best = s;
         }
         return best;
@@ -508,10 +514,7 @@ class Row {
         for (Index s = 0; s < tiles_ * kTile<T>; s += kLanes<T>) keep_[s / kLanes<T>] = 0;
         Index n = 0;
         for (Index s = 0; s < slots_; ++s) {
-            if (kind_[s] == kGone) {
-                if (cached_[s] >= 0) row_slot_[cached_[s]] = -1;
-                continue;
-            }
+            if (kind_[s] == kGone) continue;
             keep_[s / kLanes<T>] |= 1u << s % kLanes<T>;
             if (s == *best) *best = n;
             slot_[column_[s]] = static_cast<std::int32_t>(n);
@@ -632,7 +635,7 @@ class Row {
     T* line_;
     unsigned char* kind_;
 
-    Index slots_ = 0, tiles_ = 0, live_ = 0, j_ = 0, refilled_ = 0, first_left_ = 0, eligible_ = 0;
+    Index slots_ = 0, tiles_ = 0, live_ = 0, j_ = 0, refilled_ = 0, first_left_ = 0, panel_ = 0;
     bool waiting_ = false;
     T lowest_ = 0;
 };

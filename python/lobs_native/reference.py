@@ -130,14 +130,17 @@ def exact_trace(
                 break
             if block == 1:
                 cost = w[may] ** 2 / D.diagonal()[may]
-                choice = int(torch.where(cost > 0, cost, 0.0).argmin())
+                good = D.diagonal()[may] > floor * first_diag[may]
+                choice = int(torch.where(good, cost, 0.0).argmin())  # a lost one ends the row
                 columns = [int(may[choice])]
             else:
                 starts = may[may % block == 0].tolist()
                 costs = []
                 for s in starts:
                     B = slice(s, s + block)
-                    costs.append(w[B] @ torch.linalg.solve(D[B, B], w[B]))
+                    L, info = torch.linalg.cholesky_ex(D[B, B])
+                    y = torch.linalg.solve_triangular(L, w[B, None], upper=False)
+                    costs.append(y.square().sum() if int(info) == 0 else w.new_zeros(()))
                 cost = torch.stack(costs)
                 choice = int(cost.argmin())
                 columns = list(range(starts[choice], starts[choice] + block))
@@ -167,7 +170,9 @@ def exact_trace(
         if update and not status[r]:
             w[kind == 3] = 0.0
             W[r] = w.to(W.dtype)
-    order[torch.arange(limit, device=W.device) >= count[:, None]] = -1
+    ended = torch.arange(limit, device=W.device) >= count[:, None]
+    order[ended] = -1
+    loss[ended] = 0.0
     return order, loss.to(W.dtype), count, status
 
 

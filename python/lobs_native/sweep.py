@@ -44,10 +44,13 @@ class Sweep:
         after = torch.empty_like(problem.before, dtype=problem.dtype)
         units = problem.candidates // self.unit
         total = nearest_count(share, G * R * units)
+        per_row = nearest_count(share, units)
+        if not isinstance(self.pattern, GroupsOf) and (per_row if scope == "row" else total) == 0:
+            return gone, problem.before.clone()
         for g in range(G):
             W = problem.working(g)
             if scope == "row":
-                budget = torch.full((R,), nearest_count(share, units))
+                budget = torch.full((R,), per_row)
             else:
                 budget = torch.tensor([total * (g + 1) // G - total * g // G])
             gone[g] = self._sweep(g, W, budget)

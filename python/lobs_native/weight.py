@@ -345,6 +345,8 @@ def prune_groups(
     gone, after = _removed(problem, _solver(problem, pattern, method), method, target, scope)
     problem.check_mask(gone)
     swaps = 0
+    if not bool(gone.any()):
+        refine = None  # the weights are the best there are, and stay bit for bit
     if refine == "solve":
         after = problem.repaired(gone, precise=True)
     elif refine == "exchange":

@@ -574,6 +574,30 @@ void check_blocks(const Backend& backend, Index C, Index block) {
     check(order[static_cast<std::size_t>(C)] == 0, "what must go first goes first");
 }
 
+// Groups that are full leave the row where the weights are not wanted: the order must not change.
+template <typename T>
+void check_closing(const Backend& backend, Index C, Index size) {
+    const std::vector<T> A = correlations<T>(C);
+    Table<T> W(2, C);
+    W.fill();
+    std::vector<std::int32_t> order[2];
+    const double infinity = std::numeric_limits<double>::infinity();
+    for (const int update : {0, 1}) {
+        Table<T> work = W;
+        order[update].resize(static_cast<std::size_t>(2 * C), -1);
+        std::vector<T> loss(static_cast<std::size_t>(2 * C));
+        std::vector<Index> count(2);
+        std::vector<unsigned char> status(2);
+        const lobs::ExactPlan plan{C, infinity, 1e-6, 1, size, 2, update == 1};
+        const Info info =
+            backend.exact_trace({order[update].data(), loss.data(), count.data(), status.data()},
+                                work.view(), A.data(), nullptr, plan, {1, nullptr});
+        check(info.status == Status::ok && status[0] == 0 && status[1] == 0, "closing status");
+        check(count[0] == C / size * 2 && count[1] == count[0], "closing counts");
+    }
+    check(order[0] == order[1], "closed groups leave without changing the order");
+}
+
 template <typename T>
 void check_solve(const Backend& backend, Index R, Index C, int threads) {
     const std::vector<T> M = correlations<T>(C);
@@ -718,7 +742,9 @@ void check_type(const Backend& backend) {
             }
     }
     check_exact<T>(backend, 2, 300, 300, 0, 0, 2);
-    for (const Index block : {2, 5, 16}) check_blocks<T>(backend, 83, block);
+    for (const Index block : {2, 5, 16})
+        for (const Index C : {83, 400}) check_blocks<T>(backend, C, block);
+    for (const Index size : {4, 5}) check_closing<T>(backend, 600, size);
     check_hessian_refuses<T>(backend);
     check_inverse_refuses<T>(backend);
     check_saliency_refuses<T>(backend);
