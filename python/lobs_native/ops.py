@@ -760,6 +760,7 @@ def _exact_plan(
         raise ArgumentError(f"per_group: {per_group} of a group of {group} columns")
     # A pivot below a few eps of where it started is rounding, not information.
     floor = 8 * torch.finfo(dtype).eps
+    group, per_group = min(group, C + 1), min(per_group, C + 1)  # more columns than there are
     return (min(limit, C), stop, floor, block, group, per_group, checks.flag(update, "update"))
 
 
@@ -794,6 +795,8 @@ def affordable_threads(
     """Threads that :func:`exact_trace` would use for rows of ``columns`` with this limit on
     scratch. MemoryError where one needs more than that."""
     columns = checks.positive_int(columns, "columns")
+    if dtype not in (torch.float64, torch.float32):
+        raise DtypeError(f"dtype: {dtype}; rows are traced in torch.float64 or torch.float32")
     plan = _exact_plan(columns, dtype, None, math.inf, 1, 0, 0, True)
     chosen = select_backend(backend, torch.device("cpu"))
     if chosen == "reference":
@@ -951,7 +954,8 @@ def exchange_(
     checks.apart(W, "W", A, "A")
     checks.apart(W, "W", kept, "kept")
     group = checks.count(group, "group")
-    rounds = 10 * C if limit is None else checks.count(limit, "limit")
+    group = min(group, C + 1)  # more columns than there are
+    rounds = 10 * C if limit is None else min(10 * C, checks.count(limit, "limit"))
     checks.check_finite(W, "W")
     checks.check_finite(A, "A")
     chosen = select_backend(backend, W.device)
@@ -1049,6 +1053,10 @@ def sweep_block_(
             raise ShapeError(f"{name} is {tuple(x.shape)} but W is ({R}, {B})")
     for x, name in ((U, "U"), (gone, "gone"), (E, "E")):
         checks.same_device(W, "W", x, name)
+        checks.apart(W, "W", x, name)
+    for x, name in ((U, "U"), (gone, "gone")):
+        checks.apart(E, "E", x, name)
+    checks.apart(gone, "gone", U, "U")
     group = checks.count(group, "group")
     per_group = checks.count(per_group, "per_group")
     if group and (B % group or per_group > group):

@@ -88,7 +88,7 @@ class Ranked:
             gone[:, :, :C] = chosen.view(G, R, C)
             return gone
         unit = 1
-        if isinstance(pattern, Blocks):
+        if isinstance(pattern, Blocks) and pattern.size > 1:
             unit = pattern.size
             blocks = score[:, :, : problem.columns].reshape(G, R, -1, unit)
             score = blocks.clamp_min(0.0).sum(3)

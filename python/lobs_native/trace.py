@@ -98,7 +98,15 @@ class WeightTrace:
         gone, after = greedy.prune(sparsity, scope)
         greedy.problem.check_mask(gone)
         return first_group(
-            finished(greedy.problem, gone, after, method="exact", notes=self._notes, begun=begun)
+            finished(
+                greedy.problem,
+                gone,
+                after,
+                method="exact",
+                optimal=True,
+                notes=self._notes,
+                begun=begun,
+            )
         )
 
     def curve(self, scope: str = "layer", points: int = _POINTS) -> tuple[Tensor, Tensor]:

@@ -348,10 +348,20 @@ def prune_groups(
     if not bool(gone.any()):
         refine = None  # the weights are the best there are, and stay bit for bit
     if refine == "solve":
-        after = problem.repaired(gone, precise=True)
+        after = problem.repaired(gone, precise=True, from_kept=True)
     elif refine == "exchange":
         gone, after, swaps = _exchanged(problem, pattern, gone)
-    return finished(problem, gone, after, method=method, swaps=swaps, notes=notes, begun=begun)
+    optimal = method == "exact" or refine is not None
+    return finished(
+        problem,
+        gone,
+        after,
+        method=method,
+        optimal=optimal,
+        swaps=swaps,
+        notes=notes,
+        begun=begun,
+    )
 
 
 def finished(
@@ -360,19 +370,24 @@ def finished(
     after: Tensor,
     *,
     method: str,
+    optimal: bool,
     begun: float,
     swaps: int = 0,
     notes: Sequence[str] = (),
 ) -> PrunedWeight:
-    """Round the weights to their own types and measure what is left of them."""
+    """Round the weights to their own types and measure what is left of them.
+
+    Where they claim to be ``optimal`` for their mask and are not, they are solved for again.
+    """
     weight, new_bias = problem.rounded(after)
     error, optimality = problem.measured(weight, new_bias, gone)
-    if method == "exact" and not problem.precise and optimality > _OPTIMAL:
+    if optimal and optimality > _OPTIMAL:
         problem.said.append(
             f"the kept weights were solved for again in float64: their optimality ratio was "
             f"{optimality:.3g}"
         )
-        weight, new_bias = problem.rounded(problem.repaired(gone, precise=True))
+        after = problem.repaired(gone, precise=True, from_kept=True)
+        weight, new_bias = problem.rounded(after)
         error, optimality = problem.measured(weight, new_bias, gone)
     energy = problem.energy()
     C = problem.columns
