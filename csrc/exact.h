@@ -30,8 +30,8 @@
 // Accuracy  D_qq and w are the plain recurrences in the type of W; a column is formed by the same
 //           subtractions in the same order. Results do not depend on the number of threads.
 // Cost      About 2 (C k^2 / 2 - k^3 / 3) flops per row for k removals, nearly all of it in
-//           register-tiled products; columns computed ahead and never used cost a tenth to a
-//           quarter more (csrc/cpu/exact.cpp).
+//           register-tiled products; columns computed ahead and never used come on top
+//           (csrc/cpu/exact.cpp).
 // Memory    exact_bytes() per thread.
 // Source    Frantar, Singh & Alistarh 2022 (ExactOBS, OBC) for the algorithm; Hassibi & Stork 1993
 //           for the surgeon; the factored, column-prefetching form is ours.

@@ -55,4 +55,7 @@ struct Context {
     bool (*interrupted)();  // may be null
 };
 
+LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }  // a multiple of `to`
+
 }  // namespace lobs

@@ -13,6 +13,7 @@ from tolerances import RELATIVE, distance
 from torch import Tensor
 
 import lobs_native as lobs
+import lobs_native.weight as weight_module
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.weight import SCOPES
 
@@ -329,6 +330,19 @@ def test_notes_of_the_trace_are_those_of_the_pruning():
         assert found.notes == lobs.prune_weight(W, h, sparsity=0.5, damping=1e-6).notes
         assert any("fewer rows (5)" in note for note in found.notes)
         assert any("float64" in note for note in found.notes)
+
+
+def test_notes_of_one_cut_do_not_reach_the_next(monkeypatch):
+    """With a threshold that anything exceeds, every cut is solved for again, and says so once."""
+    W, H = layer(6, 20)
+    trace = lobs.trace_weight(W.float(), H)
+    assert trace.at(0.5).notes == ()
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_module, "_OPTIMAL", 0.0)
+        first, second = trace.at(0.5).notes, trace.at(0.5).notes
+    assert len(first) == 1
+    assert first == second
+    assert trace.at(0.5).notes == ()
 
 
 @pytest.mark.parametrize("memory", [10_000, 10**9])

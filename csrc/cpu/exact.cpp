@@ -38,11 +38,6 @@ constexpr Index kMaxBlock = 64;
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-LOBS_INLINE float root(float x) { return __builtin_sqrtf(x); }
-LOBS_INLINE double root(double x) { return __builtin_sqrt(x); }
-LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
-LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }
-
 template <typename T>
 struct IntegersOf;
 template <>
@@ -96,29 +91,30 @@ template <typename T>
 class Row {
    public:
     Row(unsigned char* memory, const T* A, Index C, const ExactPlan& plan)
-        : A_(A), C_(C), plan_(plan), size_(C, plan), at_(memory) {
-        take(V_, size_.factor);
-        take(cache_, size_.rows * size_.stride);
-        take(w_, size_.slots);
-        take(diag_, size_.slots);
-        take(bar_, size_.slots);
-        take(cost_, size_.slots);
-        take(coefficient_, size_.coefficients);
-        take(block_, size_.blocks);
-        take(first_diag_, size_.slots);
-        take(column_, size_.slots);
-        take(cached_, size_.slots);
-        take(slot_, C);
-        take(row_slot_, size_.rows);
-        take(row_stamp_, size_.rows);
-        take(chosen_, size_.ahead);
-        take(members_, size_.ahead);
-        take(bins_, kBins);
-        take(taken_, plan.group > 0 ? C / plan.group : 0);
-        take(present_, size_.slots / kLanes<T>);
-        take(keep_, size_.slots / kLanes<T>);
-        take(line_, size_.stride);
-        take(kind_, size_.slots);
+        : A_(A), C_(C), plan_(plan), size_(C, plan) {
+        Carver carve(memory);
+        carve.take(V_, size_.factor);
+        carve.take(cache_, size_.rows * size_.stride);
+        carve.take(w_, size_.slots);
+        carve.take(diag_, size_.slots);
+        carve.take(bar_, size_.slots);
+        carve.take(cost_, size_.slots);
+        carve.take(coefficient_, size_.coefficients);
+        carve.take(block_, size_.blocks);
+        carve.take(first_diag_, size_.slots);
+        carve.take(column_, size_.slots);
+        carve.take(cached_, size_.slots);
+        carve.take(slot_, C);
+        carve.take(row_slot_, size_.rows);
+        carve.take(row_stamp_, size_.rows);
+        carve.take(chosen_, size_.ahead);
+        carve.take(members_, size_.ahead);
+        carve.take(bins_, kBins);
+        carve.take(taken_, plan.group > 0 ? C / plan.group : 0);
+        carve.take(present_, size_.slots / kLanes<T>);
+        carve.take(keep_, size_.slots / kLanes<T>);
+        carve.take(line_, size_.stride);
+        carve.take(kind_, size_.slots);
     }
 
     // Returns the number of removals; *lost tells whether rounding ended the row early.
@@ -161,12 +157,6 @@ class Row {
     }
 
    private:
-    template <typename U>
-    void take(U*& p, Index count) {
-        p = reinterpret_cast<U*>(at_);
-        at_ += up(count * static_cast<Index>(sizeof(U)), 64);
-    }
-
     LOBS_INLINE T* factor(Index tile, Index step) const {
         return V_ + ((step / kPanel * tiles_ + tile) * kPanel + step % kPanel) * kTile<T>;
     }
@@ -626,7 +616,6 @@ class Row {
     Index C_;
     const ExactPlan& plan_;
     Sizes<T> size_;
-    unsigned char* at_;
 
     T *V_, *cache_, *w_, *diag_, *bar_, *cost_, *coefficient_, *block_, *first_diag_;
     std::int32_t *column_, *cached_, *slot_, *row_slot_, *row_stamp_, *chosen_, *members_, *bins_,

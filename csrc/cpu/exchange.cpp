@@ -42,8 +42,6 @@ constexpr double kLeastGain = 1e-9;  // share of the row's error by which a swap
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargest = std::numeric_limits<double>::max();
 
-LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
-LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }
 LOBS_INLINE bool positive(double pivot) { return pivot > 0 && pivot <= kLargest; }
 
 // Element counts of one worker's buffers. C * C values of A exist, so none of this overflows.
@@ -169,28 +167,29 @@ enum class Ended { well, not_positive, asked };
 class Row {
    public:
     Row(unsigned char* memory, const double* A, Index C, Index group)
-        : A_(A), C_(C), group_(group), at_(memory) {
+        : A_(A), C_(C), group_(group) {
         const Sizes size(C);
-        take(M_, size.tableau);
-        take(strip_, size.strip);
-        take(U_, kTileValues);
-        take(own_, kTileValues);
-        take(w0_, size.slots);
-        take(t_, size.slots);
-        take(d_, size.slots);
-        take(u_, size.slots);
-        take(v_, size.slots);
-        take(made_, size.slots);
-        take(gone_, size.slots);
-        take(next_, size.slots);
-        take(ratio_, size.slots);
-        take(inverse_, size.slots);
-        take(gain_, size.slots);
-        take(sum_, size.slots);
-        take(scale_, kTile);
-        take(column_, size.slots);
-        take(slot_, size.slots);
-        take(fixed_, size.slots);
+        Carver carve(memory);
+        carve.take(M_, size.tableau);
+        carve.take(strip_, size.strip);
+        carve.take(U_, kTileValues);
+        carve.take(own_, kTileValues);
+        carve.take(w0_, size.slots);
+        carve.take(t_, size.slots);
+        carve.take(d_, size.slots);
+        carve.take(u_, size.slots);
+        carve.take(v_, size.slots);
+        carve.take(made_, size.slots);
+        carve.take(gone_, size.slots);
+        carve.take(next_, size.slots);
+        carve.take(ratio_, size.slots);
+        carve.take(inverse_, size.slots);
+        carve.take(gain_, size.slots);
+        carve.take(sum_, size.slots);
+        carve.take(scale_, kTile);
+        carve.take(column_, size.slots);
+        carve.take(slot_, size.slots);
+        carve.take(fixed_, size.slots);
     }
 
     // W, kept, *swaps and *left are written at the very end, and only if the row ended well.
@@ -238,12 +237,6 @@ class Row {
     }
 
    private:
-    template <typename U>
-    void take(U*& p, Index count) {
-        p = reinterpret_cast<U*>(at_);
-        at_ += up(count * static_cast<Index>(sizeof(U)), 64);
-    }
-
     LOBS_INLINE double* tile(Index ti, Index tj) const {
         return M_ + (ti * (ti + 1) / 2 + tj) * kTileValues;
     }
@@ -574,7 +567,6 @@ class Row {
 
     const double* A_;
     Index C_, group_;
-    unsigned char* at_;
 
     double *M_, *strip_, *U_, *own_, *w0_, *t_, *d_, *u_, *v_, *made_, *gone_, *next_, *ratio_,
         *inverse_, *gain_, *sum_, *scale_;
@@ -594,9 +586,8 @@ Info exchange(const ExchangeOut& out, AnyMatrix W, const double* A, const unsign
     if (R == 0) return {Status::ok, 0};
     const Index workers = R < context.threads ? R : context.threads;
     Scratch scratch(workers, Sizes(C).bytes());
-    Scratch failed(context.threads, sizeof(Index));
+    Lowest failed(workers, R);
     if (!scratch.ok() || !failed.ok()) return {Status::out_of_memory, 0};
-    for (int w = 0; w < context.threads; ++w) *failed.of<Index>(w) = R;
     Interrupt interrupt(context);
     auto body = [&](Index r, int worker) {
         if (interrupt.asked(worker)) return;
@@ -604,14 +595,11 @@ Info exchange(const ExchangeOut& out, AnyMatrix W, const double* A, const unsign
         const Ended ended = row.run(static_cast<double*>(W.data) + r * W.row_stride,
                                     out.kept + r * C, fixed == nullptr ? nullptr : fixed + r * C,
                                     limit, out.swaps + r, out.left + r, interrupt, worker);
-        Index* lowest = failed.of<Index>(worker);
-        if (ended == Ended::not_positive && r < *lowest) *lowest = r;
+        if (ended == Ended::not_positive) failed.note(worker, r);
     };
     const bool whole = parallel_items(R, context, body);
     if (!whole || interrupt.raised()) return {Status::interrupted, 0};
-    Index lowest = R;
-    for (int w = 0; w < context.threads; ++w)
-        lowest = *failed.of<Index>(w) < lowest ? *failed.of<Index>(w) : lowest;
+    const Index lowest = failed.item();
     return {lowest < R ? Status::not_positive : Status::ok, lowest < R ? lowest : 0};
 }
 

@@ -24,9 +24,6 @@ constexpr int kWidth = kVectors * kLanes<T>;
 template <typename T>
 constexpr int kGroupVectors = kGroup / kLanes<T> > 0 ? kGroup / kLanes<T> : 1;
 
-LOBS_INLINE float root(float x) { return __builtin_sqrtf(x); }
-LOBS_INLINE double root(double x) { return __builtin_sqrt(x); }
-
 template <typename T>
 struct Local {  // one worker's scratch
     T* F;       // (B rounded up to kRows, padded)
@@ -216,14 +213,12 @@ bool update_block(T* F, const Matrix<const T>& G, Index b, Index B, T m, const L
     return true;
 }
 
-// First position of a NaN or an infinity in rows of G, or -1, in parallel: G is usually larger than
+// First position of a NaN or an infinity in rows of G, or how many there are, in parallel: G is usually larger than
 // any cache.
 template <typename T>
-Index look(const Matrix<const T>& G, const Scratch& found, const Context& context) {
+Index look(const Matrix<const T>& G, Lowest& found, const Context& context) {
     constexpr Index kSpan = 1 << 16;
     const Index spans = (G.columns + kSpan - 1) / kSpan;
-    const Index none = G.rows * G.columns;
-    for (int w = 0; w < context.threads; ++w) *found.of<Index>(w) = none;
     auto body = [&](Index item, int worker) {
         const Index n = item / spans;
         const Index first = item % spans * kSpan;
@@ -237,15 +232,11 @@ Index look(const Matrix<const T>& G, const Scratch& found, const Context& contex
         if (finite_bits(largest)) return;
         Index i = first;
         while (finite_bits(magnitude_bits(row[i]))) ++i;
-        Index* lowest = found.of<Index>(worker);
-        if (n * G.columns + i < *lowest) *lowest = n * G.columns + i;
+        found.note(worker, n * G.columns + i);
     };
     const Context quiet{context.threads, nullptr};
     parallel_items(G.rows * spans, quiet, body);
-    Index lowest = none;
-    for (int w = 0; w < context.threads; ++w)
-        lowest = *found.of<Index>(w) < lowest ? *found.of<Index>(w) : lowest;
-    return lowest < none ? lowest : -1;
+    return found.item();
 }
 
 template <typename T>
@@ -258,30 +249,26 @@ Info launch(T* F, Index blocks, Index B, AnyMatrix any, double m, const Context&
     if (__builtin_mul_overflow(rows + 2 * kGroup, stride, &elements))
         return {Status::out_of_memory, 0};
     Scratch scratch(context.threads, elements * static_cast<Index>(sizeof(T)));
-    Scratch failed(context.threads, sizeof(Index));
-    if (!scratch.ok() || !failed.ok()) return {Status::out_of_memory, 0};
-    const Index bad = look(G, failed, context);
-    if (bad >= 0) return {Status::not_finite, bad};
+    const Index none = G.rows * G.columns;
+    Lowest found(context.threads, none), failed(context.threads, blocks);
+    if (!scratch.ok() || !found.ok() || !failed.ok()) return {Status::out_of_memory, 0};
+    const Index bad = look(G, found, context);
+    if (bad < none) return {Status::not_finite, bad};
     const auto bytes = static_cast<std::size_t>(elements) * sizeof(T);
     for (int w = 0; w < context.threads; ++w) std::memset(scratch.of<T>(w), 0, bytes);
-    for (int w = 0; w < context.threads; ++w) *failed.of<Index>(w) = blocks;
     auto body = [&](Index item, int worker) {
         T* base = scratch.of<T>(worker);
         const Local<T> local{base, base + rows * stride, base + (rows + kGroup) * stride};
-        Index* lowest = failed.of<Index>(worker);
         const Index end = (item + 1) * kRun < blocks ? (item + 1) * kRun : blocks;
         for (Index b = item * kRun; b < end; ++b)
             if (!update_block(F + b * B * B, G, b, B, static_cast<T>(m), local)) {
-                if (b < *lowest) *lowest = b;
+                failed.note(worker, b);
                 std::memset(base, 0, bytes);  // whatever went wrong must not reach the next block
             }
     };
     if (!parallel_items((blocks + kRun - 1) / kRun, context, body)) return {Status::interrupted, 0};
-    Index lowest = blocks;
-    for (int w = 0; w < context.threads; ++w)
-        lowest = *failed.of<Index>(w) < lowest ? *failed.of<Index>(w) : lowest;
-    if (lowest < blocks) return {Status::not_positive, lowest};
-    return {Status::ok, 0};
+    const Index lowest = failed.item();
+    return {lowest < blocks ? Status::not_positive : Status::ok, lowest < blocks ? lowest : 0};
 }
 
 }  // namespace

@@ -112,4 +112,20 @@ Scratch::Scratch(Index workers, Index bytes) : base_(nullptr), stride_(0) {
 
 Scratch::~Scratch() { std::free(base_); }
 
+Lowest::Lowest(Index workers, Index none)
+    : noted_(workers, sizeof(Index)), workers_(workers), none_(none) {
+    for (int w = 0; ok() && w < workers_; ++w) *noted_.of<Index>(w) = none_;
+}
+
+void Lowest::note(int worker, Index item) {
+    Index* lowest = noted_.of<Index>(worker);
+    *lowest = least(*lowest, item);
+}
+
+Index Lowest::item() const {
+    Index lowest = none_;
+    for (int w = 0; w < workers_; ++w) lowest = least(lowest, *noted_.of<Index>(w));
+    return lowest;
+}
+
 }  // namespace lobs

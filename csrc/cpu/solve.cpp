@@ -18,9 +18,6 @@ template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
 constexpr Index kDepth = 128;  // rows of two tiles multiplied at a time: they stay in the caches
 
-LOBS_INLINE float root(float x) { return __builtin_sqrtf(x); }
-LOBS_INLINE double root(double x) { return __builtin_sqrt(x); }
-
 template <typename T>
 Index tiles_for(Index k) {
     return (k + kTile<T> - 1) / kTile<T>;
@@ -229,24 +226,19 @@ Info launch(AnyMatrix X, const T* M, const unsigned char* chosen, const Context&
         most = k > most ? k : most;
     }
     Scratch scratch(workers, System<T>::elements(most) * static_cast<Index>(sizeof(T)));
-    Scratch failed(workers, sizeof(Index));
+    Lowest failed(workers, R);
     if (!scratch.ok() || !failed.ok()) return {Status::out_of_memory, 0};
-    for (int w = 0; w < workers; ++w) *failed.of<Index>(w) = R;
     Interrupt interrupt(context);
     auto body = [&](Index r, int worker) {
         T* x = static_cast<T*>(X.data) + r * X.row_stride;
         if (interrupt.asked(worker)) return;
-        if (solve_row(x, M, C, chosen + r * C, counted(r), scratch.of<T>(worker), interrupt,
-                      worker))
-            return;
-        Index* lowest = failed.of<Index>(worker);
-        if (r < *lowest) *lowest = r;
+        if (!solve_row(x, M, C, chosen + r * C, counted(r), scratch.of<T>(worker), interrupt,
+                       worker))
+            failed.note(worker, r);
     };
     const bool whole = parallel_items(R, context, body);
     if (!whole || interrupt.raised()) return {Status::interrupted, 0};
-    Index lowest = R;
-    for (int w = 0; w < workers; ++w)
-        lowest = *failed.of<Index>(w) < lowest ? *failed.of<Index>(w) : lowest;
+    const Index lowest = failed.item();
     return {lowest < R ? Status::not_positive : Status::ok, lowest < R ? lowest : 0};
 }
 

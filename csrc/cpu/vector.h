@@ -61,6 +61,9 @@ LOBS_INLINE void store(T* p, Vector<T> v) {
     *reinterpret_cast<Vector<T>*>(p) = v;
 }
 
+LOBS_INLINE float root(float x) { return __builtin_sqrtf(x); }
+LOBS_INLINE double root(double x) { return __builtin_sqrt(x); }
+
 LOBS_INLINE float as_float(std::uint32_t bits) {
     float f;
     std::memcpy(&f, &bits, sizeof f);

@@ -172,22 +172,24 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any, name: str) ->
 
 def positive_int(value: Any, name: str) -> int:
     """``value`` as an int >= 1; DtypeError or ArgumentError by ``name`` otherwise."""
+    return _integer(value, name, 1)
+
+
+def _integer(value: Any, name: str, lowest: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise DtypeError(f"{name}: expected an integer, got {type(value).__name__}")
     try:
         number = int(value.__index__())
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"{name}: expected an integer, got {type(value).__name__}") from error
-    if number < 1:
-        raise ArgumentError(f"{name}: {number}; it must be at least 1")
+    if number < lowest:
+        raise ArgumentError(f"{name}: {number}; it must be at least {lowest}")
     return number
 
 
 def count(value: Any, name: str) -> int:
     """``value`` as an int >= 0; DtypeError or ArgumentError by ``name`` otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
-        return 0
-    return positive_int(value, name)
+    return _integer(value, name, 0)
 
 
 def real(value: Any, name: str) -> float:

@@ -84,12 +84,12 @@ class Greedy:
 
         Scope "layer" takes the cheapest removals of the whole layer, "row" as many in every row.
         """
-        G, R, D = self.problem.before.shape
+        G, R, _ = self.problem.before.shape
         if self.group:
             if bool((self.rows.complete == math.inf).all()):
                 gone = self.cut(self.rows.count)
                 return gone, self.problem.best(gone)
-            return self._straight(D)
+            return self._straight(self.width)
         if scope == "row":
             units = nearest_count(share, self.problem.candidates // self.unit)
             if units == 0:
@@ -159,6 +159,21 @@ class Greedy:
                 gone[g, within] = self._marked(order)
                 after[g, within] = weights
         return gone, self.problem.restored(after, gone)
+
+    def sample(self, limit: int) -> None:
+        """Trace some rows, spread over the range of costs; all of them where there are few."""
+        N = len(self.first)
+        if N <= 2 * _SAMPLE:
+            self.trace_all(self.width)
+            return
+        few = max(_SAMPLE, N // 24)
+        energy = []
+        for g, (inverse, scale) in enumerate(zip(self.problem.inverses, self.scale, strict=True)):
+            w = self.problem.working(g)
+            energy.append(w.square_() @ (scale / inverse.A.diagonal()).to(w.dtype))
+        spread = (torch.arange(few, dtype=torch.float64) + 0.5) * (N / few)
+        chosen = torch.cat(energy).cpu().argsort(stable=True)[spread.long()]
+        self.trace(chosen[self.rows.count[chosen] < limit], min(limit, self.width), math.inf)
 
     def trace(self, todo: Tensor, limit: int, stop: float) -> None:
         """Trace rows ``todo`` (indices) afresh: to ``limit`` removals or the cost ``stop``."""
@@ -233,7 +248,7 @@ class Greedy:
             loss[lost] = again.loss.to(loss.dtype)
             if update:
                 W[lost] = wide.to(W.dtype)
-            problem.said.append(f"{len(lost)} rows were redone in float64: float32 was too narrow")
+            problem.widened.update(rows[lost].tolist())
             lost = lost[again.lost]
         if len(lost):
             raise NotPositiveDefiniteError(
@@ -280,25 +295,10 @@ class Greedy:
         return self._marked(order).view(self.problem.before.shape)
 
     def _marked(self, order: Tensor) -> Tensor:
-        D = self.problem.before.shape[2]
+        D = self.width
         marked = torch.zeros(len(order), D + 1, dtype=torch.bool)
         marked.scatter_(1, torch.where(order < 0, D, order).long(), True)
         return marked[:, :D].to(self.problem.before.device)
-
-    def sample(self, limit: int) -> None:
-        """Trace some rows, spread over the range of costs; all of them where there are few."""
-        N, D = len(self.first), self.problem.before.shape[2]
-        if N <= 2 * _SAMPLE:
-            self.trace_all(D)
-            return
-        few = max(_SAMPLE, N // 24)
-        energy = []
-        for g, (inverse, scale) in enumerate(zip(self.problem.inverses, self.scale, strict=True)):
-            w = self.problem.working(g)
-            energy.append(w.square_() @ (scale / inverse.A.diagonal()).to(w.dtype))
-        spread = (torch.arange(few, dtype=torch.float64) + 0.5) * (N / few)
-        chosen = torch.cat(energy).cpu().argsort(stable=True)[spread.long()]
-        self.trace(chosen[self.rows.count[chosen] < limit], min(limit, D), math.inf)
 
 
 def cut_together(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> list[Tensor]:
@@ -328,13 +328,12 @@ def _reach(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> None:
     """
     total = sum(p.problem.total // p.unit for p in parts)
     for part in parts:
-        D = part.problem.before.shape[2]
         if units > 0.8 * total:
-            part.trace_all(D)
+            part.trace_all(part.width)
         elif len(parts) == 1:
-            part.sample(math.ceil(1.5 * units / total * D) + 2 * part.unit)
+            part.sample(math.ceil(1.5 * units / total * part.width) + 2 * part.unit)
         else:
-            part.sample(D)
+            part.sample(part.width)
     factor = _MARGIN
     while True:
         stop = _quantile(parts, unit, factor * units)

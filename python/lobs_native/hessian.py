@@ -491,8 +491,8 @@ def invert(H: Tensor, damping: float, what: str) -> Inverse:
         del damped
         if int(info) == 0:
             # Turned around, L^-1 is the upper factor of the inverse: one factorisation for both.
-            # (cholesky_inverse is faster on an idle machine, 0.7 against 1.5 s at 3072 columns on
-            # two cores, and takes up to 20 times as long when another program wants one of them.)
+            # (cholesky_inverse is faster on an idle machine, but takes many times as long when
+            # another program wants one of the cores.)
             unit = torch.eye(len(H), dtype=H.dtype, device=H.device)
             L = torch.linalg.solve_triangular(L, unit, upper=False)
             del unit

@@ -11,7 +11,19 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 
-__all__ = ["PATTERNS", "Blocks", "GroupsOf", "Pattern", "Unstructured", "pattern_of"]
+__all__ = [
+    "FORCED",
+    "PATTERNS",
+    "ZERO",
+    "Blocks",
+    "GroupsOf",
+    "Pattern",
+    "Unstructured",
+    "check_fit",
+    "pattern_of",
+]
+
+FORCED, ZERO = -2.0, -1.0  # scores below every real one: masked out already, zero already
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,14 @@ class Blocks:
     def name(self) -> str:
         """As users write it."""
         return f"1x{self.size}"
+
+    def scores(self, score: Tensor) -> Tensor:
+        """Scores (..., C / size) of whole blocks from those of their weights (..., C)."""
+        blocks = score.reshape(*score.shape[:-1], -1, self.size)
+        total = blocks.clamp_min(0.0).sum(-1)
+        total[(blocks < 0).all(-1)] = ZERO
+        total[(blocks == FORCED).all(-1)] = FORCED
+        return total
 
 
 Pattern = Unstructured | GroupsOf | Blocks

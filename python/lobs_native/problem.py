@@ -40,6 +40,7 @@ class Problem:
     backend: str
     memory: int | None = None  # bytes of kernel scratch
     said: list[str] = field(default_factory=list)  # what was done differently from what was asked
+    widened: set[int] = field(default_factory=set)  # rows that float32 was too narrow for
 
     @classmethod
     def of(
@@ -122,11 +123,17 @@ class Problem:
 
         It is what ``inverses[g].A`` is the inverse of.
         """
-        inverse = self.inverses[g]
-        H = self.moments[g] / inverse.scale
-        mean = float(H.diagonal().mean())
-        H.diagonal().add_(inverse.damping * mean if mean > 0 else 1.0)
-        return H
+        H = self.moments[g].clone()
+        H.diagonal().add_(self._shift(g))
+        return H.div_(self.inverses[g].scale)
+
+    def _shift(self, g: int) -> float:
+        """What damping adds to the diagonal of group g's second moment; 0 where nothing was
+        inverted."""
+        mean = float(self.moments[g].diagonal().mean())
+        if not self.inverses:
+            return 0.0
+        return self.inverses[g].damping * mean if mean > 0 else 1.0
 
     def working(
         self, g: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
@@ -228,19 +235,15 @@ class Problem:
         total, worst = 0.0, 0.0
         eps = torch.finfo(self.weight_dtype).eps
         for g, H in enumerate(self.moments):
-            mean = float(H.diagonal().mean())
-            shift = 0.0
-            if self.inverses:
-                shift = self.inverses[g].damping * mean if mean > 0 else 1.0
+            shift = self._shift(g)
             norm = _norm(H) + shift or 1.0
             for rows in self._pieces():
                 dW = self._change(weight, bias, g, rows)
                 error, G = _error(dW, H)
                 total += error
                 G.add_(dW, alpha=shift).masked_fill_(gone[g, rows], 0.0)
-                largest = dW.abs().amax(
-                    1, keepdim=True
-                )  # out of both, so that squares keep in range
+                # Taken out of both, so that squares keep in range.
+                largest = dW.abs().amax(1, keepdim=True)
                 moved = largest > 0
                 residual = torch.where(moved, G / norm / largest, 0.0).norm(dim=1)
                 size = torch.where(moved, dW / largest, 1.0).norm(dim=1) * (eps * H.shape[0])
@@ -273,8 +276,13 @@ class Problem:
             "weights, more than was asked for: ask for more"
         )
 
-    def lost_in_rounding(self, weight: Tensor, gone: Tensor) -> list[str]:
-        """A note if kept weights became zero in their own type."""
+    def notes(self, weight: Tensor, gone: Tensor) -> list[str]:
+        """Everything that was done differently from what was asked."""
+        widened = len(self.widened)
+        redone = f"{widened} rows were redone in float64: float32 was too narrow"
+        return [*self.said, *([redone] if widened else []), *self._lost_in_rounding(weight, gone)]
+
+    def _lost_in_rounding(self, weight: Tensor, gone: Tensor) -> list[str]:
         C = self.columns
         lost = int(((weight == 0) & ~gone[:, :, :C] & (self.before[:, :, :C] != 0)).sum())
         kind = str(self.weight_dtype).removeprefix("torch.")

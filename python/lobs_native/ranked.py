@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.patterns import Blocks, GroupsOf, Pattern
+from lobs_native.patterns import FORCED, ZERO, Blocks, GroupsOf, Pattern
 from lobs_native.problem import Problem, nearest_count, scaled_
 
 __all__ = ["Ranked"]
-
-_FORCED, _ZERO = -2.0, -1.0  # scores below every real one: masked out already, zero already
 
 
 class Ranked:
@@ -41,11 +39,11 @@ class Ranked:
                 inverse, dead = problem.inverses[g], problem.dead[g]
                 score[g] = near_one[g] ** 2 / inverse.A.diagonal() * (inverse.scale / common)
                 score[g][:, : len(dead)][:, dead] = 0.0
-        score[before == 0] = _ZERO
+        score[before == 0] = ZERO
         if problem.bias_dtype is not None and not problem.prune_bias:
             score[:, :, -1] = torch.inf
         if problem.mask is not None:
-            score[:, :, : problem.columns][~problem.mask] = _FORCED
+            score[:, :, : problem.columns][~problem.mask] = FORCED
         self.score = score
         root = math.sqrt(common)  # a power of two, or one times sqrt(2)
         beyond = math.frexp(root)[1] + problem.exponent > 1023
@@ -90,22 +88,19 @@ class Ranked:
         unit = 1
         if isinstance(pattern, Blocks) and pattern.size > 1:
             unit = pattern.size
-            blocks = score[:, :, : problem.columns].reshape(G, R, -1, unit)
-            score = blocks.clamp_min(0.0).sum(3)
-            score[(blocks < 0).all(3)] = _ZERO
-            score[(blocks == _FORCED).all(3)] = _FORCED
+            score = pattern.scores(score[:, :, : problem.columns])
         width = score.shape[2]
         if scope == "row":
-            rows, count = score.reshape(G * R, width), nearest_count(share, self._per_row(unit))
+            rows, count = (
+                score.reshape(G * R, width),
+                nearest_count(share, problem.candidates // unit),
+            )
         else:
             rows = score.reshape(1, -1)
-            count = nearest_count(share, G * R * self._per_row(unit))
+            count = nearest_count(share, G * R * (problem.candidates // unit))
         chosen = ops.rank_lowest(rows, count, backend=problem.backend).view(G, R, width)
         if unit == 1:
             return chosen
         gone = torch.zeros(G, R, D, dtype=torch.bool, device=score.device)
         gone[:, :, : problem.columns] = chosen.repeat_interleave(unit, 2)
         return gone
-
-    def _per_row(self, unit: int) -> int:
-        return self.problem.candidates // unit

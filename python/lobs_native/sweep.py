@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.patterns import Blocks, GroupsOf, Pattern, Unstructured
+from lobs_native.patterns import FORCED, ZERO, Blocks, GroupsOf, Pattern, Unstructured
 from lobs_native.problem import Problem, nearest_count
 
 __all__ = ["Sweep"]
 
 _WIDTH = 128  # columns of a block, as published
-_FORCED, _ZERO = -2.0, -1.0  # scores below every real one
 
 
 class Sweep:
@@ -33,8 +32,8 @@ class Sweep:
             self.cuts = [*range(0, C, step), C] + ([D] if D > C else [])
 
     def prune(self, share: float, scope: str) -> tuple[Tensor, Tensor]:
-        """Bool (G, R, D) of what goes, exactly the count asked for, and the weights (G, R, D)
-        float64 that are left.
+        """Bool (G, R, D) of what goes, exactly the count asked for, and the weights (G, R, D) that
+        are left.
 
         Every block removes its part of the count: over all rows, or (scope "row") in each row.
         """
@@ -86,9 +85,9 @@ class Sweep:
                 width = min(end, C) - begin
                 score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square_()
                 if some_zero:
-                    score.masked_fill_(zero[:, inside], _ZERO)
+                    score.masked_fill_(zero[:, inside], ZERO)
                 if some_forced:
-                    score.masked_fill_(forced[:, inside], _FORCED)
+                    score.masked_fill_(forced[:, inside], FORCED)
                 count = spread.take(slice(begin // self.unit, min(end, C) // self.unit))
                 code[:, :width] = self._choose(score, count)
             ops.sweep_block_(
@@ -102,11 +101,8 @@ class Sweep:
     def _choose(self, score: Tensor, count: Tensor) -> Tensor:
         """Bool like score (R, B): the ``count`` lowest of all, or of each row, in whole blocks."""
         backend = self.problem.backend
-        if self.unit > 1:
-            blocks = score.reshape(len(score), -1, self.unit)
-            score = blocks.clamp_min(0.0).sum(2)
-            score[(blocks < 0).all(2)] = _ZERO
-            score[(blocks == _FORCED).all(2)] = _FORCED
+        if isinstance(self.pattern, Blocks):
+            score = self.pattern.scores(score)
         if len(count) == 1:
             chosen = ops.rank_lowest(score.reshape(1, -1), int(count), backend=backend)
         elif bool((count == count[0]).all()):
@@ -133,9 +129,7 @@ class _Spread:
     def __init__(self, budget: Tensor, forced: Tensor) -> None:
         demanded = forced.to(torch.int64) if len(budget) > 1 else forced.sum(0, keepdim=True)
         each = 1 if len(budget) > 1 else len(forced)
-        self.demanded = torch.nn.functional.pad(
-            demanded.cumsum(1), (1, 0)
-        )  # (rows or 1, units + 1)
+        self.demanded = torch.nn.functional.pad(demanded.cumsum(1), (1, 0))  # (R or 1, units + 1)
         self.each = each  # weights that a unit stands for
         self.spare = budget - self.demanded[:, -1]  # negative: the mask demands more
         self.free = (forced.shape[1] * each - self.demanded[:, -1]).clamp_min(1)

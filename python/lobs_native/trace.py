@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks, ops
-from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.errors import ArgumentError
 from lobs_native.greedy import Greedy
-from lobs_native.hessian import Hessian, second_moment
 from lobs_native.patterns import check_fit, pattern_of
 from lobs_native.problem import Problem, nearest_count
 from lobs_native.weight import (
@@ -21,9 +20,9 @@ from lobs_native.weight import (
     PrunedWeight,
     check_choice,
     check_damping,
-    few_rows,
     finished,
     first_group,
+    one_layer,
 )
 
 __all__ = ["WeightTrace", "trace_weight"]
@@ -95,19 +94,24 @@ class WeightTrace:
         if scope == "row" and not greedy.group:
             units = nearest_count(sparsity, greedy.problem.candidates // greedy.unit)
             greedy.trace_all(units * greedy.unit)
-        gone, after = greedy.prune(sparsity, scope)
-        greedy.problem.check_mask(gone)
-        return first_group(
-            finished(
-                greedy.problem,
-                gone,
-                after,
-                method="exact",
-                optimal=True,
-                notes=self._notes,
-                begun=begun,
+        problem = greedy.problem
+        before = len(problem.said)
+        try:
+            gone, after = greedy.prune(sparsity, scope)
+            problem.check_mask(gone)
+            return first_group(
+                finished(
+                    problem,
+                    gone,
+                    after,
+                    method="exact",
+                    optimal=True,
+                    notes=self._notes,
+                    begun=begun,
+                )
             )
-        )
+        finally:
+            del problem.said[before:]  # what was noted about this cut is not about the next
 
     def curve(self, scope: str = "layer", points: int = _POINTS) -> tuple[Tensor, Tensor]:
         """Error against sparsity, as the trace predicts it.
@@ -178,34 +182,25 @@ def trace_weight(
     Source: Hassibi & Stork 1993; Frantar, Singh & Alistarh 2022 (ExactOBS).
     """
     begun = time.perf_counter()
-    W = checks.tensor(weight, "weight", ndim=2)
-    H = hessian.matrix() if isinstance(hessian, Hessian) else second_moment(hessian, "hessian")
-    notes = []
-    if isinstance(hessian, Hessian) and 1 < hessian.rows < hessian.columns:
-        notes.append(few_rows(hessian.rows, hessian.columns))
+    W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
     check_choice(method, "method", ("exact",))
     chosen = pattern_of(pattern)
     until = checks.real(until, "until")
     if not 0 < until <= 1:
         raise ArgumentError(f"until: {until:g}; it is a share of each row, above 0 and at most 1")
-    if not isinstance(prune_bias, bool):
-        raise DtypeError(f"prune_bias: expected True or False, got {type(prune_bias).__name__}")
-    b = None if bias is None else checks.tensor(bias, "bias", ndim=1)[None]
-    allowed = None
-    if mask is not None:
-        allowed = checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))[None].clone()
+    checks.flag(prune_bias, "prune_bias")
     problem = Problem.of(  # of copies: the trace outlives this call, its inputs may change
-        W[None].clone(),
+        W.clone(),
         b,
         [H.clone()],
         damping=check_damping(damping),
         inverted=True,
         prune_bias=prune_bias,
-        mask=allowed,
+        mask=None if allowed is None else allowed.clone(),
         backend=ops.select_backend(backend, W.device),
         memory=None if memory is None else checks.positive_int(memory, "memory"),
     )
-    check_fit(chosen, W.shape[1], allowed, prune_bias)
+    check_fit(chosen, W.shape[2], allowed, prune_bias)
     greedy = Greedy(problem, chosen)
     greedy.trace_all(max(greedy.unit, nearest_count(until, problem.candidates)))
     return WeightTrace(greedy, notes, time.perf_counter() - begun)

@@ -247,15 +247,9 @@ def prune_weight(
     Frantar, Singh & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024
     for "wanda".
     """
-    W = checks.tensor(weight, "weight", ndim=2)
-    H = hessian.matrix() if isinstance(hessian, Hessian) else second_moment(hessian, "hessian")
-    notes = []
-    if isinstance(hessian, Hessian) and 1 < hessian.rows < hessian.columns:
-        notes.append(few_rows(hessian.rows, hessian.columns))
-    b = None if bias is None else checks.tensor(bias, "bias", ndim=1)
-    allowed = None if mask is None else checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))
+    W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
     out = prune_groups(
-        W[None],
+        W,
         [H],
         target=Target.of(
             sparsity,
@@ -268,9 +262,9 @@ def prune_weight(
         method=method,
         pattern=pattern,
         scope=scope,
-        bias=None if b is None else b[None],
+        bias=b,
         prune_bias=prune_bias,
-        mask=None if allowed is None else allowed[None],
+        mask=allowed,
         damping=damping,
         refine=refine,
         memory=memory,
@@ -278,6 +272,23 @@ def prune_weight(
         notes=notes,
     )
     return first_group(out)
+
+
+def one_layer(
+    weight: Any, hessian: Any, bias: Any, mask: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
+    """Check a layer's tensors: weight (1, R, C), second moment, bias (1, R), mask (1, R, C), and
+    what is to be noted about the second moment."""
+    W = checks.tensor(weight, "weight", ndim=2)
+    H = hessian.matrix() if isinstance(hessian, Hessian) else second_moment(hessian, "hessian")
+    notes = []
+    if isinstance(hessian, Hessian) and 1 < hessian.rows < hessian.columns:
+        notes.append(few_rows(hessian.rows, hessian.columns))
+    b = None if bias is None else checks.tensor(bias, "bias", ndim=1)[None]
+    allowed = None
+    if mask is not None:
+        allowed = checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))[None]
+    return W[None], H, b, allowed, notes
 
 
 def few_rows(rows: float, columns: int) -> str:
@@ -342,7 +353,7 @@ def prune_groups(
         memory=memory,
     )
     check_fit(pattern, W.shape[2], mask, prune_bias)
-    gone, after = _removed(problem, _solver(problem, pattern, method), method, target, scope)
+    gone, after = _removed(problem, _solver(problem, pattern, method), target, scope)
     problem.check_mask(gone)
     swaps = 0
     if not bool(gone.any()):
@@ -403,7 +414,7 @@ def finished(
         method=method,
         backend=problem.backend,
         status="damping raised" if any(i.raised for i in problem.inverses) else "ok",
-        notes=(*notes, *problem.said, *problem.lost_in_rounding(weight, gone)),
+        notes=(*notes, *problem.notes(weight, gone)),
         dead_columns=sum(int(d.sum()) for d in problem.dead),
         optimality=optimality,
         swaps=swaps,
@@ -432,7 +443,7 @@ def _solver(problem: Problem, pattern: Pattern, method: str) -> Greedy | Sweep |
 
 
 def _removed(
-    problem: Problem, solver: Greedy | Sweep | Ranked, method: str, target: Target, scope: str
+    problem: Problem, solver: Greedy | Sweep | Ranked, target: Target, scope: str
 ) -> tuple[Tensor, Tensor]:
     """Bool (G, R, D) of what goes, and the weights (G, R, D) that are left."""
     if target.max_error is not None:
