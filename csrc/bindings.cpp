@@ -51,22 +51,46 @@ bool interrupted() {  // asked by parallel_for on the calling thread; a signal h
 }
 
 template <typename Fn>
-Fn* operation(const std::string& backend, Fn* Backend::* column, const char* name) {
+Fn* operation(const std::string& backend, Fn* Backend::* column, const char* name,
+              const py::object& device) {
     const Backend* row = lobs::backend_row(backend.c_str());
     if (row == nullptr)
         throw std::invalid_argument("backend: there is none called '" + backend + "'");
     if (!row->ready)
         throw std::invalid_argument("backend: '" + backend + "' is not ready here (" + row->detail +
                                     ")");
+    if (row->device == device.is_none())
+        throw std::invalid_argument("device: '" + backend + "' needs " +
+                                    (row->device ? "one" : "None"));
     if (row->*column == nullptr)
         throw std::invalid_argument("backend: '" + backend + "' has no " + name);
     return row->*column;
 }
 
-// Runs `call(context)` without the GIL and hands (status, where) to Python.
+// Device memory by way of Python: `owner` is a callable from bytes to an address.
+void* allocate(void* owner, Index bytes) {
+    py::gil_scoped_acquire held;
+    try {
+        return address<void>((*static_cast<py::function*>(owner))(bytes).cast<std::uintptr_t>());
+    } catch (py::error_already_set&) {
+        return nullptr;
+    }
+}
+
+// Runs `call(context)` without the GIL and hands (status, where) to Python. `device` is None, or
+// (ordinal, stream, allocate, report).
 template <typename Call>
-std::pair<int, Index> released(int threads, Call call) {
-    const lobs::Context context{threads < 1 ? 1 : threads, &interrupted};
+std::pair<int, Index> released(int threads, const py::object& device, Call call) {
+    lobs::Context context{threads < 1 ? 1 : threads, &interrupted};
+    lobs::Device place{};
+    py::function allocator;
+    if (!device.is_none()) {
+        const auto parts = device.cast<py::tuple>();
+        allocator = parts[2].cast<py::function>();
+        place = {parts[0].cast<int>(), address<void>(parts[1].cast<std::uintptr_t>()), &allocate,
+                 &allocator, address<std::uint64_t>(parts[3].cast<std::uintptr_t>())};
+        context.device = &place;
+    }
     Info info{lobs::Status::ok, 0};
     {
         py::gil_scoped_release free;
@@ -89,9 +113,19 @@ PYBIND11_MODULE(_core, module) {
         const Backend* rows = lobs::backend_rows(&count);
         py::list out;
         for (int i = 0; i < count; ++i)
-            out.append(py::make_tuple(rows[i].name, rows[i].ready, rows[i].detail));
+            out.append(py::make_tuple(rows[i].name, rows[i].ready, rows[i].detail, rows[i].device));
         return out;
     });
+
+    module.def(
+        "load_backend",
+        [](const std::string& file) {
+            const char* why = "";
+            const char* name = lobs::backend_load(file.c_str(), &why);
+            if (name == nullptr) throw std::invalid_argument(std::string("file: ") + why);
+            return std::string(name);
+        },
+        py::arg("file"));
 
     module.def(
         "resolve",
@@ -104,151 +138,161 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "hessian_accumulate",
         [](const std::string& backend, const py::tuple& H, const py::tuple& X, std::uintptr_t t,
-           bool ones, int threads) {
-            auto* run = operation(backend, &Backend::hessian_accumulate, "hessian_accumulate");
+           bool ones, int threads, const py::object& device) {
+            auto* run =
+                operation(backend, &Backend::hessian_accumulate, "hessian_accumulate", device);
             const AnyMatrix h = matrix(H), x = matrix(X);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(h, x, address<const double>(t), ones, c);
             });
         },
         py::arg("backend"), py::arg("H"), py::arg("X"), py::arg("t"), py::arg("ones"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "inverse_update",
         [](const std::string& backend, std::uintptr_t F, int dtype, Index blocks, Index B,
-           const py::tuple& G, double m, int threads) {
-            auto* run = operation(backend, &Backend::inverse_update, "inverse_update");
+           const py::tuple& G, double m, int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::inverse_update, "inverse_update", device);
             const AnyMatrix g = matrix(G);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(address<void>(F), static_cast<lobs::Dtype>(dtype), blocks, B, g, m, c);
             });
         },
         py::arg("backend"), py::arg("F"), py::arg("dtype"), py::arg("blocks"), py::arg("B"),
-        py::arg("G"), py::arg("m"), py::arg("threads"));
+        py::arg("G"), py::arg("m"), py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "saliency_argmin",
         [](const std::string& backend, std::uintptr_t column, std::uintptr_t value,
-           const py::tuple& W, const py::tuple& diag, const py::tuple& live, int threads) {
-            auto* run = operation(backend, &Backend::saliency_argmin, "saliency_argmin");
+           const py::tuple& W, const py::tuple& diag, const py::tuple& live, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::saliency_argmin, "saliency_argmin", device);
             const AnyMatrix w = matrix(W), d = matrix(diag), l = matrix(live);
             const lobs::Matrix<const unsigned char> alive{static_cast<const unsigned char*>(l.data),
                                                           l.rows, l.columns, l.row_stride,
                                                           l.column_stride};
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(address<Index>(column), address<void>(value), w, d, alive, c);
             });
         },
         py::arg("backend"), py::arg("column"), py::arg("value"), py::arg("W"), py::arg("diag"),
-        py::arg("live"), py::arg("threads"));
+        py::arg("live"), py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "static_order_prune",
         [](const std::string& backend, const py::tuple& W, std::uintptr_t A, std::uintptr_t order,
-           std::uintptr_t start, int threads) {
-            auto* run = operation(backend, &Backend::static_order_prune, "static_order_prune");
+           std::uintptr_t start, int threads, const py::object& device) {
+            auto* run =
+                operation(backend, &Backend::static_order_prune, "static_order_prune", device);
             const AnyMatrix w = matrix(W);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(w, address<const void>(A), address<const std::int32_t>(order),
                            address<const Index>(start), c);
             });
         },
         py::arg("backend"), py::arg("W"), py::arg("A"), py::arg("order"), py::arg("start"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "rank_lowest",
         [](const std::string& backend, std::uintptr_t chosen, std::uintptr_t score, Index rows,
-           Index columns, Index count, int threads) {
-            auto* run = operation(backend, &Backend::rank_lowest, "rank_lowest");
-            return released(threads, [&](const lobs::Context& c) {
+           Index columns, Index count, int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::rank_lowest, "rank_lowest", device);
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(address<unsigned char>(chosen), address<const double>(score), rows,
                            columns, count, c);
             });
         },
         py::arg("backend"), py::arg("chosen"), py::arg("score"), py::arg("rows"),
-        py::arg("columns"), py::arg("count"), py::arg("threads"));
+        py::arg("columns"), py::arg("count"), py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "rank_rows",
         [](const std::string& backend, std::uintptr_t order, std::uintptr_t start,
-           std::uintptr_t chosen, std::uintptr_t score, Index rows, Index columns, int threads) {
-            auto* run = operation(backend, &Backend::rank_rows, "rank_rows");
-            return released(threads, [&](const lobs::Context& c) {
+           std::uintptr_t chosen, std::uintptr_t score, Index rows, Index columns, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::rank_rows, "rank_rows", device);
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(address<std::int32_t>(order), address<const Index>(start),
                            address<const unsigned char>(chosen), address<const double>(score), rows,
                            columns, c);
             });
         },
         py::arg("backend"), py::arg("order"), py::arg("start"), py::arg("chosen"), py::arg("score"),
-        py::arg("rows"), py::arg("columns"), py::arg("threads"));
+        py::arg("rows"), py::arg("columns"), py::arg("threads"), py::arg("device") = py::none());
 
     module.def(
         "exact_trace",
         [](const std::string& backend, std::uintptr_t order, std::uintptr_t loss,
            std::uintptr_t count, std::uintptr_t status, const py::tuple& W, std::uintptr_t A,
-           std::uintptr_t state, const py::tuple& plan, int threads) {
-            auto* run = operation(backend, &Backend::exact_trace, "exact_trace");
+           std::uintptr_t state, const py::tuple& plan, int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::exact_trace, "exact_trace", device);
             const AnyMatrix w = matrix(W);
             const lobs::ExactOut out{address<std::int32_t>(order), address<void>(loss),
                                      address<Index>(count), address<unsigned char>(status)};
             const lobs::ExactPlan how = exact_plan(plan);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(out, w, address<const void>(A), address<const unsigned char>(state), how,
                            c);
             });
         },
         py::arg("backend"), py::arg("order"), py::arg("loss"), py::arg("count"), py::arg("status"),
-        py::arg("W"), py::arg("A"), py::arg("state"), py::arg("plan"), py::arg("threads"));
+        py::arg("W"), py::arg("A"), py::arg("state"), py::arg("plan"), py::arg("threads"),
+        py::arg("device") = py::none());
 
     module.def(
         "exact_bytes",
         [](const std::string& backend, int dtype, Index columns, const py::tuple& plan) {
-            auto* run = operation(backend, &Backend::exact_bytes, "exact_bytes");
-            return run(static_cast<lobs::Dtype>(dtype), columns, exact_plan(plan));
+            const Backend* row = lobs::backend_row(backend.c_str());
+            if (row == nullptr || row->exact_bytes == nullptr)
+                throw std::invalid_argument("backend: '" + backend + "' has no exact_bytes");
+            return row->exact_bytes(static_cast<lobs::Dtype>(dtype), columns, exact_plan(plan));
         },
         py::arg("backend"), py::arg("dtype"), py::arg("columns"), py::arg("plan"));
 
     module.def(
         "support_solve",
         [](const std::string& backend, const py::tuple& X, std::uintptr_t M, std::uintptr_t chosen,
-           int threads) {
-            auto* run = operation(backend, &Backend::support_solve, "support_solve");
+           int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::support_solve, "support_solve", device);
             const AnyMatrix x = matrix(X);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(x, address<const void>(M), address<const unsigned char>(chosen), c);
             });
         },
-        py::arg("backend"), py::arg("X"), py::arg("M"), py::arg("chosen"), py::arg("threads"));
+        py::arg("backend"), py::arg("X"), py::arg("M"), py::arg("chosen"), py::arg("threads"),
+        py::arg("device") = py::none());
 
     module.def(
         "exchange",
         [](const std::string& backend, std::uintptr_t kept, std::uintptr_t swaps,
            std::uintptr_t left, const py::tuple& W, std::uintptr_t A, std::uintptr_t fixed,
-           Index group, Index limit, int threads) {
-            auto* run = operation(backend, &Backend::exchange, "exchange");
+           Index group, Index limit, int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::exchange, "exchange", device);
             const AnyMatrix w = matrix(W);
             const lobs::ExchangeOut out{address<unsigned char>(kept), address<Index>(swaps),
                                         address<double>(left)};
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(out, w, address<const double>(A), address<const unsigned char>(fixed),
                            group, limit, c);
             });
         },
         py::arg("backend"), py::arg("kept"), py::arg("swaps"), py::arg("left"), py::arg("W"),
-        py::arg("A"), py::arg("fixed"), py::arg("group"), py::arg("limit"), py::arg("threads"));
+        py::arg("A"), py::arg("fixed"), py::arg("group"), py::arg("limit"), py::arg("threads"),
+        py::arg("device") = py::none());
 
     module.def(
         "sweep_block",
         [](const std::string& backend, const py::tuple& W, const py::tuple& U, std::uintptr_t gone,
-           const py::tuple& E, Index group, Index per_group, int threads) {
-            auto* run = operation(backend, &Backend::sweep_block, "sweep_block");
+           const py::tuple& E, Index group, Index per_group, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::sweep_block, "sweep_block", device);
             const AnyMatrix w = matrix(W), u = matrix(U), e = matrix(E);
-            return released(threads, [&](const lobs::Context& c) {
+            return released(threads, device, [&](const lobs::Context& c) {
                 return run(w, u, address<unsigned char>(gone), e, group, per_group, c);
             });
         },
         py::arg("backend"), py::arg("W"), py::arg("U"), py::arg("gone"), py::arg("E"),
-        py::arg("group"), py::arg("per_group"), py::arg("threads"));
+        py::arg("group"), py::arg("per_group"), py::arg("threads"), py::arg("device") = py::none());
 }

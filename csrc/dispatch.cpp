@@ -29,7 +29,7 @@ namespace lobs {
     }
 #define LOBS_LEVEL_ROW(level, detail, ready)                                                \
     Backend {                                                                               \
-        #level, detail, ready, level::hessian_accumulate, level::inverse_update,            \
+        #level, detail, ready, false, level::hessian_accumulate, level::inverse_update,     \
             level::saliency_argmin, level::static_order_prune, level::rank_lowest,          \
             level::rank_rows, level::exact_trace, level::exact_bytes, level::support_solve, \
             level::exchange, level::sweep_block                                             \
@@ -55,21 +55,31 @@ std::string sibling(const char* file) {  // a file next to this module
     return slash == std::string::npos ? std::string(file) : module.substr(0, slash + 1) + file;
 }
 
-Backend cuda_row() {
-    static std::string detail;
+// The row of the object in `file`; where there is none, *why says so.
+Backend row_of(const char* file, std::string* why) {
     Backend row;
-    row.name = "cuda";
-    void* object = dlopen(sibling("_lobs_cuda.so").c_str(), RTLD_NOW | RTLD_LOCAL);
+    void* object = dlopen(file, RTLD_NOW | RTLD_LOCAL);
     if (object == nullptr) {
-        const char* why = dlerror();
-        detail = std::string("the CUDA object is not installed: ") +
-                 (why != nullptr ? why : "no reason given");
-        row.detail = detail.c_str();
+        const char* said = dlerror();
+        *why = said != nullptr ? said : "no reason given";
         return row;
     }
     auto* entry = reinterpret_cast<BackendEntry*>(dlsym(object, "lobs_backend"));
-    if (entry == nullptr || entry(kBackendVersion, &row) != 0)
-        row.detail = "the CUDA object belongs to another version of lobs-native: reinstall";
+    if (entry == nullptr || entry(kBackendVersion, &row) != 0) {
+        *why = std::string(file) + " belongs to another version of lobs-native: reinstall";
+        row = Backend{};
+    }
+    return row;
+}
+
+Backend cuda_row() {
+    static std::string detail;
+    std::string why;
+    Backend row = row_of(sibling("_lobs_cuda.so").c_str(), &why);
+    if (why.empty()) return row;
+    detail = "the CUDA object is not installed, or does not load: " + why;
+    row.name = "cuda";
+    row.detail = detail.c_str();
     return row;
 }
 
@@ -99,8 +109,8 @@ std::vector<Backend> make_rows() {
     return rows;
 }
 
-const std::vector<Backend>& rows() {
-    static const std::vector<Backend> table = make_rows();
+std::vector<Backend>& rows() {
+    static std::vector<Backend> table = make_rows();
     return table;
 }
 
@@ -109,6 +119,18 @@ const std::vector<Backend>& rows() {
 const Backend* backend_rows(int* count) {
     *count = static_cast<int>(rows().size());
     return rows().data();
+}
+
+const char* backend_load(const char* file, const char** why) {
+    static std::string said;
+    said.clear();
+    const Backend row = row_of(file, &said);
+    *why = said.c_str();
+    if (!said.empty()) return nullptr;
+    for (Backend& known : rows())
+        if (std::strcmp(known.name, row.name) == 0) return known = row, known.name;
+    rows().push_back(row);
+    return row.name;
 }
 
 const Backend* backend_row(const char* name) {

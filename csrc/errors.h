@@ -13,11 +13,17 @@ enum class Status : int {
     interrupted = 4,    // Context::interrupted said so; outputs hold a mixture of old and new
     unsupported = 5,    // this backend has no such operation, or not for this dtype
     bad_order = 6,      // a column is out of range or occurs twice; `where` is its position
+    device_failed = 7,  // the device's runtime refused; `where` is its error code
 };
 
 struct Info {
     Status status;
     Index where;
 };
+
+// A failure as one number, so that the lowest `where` wins: what Device::report holds.
+LOBS_HD LOBS_INLINE std::uint64_t reported(Status status, Index where) {
+    return static_cast<std::uint64_t>(where) * 16 + static_cast<std::uint64_t>(status);
+}
 
 }  // namespace lobs

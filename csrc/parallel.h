@@ -65,21 +65,6 @@ class Scratch {
     Index stride_;
 };
 
-// Hands out one worker's scratch piece by piece, each on a cache line of its own.
-class Carver {
-   public:
-    explicit Carver(unsigned char* memory) : at_(memory) {}
-
-    template <typename T>
-    LOBS_INLINE void take(T*& piece, Index count) {
-        piece = reinterpret_cast<T*>(at_);
-        at_ += up(count * static_cast<Index>(sizeof(T)), 64);
-    }
-
-   private:
-    unsigned char* at_;
-};
-
 // The lowest item that any worker has noted: the same however many workers there are.
 class Lowest {
    public:

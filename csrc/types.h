@@ -47,15 +47,45 @@ struct AnyMatrix {
     Index row_stride, column_stride;
 };
 
-// How a call is to run. `interrupted` is asked about ten times a second, on the calling thread
-// only; once it answers true the operation stops at the next item of work and returns
-// Status::interrupted.
-struct Context {
-    int threads;
-    bool (*interrupted)();  // may be null
+// Where a device's row puts its work. Such a row checks nothing that lies on the device and waits for
+// nothing: it enqueues kernels and returns. What they find is in *report once the stream gets there.
+struct Device {
+    int ordinal;
+    void* stream;
+    void* (*allocate)(void* owner, Index bytes);  // device memory that outlives the call's kernels;
+    void* owner;                                  // null where there is none left
+    std::uint64_t* report;  // on the device; kNothing on entry, the lowest `reported` on exit
 };
 
-LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
-LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }  // a multiple of `to`
+constexpr std::uint64_t kNothing = ~std::uint64_t{0};
+
+// How a call is to run. `interrupted` is asked about ten times a second, on the calling thread
+// only; once it answers true the operation stops at the next item of work and returns
+// Status::interrupted. A device's row does not ask it.
+struct Context {
+    int threads;                     // on a device: most rows that exact removal has in flight
+    bool (*interrupted)();           // may be null
+    const Device* device = nullptr;  // null for rows that run on the host
+};
+
+LOBS_HD LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+LOBS_HD LOBS_INLINE Index up(Index a, Index to) {
+    return (a + to - 1) / to * to;
+}  // a multiple of `to`
+
+// Hands out scratch memory piece by piece, each on a cache line of its own.
+class Carver {
+   public:
+    LOBS_HD LOBS_INLINE explicit Carver(unsigned char* memory) : at_(memory) {}
+
+    template <typename T>
+    LOBS_HD LOBS_INLINE void take(T*& piece, Index count) {
+        piece = reinterpret_cast<T*>(at_);
+        at_ += up(count * static_cast<Index>(sizeof(T)), 64);
+    }
+
+   private:
+    unsigned char* at_;
+};
 
 }  // namespace lobs

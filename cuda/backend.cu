@@ -1,8 +1,8 @@
 // backend.cu: the C entry of the CUDA object. It hands the backend's row to dispatch.cpp.
 //
 // The object links the static CUDA runtime and nothing else: no driver, no cuBLAS, no torch. Where
-// there is no driver it still loads, and says so in `detail`. The row's operations are null until
-// their kernels exist, so that a call by name fails with a message instead of taking another path.
+// there is no driver it still loads, and says so in `detail`. Operations that torch does as well on a
+// device (ordering a row, solving for many supports) have no entry here: ops.py calls torch for them.
 #include <cstdio>
 
 #include "common.cuh"
@@ -10,18 +10,33 @@
 extern "C" __attribute__((visibility("default"))) int lobs_backend(int version,
                                                                    lobs::Backend* row) {
     if (version != lobs::kBackendVersion) return 1;
+    *row = lobs::Backend{};
+#if defined(LOBS_EMULATE)
+    row->name = "emulated";
+    row->detail = "the CUDA kernels, run on the host: for tests";
+    row->ready = true;
+#else
     static char detail[256];
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error == cudaSuccess)
-        std::snprintf(detail, sizeof detail,
-                      "CUDA runtime %d, %d device(s), no operations in this release",
-                      CUDART_VERSION, devices);
+    row->name = "cuda";
+    row->detail = detail;
+    row->ready = error == cudaSuccess && devices > 0;
+    if (row->ready)
+        std::snprintf(detail, sizeof detail, "CUDA runtime %d, %d device(s)", CUDART_VERSION,
+                      devices);
     else
         std::snprintf(detail, sizeof detail, "CUDA runtime %d, no usable device: %s (error %d)",
                       CUDART_VERSION, cudaGetErrorString(error), static_cast<int>(error));
-    *row = lobs::Backend{};
-    row->name = "cuda";
-    row->detail = detail;
+#endif
+    row->device = true;
+    row->hessian_accumulate = lobs::cuda::hessian_accumulate;
+    row->inverse_update = lobs::cuda::inverse_update;
+    row->saliency_argmin = lobs::cuda::saliency_argmin;
+    row->static_order_prune = lobs::cuda::static_order_prune;
+    row->rank_lowest = lobs::cuda::rank_lowest;
+    row->exact_trace = lobs::cuda::exact_trace;
+    row->exact_bytes = lobs::cuda::exact_bytes;
+    row->sweep_block = lobs::cuda::sweep_block;
     return 0;
 }

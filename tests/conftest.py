@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +14,65 @@ import torch
 
 from lobs_native import ops
 
-_ROWS = {name: (ready, detail) for name, ready, detail in ops._core.backends()}
-_BACKENDS = ["reference", *(name for name in _ROWS if name.startswith("cpu_")), "cuda"]
+ROOT = Path(__file__).resolve().parents[1]
+_ROWS = {name: (ready, detail) for name, ready, detail, _ in ops._core.backends()}
+_BACKENDS = [
+    "reference",
+    *(name for name in _ROWS if name.startswith("cpu_")),
+    "emulated",
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend by name; one that cannot run here is skipped with its reason."""
     name: str = request.param
+    if name == "emulated":
+        return request.getfixturevalue("emulated")
     if name != "reference":
         ready, detail = _ROWS[name]
         if not ready:
             pytest.skip(f"{name}: {detail}")
     return name
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The CUDA kernels, compiled for the host against ``tests/emulator`` and loaded as a backend."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the host")
+    sources = sorted((ROOT / "cuda").glob("*.cu"))
+    everything = [*sources, *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    everything += (ROOT / "tests" / "emulator").glob("*.h")
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-DLOBS_EMULATE",
+    ]
+    flags += ["-Wno-unknown-pragmas", "-Icsrc", "-Itests/emulator"]
+    digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
+    for path in sorted(everything):
+        digest.update(path.read_bytes())
+    folder = Path(os.environ.get("LOBS_EMULATED_CACHE") or tmp_path_factory.getbasetemp())
+    built = folder / f"emulated-{digest.hexdigest()[:16]}.so"
+    if not built.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{s.stem}-{os.getpid()}.o" for s in sources]
+        jobs = [
+            subprocess.Popen([compiler, *flags, "-c", "-x", "c++", str(s), "-o", str(o)], cwd=ROOT)
+            for s, o in zip(sources, objects, strict=True)
+        ]
+        assert [job.wait() for job in jobs] == [0] * len(jobs)
+        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(built)], check=True)
+        for o in objects:
+            o.unlink()
+    return ops._core.load_backend(str(built))
 
 
 @pytest.fixture(scope="module")

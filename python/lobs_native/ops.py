@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _SAMPLES = 4096  # samples in one native call, so that Ctrl-C is answered soon
+_DEVICE_FAILED = 7
 _LARGE_BLOCK = 512  # from here on a block's update is one big matrix product, which torch does best
 
 # A parallel region in a forked child hangs if the parent has had one, torch's own regions
@@ -70,7 +73,7 @@ def backends() -> list[tuple[str, bool, str]]:
     """
     native = _core.backends()
     level = _core.resolve("cpu")
-    rows = [row for row in native if row[0] == "cuda"]
+    rows = [row[:3] for row in native if row[0] == "cuda"]
     chosen = next((row for row in native if row[0] == level), None)
     if chosen is None:
         rows.append(("cpu", False, _wrong_level()))
@@ -83,7 +86,7 @@ def backends() -> list[tuple[str, bool, str]]:
 
 def levels() -> list[tuple[str, bool, str]]:
     """The CPU levels as (name, ready, detail), fastest first; each name is a backend as well."""
-    return [row for row in _core.backends() if row[0].startswith("cpu_")]
+    return [row[:3] for row in _core.backends() if row[0].startswith("cpu_")]
 
 
 def _wrong_level() -> str:
@@ -95,11 +98,12 @@ def _wrong_level() -> str:
 def select_backend(backend: str | None, device: torch.device) -> str:
     """The backend's own name for a call on ``device``.
 
-    ``None`` means the fastest: the CPU kernels for CPU tensors, ``"reference"`` for any other
-    device until that device has kernels. What was chosen is in every result.
+    ``None`` means the fastest: the CPU kernels for CPU tensors, the CUDA kernels for CUDA tensors
+    where they can run (else ``"reference"``, with one warning), ``"reference"`` for any other
+    device. What was chosen is in every result.
     """
     if backend is None:
-        backend = "cpu" if device.type == "cpu" else "reference"
+        backend = _fastest(device)
     if not isinstance(backend, str):
         raise DtypeError(f"backend: expected a name or None, got {type(backend).__name__}")
     if backend == "reference":
@@ -115,13 +119,67 @@ def select_backend(backend: str | None, device: torch.device) -> str:
         raise BackendError(
             f"backend: {backend!r} is not ready here: {row[2]}. Use 'cpu' or 'reference'."
         )
-    kind = "cpu" if row[0].startswith("cpu") else row[0]
+    kind = "cuda" if row[0] == "cuda" else "cpu"
     if device.type != kind:
         raise BackendError(
             f"backend: {backend!r} works on {kind} tensors, these are on {device}; move them, or "
             "leave backend out"
         )
     return row[0]
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        return "reference"
+    _, ready, detail, _ = next(row for row in _core.backends() if row[0] == "cuda")
+    if not ready:
+        warnings.warn(
+            f"lobs_native: CUDA tensors are worked on in plain torch, slowly: {detail}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return "reference"
+    return "cuda"
+
+
+def on_device(backend: str) -> bool:
+    """Whether a backend (its own name) runs on a device and only enqueues its work."""
+    return any(row[0] == backend and row[3] for row in _core.backends())
+
+
+def _native(
+    operation: str, backend: str, device: torch.device, *arguments: Any, workers: int | None = None
+) -> tuple[int, int]:
+    """Call an operation of _core; (status, where).
+
+    On a device the kernels go to torch's current stream, all scratch comes from torch's allocator,
+    and reading the status is the one point where the host waits.
+    """
+    call = getattr(_core, operation)
+    workers = threads() if workers is None else workers
+    if not on_device(backend):
+        status, where = call(backend, *arguments, workers)
+        return int(status), int(where)
+    held: list[Tensor] = []
+
+    def allocate(size: int) -> int:
+        held.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return held[-1].data_ptr()
+
+    report = torch.full((1,), -1, dtype=torch.int64, device=device)
+    ordinal, stream = 0, 0
+    if device.type == "cuda":
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        stream = torch.cuda.current_stream(device).cuda_stream
+    place = (ordinal, stream, allocate, report.data_ptr())
+    status, where = call(backend, *arguments, workers, place)
+    if status == _DEVICE_FAILED:
+        raise LobsError(f"backend: {backend!r}: the device refused {operation}: error {where}")
+    if status == 0 and (word := int(report)) != -1:
+        return word % 16, word // 16
+    return int(status), int(where)
 
 
 def _crossing(x: Tensor) -> tuple[int, int, Sequence[int], Sequence[int]]:
@@ -196,8 +254,8 @@ def hessian_accumulate_(
         reference.hessian_accumulate_(H, X, weights, ones)
         return chosen
     pointer = 0 if weights is None else weights.data_ptr()
-    status, where = _core.hessian_accumulate(
-        chosen, _crossing(H), _crossing(X), pointer, ones, threads()
+    status, where = _native(
+        "hessian_accumulate", chosen, H.device, _crossing(H), _crossing(X), pointer, ones
     )
     if status == 1:
         raise checks.not_finite("X", X, where)
@@ -269,15 +327,16 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
     if G.shape[0] > _SAMPLES:
         checks.check_finite(G, "G")  # all of it before the first part is written
     for part in G.split(_SAMPLES):
-        status, where = _core.inverse_update(
+        status, where = _native(
+            "inverse_update",
             chosen,
+            F.device,
             F.data_ptr(),
             _CODES[F.dtype],
             blocks,
             B,
             _crossing(part),
             float(m),
-            threads(),
         )
         if status == 1:
             raise checks.not_finite("G", G, where)
@@ -371,14 +430,15 @@ def saliency_argmin(
                 column.fill_(-1)
                 value.fill_(torch.inf)
     else:
-        status, where = _core.saliency_argmin(
+        status, where = _native(
+            "saliency_argmin",
             chosen,
+            W.device,
             column.data_ptr(),
             value.data_ptr(),
             _crossing(W),
             _crossing(diag),
             _crossing(live),
-            threads(),
         )
         if status not in (1, 2):
             _memory(status)
@@ -464,8 +524,14 @@ def static_order_prune_(
         if status == 0:
             reference.static_order_prune_(W, A, order, start)
     else:
-        status, where = _core.static_order_prune(
-            chosen, _crossing(W), A.data_ptr(), order.data_ptr(), start.data_ptr(), threads()
+        status, where = _native(
+            "static_order_prune",
+            chosen,
+            W.device,
+            _crossing(W),
+            A.data_ptr(),
+            order.data_ptr(),
+            start.data_ptr(),
         )
     if status == 6:
         r = int(torch.searchsorted(start, where, right=True)) - 1
@@ -531,8 +597,15 @@ def rank_lowest(score: Tensor, count: int, *, backend: str | None = None) -> Ten
         return reference.rank_lowest(score, count)
     chosen = torch.empty(R, C, dtype=torch.bool, device=score.device)
     if score.numel():
-        status, _ = _core.rank_lowest(
-            chosen_backend, chosen.data_ptr(), score.data_ptr(), R, C, count, threads()
+        status, _ = _native(
+            "rank_lowest",
+            chosen_backend,
+            score.device,
+            chosen.data_ptr(),
+            score.data_ptr(),
+            R,
+            C,
+            count,
         )
         _memory(status)
     return chosen
@@ -573,22 +646,23 @@ def rank_rows(
         )
     checks.same_device(score, "score", chosen, "chosen")
     name = select_backend(backend, score.device)
-    if name == "reference":
+    if name == "reference" or on_device(name):  # a device's sort is torch's
         return reference.rank_rows(score, chosen)
     R, C = score.shape
     start = torch.zeros(R + 1, dtype=torch.int64)
     start[1:] = chosen.sum(dim=1).cumsum(0)
     order = torch.empty(int(start[-1]), dtype=torch.int32)
     if order.numel():
-        status, _ = _core.rank_rows(
+        status, _ = _native(
+            "rank_rows",
             name,
+            score.device,
             order.data_ptr(),
             start.data_ptr(),
             chosen.data_ptr(),
             score.data_ptr(),
             R,
             C,
-            threads(),
         )
         _memory(status)
     return order, start
@@ -708,13 +782,15 @@ def exact_trace(
         order, loss, count, lost = reference.exact_trace(W, A, state, *plan)
         return Trace(order, loss, count, lost.to(torch.bool), chosen)
     limit = plan[0]
-    order = torch.full((R, limit), -1, dtype=torch.int32)
-    loss = torch.zeros(R, limit, dtype=W.dtype)
-    count = torch.zeros(R, dtype=torch.int64)
-    lost = torch.zeros(R, dtype=torch.uint8)
+    order = torch.full((R, limit), -1, dtype=torch.int32, device=W.device)
+    loss = torch.zeros(R, limit, dtype=W.dtype, device=W.device)
+    count = torch.zeros(R, dtype=torch.int64, device=W.device)
+    lost = torch.zeros(R, dtype=torch.uint8, device=W.device)
     if W.numel() and limit:
-        status, _ = _core.exact_trace(
+        status, _ = _native(
+            "exact_trace",
             chosen,
+            W.device,
             order.data_ptr(),
             loss.data_ptr(),
             count.data_ptr(),
@@ -723,10 +799,10 @@ def exact_trace(
             A.data_ptr(),
             0 if state is None else state.data_ptr(),
             plan,
-            _affordable(chosen, W.dtype, C, plan, memory),
+            workers=_workers(chosen, W.device, R, W.dtype, C, plan, memory),
         )
         _memory(status)
-        ended = torch.arange(limit) >= count[:, None]
+        ended = torch.arange(limit, device=W.device) >= count[:, None]
         order[ended] = -1
         loss[ended] = 0
     return Trace(order, loss, count, lost.to(torch.bool), chosen)
@@ -818,6 +894,32 @@ def _affordable(chosen: str, dtype: torch.dtype, C: int, plan: _Plan, memory: in
     return min(threads(), memory // each)
 
 
+def _workers(
+    chosen: str,
+    device: torch.device,
+    R: int,
+    dtype: torch.dtype,
+    C: int,
+    plan: _Plan,
+    memory: int | None,
+) -> int:
+    """Threads, or on a device rows in flight, whose scratch fits into ``memory``; on a device half
+    of what is free by default."""
+    if not on_device(chosen):
+        return _affordable(chosen, dtype, C, plan, memory)
+    each = _core.exact_bytes(chosen, _CODES[dtype], C, plan)
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+    else:
+        memory = checks.positive_int(memory, "memory")
+    if each > memory:
+        raise MemoryError(
+            f"memory: one row needs {each} bytes of scratch for {C} columns and {plan[0]} "
+            f"removals, more than the {memory} there are; raise memory or remove less"
+        )
+    return min(R, memory // each)
+
+
 def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None) -> str:
     """Solve one small symmetric system per row, all cut from one matrix: ``M[P, P] x = b[P]``.
 
@@ -870,7 +972,9 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
     if name == "reference":
         row = reference.support_solve_(X, M, P)
     else:
-        status, row = _core.support_solve(name, _crossing(X), M.data_ptr(), P.data_ptr(), threads())
+        status, row = _native(
+            "support_solve", name, X.device, _crossing(X), M.data_ptr(), P.data_ptr()
+        )
         if status != 2:
             _memory(status)
             row = -1
@@ -966,8 +1070,10 @@ def exchange_(
     if chosen == "reference":
         swaps, left, row = reference.exchange_(W, A, kept, fixed, group, rounds)
     else:
-        status, row = _core.exchange(
+        status, row = _native(
+            "exchange",
             chosen,
+            W.device,
             kept.data_ptr(),
             swaps.data_ptr(),
             left.data_ptr(),
@@ -976,7 +1082,6 @@ def exchange_(
             0 if fixed is None else fixed.data_ptr(),
             group,
             rounds,
-            threads(),
         )
         if status != 2:
             _memory(status)
@@ -1075,15 +1180,16 @@ def sweep_block_(
     if chosen == "reference":
         reference.sweep_block_(W, U, gone, E, group, per_group)
         return chosen
-    status, _ = _core.sweep_block(
+    status, _ = _native(
+        "sweep_block",
         chosen,
+        W.device,
         _crossing(W),
         _crossing(U),
         gone.data_ptr(),
         _crossing(E),
         group,
         per_group,
-        threads(),
     )
     _memory(status)
     return chosen
