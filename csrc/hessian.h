@@ -12,14 +12,15 @@
 // Fails     not_finite: where = n * C + i of the first NaN or infinity in a row that counts; H is
 //           untouched. interrupted: H holds some tiles with the chunk and some without; throw it
 //           away.
-// Accuracy  float32 and 16-bit inputs: products and partial sums over 256 rows in float32 (the
-//           product of two 16-bit floats is exact there), then added into H in H's own type. Where
-//           float32 could not hold the products (x, t * x or t * x * x above 2^116 or all below
-//           2^-100), and for float64 inputs, everything is done in float64. The order of summation
-//           depends on N and D alone: not on threads, not on strides.
+// Accuracy  float32 and 16-bit inputs: products and partial sums over at most 256 rows in float32
+//           (the product of two 16-bit floats is exact there), then added into H in H's own type
+//           (a device: 128 rows, then a compensated float32 sum, then H). Where float32 could not
+//           hold the products (x, t, t * x or t * x * x above 2^112 or all below 2^-100), and for
+//           float64 inputs, everything is done in float64. The order of summation depends on N and D
+//           alone: not on threads, not on strides.
 // Cost      N * D * (D + 1) useful flops, half of what a matrix product of the same shape needs.
-//           Reads X once per 192 columns of H, from cache where a chunk of 256 rows fits.
-// Memory    Scratch per thread: 2 * 192 * 256 elements (float32: 384 KiB). For D <= 576 and more
+//           Reads X once per 192 columns of H (a device: 128), from cache where 256 rows fit.
+// Memory    On the host, scratch per thread: 2 * 192 * 256 elements (float32: 384 KiB). For D <= 576 and more
 //           than 4096 rows also up to 16 partial sums of D * D doubles.
 // Source    Dong, Chen & Pan 2017, eq. 9 (their Psi, before the division by n).
 #pragma once

@@ -38,7 +38,7 @@ inline cudaStream_t stream_of(const Context& context) {
     return static_cast<cudaStream_t>(context.device->stream);
 }
 
-// Enqueues kernel<<<grid, threads, shared_bytes>>>(arguments...).
+// Enqueues the kernel with `grid` blocks of `threads` threads and its dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 Info launch(const Context& context, const char* name, void (*kernel)(Parameters...), dim3 grid,
             unsigned threads, std::size_t shared_bytes, Arguments... arguments) {
@@ -56,9 +56,12 @@ Info launch(const Context& context, const char* name, void (*kernel)(Parameters.
                                      static_cast<int>(shared_bytes));
             error != cudaSuccess)
             return device_info(error);
-    kernel<<<grid, threads, shared_bytes, stream_of(context)> > >(
-        static_cast<Parameters>(arguments)...);
-    return device_info(cudaGetLastError());
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_of(context);
+    return device_info(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 #endif
 }
 
@@ -101,6 +104,16 @@ __device__ __forceinline__ unsigned char* shared() {
     extern __shared__ __align__(128) unsigned char lobs_shared[];
     return lobs_shared;
 #endif
+}
+
+// Tells the compiler what it cannot see of a pointer that was read from memory: loads and stores
+// through it need no look at the address.
+template <typename T>
+__device__ __forceinline__ T* global(T* p) {
+#if !defined(LOBS_EMULATE)
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
 }
 
 // Keeps the lowest failure in *report.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import moved
 import pytest
 import torch
+from emulated import build as build_emulated
 
 from lobs_native import ops
 
-ROOT = Path(__file__).resolve().parents[1]
 _ROWS = {name: (ready, detail) for name, ready, detail, _ in ops._core.backends()}
 _BACKENDS = [
     "reference",
@@ -34,44 +32,18 @@ def backend(request: pytest.FixtureRequest) -> str:
         ready, detail = _ROWS[name]
         if not ready:
             pytest.skip(f"{name}: {detail}")
+    if name == "cuda":
+        moved.install(request.getfixturevalue("monkeypatch"), name, torch.device("cuda"))
     return name
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The CUDA kernels, compiled for the host against ``tests/emulator`` and loaded as a backend."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+    """The CUDA kernels, compiled for the host against ``tests/emulator``, as a backend."""
+    folder = os.environ.get("LOBS_EMULATED_CACHE") or tmp_path_factory.getbasetemp()
+    built = build_emulated(Path(folder))
+    if built is None:
         pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the host")
-    sources = sorted((ROOT / "cuda").glob("*.cu"))
-    everything = [*sources, *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
-    everything += (ROOT / "tests" / "emulator").glob("*.h")
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-march=native",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-DLOBS_EMULATE",
-    ]
-    flags += ["-Wno-unknown-pragmas", "-Icsrc", "-Itests/emulator"]
-    digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
-    for path in sorted(everything):
-        digest.update(path.read_bytes())
-    folder = Path(os.environ.get("LOBS_EMULATED_CACHE") or tmp_path_factory.getbasetemp())
-    built = folder / f"emulated-{digest.hexdigest()[:16]}.so"
-    if not built.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{s.stem}-{os.getpid()}.o" for s in sources]
-        jobs = [
-            subprocess.Popen([compiler, *flags, "-c", "-x", "c++", str(s), "-o", str(o)], cwd=ROOT)
-            for s, o in zip(sources, objects, strict=True)
-        ]
-        assert [job.wait() for job in jobs] == [0] * len(jobs)
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(built)], check=True)
-        for o in objects:
-            o.unlink()
     return ops._core.load_backend(str(built))
 
 

@@ -263,7 +263,13 @@ FUNCTIONS = {
     ),
     "affordable_threads": Function(
         ops.affordable_threads,
-        lambda: {"columns": 64, "dtype": torch.float32, "memory": None, "backend": None},
+        lambda: {
+            "columns": 64,
+            "dtype": torch.float32,
+            "rows": R,
+            "memory": None,
+            "backend": None,
+        },
     ),
     "support_solve_": Function(
         ops.support_solve_,
@@ -1133,7 +1139,8 @@ def wrong_kernels() -> Iterator[Wrong]:
     yield from wrong_counts(size, "limit", none=False, zero=False, high=False)
     yield from wrong_counts(size, "block")
     yield from wrong_counts(size, "group", zero=False, high=False)
-    yield from wrong_counts("affordable_threads", "memory", none=False, high=False)
+    for limit in ("rows", "memory"):
+        yield from wrong_counts("affordable_threads", limit, none=limit == "rows", high=False)
 
     solve = "support_solve_"
     yield from wrong_tensors(solve, "X")

@@ -181,6 +181,8 @@ def test_the_same_bytes_for_any_number_of_threads_and_every_run(call):
 def test_the_same_bytes_for_any_number_of_threads_at_every_level(call, backend):
     if backend == "reference":
         pytest.skip("the reference is torch's own arithmetic, which may depend on the threads")
+    if backend == "emulated" and (call.startswith("solve") or "block of 150" in call):
+        pytest.skip("a device leaves this to torch, which here may depend on the threads")
     seen = set()
     for threads in THREADS:
         torch.set_num_threads(threads)

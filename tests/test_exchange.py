@@ -94,7 +94,7 @@ def best_swap(w0: Tensor, H: Tensor, S: Tensor) -> tuple[float, int, int]:
     sets = S.repeat(len(back), 1)
     sets[torch.arange(len(back)), back] = True
     columns = torch.nonzero(sets)[:, 1].view(len(back), -1)  # (removed, kept + 1)
-    D = torch.linalg.inv(H[columns[:, :, None], columns[:, None, :]])
+    D = torch.cholesky_inverse(torch.linalg.cholesky(H[columns[:, :, None], columns[:, None, :]]))
     g = torch.where(sets, 0.0, w0) @ H  # what the removed ones leave for the kept to make up for
     w = w0[columns] + (D @ g.gather(1, columns)[:, :, None])[:, :, 0]
     dw = torch.where(sets, torch.zeros(()), -w0).scatter(1, columns, w - w0[columns])
@@ -132,7 +132,7 @@ def test_it_ends_where_no_swap_helps(backend, shape, with_fixed, group):
     fixed = p.fixed if with_fixed else None
     W, kept = p.W.clone(), p.kept.clone()
     swaps, left, used = ops.exchange_(W, p.A, kept, fixed=fixed, group=group, backend=backend)
-    assert used == backend
+    assert used == (ops._core.resolve("cpu") if ops.on_device(backend) else backend)
     assert swaps.dtype == torch.int64
     assert left.dtype == torch.float64
     for r in range(shape[0]):

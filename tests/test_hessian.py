@@ -98,6 +98,62 @@ def test_strides_do_not_change_a_bit(backend, view, dtype):
         assert torch.equal(plain, strided)
 
 
+@pytest.mark.parametrize("weights", [None, "padding", "any"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(255, 127), (256, 128), (257, 129), (33, 257)])
+def test_tiles_end_where_they_should(backend, shape, dtype, weights):
+    """Around 128 columns and 256 rows, where tiles and partial sums of the kernels meet."""
+    ones = shape[1] % 2 == 1
+    X = (features(*shape) - 0.3).to(dtype)
+    t = torch.ones(len(X), dtype=torch.float64)
+    if weights is not None:
+        t[::3] = 0
+        t[1::5] *= 1 if weights == "padding" else 0.3
+    x = torch.cat([X.double(), torch.ones(len(X), int(ones))], 1)
+    expected = (x * t[:, None]).T @ x
+    X[t == 0] = torch.nan
+    for out in (torch.float64, torch.float32):
+        H = torch.zeros(len(expected), len(expected), dtype=out)
+        ops.hessian_accumulate_(H, X, None if weights is None else t, ones=ones, backend=backend)
+        assert distance(full(H), expected) < 3e-6  # 256 terms in float32
+        assert float(H.triu(1).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_in_one_call_stay_accurate(backend, dtype):
+    X = (features(8193, 20) + 1).to(dtype)
+    H = torch.zeros(21, 21, dtype=torch.float64)
+    ops.hessian_accumulate_(H, X, ones=True, backend=backend)
+    x = torch.cat([X.double(), torch.ones(len(X), 1)], 1)
+    assert distance(full(H), x.T @ x) < (1e-12 if dtype == torch.float64 else 5e-7)
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_a_kernel_must_copy_first_give_the_same_bits(emulated, dtype, ones):
+    """136 columns are read as they lie; transposed, or a column further on, they are not."""
+    X = features(70, 136).to(dtype)
+    D = 136 + ones
+    plain = torch.zeros(D, D, dtype=torch.float64)
+    ops.hessian_accumulate_(plain, X, ones=ones, backend=emulated)
+    for view in (X.T.contiguous().T, torch.cat([X[:, :1], X], 1)[:, 1:]):
+        other = torch.zeros(D, D, dtype=torch.float64)
+        ops.hessian_accumulate_(other, view, ones=ones, backend=emulated)
+        assert torch.equal(other, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_bad_value_is_found_and_the_sum_left_alone(backend, dtype):
+    X = features(300, 150).to(dtype)
+    t = torch.ones(300, dtype=torch.float64)
+    t[2] = 0
+    X[2, 5] = X[299, 149] = X[171, 148] = X[172, 0] = torch.nan
+    H = torch.full((150, 150), 7.0, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match=r"nan at \(171, 148\)"):
+        ops.hessian_accumulate_(H, X, t, backend=backend)
+    assert float(H.min()) == float(H.max()) == 7.0
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e18, 1e30, 3e37])
 def test_extreme_float32_inputs_neither_underflow_nor_overflow(backend, scale):
     X = (features(40, 9) * scale).float()

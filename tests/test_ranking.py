@@ -26,7 +26,9 @@ KINDS = ["random", "few values", "equal", "wide", "infinite", "signed zeros"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 70_000), (1, 200_001), (5, 37), (40, 300)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 70_000), (1, 200_001), (2, 20_001), (9, 17_000), (5, 37), (40, 300)]
+)
 def test_exactly_the_lowest_are_chosen_with_ties_to_the_lowest_column(backend, kind, shape):
     score = scores(*shape, kind)
     C = shape[1]

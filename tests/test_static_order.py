@@ -8,7 +8,7 @@ from cases import layer
 from tolerances import RELATIVE, distance
 
 from lobs_native import ops
-from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.errors import ArgumentError, NotPositiveDefiniteError
 from lobs_native.hessian import invert
 
 
@@ -23,7 +23,9 @@ def random_orders(R: int, C: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 8), (12, 33), (20, 130)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 8), (3, 31), (12, 33), (4, 127), (4, 129), (20, 132)]
+)
 def test_it_equals_the_triangular_solve(backend, dtype, shape):
     W, H = layer(*shape)
     A = invert(H, 0.01, "H").A
@@ -84,3 +86,28 @@ def test_a_pivot_that_is_not_positive_is_named_and_nothing_written(backend):
     ops.static_order_prune_(
         W, A, torch.tensor([4], dtype=torch.int32), torch.tensor([0, 0, 1, 1]), backend=backend
     )
+
+
+@pytest.mark.parametrize(
+    ("order", "start", "column", "row"),
+    [
+        ([3, 1, 3, 0], [0, 0, 4, 4], 3, 1),  # twice in a row
+        ([3, 1, 3, 1], [0, 2, 4, 4], None, 0),  # once in each of two
+        ([0, 7, 0, 0], [0, 1, 2, 4], 7, 1),  # the first failure of several
+        ([0, 6, -1], [0, 1, 3, 3], -1, 1),
+        ([*range(7), *range(7)], [0, 0, 0, 14], 0, 2),  # more than there are columns
+        ([2, 2, 5], [0, 3, 3, 3], 2, 0),  # before a pivot that is not positive
+    ],
+)
+def test_an_order_that_is_none_is_named_and_nothing_written(backend, order, start, column, row):
+    W, H = layer(3, 7)
+    A = invert(H, 0.01, "H").A.clone()
+    A[5, 5] = -1 if len(order) == 3 else 1
+    before = W.clone()
+    args = (torch.tensor(order, dtype=torch.int32), torch.tensor(start))
+    if column is None:
+        ops.static_order_prune_(W, A, *args, backend=backend)
+        return
+    with pytest.raises(ArgumentError, match=f"column {column} of row {row} "):
+        ops.static_order_prune_(W, A, *args, backend=backend)
+    assert torch.equal(W, before)

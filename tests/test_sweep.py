@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64, F32 = torch.float64, torch.float32
 ROWS = (1, 3, 17, 65)
-COLUMNS = (1, 5, 8, 40, 128, 130)
+COLUMNS = (1, 5, 8, 31, 33, 40, 127, 128, 130)
 # (columns of a group, how many go): a part of a panel of columns, all of it, and many panels
 GROUPS = [(4, 2), (4, 1), (8, 4), (5, 3), (16, 8), (20, 13), (40, 1)]
 
@@ -163,6 +163,22 @@ def test_groups_are_chosen_as_by_the_loop(backend, dtype, group, per_group, code
             assert_zeros(found, gone, E)
             if not coded:
                 assert (gone.view(R, -1, group).sum(2) == per_group).all()
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("shape", [(129, 129, 60), (300, 150, 70), (387, 129, 129), (260, 65, 30)])
+def test_groups_and_blocks_wider_than_any_part_that_a_kernel_takes_at_once(backend, dtype, shape):
+    B, group, per_group = shape
+    W, U = problem(5, B, dtype)
+    codes = random_codes(5, B, stay=True)
+    codes[:2] = 0
+    found, gone, E = swept(W, U, codes, group, per_group, backend)
+    follow = None if dtype == F64 else gone
+    expected, mask, errors = sequential(W, U, codes, group, per_group, follow)
+    assert torch.equal(gone, mask)
+    assert distance(found, expected) < RELATIVE[dtype]
+    assert distance(E, errors) < RELATIVE[dtype]
+    assert_zeros(found, gone, E)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)

@@ -258,10 +258,10 @@ Info launch(AnyMatrix H, AnyMatrix X, const double* t, bool ones, const Context&
     for (Index n = 0; t != nullptr && n < x.rows; ++n) heaviest = t[n] > heaviest ? t[n] : heaviest;
     M* out = static_cast<M*>(H.data);
     constexpr bool wide = sizeof(S) == sizeof(double);
-    // What float32 has to hold: x, t * x, and 256 products t * x * x.
-    const auto fits = [](double v) { return v == 0 || (v > 0x1p-100 && v < 0x1p116); };
-    const bool in_range =
-        fits(largest) && fits(largest * heaviest) && fits(largest * heaviest * largest);
+    // What float32 has to hold: x, t, t * x, and 256 products t * x * x.
+    const auto fits = [](double v) { return v == 0 || (v > 0x1p-100 && v < 0x1p112); };
+    const bool in_range = fits(largest) && fits(heaviest) && fits(largest * heaviest) &&
+                          fits(largest * heaviest * largest);
     if constexpr (!wide) {
         if (in_range) return accumulate<float>(out, H.row_stride, x, context);
     }

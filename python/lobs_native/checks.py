@@ -21,6 +21,7 @@ from lobs_native.errors import (
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 22  # elements looked at together
 WEIGHTS = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)  # for token weights
+PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def tensor(
@@ -43,7 +44,7 @@ def tensor(
             raise DtypeError(
                 f"{name}: torch cannot take this {type(x).__name__} over: {error}"
             ) from error
-    if type(x) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(x) not in PLAIN:
         raise DtypeError(
             f"{name}: expected a plain torch.Tensor, got the subclass {type(x).__name__}; "
             "convert it first"

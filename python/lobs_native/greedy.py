@@ -20,11 +20,11 @@ from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
 from lobs_native.problem import Problem, nearest_count
 
-__all__ = ["Greedy", "cut_together"]
+__all__ = ["ROWS_TOGETHER", "Greedy", "cut_together"]
 
 _SAMPLE = 32  # rows of a layer that say how far the others must go, at least
 _MARGIN = 1.02  # how much further than that they go
-_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
+ROWS_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Greedy:
         after = torch.empty_like(self.problem.before, dtype=self.problem.dtype)
         gone = torch.zeros_like(after, dtype=torch.bool)
         for g in range(G):
-            for within in torch.arange(R).split(_TOGETHER):
+            for within in torch.arange(R).split(ROWS_TOGETHER):
                 order, _, _, weights = self._run(g, within + g * R, limit, math.inf, update=True)
                 gone[g, within] = self._marked(order)
                 after[g, within] = weights
@@ -180,7 +180,7 @@ class Greedy:
         R = self.problem.before.shape[1]
         for g in range(self.problem.before.shape[0]):
             mine = todo[(todo >= g * R) & (todo < (g + 1) * R)]
-            for some in mine.split(_TOGETHER):
+            for some in mine.split(ROWS_TOGETHER):
                 order, loss, count, _ = self._run(
                     g, some, limit, stop / self.scale[g], update=False
                 )
@@ -240,7 +240,7 @@ class Greedy:
 
         found = run(W, state)
         order, loss, count = found.order, found.loss, found.count
-        lost = found.lost.nonzero()[:, 0]
+        lost = found.lost.cpu().nonzero()[:, 0]  # like ``rows``
         if len(lost) and not problem.precise:
             wide = problem.working(g, torch.float64, within[lost])
             again = run(wide, None if state is None else state[lost].contiguous())
@@ -249,7 +249,7 @@ class Greedy:
             if update:
                 W[lost] = wide.to(W.dtype)
             problem.widened.update(rows[lost].tolist())
-            lost = lost[again.lost]
+            lost = lost[again.lost.cpu()]
         if len(lost):
             raise NotPositiveDefiniteError(
                 f"hessian: rounding in float64 left no positive pivot in row {int(within[lost[0]])}"
@@ -271,7 +271,7 @@ class Greedy:
         if not units:
             return out
         place = torch.arange(units)
-        for at in torch.arange(len(pick)).split(_TOGETHER):
+        for at in torch.arange(len(pick)).split(ROWS_TOGETHER):
             rows = pick[at]
             cost = self._unit_costs(rows)
             cost.masked_fill_(place < (self.first[rows] // self.unit)[:, None], -1.0)

@@ -7,11 +7,12 @@ memory is refused first, by checks.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,10 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _SAMPLES = 4096  # samples in one native call, so that Ctrl-C is answered soon
 _DEVICE_FAILED = 7
+_TOGETHER = 1 << 24  # entries of blocks that torch updates at once
 _LARGE_BLOCK = 512  # from here on a block's update is one big matrix product, which torch does best
+_SOLVED_TOGETHER = 256 << 20  # bytes of systems that a device solves at once
+_SIZES = 32  # a device solves systems together whose sizes round up to the same multiple of this
 
 # A parallel region in a forked child hangs if the parent has had one, torch's own regions
 # included: children of processes that use this package work on one thread.
@@ -144,6 +148,20 @@ def _fastest(device: torch.device) -> str:
     return "cuda"
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """torch's float32 products in float32, whatever the user has set for the whole process.
+
+    With TF32 or bfloat16 products a repair would be wrong in its fourth digit.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def on_device(backend: str) -> bool:
     """Whether a backend (its own name) runs on a device and only enqueues its work."""
     return any(row[0] == backend and row[3] for row in _core.backends())
@@ -174,7 +192,8 @@ def _native(
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(device).cuda_stream
     place = (ordinal, stream, allocate, report.data_ptr())
-    status, where = call(backend, *arguments, workers, place)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        status, where = call(backend, *arguments, workers, place)
     if status == _DEVICE_FAILED:
         raise LobsError(f"backend: {backend!r}: the device refused {operation}: error {where}")
     if status == 0 and (word := int(report)) != -1:
@@ -277,8 +296,9 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
     m : float > 0
         Number of samples the mean is taken over.
     backend : str, optional
-        A name from ``backends()``. Blocks larger than 512 go through torch's matrix products on any
-        backend but ``"reference"``.
+        A name from ``backends()``. Blocks larger than 512, or on a device larger than its
+        multiprocessors' shared memory, go through torch's matrix products on any backend but
+        ``"reference"``.
 
     Returns
     -------
@@ -338,6 +358,10 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
             _crossing(part),
             float(m),
         )
+        if status == 5:  # the device's shared memory does not hold a block, whatever the part
+            checks.check_finite(G, "G")
+            _update_large(F, G, m)
+            return "torch"
         if status == 1:
             raise checks.not_finite("G", G, where)
         if status == 2:
@@ -353,18 +377,26 @@ def _lost_definiteness(block: int) -> NotPositiveDefiniteError:
     )
 
 
+@full_precision()
 def _update_large(F: Tensor, G: Tensor, m: float) -> None:
+    """Several blocks go together where they are small for torch's products."""
     blocks, B, _ = F.shape
-    for b in range(blocks):
-        for g in G[:, b * B : (b + 1) * B].split(_LARGE_BLOCK):  # (r, <= B)
-            y = g @ F[b, : g.shape[1]]  # (r, B)
-            s = y[:, : g.shape[1]] @ g.T  # (r, r)
-            s.diagonal().add_(m)
+    together = max(1, _TOGETHER // (B * B))
+    for first in range(0, blocks, together):
+        f = F[first : first + together]  # (b, B, B), a view
+        part = G[:, first * B : (first + together) * B]
+        if missing := f.shape[0] * B - part.shape[1]:
+            part = torch.nn.functional.pad(part, (0, missing))
+        for g in part.unflatten(1, (-1, B)).transpose(0, 1).split(min(B, _LARGE_BLOCK), dim=1):
+            y = g @ f  # (b, r, B)
+            s = y @ g.mT  # (b, r, r)
+            s.diagonal(dim1=1, dim2=2).add_(m)
             factor, info = torch.linalg.cholesky_ex(s)
-            if int(info) or not bool(torch.isfinite(factor.diagonal()).all()):
-                raise _lost_definiteness(b)
-            z = torch.linalg.solve_triangular(factor, y, upper=False)  # (r, B)
-            F[b].addmm_(z.T, z, alpha=-1)
+            finite = torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(dim=1)
+            if bool((lost := (info != 0) | ~finite).any()):
+                raise _lost_definiteness(first + int(lost.to(torch.uint8).argmax()))
+            z = torch.linalg.solve_triangular(factor, y, upper=False)  # (b, r, B)
+            f.baddbmm_(z.mT, z, alpha=-1)
 
 
 def saliency_argmin(
@@ -849,13 +881,13 @@ def exact_bytes(
     group: int = 0,
     backend: str | None = None,
 ) -> int:
-    """Bytes of scratch that one thread of :func:`exact_trace` needs for rows of ``columns``; 0 for
-    "reference"."""
+    """Bytes of scratch that one thread (on a device, one row) of :func:`exact_trace` needs for rows
+    of ``columns``; 0 for "reference"."""
     columns = checks.positive_int(columns, "columns")
     if dtype not in (torch.float64, torch.float32):
         raise DtypeError(f"dtype: {dtype}; rows are traced in torch.float64 or torch.float32")
     plan = _exact_plan(columns, dtype, limit, math.inf, block, group, 0, True)
-    chosen = select_backend(backend, torch.device("cpu"))
+    chosen = select_backend(backend, _home(backend))
     if chosen == "reference":
         return 0
     return _core.exact_bytes(chosen, _CODES[dtype], columns, plan)
@@ -865,33 +897,28 @@ def affordable_threads(
     columns: int,
     dtype: torch.dtype = torch.float32,
     *,
+    rows: int = 1 << 40,
     memory: int | None = None,
     backend: str | None = None,
 ) -> int:
     """Threads that :func:`exact_trace` would use for rows of ``columns`` with this limit on
-    scratch. MemoryError where one needs more than that."""
+    scratch; on a device, how many of ``rows`` it would have in flight. MemoryError where one needs
+    more than that."""
     columns = checks.positive_int(columns, "columns")
+    rows = checks.positive_int(rows, "rows")
     if dtype not in (torch.float64, torch.float32):
         raise DtypeError(f"dtype: {dtype}; rows are traced in torch.float64 or torch.float32")
     plan = _exact_plan(columns, dtype, None, math.inf, 1, 0, 0, True)
-    chosen = select_backend(backend, torch.device("cpu"))
+    device = _home(backend)
+    chosen = select_backend(backend, device)
     if chosen == "reference":
         return 1
-    return _affordable(chosen, dtype, columns, plan, memory)
+    return _workers(chosen, device, rows, dtype, columns, plan, memory)
 
 
-def _affordable(chosen: str, dtype: torch.dtype, C: int, plan: _Plan, memory: int | None) -> int:
-    """Threads whose scratch fits into ``memory``."""
-    if memory is None:
-        return threads()
-    memory = checks.positive_int(memory, "memory")
-    each = _core.exact_bytes(chosen, _CODES[dtype], C, plan)
-    if each > memory:
-        raise MemoryError(
-            f"memory: one thread needs {each} bytes of scratch for {C} columns and {plan[0]} "
-            f"removals, more than the {memory} allowed; raise memory or remove less"
-        )
-    return min(threads(), memory // each)
+def _home(backend: str | None) -> torch.device:
+    """Where a backend's tensors would be."""
+    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 def _workers(
@@ -905,19 +932,20 @@ def _workers(
 ) -> int:
     """Threads, or on a device rows in flight, whose scratch fits into ``memory``; on a device half
     of what is free by default."""
-    if not on_device(chosen):
-        return _affordable(chosen, dtype, C, plan, memory)
-    each = _core.exact_bytes(chosen, _CODES[dtype], C, plan)
-    if memory is None:
-        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
-    else:
+    most, one = (R, "row") if on_device(chosen) else (threads(), "thread")
+    if memory is not None:
         memory = checks.positive_int(memory, "memory")
+    elif one == "thread":
+        return most
+    else:
+        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+    each = _core.exact_bytes(chosen, _CODES[dtype], C, plan)
     if each > memory:
         raise MemoryError(
-            f"memory: one row needs {each} bytes of scratch for {C} columns and {plan[0]} "
-            f"removals, more than the {memory} there are; raise memory or remove less"
+            f"memory: one {one} needs {each} bytes of scratch for {C} columns and {plan[0]} "
+            f"removals, more than the {memory} allowed; raise memory or remove less"
         )
-    return min(R, memory // each)
+    return min(most, memory // each)
 
 
 def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None) -> str:
@@ -971,6 +999,8 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
         return name
     if name == "reference":
         row = reference.support_solve_(X, M, P)
+    elif on_device(name):
+        row = _solve_supports(X, M, P)
     else:
         status, row = _native(
             "support_solve", name, X.device, _crossing(X), M.data_ptr(), P.data_ptr()
@@ -984,6 +1014,41 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
             "damping, or use float64"
         )
     return name
+
+
+@full_precision()
+def _solve_supports(X: Tensor, M: Tensor, P: Tensor) -> int:
+    """:func:`support_solve_` in torch's batched Cholesky: -1, or the lowest row without a solution.
+
+    Rows of about the same number of columns go together, filled up with rows and columns of the
+    identity.
+    """
+    C = X.shape[1]
+    counts = P.sum(1)  # (R,)
+    rounded = ((counts + _SIZES - 1) // _SIZES * _SIZES).clamp_max(C)
+    failed = torch.zeros(len(X), dtype=torch.bool, device=X.device)
+    for k in rounded.unique().tolist():
+        rows = (rounded == k).nonzero()[:, 0]
+        if k == 0:
+            X[rows] = 0
+            continue
+        # The systems, their factors, and what torch holds of either while it solves; the sort.
+        each = 4 * X.element_size() * k * k + 16 * C
+        for some in rows.split(max(1, _SOLVED_TOGETHER // each)):
+            inside = torch.arange(k, device=X.device) < counts[some, None]  # (n, k)
+            # Chosen columns first, in order, then others, which take no part.
+            columns = P[some].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
+            systems = M[columns[:, :, None], columns[:, None, :]]  # (n, k, k)
+            systems.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0)
+            systems.diagonal(dim1=1, dim2=2).masked_fill_(~inside, 1)
+            sides = X[some].gather(1, columns).masked_fill_(~inside, 0)
+            factors, info = torch.linalg.cholesky_ex(systems)
+            del systems
+            finite = torch.isfinite(factors.diagonal(dim1=1, dim2=2)).all(1)
+            failed[some] = (info != 0) | ~finite
+            solved = torch.cholesky_solve(sides[:, :, None], factors)[:, :, 0]
+            X[some] = torch.zeros_like(X[some]).scatter_(1, columns, solved)
+    return int(failed.to(torch.uint8).argmax()) if bool(failed.any()) else -1
 
 
 def exchange_(
@@ -1024,7 +1089,7 @@ def exchange_(
     left : (R,) float64
         The row's error afterwards, in the damped second moment.
     str
-        The backend that did it.
+        The backend that did it: a CPU level for a device, whose tensors are copied over and back.
 
     Raises
     ------
@@ -1067,6 +1132,8 @@ def exchange_(
     left = torch.zeros(R, dtype=torch.float64, device=W.device)
     if W.numel() == 0:
         return swaps, left, chosen
+    if on_device(chosen):
+        return _exchange_on_host(W, A, kept, fixed, group, rounds)
     if chosen == "reference":
         swaps, left, row = reference.exchange_(W, A, kept, fixed, group, rounds)
     else:
@@ -1091,6 +1158,25 @@ def exchange_(
             f"A: not positive definite on the removed columns of row {row}: raise the damping"
         )
     return swaps, left, chosen
+
+
+def _exchange_on_host(
+    W: Tensor, A: Tensor, kept: Tensor, fixed: Tensor | None, group: int, limit: int
+) -> tuple[Tensor, Tensor, str]:
+    """:func:`exchange_` by the CPU's kernels for tensors of a device."""
+    w, k = W.cpu(), kept.cpu()
+    swaps, left, used = exchange_(
+        w,
+        A.cpu(),
+        k,
+        fixed=None if fixed is None else fixed.cpu(),
+        group=group,
+        limit=limit,
+        backend="cpu",
+    )
+    W.copy_(w)
+    kept.copy_(k)
+    return swaps.to(W.device), left.to(W.device), used
 
 
 # ---- sweep ---------------------------------------------------------------------------------------
@@ -1171,25 +1257,26 @@ def sweep_block_(
     chosen = select_backend(backend, W.device)
     if W.numel() == 0:
         return chosen
-    bad = ~(U.diagonal() > 0)
-    if bool(bad.any()):
-        j = int(bad.to(torch.uint8).argmax())
+    if chosen == "reference":
+        bad = ~(U.diagonal() > 0)
+        status, j = (2, int(bad.to(torch.uint8).argmax())) if bool(bad.any()) else (0, 0)
+        if status == 0:
+            reference.sweep_block_(W, U, gone, E, group, per_group)
+    else:
+        status, j = _native(
+            "sweep_block",
+            chosen,
+            W.device,
+            _crossing(W),
+            _crossing(U),
+            gone.data_ptr(),
+            _crossing(E),
+            group,
+            per_group,
+        )
+    if status == 2:
         raise NotPositiveDefiniteError(
             f"U: {float(U[j, j])} at ({j}, {j}); it must be positive: raise the damping"
         )
-    if chosen == "reference":
-        reference.sweep_block_(W, U, gone, E, group, per_group)
-        return chosen
-    status, _ = _native(
-        "sweep_block",
-        chosen,
-        W.device,
-        _crossing(W),
-        _crossing(U),
-        gone.data_ptr(),
-        _crossing(E),
-        group,
-        per_group,
-    )
     _memory(status)
     return chosen

@@ -9,6 +9,7 @@ import torch
 
 from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.greedy import ROWS_TOGETHER
 
 __all__ = ["MemoryPlan", "plan_memory"]
 
@@ -19,8 +20,8 @@ class MemoryPlan:
 
     rows: int
     columns: int
-    threads: int  # that the limit leaves
-    scratch: int  # of all those threads
+    threads: int  # that the limit leaves; on a device, rows in flight
+    scratch: int  # of all of them
     trace: int  # order and cost of every removal
     matrices: int  # inverse, weights and temporaries
     private_inverses: int  # what the published algorithm keeps: one inverse per row, for 32 rows
@@ -35,8 +36,8 @@ class MemoryPlan:
             return f"{size / 1e6:,.0f} MB"
 
         return (
-            f"{self.rows} x {self.columns}: {mb(self.total)} = {mb(self.scratch)} scratch of "
-            f"{self.threads} threads + {mb(self.trace)} trace + {mb(self.matrices)} matrices"
+            f"{self.rows} x {self.columns}: {mb(self.total)} = {mb(self.scratch)} scratch for "
+            f"{self.threads} rows at a time + {mb(self.trace)} trace + {mb(self.matrices)} matrices"
         )
 
 
@@ -61,9 +62,10 @@ def plan_memory(
     bias : bool
         Whether a bias is updated.
     memory : int, optional
-        The limit on scratch that :func:`lobs_native.prune_weight` would be given.
+        The limit on scratch that :func:`lobs_native.prune_weight` would be given. Without one, a
+        device's rows in flight take half of its free memory at most.
     backend : str, optional
-        A name from ``backends()``.
+        A name from ``backends()``; the CPU's by default.
 
     Returns
     -------
@@ -75,7 +77,7 @@ def plan_memory(
     ArgumentError, DtypeError, BackendError
         An argument does not fit.
     MemoryError
-        One thread needs more scratch than ``memory``.
+        One thread (on a device, one row) needs more scratch than ``memory``.
     """
     R = checks.positive_int(rows, "rows")
     D = checks.positive_int(columns, "columns") + checks.flag(bias, "bias")
@@ -87,7 +89,9 @@ def plan_memory(
     wide = dtype == torch.float64
     kernel = torch.float64 if wide else torch.float32
     size = 8 if wide else 4
-    threads = ops.affordable_threads(D, kernel, memory=memory, backend=backend)
+    threads = ops.affordable_threads(
+        D, kernel, rows=min(R, ROWS_TOGETHER), memory=memory, backend=backend
+    )
     scratch = threads * ops.exact_bytes(D, kernel, backend=backend)
     longest = min(D, round(1.5 * share * D) + 1)  # rows of a layer differ in length
     trace = R * longest * (4 + size)

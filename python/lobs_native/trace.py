@@ -63,6 +63,7 @@ class WeightTrace:
         loss = self._greedy.rows.loss.to(torch.float64) * unit
         return loss.to(problem.before.device, torch.float64 if wide else torch.float32)
 
+    @ops.full_precision()
     def at(self, sparsity: float, scope: str = "layer") -> PrunedWeight:
         """The layer at one sparsity, as :func:`lobs_native.prune_weight` gives it.
 
@@ -139,6 +140,7 @@ class WeightTrace:
         return sparsity, error
 
 
+@ops.full_precision()
 def trace_weight(
     weight: Any,
     hessian: Any,

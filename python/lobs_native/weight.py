@@ -216,10 +216,11 @@ def prune_weight(
         "solve" recomputes the kept weights for the final mask in float64, whatever the method.
         "exchange" then swaps a kept weight of a row against a removed one as long as one swap
         lowers the error, and takes C * C / 2 doubles per thread. Not with 1xB patterns; what the
-        mask demands stays.
+        mask demands stays. For CUDA tensors the exchanges are made on the CPU, and ``notes`` says
+        so.
     memory : int, optional
-        Bytes of scratch for "exact" at most: it then uses fewer threads, or raises MemoryError;
-        see :func:`plan_memory`.
+        Bytes of scratch for "exact" at most: it then uses fewer threads (on a device, fewer rows at
+        a time), or raises MemoryError; see :func:`plan_memory`.
     backend : str, optional
         A name from ``backends()``.
 
@@ -310,6 +311,7 @@ def first_group(out: PrunedWeight) -> PrunedWeight:
 # ---- the work, over G groups that are ranked together (grouped convolutions; G = 1 otherwise) ----
 
 
+@ops.full_precision()
 def prune_groups(
     W: Tensor,
     moments: Sequence[Tensor],
@@ -473,9 +475,13 @@ def _exchanged(problem: Problem, pattern: Pattern, gone: Tensor) -> tuple[Tensor
         if problem.bias_dtype is not None and not problem.prune_bias:
             fixed[:, -1] = True
         W, mine = problem.working(g, torch.float64), kept[g].contiguous()
-        made, _, _ = ops.exchange_(
+        made, _, used = ops.exchange_(
             W, inverse.A, mine, fixed=fixed, group=group, backend=problem.backend
         )
+        if used != problem.backend and g == 0:
+            problem.said.append(
+                f"exchanged on the CPU: {problem.backend} has no kernel for it, {used} did it"
+            )
         kept[g], after[g] = mine, W
         swaps += int(made.sum())
     return ~kept, problem.restored(after, ~kept), swaps

@@ -34,6 +34,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -42,6 +43,8 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -87,7 +90,8 @@ constexpr std::size_t kStack = 256 << 10;  // bytes of a fiber's stack
 extern "C" void lobs_emulator_switch(void** save, void* load);
 __asm__(
     ".pushsection .text.lobs_emulator_switch,\"axG\",@progbits,lobs_emulator_switch,comdat\n"
-    ".weak lobs_emulator_switch\n.hidden lobs_emulator_switch\n.type lobs_emulator_switch,@function\n"
+    ".weak lobs_emulator_switch\n.hidden lobs_emulator_switch\n.type "
+    "lobs_emulator_switch,@function\n"
     "lobs_emulator_switch:\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
@@ -151,8 +155,9 @@ inline Machine& machine() {
 
 [[noreturn]] inline void fail(const char* what) {
     Machine& m = machine();
-    std::fprintf(stderr, "emulator: %s in %s, block (%u, %u, %u), thread %u of %u\n", what, m.kernel, m.block_index.x,
-                 m.block_index.y, m.block_index.z, m.current != nullptr ? m.current->thread : 0, m.threads);
+    std::fprintf(stderr, "emulator: %s in %s, block (%u, %u, %u), thread %u of %u\n", what,
+                 m.kernel, m.block_index.x, m.block_index.y, m.block_index.z,
+                 m.current != nullptr ? m.current->thread : 0, m.threads);
     std::abort();
 }
 
@@ -207,13 +212,18 @@ inline void resume(Fiber& f) {
 
 inline void prepare(Fiber& f, unsigned thread) {
     if (f.stack.empty()) f.stack.resize(kStack);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack.data(),
+                                  f.stack.size());  // its last thread never returned
+#endif
     f.state = State::runs;
     f.thread = thread;
     f.warp_phase = 0;
     f.copies.clear();
     f.open_group = 0;
 #if defined(__x86_64__)
-    auto top = reinterpret_cast<std::uintptr_t>(f.stack.data() + f.stack.size()) & ~std::uintptr_t{63};
+    auto top =
+        reinterpret_cast<std::uintptr_t>(f.stack.data() + f.stack.size()) & ~std::uintptr_t{63};
     auto* slot = reinterpret_cast<void**>(top) - 2;  // at entry the stack pointer is 8 modulo 16
     *slot = reinterpret_cast<void*>(&fiber_main);
     f.at = slot - 6;
@@ -235,7 +245,8 @@ class Order {  // in which the threads of a block run between two barriers
         const std::string order = asked != nullptr ? asked : "forward";
         if (order == "backward") std::reverse(at_.begin(), at_.end());
         shuffled_ = order != "backward" && order != "forward";
-        if (shuffled_) random_.seed(static_cast<unsigned>(std::strtoul(order.c_str(), nullptr, 10)) + n);
+        if (shuffled_)
+            random_.seed(static_cast<unsigned>(std::strtoul(order.c_str(), nullptr, 10)) + n);
     }
     const std::vector<unsigned>& next() {
         if (shuffled_) std::shuffle(at_.begin(), at_.end(), random_);
@@ -279,7 +290,8 @@ inline void run_block(std::size_t shared_bytes) {
             if (waiting == 0) continue;
             if (waiting < last - first) {
                 bool running = false;
-                for (unsigned t = first; t < last; ++t) running = running || m.fibers[t].state == State::runs;
+                for (unsigned t = first; t < last; ++t)
+                    running = running || m.fibers[t].state == State::runs;
                 if (!running) fail("a warp's lanes parted at a warp operation");
                 continue;
             }
@@ -357,8 +369,8 @@ struct GridSize {
 };
 
 template <typename... Parameters, typename... Arguments>
-void run(void (*kernel)(Parameters...), const char* name, dim3 grid, unsigned threads, std::size_t shared_bytes,
-         Arguments... arguments) {
+void run(void (*kernel)(Parameters...), const char* name, dim3 grid, unsigned threads,
+         std::size_t shared_bytes, Arguments... arguments) {
     Machine& m = machine();
     std::lock_guard<std::mutex> held(m.mutex);
     m.kernel = name;
@@ -370,8 +382,9 @@ void run(void (*kernel)(Parameters...), const char* name, dim3 grid, unsigned th
     const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
     for (std::uint64_t i = 0; i < blocks; ++i) {
         const std::uint64_t b = backward ? blocks - 1 - i : i;
-        m.block_index = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                             static_cast<unsigned>(b / grid.x / grid.y));
+        m.block_index =
+            dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                 static_cast<unsigned>(b / grid.x / grid.y));
         run_block(shared_bytes);
     }
     m.body = nullptr;
@@ -486,7 +499,8 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaSt
     std::memset(p, value, bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, int, cudaStream_t) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, int,
+                                   cudaStream_t) {
     std::memcpy(to, from, bytes);
     return cudaSuccess;
 }
@@ -504,7 +518,9 @@ inline void land_copies(int left) {
             rest.push_back(c);
             continue;
         }
-        if ((reinterpret_cast<std::uintptr_t>(c.to) | reinterpret_cast<std::uintptr_t>(c.from)) % 16 != 0)
+        if ((reinterpret_cast<std::uintptr_t>(c.to) | reinterpret_cast<std::uintptr_t>(c.from)) %
+                16 !=
+            0)
             fail("an asynchronous copy is not aligned to 16 bytes");
         std::memcpy(c.to, c.from, c.bytes);
         std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.whole - c.bytes);
@@ -517,7 +533,8 @@ struct Address {
 };
 
 inline void load_transposed(unsigned (&r)[4], const void* row) {
-    if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("a matrix row is not aligned to 16 bytes");
+    if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0)
+        fail("a matrix row is not aligned to 16 bytes");
     const auto all = exchanged(Address{static_cast<const unsigned char*>(row)});
     const int lane = static_cast<int>(machine().current->thread % 32);
     for (int i = 0; i < 4; ++i) {
@@ -533,18 +550,20 @@ inline void load_transposed(unsigned (&r)[4], const void* row) {
 
 inline float half_value(unsigned bits, bool bfloat) {
     if (bfloat) return __uint_as_float(bits << 16);
-    const unsigned sign = bits >> 15, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
-    const double size = exponent == 0    ? std::ldexp(mantissa, -24)
-                        : exponent == 31 ? (mantissa != 0 ? NAN : INFINITY)
-                                         : std::ldexp(1024 + mantissa, static_cast<int>(exponent) - 25);
-    return static_cast<float>(sign != 0 ? -size : size);
+    const unsigned sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+    const float tiny = static_cast<float>(size) * 0x1p-24f;  // a denormal
+    const unsigned value = size < 0x400u    ? __float_as_uint(tiny)
+                           : size < 0x7c00u ? (size << 13) + 0x38000000u
+                                            : (size << 13) + 0x70000000u;
+    return __uint_as_float(sign | value);
 }
 
 struct Fragments {
     unsigned a[4], b[2];
 };
 
-inline void multiply_16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool bfloat) {
+inline void multiply_16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                        bool bfloat) {
     const auto all = exchanged(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     const int lane = static_cast<int>(machine().current->thread % 32), g = lane / 4, tig = lane % 4;
     for (int k = 0; k < 16; ++k) {

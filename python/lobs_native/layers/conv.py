@@ -2,7 +2,8 @@
 both sides.
 
 Patches are never materialised for a whole batch: a strided view of the padded images is cut into
-pieces of at most ``PATCH_BYTES`` before anything is copied.
+pieces of at most ``PATCH_BYTES`` (on a device sixteen times that, for fewer launches) before
+anything is copied.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Conv2d(Layer):
             )
         windows_per_image = self._windows(images[:1]).shape[1:3]  # (oh, ow)
         row_bytes = windows_per_image[1] * self.width * self.groups * inputs.element_size()
-        lines = max(1, PATCH_BYTES // max(1, row_bytes))  # output lines that fit
+        limit = PATCH_BYTES if images.device.type == "cpu" else 16 * PATCH_BYTES
+        lines = max(1, limit // max(1, row_bytes))  # output lines that fit
         batch = max(1, lines // max(1, windows_per_image[0]))
         for piece in images.split(batch):
             windows = self._windows(piece)  # (b, oh, ow, C_in, kh, kw), a view
