@@ -480,7 +480,7 @@ def exercise(place: Place) -> None:
         A = torch.linalg.inv(H).contiguous()
         A = (A + A.T) / 2
         W = torch.randn(5, C)
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64) if C < 1000 else (torch.float32,):
             tolerance = 1e-3 if dtype == torch.float32 else 1e-9
 
             def check(
@@ -532,7 +532,7 @@ def exercise(place: Place) -> None:
             known_column, _ = ops.saliency_argmin(
                 W.double(), A.diagonal(), torch.ones(C).bool(), backend="cpu"
             )
-            check("saliency", column, known_column)
+            check("saliency", column + 1, known_column + 1)
             score = torch.randn(6, C, dtype=torch.float64)
             low = ops.rank_lowest(score.to(place.device), C // 2, backend=b)
             check("ranking", low.cpu().double() + 1, ops.rank_lowest(score, C // 2) + 1.0)
@@ -614,7 +614,8 @@ def main() -> None:
             sys.path.insert(0, str(ROOT / "tests"))
             from emulated import build as build_emulated
 
-            env = {"LOBS_EMULATED": str(build_emulated(Path(folder)))}
+            cache = Path(os.environ.get("LOBS_EMULATED_CACHE") or folder)
+            env = {"LOBS_EMULATED": str(build_emulated(cache))}
         else:
             made, site = build(Path(folder), env)
             keep("build", made)

@@ -200,10 +200,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def device(backend: str | None) -> Iterator[torch.device]:
+def device(backend: str | None, *, patched: bool = True) -> Iterator[torch.device]:
     """The pretend device, as long as the context lasts.
 
-    ``backend`` stands for the CUDA kernels: it is what ``None`` and ``"cuda"`` choose there.
+    ``backend`` stands for the CUDA kernels: it is what ``None`` and ``"cuda"`` choose there. With
+    ``patched`` false backends are chosen as they are without a pretence.
     """
     real = ops.select_backend
 
@@ -215,11 +216,16 @@ def device(backend: str | None) -> Iterator[torch.device]:
     state = torch.zeros(0, dtype=torch.uint8)
     with contextlib.ExitStack() as stack:
         for where, name, value in (
-            (ops, "select_backend", select),
+            (ops, "select_backend", select if patched else real),
             (checks, "PLAIN", (*checks.PLAIN, Pretend)),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device", lambda _: contextlib.nullcontext()),
             (torch.cuda, "current_stream", lambda _=None: SimpleNamespace(cuda_stream=0)),
+            (
+                torch.cuda,
+                "get_device_properties",
+                lambda _=None: SimpleNamespace(multi_processor_count=2),
+            ),
             (torch.cuda, "mem_get_info", lambda _=None: (_MEMORY, 2 * _MEMORY)),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "get_rng_state", lambda _=None: state),

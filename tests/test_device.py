@@ -21,6 +21,7 @@ import lobs_native as lobs
 from lobs_native import ops
 from lobs_native.errors import (
     ArgumentError,
+    BackendError,
     NonFiniteError,
     NotPositiveDefiniteError,
     ShapeError,
@@ -242,9 +243,9 @@ def test_what_is_not_finite_is_named(device):
 def test_planned_memory(emulated):
     with pretend.device(emulated):
         plan = lobs.plan_memory(5000, 64, backend="cuda")
-        assert 0 < plan.threads <= 1024
+        assert plan.threads == 4  # two for each of two multiprocessors
         assert plan.scratch == plan.threads * ops.exact_bytes(64, backend="cuda")
-        assert lobs.plan_memory(7, 64, backend="cuda").threads == 7
+        assert lobs.plan_memory(3, 64, backend="cuda").threads == 3
         one = ops.exact_bytes(64, backend="cuda")
         assert lobs.plan_memory(7, 64, memory=3 * one, backend="cuda").threads == 3
         with pytest.raises(MemoryError, match="one row needs"):
@@ -252,6 +253,22 @@ def test_planned_memory(emulated):
         given = {**layer(), "sparsity": 0.5}
         few = lobs.prune_weight(**moved(given), memory=3 * ops.exact_bytes(C, backend="cuda"))
         assert torch.equal(few.weight.cpu(), lobs.prune_weight(**moved(given)).weight.cpu())
+
+
+def test_without_a_usable_gpu_plain_torch_takes_over_and_says_so():
+    ready, detail = next(row[1:] for row in lobs.backends() if row[0] == "cuda")
+    if ready:
+        pytest.skip(f"this machine has a GPU: {detail}")
+    W, H = layer()["weight"], layer()["hessian"]
+    with pretend.device(None, patched=False):
+        with pytest.warns(RuntimeWarning, match="slowly: .*CUDA") as said:
+            out = lobs.prune_weight(W.to(CUDA), H.to(CUDA), sparsity=0.5)
+        assert out.backend == "reference"
+        assert {str(w.message) for w in said} == {str(said[0].message)}
+        with pytest.raises(BackendError, match=r"'cuda' is not ready here: .*CUDA"):
+            lobs.prune_weight(W.to(CUDA), H.to(CUDA), sparsity=0.5, backend="cuda")
+    with pytest.raises(BackendError, match=r"'cuda' is not ready here: .*CUDA"):
+        lobs.prune_weight(W, H, sparsity=0.5, backend="cuda")
 
 
 # ---- second moments ------------------------------------------------------------------------------

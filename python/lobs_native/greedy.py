@@ -20,11 +20,12 @@ from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
 from lobs_native.problem import Problem, nearest_count
 
-__all__ = ["ROWS_TOGETHER", "Greedy", "cut_together"]
+__all__ = ["Greedy", "cut_together", "rows_together"]
 
 _SAMPLE = 32  # rows of a layer that say how far the others must go, at least
 _MARGIN = 1.02  # how much further than that they go
-ROWS_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
+_TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
+_ON_DEVICE = 8 * _TOGETHER  # there, so that few rows are the last to end
 
 
 @dataclass
@@ -110,6 +111,11 @@ class Greedy:
         return self.problem.before.shape[2]
 
     @property
+    def together(self) -> int:
+        """Rows in one call of the kernel."""
+        return rows_together(self.problem.backend)
+
+    @property
     def sparsity(self) -> float:
         """What an N:M pattern removes; 0 without one."""
         return self.per_group / self.group if self.group else 0.0
@@ -154,7 +160,7 @@ class Greedy:
         after = torch.empty_like(self.problem.before, dtype=self.problem.dtype)
         gone = torch.zeros_like(after, dtype=torch.bool)
         for g in range(G):
-            for within in torch.arange(R).split(ROWS_TOGETHER):
+            for within in torch.arange(R).split(self.together):
                 order, _, _, weights = self._run(g, within + g * R, limit, math.inf, update=True)
                 gone[g, within] = self._marked(order)
                 after[g, within] = weights
@@ -180,7 +186,7 @@ class Greedy:
         R = self.problem.before.shape[1]
         for g in range(self.problem.before.shape[0]):
             mine = todo[(todo >= g * R) & (todo < (g + 1) * R)]
-            for some in mine.split(ROWS_TOGETHER):
+            for some in mine.split(self.together):
                 order, loss, count, _ = self._run(
                     g, some, limit, stop / self.scale[g], update=False
                 )
@@ -271,7 +277,7 @@ class Greedy:
         if not units:
             return out
         place = torch.arange(units)
-        for at in torch.arange(len(pick)).split(ROWS_TOGETHER):
+        for at in torch.arange(len(pick)).split(_TOGETHER):
             rows = pick[at]
             cost = self._unit_costs(rows)
             cost.masked_fill_(place < (self.first[rows] // self.unit)[:, None], -1.0)
@@ -299,6 +305,11 @@ class Greedy:
         marked = torch.zeros(len(order), D + 1, dtype=torch.bool)
         marked.scatter_(1, torch.where(order < 0, D, order).long(), True)
         return marked[:, :D].to(self.problem.before.device)
+
+
+def rows_together(backend: str) -> int:
+    """Rows that one call of a backend's kernel gets."""
+    return _ON_DEVICE if ops.on_device(backend) else _TOGETHER
 
 
 def cut_together(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> list[Tensor]:

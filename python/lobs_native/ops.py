@@ -933,6 +933,8 @@ def _workers(
     """Threads, or on a device rows in flight, whose scratch fits into ``memory``; on a device half
     of what is free by default."""
     most, one = (R, "row") if on_device(chosen) else (threads(), "thread")
+    if device.type == "cuda":  # as many blocks as cuda/exact.cu launches
+        most = min(R, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
     if memory is not None:
         memory = checks.positive_int(memory, "memory")
     elif one == "thread":

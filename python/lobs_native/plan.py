@@ -9,7 +9,7 @@ import torch
 
 from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.greedy import ROWS_TOGETHER
+from lobs_native.greedy import rows_together
 
 __all__ = ["MemoryPlan", "plan_memory"]
 
@@ -90,7 +90,7 @@ def plan_memory(
     kernel = torch.float64 if wide else torch.float32
     size = 8 if wide else 4
     threads = ops.affordable_threads(
-        D, kernel, rows=min(R, ROWS_TOGETHER), memory=memory, backend=backend
+        D, kernel, rows=min(R, rows_together(backend or "cpu")), memory=memory, backend=backend
     )
     scratch = threads * ops.exact_bytes(D, kernel, backend=backend)
     longest = min(D, round(1.5 * share * D) + 1)  # rows of a layer differ in length
