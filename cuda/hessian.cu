@@ -648,7 +648,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     double* stages = reinterpret_cast<double*>(shared());  // [2][kWideDepth][2 * kWideTile]
 
     // This thread brings one column of one side, of eight rows to a stage.
-    const int place = threadIdx.x % (2 * kWideTile), row = threadIdx.x / (2 * kWideTile);
+    constexpr int kAcross = 2 * static_cast<int>(kWideTile);
+    const int place = static_cast<int>(threadIdx.x) % kAcross;
+    const int row = static_cast<int>(threadIdx.x) / kAcross;
     const bool left_side = place < kWideTile;
     const Index column = (left_side ? tile.row : tile.column) * kWideTile + place % kWideTile;
     const bool is_one = ones && column == x.columns;
