@@ -445,7 +445,7 @@ def network() -> nn.Sequential:
     [
         {"method": "exact", "sparsity": 0.5},
         {"method": "exact", "sparsity": 0.5, "scope": "model"},
-        {"method": "exact", "pattern": "2:4", "exclude": ["0", "7"], "refine": "exchange"},
+        {"method": "exact", "pattern": "1:2", "exclude": ["0", "7"], "refine": "exchange"},
         {"method": "sweep", "sparsity": 0.5, "prune_bias": True},
         {"method": "lobs", "sparsity": 0.5},
     ],

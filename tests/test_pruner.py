@@ -4,6 +4,7 @@ changed."""
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -163,7 +164,9 @@ def test_one_budget_for_the_model_is_the_global_greedy(inputs):
     """Merging all rows of all layers by the running maximum of their relative costs."""
     model, data = network().double(), [x.double() for x in batches()]
     original = copy.deepcopy(model)
-    report = lobs.prune(model, data, sparsity=0.7, scope="model", inputs=inputs, progress=False)
+    report = lobs.prune(
+        model, data, sparsity=0.7, scope="model", spread=1.0, inputs=inputs, progress=False
+    )
     weights = sum(layer.weight.numel() for layer in original[::2])
     assert sum(int((layer.weight == 0).sum()) for layer in model[::2]) == round(0.7 * weights)
     assert report.sparsity == pytest.approx(0.7, abs=1e-3)
@@ -179,6 +182,47 @@ def test_one_budget_for_the_model_is_the_global_greedy(inputs):
     expected = [int((t <= cut).sum()) for t in traced]
     assert [int((layer.weight == 0).sum()) for layer in model[::2]] == expected
     assert len({layer.sparsity for layer in report.layers}) == 3
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.1, 1.0])
+def test_a_layer_s_share_of_the_budget_is_bounded(spread):
+    model = network()
+    free = lobs.prune(
+        copy.deepcopy(model), batches(), sparsity=0.7, scope="model", spread=1.0, progress=False
+    )
+    assert max(abs(layer.sparsity - 0.7) for layer in free.layers) > 0.1
+    report = lobs.prune(
+        copy.deepcopy(model), batches(), sparsity=0.7, scope="model", spread=spread, progress=False
+    )
+    assert report.removed == free.removed
+    for mine, theirs in zip(report.layers, free.layers, strict=True):
+        weights = mine.shape[0] * mine.shape[1]
+        assert abs(mine.sparsity - 0.7) <= spread + 0.5 / weights
+        if spread == 1.0:
+            assert mine.sparsity == theirs.sparsity
+    if spread == 0.0:
+        plain = lobs.prune(copy.deepcopy(model), batches(), sparsity=0.7, progress=False)
+        assert [x.sparsity for x in report.layers] == [x.sparsity for x in plain.layers]
+
+
+def test_shares_within_bounds_are_the_best_there_are():
+    """Against all ways to share a budget among three layers, by the costs of their traces."""
+    parts, unit, costs, sizes = [], [], [], []
+    for i in range(3):
+        generator = torch.Generator().manual_seed(i)
+        W = torch.randn(2, 6, generator=generator, dtype=torch.float64) * (1 + i)
+        x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+        trace = lobs.trace_weight(W, x.T @ x / 40)
+        parts.append(trace._greedy)
+        unit.append(trace._greedy.unit_cost())
+        costs.append(trace.loss.cummax(1).values.reshape(-1).sort().values)
+        sizes.append(12)
+    spread, asked = 0.2, [0.5, 0.5, 0.5]
+    found = pruner._shares(parts, unit, asked, sizes, spread)
+    low, high = round(0.3 * 12 - 1e-9), round(0.7 * 12 + 1e-9)
+    ways = [w for w in itertools.product(range(low, high + 1), repeat=3) if sum(w) == 18]
+    cost = {w: sum(float(c[:n].sum()) for c, n in zip(costs, w, strict=True)) for w in ways}
+    assert cost[tuple(found)] == pytest.approx(min(cost.values()), rel=1e-12)
 
 
 def test_a_layer_can_stay_out_of_the_budget_of_the_model():
@@ -321,14 +365,36 @@ def test_wrong_kinds_are_refused(arguments, error):
         lobs.prune(settings.pop("model"), settings.pop("calibration"), **settings)
 
 
-def test_tied_weights_are_refused_by_both_names():
+def test_weights_tied_to_an_embedding_are_skipped_or_refused_by_both_names():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
     model[2].weight = model[0].weight
     data = [torch.randint(0, 9, (5,))]
-    with pytest.raises(ArgumentError, match=r"'2'.*tied to 0\.weight"):
-        lobs.prune(model, data, sparsity=0.5, progress=False)
-    report = lobs.prune(model, data, sparsity=0.5, exclude="2", progress=False)
+    with pytest.raises(ArgumentError, match=r"'2'.*2\.weight is tied to 0\.weight"):
+        lobs.prune(model, data, sparsity=0.5, include=["1", "2"], progress=False)
+    table = model[0].weight.clone()
+    report = lobs.prune(model, data, sparsity=0.5, progress=False)
     assert [x.name for x in report.layers] == ["1"]
+    assert report.skipped[0].name == "2"
+    assert "tied to 0.weight" in report.skipped[0].reason
+    assert torch.equal(model[0].weight, table)
+    with pytest.raises(ArgumentError, match=r"no layer is left .*'2' cannot: .*tied"):
+        lobs.prune(model, data, sparsity=0.5, exclude="1", progress=False)
+
+
+def test_a_module_with_two_names_stays_pruned():
+    model = network()
+    model.again = model[0]
+    report = lobs.prune(
+        model,
+        batches(),
+        sparsity=0.5,
+        include="0",
+        forward=lambda m, x: m[4](m[3](m[2](m[1](m[0](x))))),
+        progress=False,
+    )
+    assert int((model[0].weight == 0).sum()) == report.removed == 300
+    assert torch.equal(model[0].weight != 0, report.masks["0"])
+    assert report.error_bound.measured > 0
 
 
 def test_a_module_used_twice_is_pruned_once_with_both_inputs():

@@ -22,6 +22,8 @@ from lobs_native.errors import (
     ShapeError,
 )
 from lobs_native.hessian import Hessian, StreamingInverse
+from lobs_native.layers import Layer, register_layer
+from lobs_native.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
 from lobs_native.ops import backends
 from lobs_native.plan import MemoryPlan, plan_memory
 from lobs_native.pruner import prune
@@ -38,6 +40,8 @@ __all__ = [
     "DtypeError",
     "ErrorBound",
     "Hessian",
+    "KeptMasks",
+    "Layer",
     "LayerReport",
     "LobsError",
     "MemoryPlan",
@@ -50,9 +54,13 @@ __all__ = [
     "Skipped",
     "StreamingInverse",
     "WeightTrace",
+    "apply_masks",
+    "as_torch_prune",
     "backends",
+    "keep_masks",
     "plan_memory",
     "prune",
     "prune_weight",
+    "register_layer",
     "trace_weight",
 ]

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import platform
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
-from lobs_native.calibration import Forward, Run, batches_of, calibrate, hooked, measure_change
+from lobs_native.blocks import Stack, find_stacks, readers, stopping
+from lobs_native.calibration import (
+    Forward,
+    Moments,
+    Run,
+    Source,
+    batches_of,
+    calibrate,
+    hooked,
+    measure_change,
+)
 from lobs_native.errors import (
     ArgumentError,
     DtypeError,
@@ -28,8 +39,7 @@ from lobs_native.errors import (
     PatternError,
 )
 from lobs_native.greedy import Greedy, cut_together
-from lobs_native.hessian import Hessian
-from lobs_native.layers import LAYERS, Layer, layer_for
+from lobs_native.layers import Layer, Linear, layers_of
 from lobs_native.patterns import GroupsOf, Unstructured, check_fit, pattern_of
 from lobs_native.problem import Problem, nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
@@ -41,7 +51,6 @@ from lobs_native.weight import (
     check_choice,
     check_damping,
     check_refine,
-    few_rows,
     prune_groups,
 )
 
@@ -99,6 +108,7 @@ def prune(
     method: str = "exact",
     pattern: Any = "unstructured",
     scope: str = "layer",
+    spread: float = 0.1,
     damping: float = 0.01,
     prune_bias: bool = False,
     refine: str | None = None,
@@ -106,15 +116,17 @@ def prune(
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     inputs: str = "pruned",
+    blocks: str | None = "auto",
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
     backend: str | None = None,
     progress: bool = True,
     seed: int = 0,
+    token_mask: str | None = "auto",
 ) -> Report:
-    """Prune the linear and convolution layers of a network in place, one after another, without
-    retraining.
+    """Prune the linear and convolution layers, attention and experts of a network in place, one
+    after another, without retraining.
 
     Parameters
     ----------
@@ -130,15 +142,22 @@ def prune(
     sparsity, threshold, max_error
         Exactly one, for every layer: see :func:`lobs_native.prune_weight`. With an N:M pattern,
         none.
-    method, pattern, damping, prune_bias, refine, memory, backend
+    method, pattern, damping, prune_bias, refine, backend
         As in :func:`lobs_native.prune_weight`.
     scope : "layer", "row" or "model"
         As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers, by their
         exact cost relative to the layer's ``tr(W H W^T)`` on the original network's inputs, and
         removes the share ``sparsity`` of all of them. It needs method "exact", single weights, one
         more pass over the data, and the second moments of all layers in memory at once.
+    spread : float
+        With scope "model", how far a layer's sparsity may be from the one asked for; 1 sets no
+        bound. A layer whose own error is small may still matter most to the network, so without a
+        bound the result is often worse than with scope "layer" (``python bench/budget.py``).
     include, exclude : glob or list of globs on module names
-        Default: every nn.Linear and nn.Conv2d. A glob that matches no layer is an error.
+        Default: every layer of a known type: nn.Linear, nn.Conv1d to 3d and their transposes,
+        nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``), Conv1D and
+        experts as transformers stores them (``<name>.gate_up_proj``, ``down_proj``), and those of
+        :func:`lobs_native.register_layer`. A glob that matches no layer is an error.
     overrides : {glob: {argument: value}}
         Other arguments for some layers, for example ``{"classifier": {"sparsity": 0.3}}``; later
         ones win. A target (sparsity, threshold, max_error) or an N:M pattern replaces the target
@@ -147,8 +166,19 @@ def prune(
         Whether a layer is calibrated on what the already pruned network feeds it, or on the
         original network's activations (the paper, and Theorem 3.2 as printed; one pass over the
         data for all layers).
+    blocks : "auto" or None
+        With inputs "pruned", run a stack of blocks (a transformer's) block by block on what each
+        receives, instead of the whole model for every layer; the results are the same. "auto" does
+        so where modules of a list are called one after another on what the one before returned, and
+        a replay of the first batch gives what the model gives; ``report.settings`` says which
+        ("blocks") and why others are not ("no blocks").
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the above is right.
+    memory : int, optional
+        Bytes. The scratch of "exact" keeps to it as in :func:`lobs_native.prune_weight`; second
+        moments that would take more than half of it together are accumulated in several passes
+        (inputs "dense"), and hidden states beyond a quarter of it go to a temporary folder on disk
+        (blocks).
     device : optional
         Move the model (it stays there) and each batch to this device first.
     progress : bool
@@ -156,6 +186,11 @@ def prune(
     seed : int
         Set before every pass over the data, so that a stochastic forward repeats; the caller's
         generators are kept.
+    token_mask : "auto" or None
+        With batches that are mappings and hold an ``attention_mask`` (B, T) of zeros and ones,
+        "auto" leaves the rows at zeros out wherever a linear layer's input is (B, T, C); each
+        layer's notes say how many, or that it could not. Not for encoder-decoder models, where
+        it would not be known whose mask it is. None counts padding like everything else.
 
     Returns
     -------
@@ -167,14 +202,21 @@ def prune(
     Raises
     ------
     ArgumentError, DtypeError, PatternError, BackendError
-        An argument does not fit, nothing matches, a layer is tied or parametrized; nothing has been
-        changed.
+        An argument does not fit, nothing matches, or a layer cannot be pruned rightly: it has a
+        forward of its own, its weight is computed, offloaded, or used in ways that are not seen;
+        nothing has been changed.
     NonFiniteError, NotPositiveDefiniteError
         With the layer's name; the model is as it was.
 
     Notes
     -----
-    Source: Dong, Chen & Pan 2017.
+    A weight that several layers use is pruned once, for the inputs of all of them, when the first
+    is reached; their biases are updated only if they are one as well. One that something else uses
+    too (an embedding, an excluded layer) is skipped, or refused if ``include`` asks for it. N:M
+    patterns of a convolution group neighbouring input channels at one kernel position. Experts are
+    measured each on the rows that it was sent, and count the same; one that saw none is pruned by
+    magnitude, and its notes say so, as they do where there were fewer rows than columns. Source:
+    Dong, Chen & Pan 2017.
     """
     begun = time.perf_counter()
     defaults: dict[str, Any] = {
@@ -196,16 +238,24 @@ def prune(
         "include": include,
         "exclude": exclude,
         "overrides": copy.deepcopy(overrides),
+        "spread": spread,
         "inputs": inputs,
+        "blocks": blocks,
         "device": None if device is None else str(device),
         "backend": backend,
         "memory": memory,
         "seed": seed,
+        "token_mask": token_mask,
         "threads": ops.threads(),
     }
-    plans = _plan(model, defaults, include, exclude, overrides)
+    plans, tied = _plan(model, defaults, include, exclude, overrides)
     memory = None if memory is None else checks.positive_int(memory, "memory")
     check_choice(inputs, "inputs", ("pruned", "dense"))
+    spread = checks.real(spread, "spread")
+    if not 0 <= spread <= 1:
+        raise ArgumentError(f"spread: {spread:g}; it is a difference of sparsities, from 0 to 1")
+    if blocks is not None:
+        check_choice(blocks, "blocks", ("auto",))
     if forward is not None and not callable(forward):
         raise DtypeError(f"forward: expected callable(model, batch), got {type(forward).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -216,7 +266,9 @@ def prune(
         model.to(device)
     for plan in plans:
         ops.select_backend(backend, plan.layer.weight().device)
-    run = Run(model, batches, forward, device, seed, progress)
+    if token_mask is not None:
+        check_choice(token_mask, "token_mask", ("auto",))
+    run = Run(model, batches, forward, device, seed, progress, token_mask == "auto")
     originals = {
         name: parameter.detach().clone()
         for plan in plans
@@ -224,9 +276,9 @@ def prune(
     }
     try:
         with run.evaluating():
-            order, skipped = _order(plans, run, explicit=include is not None)
-            order = _allocate(order, run, memory, backend)
-            done = _prune_layers(order, run, inputs, memory, backend)
+            order, uncalled = _order(plans, run, explicit=include is not None)
+            order = _allocate(order, run, spread, memory, backend)
+            done, calibrated = _prune_layers(order, run, inputs, memory, backend, blocks)
             error_bound = _bound(model, run, order, done, originals, inputs)
     except BaseException:
         _restore(model, originals)
@@ -236,15 +288,15 @@ def prune(
     weights = sum(out.mask.numel() for _, out in done.values())
     return Report(
         layers=layers,
-        skipped=tuple(skipped),
+        skipped=(*tied, *uncalled),
         error_bound=error_bound,
         sparsity=removed / weights,
         removed=removed,
         weights=weights,
         seconds=time.perf_counter() - begun,
-        settings={**settings, "batches": len(batches)},
+        settings={**settings, "batches": len(batches), **calibrated},
         versions=_versions(),
-        masks={name: out.mask.reshape(report.shape) for name, (report, out) in done.items()},
+        masks={p.layer.name: p.layer.unpack(done[p.layer.name][1].mask) for p in order},
     )
 
 
@@ -298,8 +350,9 @@ def _plan(
     include: Any,
     exclude: Any,
     overrides: Any,
-) -> list[Plan]:
-    """The layers to prune with their settings, in module order; everything checked."""
+) -> tuple[list[Plan], list[Skipped]]:
+    """The layers to prune with their settings, in module order, everything checked; and those that
+    cannot be pruned."""
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if overrides is not None and not (
@@ -307,34 +360,23 @@ def _plan(
         and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in overrides.items())
     ):
         raise DtypeError(f"overrides: expected {{glob: {{argument: value}}}}, got {overrides!r}")
-    modules = dict(model.named_modules())
-    names = [
-        name
-        for name, module in modules.items()
-        if any(isinstance(module, kind.module_type) for kind in LAYERS)
-    ]
+    found = layers_of(model)
+    names = [layer.name for layer in found]
     wanted = set(names)
     if (globs := _globs(include, "include")) is not None:
         wanted = _matching(globs, names, "include")
     if (globs := _globs(exclude, "exclude")) is not None:
         wanted -= _matching(globs, names, "exclude")
-    layers = []
-    for name in names:
-        if name in wanted:
-            layer = layer_for(name, modules[name])
-            if layer is None:
-                raise ArgumentError(
-                    f"layer {name!r}: {type(modules[name]).__name__} has a forward of its own, "
-                    "so what its weight is used "
-                    f"for is not known; exclude it"
-                )
-            layers.append(layer)
+    layers = [layer for layer in found if layer.name in wanted]
+    for layer in layers:
+        layer.check()
+    layers, skipped = _tie(model, layers, explicit=include is not None)
     if not layers:
         raise ArgumentError(
-            "model: no layer is left to prune; nn.Linear and nn.Conv2d can be pruned (see "
-            "include, exclude)"
+            "model: no layer is left to prune (see include, exclude); linear and convolution "
+            "layers, attention and experts can be pruned"
+            + "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped)
         )
-    _refuse_tied(model, layers)
     plans = []
     for glob in overrides or {}:
         _matching([glob], names, "overrides")
@@ -354,7 +396,7 @@ def _plan(
                 settings.update(dict.fromkeys(_TARGETS))
             settings.update(changes)
         plans.append(_plan_layer(layer, settings))
-    return plans
+    return plans, skipped
 
 
 def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
@@ -373,9 +415,10 @@ def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
             "'layer'"
         )
     try:
-        check_fit(pattern, layer.width, None, prune_bias=False)
+        check_fit(pattern, layer.neighbours, None, prune_bias=False)
     except PatternError as error:
-        raise PatternError(f"layer {layer.name!r}: {error}") from error
+        where = "" if layer.neighbours == layer.width else " (input channels at a kernel position)"
+        raise PatternError(f"layer {layer.name!r}: {error}{where}") from error
     prune_bias = checks.flag(settings["prune_bias"], "prune_bias")
     for name, parameter in layer.parameters.items():
         value = checks.tensor(parameter, name)
@@ -397,33 +440,78 @@ def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
     )
 
 
-def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Pruning a shared weight would change another layer behind its back: say so instead."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        for part, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                key = parameter.untyped_storage().data_ptr()
-                owners.setdefault(key, []).append((module, f"{prefix}.{part}" if prefix else part))
+def _tie(
+    model: nn.Module, layers: Sequence[Layer], explicit: bool
+) -> tuple[list[Layer], list[Skipped]]:
+    """Layers that use one weight in the same way become one. A weight that something else uses
+    too, an embedding for example, would change behind its back: it is skipped, or refused where it
+    was asked for."""
+    sharing = _overlapping(model)
+    by_module = {layer.module: layer for layer in layers if not layer.watched}
+    kept: list[Layer] = []
+    skipped: list[Skipped] = []
+    done: set[str] = set()
     for layer in layers:
+        if layer.name in done:
+            continue
+        own = set(layer.module.modules())
+        partners: dict[str, Layer] = {}
+        strange: dict[str, str] = {}
         for name, parameter in layer.parameters.items():
-            if parameter.device.type == "meta":
-                continue
-            sharing = owners.get(parameter.untyped_storage().data_ptr(), [])
-            others = [other for module, other in sharing if module is not layer.module]
-            if others:
+            for module, other in sharing.get(id(parameter), ()):
+                if module in own:
+                    continue
+                partner = by_module.get(module)
+                if partner is not None and layer.can_share(partner):
+                    partners[partner.name] = partner
+                else:
+                    strange[other] = name
+        if strange:
+            reason = (
+                f"{next(iter(strange.values()))} is tied to {', '.join(strange)}, which is not "
+                "pruned with it; pruning it would change both"
+            )
+            if explicit:
                 raise ArgumentError(
-                    f"layer {layer.name!r}: {name} is tied to {', '.join(others)}; pruning it "
-                    "would change both. "
-                    f"Exclude it, or give each its own copy"
+                    f"layer {layer.name!r}: {reason}. Leave it out, or give each its own copy"
                 )
+            skipped.append(Skipped(layer.name, reason))
+            continue
+        for partner in partners.values():
+            layer.share(partner)
+            done.add(partner.name)
+        kept.append(layer)
+    return kept, skipped
+
+
+def _overlapping(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a parameter -> all (module, full name) that hold it, or one that lies in the same
+    memory."""
+    spans = []
+    for prefix, module in model.named_modules():
+        for part, p in module._parameters.items():
+            if p is not None and not p.is_meta and p.numel():
+                start = p.data_ptr()
+                reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+                end = start + (reach + 1) * p.element_size()
+                spans.append((start, end, p, module, f"{prefix}.{part}" if prefix else part))
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    cluster: list[tuple[nn.Module, str]] = []
+    reached = 0
+    for start, end, parameter, module, name in sorted(spans, key=lambda span: span[:2]):
+        if start >= reached:
+            cluster = []
+        reached = max(reached, end)
+        cluster.append((module, name))
+        found[id(parameter)] = cluster
+    return found
 
 
 def _order(plans: Sequence[Plan], run: Run, explicit: bool) -> tuple[list[Plan], list[Skipped]]:
     """The plans in the order in which the model calls their layers; those it never calls are
     skipped or refused."""
     called: dict[str, None] = {}
-    with hooked([p.layer for p in plans], lambda layer, _: called.setdefault(layer.name)):
+    with hooked([p.layer for p in plans], lambda layer, *_: called.setdefault(layer.name)):
         for batch in run.each("order"):
             run.call(run.model, batch)
             if len(called) == len(plans):
@@ -449,9 +537,10 @@ def _order(plans: Sequence[Plan], run: Run, explicit: bool) -> tuple[list[Plan],
 
 
 def _allocate(
-    order: Sequence[Plan], run: Run, memory: int | None, backend: str | None
+    order: Sequence[Plan], run: Run, spread: float, memory: int | None, backend: str | None
 ) -> list[Plan]:
-    """Plans with scope "model" get the sparsity that their common budget leaves them.
+    """Plans with scope "model" get the sparsity that their common budget leaves them, at most
+    ``spread`` away from what was asked for.
 
     Cut at that sparsity, a layer loses exactly the weights that the common cut takes from it.
     """
@@ -459,14 +548,14 @@ def _allocate(
     if not together:
         return list(order)
     moments = calibrate([p.layer for p in together], run, "calibrate all layers")
-    parts, unit, budget = [], [], 0
+    parts, unit, asked = [], [], []
     for plan in together:
         layer = plan.layer
         try:
             problem = Problem.of(
                 layer.weight(),
                 layer.bias(),
-                [h.matrix() for h in moments.pop(layer.name)],
+                moments.pop(layer.name).matrices(),
                 damping=plan.damping,
                 inverted=True,
                 prune_bias=plan.prune_bias,
@@ -481,13 +570,44 @@ def _allocate(
         parts.append(greedy)
         unit.append(greedy.unit_cost() / energy if energy > 0 else 1.0)
         assert plan.target.sparsity is not None
-        budget += nearest_count(plan.target.sparsity, plan.weights)
-    gone = cut_together(parts, unit, budget)
+        asked.append(plan.target.sparsity)
+    sizes = [plan.weights for plan in together]
     changed = {}
-    for plan, g in zip(together, gone, strict=True):
-        target = Target(sparsity=int(g.sum()) / plan.weights)
+    for plan, count in zip(together, _shares(parts, unit, asked, sizes, spread), strict=True):
+        target = Target(sparsity=count / plan.weights)
         changed[plan.layer.name] = dataclasses.replace(plan, target=target)
     return [changed.get(plan.layer.name, plan) for plan in order]
+
+
+def _shares(
+    parts: Sequence[Greedy],
+    unit: Sequence[float],
+    asked: Sequence[float],
+    sizes: Sequence[int],
+    spread: float,
+) -> list[int]:
+    """How many weights each part loses: its share of a common cut, within ``spread`` of what was
+    asked of it.
+
+    Costs rise along a part's order, so the best shares within bounds come from cutting again
+    without those that the side of the larger excess holds at their bounds.
+    """
+    total = sum(nearest_count(s, n) for s, n in zip(asked, sizes, strict=True))
+    least = [nearest_count(max(0.0, s - spread), n) for s, n in zip(asked, sizes, strict=True)]
+    most = [nearest_count(min(1.0, s + spread), n) for s, n in zip(asked, sizes, strict=True)]
+    fixed: dict[int, int] = {}
+    while True:
+        free = [i for i in range(len(parts)) if i not in fixed]
+        left = total - sum(fixed.values())
+        gone = cut_together([parts[i] for i in free], [unit[i] for i in free], left) if free else []
+        counts = {i: int(g.sum()) for i, g in zip(free, gone, strict=True)}
+        over = {i: most[i] for i, count in counts.items() if count > most[i]}
+        under = {i: least[i] for i, count in counts.items() if count < least[i]}
+        if not over and not under:
+            counts |= fixed
+            return [counts[i] for i in range(len(parts))]
+        surplus = sum(counts[i] - most[i] for i in over)
+        fixed |= over if surplus >= sum(least[i] - counts[i] for i in under) else under
 
 
 # ---- the layers, one after another ---------------------------------------------------------------
@@ -496,41 +616,131 @@ _Done = dict[str, tuple[LayerReport, PrunedWeight]]
 
 
 def _prune_layers(
-    order: Sequence[Plan], run: Run, inputs: str, memory: int | None, backend: str | None
-) -> _Done:
+    order: Sequence[Plan],
+    run: Run,
+    inputs: str,
+    memory: int | None,
+    backend: str | None,
+    blocks: str | None,
+) -> tuple[_Done, dict[str, Any]]:
+    """Prune every layer. The results by name, and how the calibration went about it."""
     done: _Done = {}
     bar = tqdm(
         total=len(order), desc="layers", unit="layer", disable=None if run.progress else True
     )
+
+    def prune_these(plans: Sequence[Plan], source: Source, leaders: Sequence[Plan]) -> None:
+        """One pass over ``source`` for the inputs of ``leaders``; then each of ``plans``, with its
+        own second moments or else those of the only leader."""
+        begun = time.perf_counter()
+        names = leaders[0].layer.name if len(leaders) == 1 else f"{len(leaders)} layers"
+        moments = calibrate([p.layer for p in leaders], source, f"calibrate {names}")
+        calibrating = (time.perf_counter() - begun) / len(plans)
+        for plan in plans:
+            name = plan.layer.name
+            mine = moments[leaders[0].layer.name] if len(leaders) == 1 else moments.pop(name)
+            done[name] = _prune_layer(plan, mine, memory, backend, calibrating)
+            bar.update()
+
     with bar:
-        pieces = _passes(order) if inputs == "dense" else [[plan] for plan in order]
-        finished: list[tuple[Plan, PrunedWeight]] = []
-        for piece in pieces:
-            begun = time.perf_counter()
-            names = piece[0].layer.name if len(piece) == 1 else f"{len(piece)} layers"
-            moments = calibrate([p.layer for p in piece], run, f"calibrate {names}")
-            calibrating = (time.perf_counter() - begun) / len(piece)
-            for plan in piece:
-                mine = moments.pop(plan.layer.name)
-                report, out = _prune_layer(plan, mine, memory, backend, calibrating)
-                done[plan.layer.name] = (report, out)
-                if inputs == "pruned":
-                    plan.layer.write_back(out.weight, out.bias)
-                else:  # later passes must still see the original network
-                    finished.append((plan, out))
-                bar.update()
-        for plan, out in finished:
-            plan.layer.write_back(out.weight, out.bias)
-    return done
+        if inputs == "dense":  # every pass must see the original network
+            for piece in _passes(order, memory):
+                prune_these(piece, run, piece)
+            for plan in order:
+                out = done[plan.layer.name][1]
+                plan.layer.write_back(out.weight, out.bias)
+            return done, {}
+        modules = {plan.layer.name: plan.layer.caller for plan in order}
+        stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
+        stacks = [s for s in stacks if _contiguous(s, order) and _closed(s, order, run.model)]
+        shared, once = readers(run, modules)
+        for stack, plans in _segments(order, stacks):
+            with contextlib.ExitStack() as scope:
+                replay = None
+                if stack is not None:
+                    limit = None if memory is None else memory // 4
+                    replay = scope.enter_context(stack.replay(run, limit))
+                source: Source = run if replay is None else replay
+                for group in _together(plans, shared, stack):
+                    leader = group[0].layer
+                    if stack is not None and replay is not None:
+                        while replay.block < (stack.block_of(leader.name) or 0):
+                            replay.advance()
+                    early = leader.name in once and len(leader.sites) == 1
+                    prune_these(
+                        group, stopping(source, leader.caller) if early else source, group[:1]
+                    )
+                    for plan in group:
+                        out = done[plan.layer.name][1]
+                        plan.layer.write_back(out.weight, out.bias)
+                if replay is not None:
+                    replay.finish()
+    return done, {"blocks": [stack.name for stack in stacks], "no blocks": reasons}
 
 
-def _passes(order: Sequence[Plan]) -> list[list[Plan]]:
-    """Layers whose second moments fit together in HESSIAN_BYTES."""
+def _contiguous(stack: Stack, order: Sequence[Plan]) -> bool:
+    """Whether its layers come one after another, block after block."""
+    inside = [plan.layer.name in stack for plan in order]
+    first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
+    numbers = [stack.block_of(plan.layer.name) or 0 for plan in order[first : last + 1]]
+    return all(inside[first : last + 1]) and numbers == sorted(numbers)
+
+
+def _closed(stack: Stack, order: Sequence[Plan], model: nn.Module) -> bool:
+    """Whether every weight of its layers is used in one block only."""
+    block = {
+        site.module: stack.block_of(plan.layer.name)
+        for plan in order
+        for site in plan.layer.sites
+        if plan.layer.name in stack
+    }
+    names = model.named_modules(remove_duplicate=False)
+    return all(stack.block_of(name) == block[m] for name, m in names if m in block)
+
+
+def _segments(
+    order: Sequence[Plan], stacks: Sequence[Stack]
+) -> list[tuple[Stack | None, list[Plan]]]:
+    """The plans in order, cut into those of one stack and those outside."""
+    out: list[tuple[Stack | None, list[Plan]]] = []
+    for plan in order:
+        stack = next((s for s in stacks if plan.layer.name in s), None)
+        if out and out[-1][0] is stack:
+            out[-1][1].append(plan)
+        else:
+            out.append((stack, [plan]))
+    return out
+
+
+def _together(
+    plans: Sequence[Plan], shared: Sequence[Sequence[str]], stack: Stack | None
+) -> list[list[Plan]]:
+    """Neighbours that read the same tensor in the same way need one second moment."""
+
+    def reads(plan: Plan) -> tuple[Any, ...]:
+        layer = plan.layer
+        place = next((i for i, names in enumerate(shared) if layer.name in names), -1)
+        block = None if stack is None else stack.block_of(layer.name)
+        return place, block, layer.width, layer.bias() is not None
+
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        alike = groups and all(isinstance(p.layer, Linear) for p in (plan, groups[-1][0]))
+        if alike and reads(plan) == reads(groups[-1][0]) and reads(plan)[0] >= 0:
+            groups[-1].append(plan)
+        else:
+            groups.append([plan])
+    return groups
+
+
+def _passes(order: Sequence[Plan], memory: int | None) -> list[list[Plan]]:
+    """Layers whose second moments fit together in HESSIAN_BYTES, or in half of ``memory``."""
+    most = HESSIAN_BYTES if memory is None else min(HESSIAN_BYTES, memory // 2)
     pieces: list[list[Plan]] = []
     held = 0
     for plan in order:
         size = plan.layer.groups * (plan.layer.width + 1) ** 2 * 8
-        if not pieces or held + size > HESSIAN_BYTES:
+        if not pieces or held + size > most:
             pieces.append([])
             held = 0
         pieces[-1].append(plan)
@@ -540,18 +750,17 @@ def _passes(order: Sequence[Plan]) -> list[list[Plan]]:
 
 def _prune_layer(
     plan: Plan,
-    moments: Sequence[Hessian],
+    moments: Moments,
     memory: int | None,
     backend: str | None,
     calibrating: float,
 ) -> tuple[LayerReport, PrunedWeight]:
     layer = plan.layer
-    rows = moments[0].rows
-    notes = [few_rows(rows, layer.width)] if rows < layer.width else []
+    notes = [*layer.notes, *moments.notes()]
     try:
         out = prune_groups(
             layer.weight(),
-            [h.matrix() for h in moments],
+            moments.matrices(),
             target=plan.target,
             method=plan.method,
             pattern=plan.pattern,
@@ -569,7 +778,7 @@ def _prune_layer(
     report = LayerReport(
         name=layer.name,
         kind=layer.kind,
-        shape=tuple(next(iter(layer.parameters.values())).shape),
+        shape=layer.shape,
         method=plan.method,
         scope=plan.scope,
         asked=plan.asked,
@@ -580,7 +789,7 @@ def _prune_layer(
         damping_asked=plan.damping,
         optimality=out.optimality,
         swaps=out.swaps,
-        rows=rows,
+        rows=moments.rows,
         columns=layer.width,
         dead_columns=out.dead_columns,
         backend=out.backend,
@@ -616,6 +825,8 @@ def _bound(
     try:
         if run.forward is not None:
             raise bound.NotAChainError("the model is run by a function of yours (forward=)")
+        if run.padded:
+            raise bound.NotAChainError("padding was left out, of which the output also has rows")
         if measured is None:
             raise bound.NotAChainError("the output is not one floating-point tensor")
         chain = bound.chain_of(model)

@@ -25,7 +25,7 @@ class LayerReport:
     in float64."""
 
     name: str
-    kind: str  # "Linear", "Conv2d"
+    kind: str  # "Linear", "Conv2d"; of the module that holds the weight
     shape: tuple[int, ...]  # of the weight tensor
     method: str
     scope: str
@@ -37,7 +37,7 @@ class LayerReport:
     damping_asked: float
     optimality: float  # worst row's distance from the best weights for its mask, in rounding units
     swaps: int  # exchanges of a kept against a removed weight
-    rows: float  # input rows (tokens, samples, patches) that H is the mean of
+    rows: float  # input rows (tokens, samples, patches) that H is the mean of; of all experts
     columns: int  # width of H, without the bias
     dead_columns: int
     backend: str

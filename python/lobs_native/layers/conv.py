@@ -1,6 +1,7 @@
-"""nn.Conv2d: a filter is a row, a patch is an input row, in the order (C_in / groups, kh, kw) on
-both sides.
+"""nn.Conv1d, Conv2d and Conv3d: a filter is a row, a patch is an input row.
 
+Columns are in the order (kernel position, input channel of the group) on both sides, so that N:M
+patterns group neighbouring input channels at one kernel position, as sparse hardware wants them.
 Patches are never materialised for a whole batch: a strided view of the padded images is cut into
 pieces of at most ``PATCH_BYTES`` (on a device sixteen times that, for fewer launches) before
 anything is copied.
@@ -8,7 +9,8 @@ anything is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,69 +18,104 @@ from torch.nn import functional
 from lobs_native.errors import ShapeError
 from lobs_native.layers.base import Layer
 
-__all__ = ["PATCH_BYTES", "Conv2d"]
+__all__ = ["PATCH_BYTES", "Conv", "margins"]
 
 PATCH_BYTES = 16 << 20
 
 
-class Conv2d(Layer):
-    """weight (groups * R, C_in / groups, kh, kw) as (groups, R, C); inputs (B, C_in, h, w) or
-    (C_in, h, w)."""
+class Conv(Layer):
+    """weight (groups * R, C_in / groups, *kernel) as (groups, R, C); inputs (B, C_in, *sizes) or
+    (C_in, *sizes)."""
 
-    module_type = nn.Conv2d
-    module: nn.Conv2d
+    module_type: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-    def __init__(self, name: str, module: nn.Conv2d) -> None:
+    def __init__(self, name: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(name, module)
-        kh, kw = module.kernel_size
+        self.kernel = tuple(module.kernel_size)
         self.groups = module.groups
         self.rows = module.out_channels // module.groups
-        self.width = module.in_channels // module.groups * kh * kw
+        self.width = self.neighbours * math.prod(self.kernel)
+
+    @property
+    def neighbours(self) -> int:
+        return self.module.in_channels // self.module.groups
+
+    def pack(self, stored: Tensor) -> Tensor:
+        filters = stored.reshape(self.groups, self.rows, self.neighbours, -1)
+        return filters.transpose(2, 3).reshape(self.groups, self.rows, self.width)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        filters = packed.reshape(self.groups, self.rows, -1, self.neighbours)
+        return filters.transpose(2, 3).reshape(self.shape)
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        images = inputs if inputs.ndim == 4 else inputs[None]  # (B, C_in, h, w)
-        if images.ndim != 4 or images.shape[1] != self.module.in_channels:
+        images = self._batched(inputs)
+        module = self.module
+        if module.padding == "valid":
+            around = [(0, 0)] * len(self.kernel)
+        elif module.padding == "same":  # torch puts the odd one at the end
+            total = [d * (k - 1) for k, d in zip(self.kernel, module.dilation, strict=True)]
+            around = [(t // 2, t - t // 2) for t in total]
+        else:
+            around = [(int(p), int(p)) for p in module.padding]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+
+        def padded(piece: Tensor) -> Tensor:
+            return functional.pad(piece, margins(around), mode=mode)
+
+        sizes = [n + a + b for n, (a, b) in zip(images.shape[2:], around, strict=True)]
+        for piece in images.split(self._images_at_once(sizes, module.stride, images)):
+            yield from self._patches(padded(piece), module.stride)
+
+    def _batched(self, inputs: Tensor) -> Tensor:
+        dims = len(self.kernel) + 2
+        images = inputs if inputs.ndim == dims else inputs[None]
+        if images.ndim != dims or images.shape[1] != self.module.in_channels:
+            sizes = ", ".join("dhw"[-len(self.kernel) :])
             raise ShapeError(
                 f"layer {self.name!r}: input {tuple(inputs.shape)}, expected (B, "
-                f"{self.module.in_channels}, h, w)"
+                f"{self.module.in_channels}, {sizes})"
             )
-        windows_per_image = self._windows(images[:1]).shape[1:3]  # (oh, ow)
-        row_bytes = windows_per_image[1] * self.width * self.groups * inputs.element_size()
-        limit = PATCH_BYTES if images.device.type == "cpu" else 16 * PATCH_BYTES
-        lines = max(1, limit // max(1, row_bytes))  # output lines that fit
-        batch = max(1, lines // max(1, windows_per_image[0]))
-        for piece in images.split(batch):
-            windows = self._windows(piece)  # (b, oh, ow, C_in, kh, kw), a view
-            for part in windows.split(lines, dim=1):
-                for g, channels in enumerate(part.chunk(self.groups, dim=3)):
-                    yield g, channels.reshape(-1, self.width)  # (b * lines * ow, C), copied here
+        return images
 
-    def _windows(self, images: Tensor) -> Tensor:
-        """Every patch of (b, C_in, h, w) as a view (b, oh, ow, C_in, kh, kw) of the padded
-        images."""
-        module = self.module
-        padded = functional.pad(images, self._padding(), mode=_pad_mode(module.padding_mode))
-        b, c, h, w = padded.shape
-        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-        oh = (h - dh * (kh - 1) - 1) // sh + 1
-        ow = (w - dw * (kw - 1) - 1) // sw + 1
-        sb, sc, line, pixel = padded.stride()
-        return padded.as_strided(
-            (b, oh, ow, c, kh, kw), (sb, line * sh, pixel * sw, sc, line * dh, pixel * dw)
+    def _windows(self, sizes: Sequence[int], stride: Sequence[int]) -> list[int]:
+        """How many patches fit along each dimension of padded images."""
+        return [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip(sizes, self.kernel, stride, self.module.dilation, strict=True)
+        ]
+
+    def _lines_at_once(self, out: Sequence[int], like: Tensor) -> int:
+        """Lines of patches (all of one index of the first dimension) that fit into the limit."""
+        line = math.prod(out[1:]) * self.width * self.groups * like.element_size()
+        limit = PATCH_BYTES if like.device.type == "cpu" else 16 * PATCH_BYTES
+        return max(1, limit // max(1, line))
+
+    def _images_at_once(self, sizes: Sequence[int], stride: Sequence[int], like: Tensor) -> int:
+        out = self._windows(sizes, stride)
+        return max(1, self._lines_at_once(out, like) // max(1, out[0]))
+
+    def _patches(self, padded: Tensor, stride: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(group, (n, C)) for every patch of padded images (b, C_in, *sizes)."""
+        images = padded.movedim(1, -1).contiguous()  # (b, *sizes, C_in): patches copy whole pixels
+        first, *steps, channel = images.stride()
+        out = self._windows(images.shape[1:-1], stride)
+        dilation = self.module.dilation
+        windows = images.as_strided(
+            (len(images), *out, *self.kernel, images.shape[-1]),
+            (
+                first,
+                *(t * s for t, s in zip(steps, stride, strict=True)),
+                *(t * d for t, d in zip(steps, dilation, strict=True)),
+                channel,
+            ),
         )
-
-    def _padding(self) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom)."""
-        padding = self.module.padding
-        if padding == "valid":
-            return 0, 0, 0, 0
-        if padding == "same":  # torch puts the odd one at the end
-            (kh, kw), (dh, dw) = self.module.kernel_size, self.module.dilation
-            v, h = dh * (kh - 1), dw * (kw - 1)
-            return h // 2, h - h // 2, v // 2, v - v // 2
-        top, left = (int(p) for p in padding)
-        return left, left, top, top
+        for part in windows.split(self._lines_at_once(out, padded), dim=1):
+            for g, channels in enumerate(part.chunk(self.groups, dim=-1)):
+                yield g, channels.reshape(-1, self.width)  # copied here
 
 
-def _pad_mode(padding_mode: str) -> str:
-    return "constant" if padding_mode == "zeros" else padding_mode
+def margins(around: Sequence[tuple[int, int]]) -> list[int]:
+    """(before, after) of each dimension as functional.pad wants them: last dimension first."""
+    return [n for pair in reversed(around) for n in pair]

@@ -16,6 +16,7 @@ class Linear(Layer):
     """weight (R, C) as it is; inputs (..., C)."""
 
     module_type = nn.Linear
+    token_rows = True
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         super().__init__(name, module)

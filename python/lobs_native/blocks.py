@@ -1,0 +1,492 @@
+"""Calibrating a model block by block: what a block receives is kept, and only that block is run.
+
+To calibrate a layer on what the already pruned layers feed it, the model has to be run again for
+every layer. Most models have a stack of blocks, each fed with what the one before it returned:
+then it is enough to run one block on its kept inputs, once for every tensor that its layers read,
+and once more, pruned, for the inputs of the next one. Stacks are found by what the modules hand to
+each other, not by their names, and replaying them is checked against the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lobs_native.calibration import Run, Source
+from lobs_native.errors import LobsError
+
+__all__ = ["Shelf", "Stack", "find_stacks", "readers", "stopping"]
+
+_CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
+
+
+class _Enough(BaseException):
+    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
+    catches those lets it through."""
+
+
+# ---- what reads the same tensor ------------------------------------------------------------------
+
+
+def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
+    """Run the first batch and see which modules are called on the very same tensor.
+
+    Returns
+    -------
+    groups : list of lists of names
+        In the order of their first calls; those next to each other that read one tensor together.
+    once : set of names
+        Modules that were called exactly once.
+    """
+    calls: list[tuple[str, Any]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            version = first._version if isinstance(first, Tensor) else None
+            calls.append((name, (first, version)))
+
+        return see
+
+    with _hooks(
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ):
+        _first(run)
+    count: dict[str, int] = {}
+    for name, _ in calls:
+        count[name] = count.get(name, 0) + 1
+    groups: list[list[str]] = []
+    last: tuple[Any, Any] = (None, None)
+    for name, seen in calls:
+        if any(name in group for group in groups):
+            last = (None, None)
+            continue
+        alone = count[name] > 1 or not isinstance(seen[0], Tensor)
+        if groups and not alone and seen[0] is last[0] and seen[1] == last[1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last = (None, None) if alone else seen
+    return groups, {name for name, times in count.items() if times == 1}
+
+
+@dataclass
+class stopping:  # noqa: N801 - used like a function
+    """A run that ends each forward as soon as ``module`` has returned."""
+
+    run: Source
+    module: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        return self.run.model
+
+    def each(self, what: str) -> Iterator[Any]:
+        """The batches of one pass."""
+        return self.run.each(what)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """As the run has it."""
+        return self.run.mask(batch)
+
+    def call(self, model: nn.Module, batch: Any) -> None:
+        """Run the model on a batch up to the module."""
+
+        def stop(*_: Any) -> None:
+            raise _Enough
+
+        with _hooks([self.module.register_forward_hook(stop)]), contextlib.suppress(_Enough):
+            self.run.call(model, batch)
+
+
+def _first(run: Run) -> None:
+    for batch in run.each("look"):
+        run.call(run.model, batch)
+        break
+
+
+@contextlib.contextmanager
+def _hooks(handles: Any) -> Iterator[None]:
+    made: list[Any] = []
+    try:
+        made.extend(handles)
+        yield
+    finally:
+        for handle in made:
+            handle.remove()
+
+
+# ---- kept tensors --------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Tensors by number: in memory as long as they fit into ``limit`` bytes, then on disk.
+
+    Disk files are safetensors in a temporary folder that goes with the shelf. Tensors come back
+    with their bits, on the device they came from.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.in_memory = self.on_disk = 0  # bytes
+        self._kept: dict[int, Tensor] = {}
+        self._filed: dict[int, tuple[Path, torch.device, int]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, key: int, value: Tensor) -> None:
+        """Keep ``value`` (not copied) under ``key``, in place of what was there."""
+        self.drop(key)
+        size = value.numel() * value.element_size()
+        if self.limit is None or self.in_memory + size <= self.limit:
+            self._kept[key] = value
+            self.in_memory += size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="lobs-native-")
+        path = Path(self._folder.name) / f"{key}.safetensors"
+        save_file({"x": value.detach().contiguous().cpu()}, path)
+        self._filed[key] = (path, value.device, size)
+        self.on_disk += size
+
+    def get(self, key: int) -> Tensor:
+        """What is kept under ``key``; not to be written to."""
+        if key in self._kept:
+            return self._kept[key]
+        path, device, _ = self._filed[key]
+        with safe_open(path, "pt") as file:
+            value: Tensor = file.get_tensor("x")
+        return value.to(device)
+
+    def drop(self, key: int) -> None:
+        """Forget ``key``, if it is there."""
+        if key in self._kept:
+            old = self._kept.pop(key)
+            self.in_memory -= old.numel() * old.element_size()
+        if key in self._filed:
+            path, _, size = self._filed.pop(key)
+            path.unlink()
+            self.on_disk -= size
+
+    def close(self) -> None:
+        """Forget everything and remove the folder."""
+        self._kept.clear()
+        self._filed.clear()
+        self.in_memory = self.on_disk = 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+# ---- stacks of blocks ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """How a block was called; the hidden state stands at ``slot``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slot: int | str
+
+    @property
+    def hidden(self) -> Any:
+        return self.args[self.slot] if isinstance(self.slot, int) else self.kwargs[self.slot]
+
+    def with_hidden(self, value: Any) -> _Call:
+        if isinstance(self.slot, int):
+            args = (*self.args[: self.slot], value, *self.args[self.slot + 1 :])
+            return _Call(args, self.kwargs, self.slot)
+        return _Call(self.args, {**self.kwargs, self.slot: value}, self.slot)
+
+
+def _main(output: Any) -> Any:
+    """The hidden state in what a block returns: the tensor, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _plain(value: Any) -> bool:
+    """Whether handing a value to a block twice is the same as handing it over once; lists and
+    other objects may collect things."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(
+        value, (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
+    """Look for stacks of blocks that hold some of ``layers`` (name -> module).
+
+    Returns
+    -------
+    stacks : list of Stack
+        In the order of their calls, none inside another.
+    reasons : list of str
+        Why containers that might have been stacks are none, a line for each.
+    """
+    candidates: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in run.model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        children = [
+            (f"{name}.{key}" if name else key, child) for key, child in module.named_children()
+        ]
+        holding = [
+            child
+            for path, child in children
+            if any(layer == path or layer.startswith(path + ".") for layer in layers)
+        ]
+        deep = all(next(child.children(), None) is not None for _, child in children)
+        inside = any(name.startswith(other + ".") for other in candidates)
+        if len(holding) >= 2 and deep and not inside:
+            candidates[name] = children
+    found: list[tuple[int, Stack]] = []
+    reasons = []
+    for name, children in candidates.items():
+        stack = Stack(name, [path for path, _ in children], [child for _, child in children])
+        try:
+            found.append((stack.look(run), stack))
+        except _NoStackError as why:
+            reasons.append(f"{name}: {why}")
+    return [stack for _, stack in sorted(found, key=lambda pair: pair[0])], reasons
+
+
+class _NoStackError(Exception):
+    """The message says why modules are no stack."""
+
+
+class Stack:
+    """Modules that a model calls one after another, each once, on what the one before returned."""
+
+    def __init__(self, name: str, names: list[str], modules: list[nn.Module]) -> None:
+        self.name = name
+        self.names = names
+        self.modules = modules
+        self.slot: int | str = 0
+
+    def __contains__(self, layer: str) -> bool:
+        return self.block_of(layer) is not None
+
+    def block_of(self, layer: str) -> int | None:
+        """The number of the block that holds a layer."""
+        for i, name in enumerate(self.names):
+            if layer == name or layer.startswith(name + "."):
+                return i
+        return None
+
+    def look(self, run: Run) -> int:
+        """Run the first batch and check that this is a stack that can be replayed.
+
+        Returns how many calls of any module came before it. Raises _NoStackError.
+        """
+        seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
+        outputs: list[Any] = []
+        before = 0
+
+        def count(*_: Any) -> None:
+            nonlocal before
+            before += not seen
+
+        def see(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen.append((i, args, kwargs))
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+
+        handles = [m.register_forward_pre_hook(count) for m in run.model.modules()]
+        for i, module in enumerate(self.modules):
+            handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        with _hooks(handles):
+            _first(run)
+        if [i for i, _, _ in seen] != list(range(len(self.modules))):
+            raise _NoStackError("its modules are not called once each, in their order")
+        if len(outputs) != len(seen):
+            raise _NoStackError("a module of it did not return")
+        self.slot = self._slot(seen[1][1:], outputs[0])
+        returned = {id(t) for output in outputs for t in _tensors(output)}
+        for k, (i, args, kwargs) in enumerate(seen):
+            call = _Call(args, kwargs, self.slot)
+            try:
+                hidden = call.hidden
+            except (IndexError, KeyError):
+                raise _NoStackError(f"{self.names[i]} is called in another way") from None
+            if not isinstance(hidden, Tensor):
+                raise _NoStackError(f"{self.names[i]} is not called on a tensor")
+            if k > 0 and hidden is not _main(outputs[k - 1]):
+                raise _NoStackError(f"{self.names[i]} is not called on what came before it")
+            others = call.with_hidden(None)
+            for value in (*others.args, *others.kwargs.values()):
+                if not _plain(value):
+                    raise _NoStackError(
+                        f"{self.names[i]} is handed a {type(value).__name__}, which may change "
+                        "from call to call"
+                    )
+                if any(id(t) in returned for t in _tensors(value)):
+                    raise _NoStackError(f"{self.names[i]} also reads other results of the stack")
+        call = _Call(*seen[0][1:], self.slot)
+        hidden = call.hidden
+        for k, (_, args, kwargs) in enumerate(seen):
+            call = _Call(args, kwargs, self.slot)
+            hidden = _main(self._run(k, call, hidden))
+            if not _same(hidden, _main(outputs[k])):
+                raise _NoStackError(f"{self.names[k]} does not give the same when run again")
+        return before
+
+    def _slot(self, second: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> int | str:
+        args, kwargs = second
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
+            if value is _main(output):
+                return place
+        raise _NoStackError(f"{self.names[1]} is not called on what {self.names[0]} returns")
+
+    def _run(self, i: int, call: _Call, hidden: Tensor) -> Any:
+        """Block i on a copy of ``hidden``, which it may write to."""
+        ready = call.with_hidden(hidden.clone())
+        others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
+        versions = [t._version for t in others]
+        out = self.modules[i](*ready.args, **ready.kwargs)
+        if [t._version for t in others] != versions:
+            raise _NoStackError(f"{self.names[i]} writes to what it is handed")
+        return out
+
+    def replay(self, run: Run, limit: int | None = None) -> Replay:
+        """Start: keep what every block is called with and the first one's hidden states."""
+        return Replay(self, run, limit)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    x, y = a.double(), b.double()
+    return float((x - y).norm()) <= _CLOSE * float(y.norm())
+
+
+class Replay:
+    """A stack that is run block by block on kept hidden states. Use it as a context manager.
+
+    It takes the place of a ``Run`` in :func:`lobs_native.calibration.calibrate`: batches are those
+    of the model, and running one runs the present block alone.
+    """
+
+    def __init__(self, stack: Stack, run: Run, limit: int | None) -> None:
+        self.stack = stack
+        self.run = run
+        self.block = 0
+        self.shelf = Shelf(limit)
+        self._calls: list[list[_Call]] = []  # by batch, by block; without hidden states
+        self._next = 0
+
+    def __enter__(self) -> Replay:
+        last = len(self.stack.modules) - 1
+        seen: list[_Call] = []
+
+        def see(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen.append(_Call(args, kwargs, self.stack.slot))
+                if i == last:
+                    raise _Enough
+
+            return hook
+
+        with _hooks(
+            module.register_forward_pre_hook(see(i), with_kwargs=True)
+            for i, module in enumerate(self.stack.modules)
+        ):
+            for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
+                seen.clear()
+                with contextlib.suppress(_Enough):
+                    self.run.call(self.run.model, batch)
+                if len(seen) != len(self.stack.modules):
+                    raise LobsError(
+                        f"blocks: {self.stack.name!r} is not called on every batch as on the "
+                        "first; pass blocks=None"
+                    )
+                self.shelf.put(number, seen[0].hidden.detach())
+                self._calls.append([call.with_hidden(None) for call in seen])
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.shelf.close()
+        self._calls.clear()
+
+    @property
+    def model(self) -> nn.Module:
+        """The present block."""
+        return self.stack.modules[self.block]
+
+    def each(self, what: str) -> Iterator[Any]:
+        """The batches of one pass, seeded."""
+        self._next = 0
+        yield from self.run.each(what)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """As the run has it."""
+        return self.run.mask(batch)
+
+    def call(self, model: nn.Module, batch: Any) -> Any:
+        """Run the present block on what it receives from the next batch."""
+        number, self._next = self._next, self._next + 1
+        try:
+            return self.stack._run(
+                self.block, self._calls[number][self.block], self.shelf.get(number)
+            )
+        except _NoStackError as why:
+            raise LobsError(f"blocks: {why}; pass blocks=None") from None
+
+    def advance(self) -> None:
+        """Run the present block, as it is now, on everything; its results are what the next one
+        receives."""
+        for batch in self.each(f"through {self.stack.names[self.block]}"):
+            number = self._next
+            self.shelf.put(number, _main(self.call(self.model, batch)).detach())
+        self.block += 1
+
+    def finish(self) -> None:
+        """Run the remaining blocks and compare with what the model itself gives on the first batch.
+
+        LobsError if they differ: a layer would then have been calibrated on something else than
+        the pruned network's inputs.
+        """
+        while self.block < len(self.stack.modules):
+            self.advance()
+        kept: list[Any] = []
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            kept.append(_main(output))
+            raise _Enough
+
+        with (
+            _hooks([self.stack.modules[-1].register_forward_hook(leave)]),
+            contextlib.suppress(_Enough),
+        ):
+            _first(self.run)
+        if not kept or not _same(self.shelf.get(0), kept[0]):
+            raise LobsError(
+                f"blocks: run by themselves, the blocks of {self.stack.name!r} do not give what "
+                "the model gives; pass blocks=None"
+            )

@@ -1,0 +1,37 @@
+"""nn.MultiheadAttention: the projections of queries, keys and values, packed or not, and of the
+output, each a layer of its own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lobs_native.layers.base import Layer
+from lobs_native.layers.matrix import Matrix
+
+__all__ = ["Attention"]
+
+
+class Attention(Matrix):
+    """Layers ``<name>.q_proj``, ``.k_proj``, ``.v_proj`` (with their thirds of ``in_proj_bias``)
+    and ``.out_proj``.
+
+    They are layers of their own although weights may be packed in one parameter, because they may
+    see different inputs.
+    """
+
+    module_type = nn.MultiheadAttention
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> list[Layer]:
+        assert isinstance(module, nn.MultiheadAttention)
+        kind, size = type(module).__name__, module.embed_dim
+        bias = "" if module.in_proj_bias is None else "in_proj_bias"
+        layers: list[Layer] = []
+        for i, which in enumerate("qkv"):
+            third = slice(i * size, (i + 1) * size)
+            part, take = f"{which}_proj_weight", {"in_proj_bias": third}
+            if getattr(module, part) is None:
+                part, take = "in_proj_weight", {**take, "in_proj_weight": third}
+            layers.append(cls(name, f"{which}_proj", module, kind, part, bias, take=take))
+        out = f"{name}.out_proj" if name else "out_proj"
+        return [*layers, cls(out, "", module.out_proj, kind, caller=module)]

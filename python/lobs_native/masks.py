@@ -1,0 +1,285 @@
+"""Masks after pruning: keep removed weights at zero while the network is trained further."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from lobs_native import checks
+from lobs_native.errors import ArgumentError, DtypeError, ShapeError
+from lobs_native.layers import layers_of
+
+__all__ = ["KeptMasks", "apply_masks", "as_torch_prune", "keep_masks"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a mask belongs: a parameter of a module, and the part of it that the layer owns."""
+
+    module: nn.Module | None  # None: known to an optimizer only
+    part: str
+    parameter: nn.Parameter
+    weight: Tensor  # a view of the parameter, detached
+
+
+class KeptMasks:
+    """What :func:`keep_masks` returns; as a context manager it ends with :meth:`remove`."""
+
+    def __init__(self, removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        self._removed = [[parameter, mask] for parameter, mask in removed]
+        self._hooks = contextlib.ExitStack()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the removed weights to zero now. For a change that no torch optimizer made."""
+        for entry in self._removed:
+            entry[0].masked_fill_(_there(entry), 0)
+
+    def remove(self) -> None:
+        """Stop: take all hooks away. The weights stay as they are."""
+        self._hooks.close()
+
+    def __enter__(self) -> KeptMasks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _watch(self, register: Callable[[Callable[..., None]], Any]) -> None:
+        """Zero after the optimizer's steps, and keep the gradients of removed weights at zero."""
+        mine = {id(parameter) for parameter, _ in self._removed}
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+                self.apply()
+
+        self._hooks.callback(register(after_step).remove)
+        for entry in self._removed:
+            if entry[0].requires_grad:
+                hook = functools.partial(_zero_gradient, entry)
+                handle = entry[0].register_post_accumulate_grad_hook(hook)
+                self._hooks.callback(handle.remove)
+
+
+def _there(entry: list[Tensor]) -> Tensor:
+    """The mask on the device of its parameter, which may have moved since."""
+    parameter, removed = entry
+    if removed.device != parameter.device:
+        entry[1] = removed.to(parameter.device)
+    return entry[1]
+
+
+@torch.no_grad()
+def _zero_gradient(entry: list[Tensor], parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.masked_fill_(_there(entry), 0)
+
+
+def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Tensor]) -> KeptMasks:
+    """Keep pruned weights at zero while the network is trained with any torch optimizer.
+
+    Two things happen until the handle is removed. After each step of an optimizer the removed
+    weights are set to zero, so neither momentum from before nor weight decay nor noise brings one
+    back. And their gradients are zero after each backward pass, so they are never part of a
+    gradient's norm, of Adam's moments, or of the direction of a line search (LBFGS).
+
+    Parameters
+    ----------
+    model_or_optimizer : nn.Module or torch.optim.Optimizer
+        A model: steps of every torch optimizer that holds one of its masked weights count, also
+        of one that is made later. An optimizer: only its own steps; it must know the names of its
+        parameters, as ``AdamW(model.named_parameters())`` does. Weights are changed by training
+        only, not by this call.
+    masks : {layer name: bool tensor}
+        As in ``report.masks``: shaped like the layer's weight, True where a weight is kept, on any
+        device; copied.
+
+    Returns
+    -------
+    KeptMasks
+        ``.remove()`` ends it, and so does the end of a ``with`` block; ``.apply()`` sets the
+        removed weights to zero after a change that no torch optimizer made.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, ShapeError
+        A mask does not fit the model, or a weight that a mask removes is not zero: the masks are
+        those of another network, or :func:`apply_masks` comes first. Nothing has been hooked.
+
+    Notes
+    -----
+    A copy of the model (``copy.deepcopy``) is not kept at zero: call this for the copy.
+    """
+    fitting = _fitting(model_or_optimizer, masks)
+    _refuse_nonzero(fitting)
+    handle = KeptMasks([(place.parameter, removed) for place, removed in _merged(fitting)])
+    if isinstance(model_or_optimizer, Optimizer):
+        handle._watch(model_or_optimizer.register_step_post_hook)
+    else:
+        handle._watch(register_optimizer_step_post_hook)
+    return handle
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Set the weights that the masks remove to zero, without repairing the others.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its weights are changed in place. Biases are not.
+    masks : {layer name: bool tensor}
+        As in :func:`keep_masks`.
+
+    Returns
+    -------
+    int
+        How many of these weights were not zero before.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, ShapeError
+        A mask does not fit the model; nothing has been changed.
+    """
+    changed = 0
+    for place, removed in _merged(_fitting(_model(model), masks)):
+        changed += int((place.parameter[removed] != 0).sum())
+        place.parameter.masked_fill_(removed, 0)
+    return changed
+
+
+def as_torch_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Give each masked layer the buffers of ``torch.nn.utils.prune``: ``weight_orig`` and
+    ``weight_mask``, from which its weight is computed at each forward.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place; its outputs stay the same. Make it before the optimizer, since the
+        parameters are renamed. ``torch.nn.utils.prune.remove(layer, "weight")`` undoes it.
+    masks : {layer name: bool tensor}
+        As in :func:`keep_masks`.
+
+    Returns
+    -------
+    nn.Module
+        The model.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, ShapeError
+        As in :func:`keep_masks`; nothing has been changed.
+    """
+    fitting = _fitting(_model(model), masks)
+    _refuse_nonzero(fitting)
+    for place, removed in _merged(fitting):
+        assert place.module is not None
+        torch_prune.custom_from_mask(place.module, place.part, ~removed)
+    return model
+
+
+def _model(value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise DtypeError(f"model: expected an nn.Module, got {type(value).__name__}")
+    return value
+
+
+_Fitting = Mapping[str, tuple[_Place, Tensor]]
+
+
+def _fitting(owner: Any, masks: Any) -> _Fitting:
+    """Layer name -> its weight and where its mask removes something, all checked."""
+    if not isinstance(masks, Mapping):
+        raise DtypeError(
+            f"masks: expected {{layer name: bool tensor}}, got {type(masks).__name__}; "
+            "report.masks is one"
+        )
+    if not masks:
+        raise ArgumentError("masks: there are none; give those of a report")
+    places = dict(_places(owner))
+    found = {}
+    for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise DtypeError(f"masks: a key is a {type(name).__name__}, expected a layer's name")
+        place = places.get(name)
+        if place is None:
+            some = ", ".join(repr(n) for n in list(places)[:8])
+            raise ArgumentError(
+                f"masks[{name!r}]: no layer of this name has a weight of its own (one that is not "
+                f"computed from others); there are {some or 'none'}"
+            )
+        weight = checks.tensor(place.weight, f"{name}: weight")
+        kept = checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool,))
+        if kept.shape != weight.shape:
+            raise ShapeError(
+                f"masks[{name!r}]: its shape is {tuple(kept.shape)}, that of the layer's weight "
+                f"{tuple(weight.shape)}"
+            )
+        found[name] = (place, ~kept.to(weight.device))
+    return found
+
+
+def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
+    if isinstance(owner, nn.Module):
+        for name, module in owner.named_modules(remove_duplicate=False):
+            if (weight := module._parameters.get("weight")) is not None:
+                yield name, _Place(module, "weight", weight, weight.detach())
+        for layer in layers_of(owner):  # these may own a part, or one of another name
+            weight = layer.module._parameters.get(layer.weight_part)
+            if weight is not None:
+                stored = layer.stored(layer.weight_part)
+                yield layer.name, _Place(layer.module, layer.weight_part, weight, stored)
+    elif isinstance(owner, Optimizer):
+        for group in owner.param_groups:
+            if "param_names" not in group:
+                raise ArgumentError(
+                    "model_or_optimizer: this optimizer does not know the names of its parameters; "
+                    "make it with model.named_parameters(), or pass the model"
+                )
+            for full, parameter in zip(group["param_names"], group["params"], strict=True):
+                name, _, part = full.rpartition(".")
+                if part == "weight":
+                    yield name, _Place(None, part, parameter, parameter.detach())
+    else:
+        raise DtypeError(
+            "model_or_optimizer: expected an nn.Module or a torch.optim.Optimizer, got "
+            f"{type(owner).__name__}"
+        )
+
+
+def _refuse_nonzero(fitting: _Fitting) -> None:
+    for name, (place, removed) in fitting.items():
+        alive = int((place.weight[removed] != 0).sum())
+        if alive:
+            raise ArgumentError(
+                f"masks[{name!r}]: {alive} of the {int(removed.sum())} weights that it removes are "
+                "not zero; are these the masks of this network? apply_masks() would set them to "
+                "zero"
+            )
+
+
+def _merged(fitting: _Fitting) -> list[tuple[_Place, Tensor]]:
+    """One mask of removed weights for each parameter, of which several layers may own parts."""
+    found: dict[int, tuple[_Place, Tensor]] = {}
+    for place, removed in fitting.values():
+        p, part = place.parameter, place.weight
+        if id(p) not in found:
+            whole = torch.empty_strided(p.shape, p.stride(), dtype=torch.bool, device=p.device)
+            found[id(p)] = (place, whole.fill_(False))
+        offset = part.storage_offset() - p.storage_offset()
+        found[id(p)][1].as_strided(part.shape, part.stride(), offset).logical_or_(removed)
+    return list(found.values())
