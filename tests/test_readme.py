@@ -47,6 +47,21 @@ def test_the_second_and_third_examples_run():
     assert int((names["two_of_four"].weight == 0).sum()) == 32 * 32
 
 
+def test_the_training_example_keeps_the_zeros():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[3]
+    model, x = torch.nn.Linear(8, 4), torch.rand(50, 8)
+    report = lobs_native.prune(model, [x], sparsity=0.5, progress=False)
+
+    def train(model: torch.nn.Module) -> None:
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    names = {"lobs": lobs_native, "model": model, "report": report, "train": train}
+    exec(compile(code, "README.md", "exec"), names)
+    assert int((model.weight == 0).sum()) == 16
+
+
 def test_the_files_it_points_at_exist():
     for name in re.findall(r"`((?:csrc|python|docs|bench)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

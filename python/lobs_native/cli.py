@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lobs_native
-from lobs_native import demo, doctor
-from lobs_native.errors import LobsError
+from lobs_native import demo, doctor, files, job
+from lobs_native.errors import ArgumentError, BackendError, LobsError, PatternError
 from lobs_native.html import visible
+from lobs_native.report import Report
+from lobs_native.weight import METHODS, REFINES, SCOPES
 
 __all__ = ["main"]
 
-OK, FAILED, INTERRUPTED, READER_GONE = 0, 1, 130, 141
+OK, FAILED, USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+
+# Options of "prune" that lobs_native.prune takes, and those that concern a folder's text and files.
+_ARGUMENTS = (
+    *("sparsity", "threshold", "max_error", "method", "pattern", "scope", "damping", "prune_bias"),
+    *("spread", "refine", "include", "exclude", "inputs", "device", "memory", "backend", "seed"),
+)
+_TEXT = ("lines", "min_words", "length", "batch_size", "shard_size")
 
 _EPILOG = """exit codes:
   0    done
   1    a check failed, or the command could not be carried out (one line on standard error)
-  2    wrong usage
+  2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
   130  interrupted by Ctrl-C
   141  whatever read the output went away
 """
@@ -38,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        As listed by ``lobs-native --help``. A LobsError becomes one line on standard error.
+        As listed by ``lobs-native --help``. A LobsError, OSError or MemoryError becomes one line on
+        standard error.
     """
     try:
         options = _parser().parse_args(argv)
@@ -46,16 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
     except SystemExit as stop:  # argparse: --help, --version, wrong usage
         return stop.code if isinstance(stop.code, int) else FAILED
-    except LobsError as error:
-        print(f"lobs-native: {visible(error)}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("lobs-native: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # Python flushes standard output once more when it ends; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+    except (LobsError, OSError, MemoryError) as error:
+        print(f"lobs-native: {visible(error)}", file=sys.stderr)
+        wrong = isinstance(error, (ArgumentError, BackendError, PatternError))
+        return USAGE if wrong else FAILED
+    except KeyboardInterrupt:
+        print("lobs-native: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 
@@ -84,11 +98,167 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="no progress bars, no table")
     command.set_defaults(run=_demo)
 
+    _add_prune(commands)
+
     said = "show versions, processor level, threads and devices, and check the kernels"
     command = commands.add_parser("doctor", help=said, description=said)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_doctor)
     return parser
+
+
+_PRUNE = """Prune a network and write it into a new folder.
+
+MODEL is a folder in the style of Hugging Face (config.json, *.safetensors, tokenizer), which needs
+pip install "lobs-native[hf]" and --calibration; or module:function, where the function returns
+(model, batches) or (model, batches, forward) and modules of the current folder can be imported.
+The new folder holds the weights, dense with zeros in them, in the dtype they had; of a folder also
+everything else in it; and report.json and report.html. It is there whole or not at all. Nothing is
+downloaded. For a folder the layer that makes the logits is left alone unless --include names it.
+"""
+
+
+def _add_prune(commands: Any) -> None:
+    command = commands.add_parser(
+        "prune",
+        help="prune a network in a folder, or one that a function returns",
+        description=_PRUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="a folder, or module:function")
+    add("--out", type=Path, metavar="DIR", help="the folder to write; needed unless --plan")
+    add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
+    add("--masks", action="store_true", help="write masks.safetensors too (True = kept)")
+    add("--plan", action="store_true", help="say what would be pruned, with memory, and stop")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
+
+    group = command.add_argument_group("how far (one of them, or an N:M pattern)")
+    target = group.add_mutually_exclusive_group()
+    said = "share of the weights to remove, 0 to 1"
+    target.add_argument("--sparsity", type=float, metavar="X", help=said)
+    said = "the paper's epsilon on sqrt(L_q)"
+    target.add_argument("--threshold", type=float, metavar="X", help=said)
+    said = "largest error of a layer's output"
+    target.add_argument("--max-error", type=float, metavar="X", help=said)
+
+    add = command.add_argument_group("how (see lobs_native.prune)").add_argument
+    add("--method", choices=METHODS, default="exact", help="default: %(default)s")
+    add("--pattern", default="unstructured", help='"N:M", "1xB" or (default) %(default)s')
+    add("--scope", choices=(*SCOPES, "model"), default="layer", help="default: %(default)s")
+    said = "with scope model, how far a layer may be from --sparsity; default: %(default)s"
+    add("--spread", type=float, default=0.1, metavar="X", help=said)
+    add("--refine", choices=REFINES, help="repair the kept weights further; default: not")
+    add("--inputs", choices=("pruned", "dense"), default="pruned", help="default: %(default)s")
+    said = "glob on layer names; may be repeated; default: all linear and convolution layers"
+    add("--include", action="append", metavar="GLOB", help=said)
+    add("--exclude", action="append", metavar="GLOB", help="likewise, to leave layers out")
+    add("--damping", type=float, default=0.01, metavar="X", help="default: %(default)s")
+    add("--prune-bias", action="store_true", help="biases may be removed, too")
+    add("--device", help="move the model and each batch there, for example cuda")
+    add("--memory", type=_size, metavar="SIZE", help="limit on scratch, for example 4GB")
+    add("--backend", help="a name from lobs-native doctor; default: the fastest")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+
+    add = command.add_argument_group("for folders").add_argument
+    add("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on")
+    add("--lines", type=int, metavar="N", help="lines of it at most; default 600")
+    add("--min-words", type=int, metavar="N", help="shorter lines are left out; default 20")
+    said = "tokens per line, or per block for causal language models; default 128"
+    add("--length", type=int, metavar="N", help=said)
+    add("--batch-size", type=int, metavar="N", help="default 8")
+    add("--shard-size", type=_size, metavar="SIZE", help="largest weight file; default 5GB")
+    command.set_defaults(run=_prune)
+
+
+def _size(text: str) -> int:
+    """Bytes from "4000000000", "4GB" or "4GiB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?)B?|B)?", text, re.IGNORECASE)
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        power = " kmgt".index(prefix.lower()) if prefix else 0
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size in bytes; write for example 4000000000, 4GB or 4GiB"
+        )
+    return size
+
+
+def _prune(options: argparse.Namespace) -> int:
+    given = vars(options)
+    arguments = {name: given[name] for name in _ARGUMENTS}
+    text = {name: given[name] for name in _TEXT}
+    # What the model's code prints must not get between the lines of a result.
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here():
+        if not options.plan:
+            out = _check_out(options)
+        found = job.find(options.model, options.calibration, text, planning=options.plan)
+        if options.plan:
+            planned = job.plan(found, arguments)
+        else:
+            arguments["progress"] = not options.no_progress
+            report = job.run(
+                found, arguments, out, overwrite=options.overwrite, masks=options.masks
+            )
+    if options.plan:
+        print(json.dumps(planned, indent=1) if options.json else _plan_table(planned))
+        return OK
+    for what in ("tensors left out", "tensors converted", "files left out"):
+        if some := report.settings.get(what):
+            print(f"lobs-native: {what}: {visible(', '.join(some))}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report.to_dict(), "out": str(out)}, indent=1, allow_nan=False))
+    else:
+        print(_report_table(report))
+        print(f"wrote {visible(out)}")
+    return OK
+
+
+def _check_out(options: argparse.Namespace) -> Path:
+    if options.out is None:
+        raise ArgumentError("--out: it is missing; name a folder to write, or ask for a --plan")
+    out = files.check_new_folder(options.out, overwrite=options.overwrite)
+    source = Path(options.model).resolve()
+    if source.is_dir() and (source in (out, *out.parents) or out in source.parents):
+        raise ArgumentError(f"--out: {out} and the model's folder {source} must lie apart")
+    return out
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _plan_table(planned: dict[str, Any]) -> str:
+    rows = [("layer", "kind", "shape", "asked", "memory of exact")]
+    for layer in planned["layers"]:
+        size = "-" if layer["bytes"] is None else f"{layer['bytes'] / 1e6:,.1f} MB"
+        shape = " x ".join(map(str, layer["shape"]))
+        rows.append((visible(layer["name"]), layer["kind"], shape, layer["asked"], size))
+    skipped = [f"skipped {visible(s['name'])}: {s['reason']}" for s in planned["skipped"]]
+    weights = sum(layer["weights"] for layer in planned["layers"])
+    last = f"{len(planned['layers'])} layers with {weights:,} weights"
+    return "\n".join([_aligned(rows), *skipped, last])
+
+
+def _report_table(report: Report) -> str:
+    rows = [("layer", "sparsity", "relative error", "damping")]
+    for layer in report.layers:
+        error, damping = f"{layer.relative_error:.4g}", f"{layer.damping:g}"
+        rows.append((visible(layer.name), f"{layer.sparsity:.4f}", error, damping))
+    notes = [f"{visible(r.name)}: {visible(note)}" for r in report.layers for note in r.notes]
+    notes += [f"skipped {visible(s.name)}: {visible(s.reason)}" for s in report.skipped]
+    last = (
+        f"removed {report.removed:,} of {report.weights:,} weights ({report.sparsity:.4f}) in "
+        f"{report.seconds:.1f} s"
+    )
+    return "\n".join([_aligned(rows), *notes, last])
 
 
 def _demo(options: argparse.Namespace) -> int:
