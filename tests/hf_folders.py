@@ -56,6 +56,9 @@ def network(kind: str, **changed: Any) -> Any:
         config: Any = transformers.BertConfig(**usual)
     elif kind.startswith("Llama"):
         config = transformers.LlamaConfig(num_key_value_heads=2, **usual)
+    elif kind.startswith("Mixtral"):
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        config = transformers.MixtralConfig(num_key_value_heads=2, **experts, **usual)
     else:
         small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         config = transformers.GPT2Config(**{**size, **small, **changed})
