@@ -215,7 +215,7 @@ def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
 
 def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
     found = job.Job(network(), batches(), None, "2", lambda *_: {})
-    arguments = dict.fromkeys((*pruner._OVERRIDABLE, "include", "exclude", "memory", "backend"))
+    arguments = dict.fromkeys((*pruner.OVERRIDABLE, "include", "exclude", "memory", "backend"))
     arguments |= {"sparsity": 0.5, "method": "exact", "scope": "layer", "damping": 0.01}
     arguments |= {"pattern": "unstructured", "prune_bias": False, "progress": False}
     planned = job.plan(found, arguments)

@@ -199,9 +199,9 @@ def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
     small.
     """
     settings, skipped = _without_head(job, arguments)
-    plans, tied = pruner._plan(
+    plans, tied = pruner.plan_layers(
         job.model,
-        {name: settings[name] for name in pruner._OVERRIDABLE},
+        {name: settings[name] for name in pruner.OVERRIDABLE},
         settings["include"],
         settings["exclude"],
         None,

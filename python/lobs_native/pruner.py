@@ -54,7 +54,7 @@ from lobs_native.weight import (
     prune_groups,
 )
 
-__all__ = ["prune"]
+__all__ = ["OVERRIDABLE", "plan_layers", "prune"]
 
 HESSIAN_BYTES = 4 << 30  # second moments that are accumulated in one pass over the data, at most
 
@@ -84,7 +84,7 @@ class Plan:
         return layer.groups * layer.rows * (layer.width + self.prune_bias)
 
 
-_OVERRIDABLE = (
+OVERRIDABLE = (
     "sparsity",
     "threshold",
     "max_error",
@@ -248,7 +248,7 @@ def prune(
         "token_mask": token_mask,
         "threads": ops.threads(),
     }
-    plans, tied = _plan(model, defaults, include, exclude, overrides)
+    plans, tied = plan_layers(model, defaults, include, exclude, overrides)
     memory = None if memory is None else checks.positive_int(memory, "memory")
     check_choice(inputs, "inputs", ("pruned", "dense"))
     spread = checks.real(spread, "spread")
@@ -344,7 +344,7 @@ def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[
     return found
 
 
-def _plan(
+def plan_layers(
     model: Any,
     defaults: Mapping[str, Any],
     include: Any,
@@ -385,11 +385,11 @@ def _plan(
         for glob, changes in (overrides or {}).items():
             if not fnmatchcase(layer.name, glob):
                 continue
-            unknown = set(changes) - set(_OVERRIDABLE)
+            unknown = set(changes) - set(OVERRIDABLE)
             if unknown:
                 raise ArgumentError(
                     f"overrides[{glob!r}]: {sorted(unknown)} unknown; known: "
-                    f"{', '.join(_OVERRIDABLE)}"
+                    f"{', '.join(OVERRIDABLE)}"
                 )
             grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
             if grouped or any(key in changes for key in _TARGETS):
