@@ -161,7 +161,8 @@ def test_patterns_hold_in_every_layer_and_can_be_overridden():
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_one_budget_for_the_model_is_the_global_greedy(inputs):
-    """Merging all rows of all layers by the running maximum of their relative costs."""
+    """Merging all rows of all layers by the running maximum of their costs over the root of the
+    layer's energy."""
     model, data = network().double(), [x.double() for x in batches()]
     original = copy.deepcopy(model)
     report = lobs.prune(
@@ -176,10 +177,11 @@ def test_one_budget_for_the_model_is_the_global_greedy(inputs):
         t = lobs.trace_weight(original[i].weight, h, bias=original[i].bias)
         both = torch.cat([original[i].weight, original[i].bias[:, None]], 1).detach()
         unit = (both @ h.matrix() * both).sum()
-        traced.append((t.loss / unit).cummax(1).values)
+        traced.append((t.loss / unit.sqrt()).cummax(1).values)
         x = torch.relu(original[i](x)).detach()
-    cut = torch.cat([t.reshape(-1) for t in traced]).sort().values[round(0.7 * weights) - 1]
-    expected = [int((t <= cut).sum()) for t in traced]
+    first = torch.cat([t.reshape(-1) for t in traced]).argsort(stable=True)[: round(0.7 * weights)]
+    whose = torch.cat([torch.full((t.numel(),), i) for i, t in enumerate(traced)])
+    expected = whose[first].bincount(minlength=3).tolist()
     assert [int((layer.weight == 0).sum()) for layer in model[::2]] == expected
     assert len({layer.sparsity for layer in report.layers}) == 3
 

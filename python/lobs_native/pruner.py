@@ -146,13 +146,16 @@ def prune(
         As in :func:`lobs_native.prune_weight`.
     scope : "layer", "row" or "model"
         As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers, by their
-        exact cost relative to the layer's ``tr(W H W^T)`` on the original network's inputs, and
-        removes the share ``sparsity`` of all of them. It needs method "exact", single weights, one
-        more pass over the data, and the second moments of all layers in memory at once.
+        exact cost over the square root of the layer's ``tr(W H W^T)`` on the original network's
+        inputs, and removes the share ``sparsity`` of all of them. It needs method "exact", single
+        weights, one more pass over the data, and the second moments of all layers in memory at
+        once.
     spread : float
         With scope "model", how far a layer's sparsity may be from the one asked for; 1 sets no
-        bound. A layer whose own error is small may still matter most to the network, so without a
-        bound the result is often worse than with scope "layer" (``python bench/budget.py``).
+        bound. What a layer's error means to the network is not known, so without a bound the result
+        can be worse than with scope "layer": on a sentence encoder at half, the mean cosine of its
+        embeddings with the original ones is 0.963 with this bound, 0.932 without (costs relative
+        to ``tr(W H W^T)``) and 0.958 for scope "layer" (``python bench/budget.py``).
     include, exclude : glob or list of globs on module names
         Default: every layer of a known type: nn.Linear, nn.Conv1d to 3d and their transposes,
         nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``), Conv1D and
@@ -568,7 +571,7 @@ def _allocate(
         greedy = Greedy(problem, plan.pattern)
         energy = problem.energy()
         parts.append(greedy)
-        unit.append(greedy.unit_cost() / energy if energy > 0 else 1.0)
+        unit.append(greedy.unit_cost() / energy**0.5 if energy > 0 else 1.0)
         assert plan.target.sparsity is not None
         asked.append(plan.target.sparsity)
     sizes = [plan.weights for plan in together]
