@@ -154,8 +154,8 @@ def prune(
         With scope "model", how far a layer's sparsity may be from the one asked for; 1 sets no
         bound. What a layer's error means to the network is not known, so without a bound the result
         can be worse than with scope "layer": on a sentence encoder at half, the mean cosine of its
-        embeddings with the original ones is 0.963 with this bound, 0.932 without (costs relative
-        to ``tr(W H W^T)``) and 0.958 for scope "layer" (``python bench/budget.py``).
+        embeddings with the original ones is 0.962 with this bound, 0.938 without one, and 0.958
+        with scope "layer" (``python bench/budget.py``).
     include, exclude : glob or list of globs on module names
         Default: every layer of a known type: nn.Linear, nn.Conv1d to 3d and their transposes,
         nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``), Conv1D and
