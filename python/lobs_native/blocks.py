@@ -21,17 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lobs_native.calibration import Run, Source
+from lobs_native.calibration import Enough, Run, attached
 from lobs_native.errors import LobsError
 
-__all__ = ["Shelf", "Stack", "find_stacks", "readers", "stopping"]
+__all__ = ["Shelf", "Stack", "find_stacks", "readers"]
 
 _CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
-
-
-class _Enough(BaseException):
-    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
-    catches those lets it through."""
 
 
 # ---- what reads the same tensor ------------------------------------------------------------------
@@ -57,7 +52,7 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
 
         return see
 
-    with _hooks(
+    with attached(
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in modules.items()
     ):
@@ -80,50 +75,10 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
     return groups, {name for name, times in count.items() if times == 1}
 
 
-@dataclass
-class stopping:  # noqa: N801 - used like a function
-    """A run that ends each forward as soon as ``module`` has returned."""
-
-    run: Source
-    module: nn.Module
-
-    @property
-    def model(self) -> nn.Module:
-        return self.run.model
-
-    def each(self, what: str) -> Iterator[Any]:
-        """The batches of one pass."""
-        return self.run.each(what)
-
-    def mask(self, batch: Any) -> Tensor | None:
-        """As the run has it."""
-        return self.run.mask(batch)
-
-    def call(self, model: nn.Module, batch: Any) -> None:
-        """Run the model on a batch up to the module."""
-
-        def stop(*_: Any) -> None:
-            raise _Enough
-
-        with _hooks([self.module.register_forward_hook(stop)]), contextlib.suppress(_Enough):
-            self.run.call(model, batch)
-
-
 def _first(run: Run) -> None:
     for batch in run.each("look"):
         run.call(run.model, batch)
         break
-
-
-@contextlib.contextmanager
-def _hooks(handles: Any) -> Iterator[None]:
-    made: list[Any] = []
-    try:
-        made.extend(handles)
-        yield
-    finally:
-        for handle in made:
-            handle.remove()
 
 
 # ---- kept tensors --------------------------------------------------------------------------------
@@ -320,7 +275,7 @@ class Stack:
         for i, module in enumerate(self.modules):
             handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        with _hooks(handles):
+        with attached(handles):
             _first(run)
         if [i for i, _, _ in seen] != list(range(len(self.modules))):
             raise _NoStackError("its modules are not called once each, in their order")
@@ -374,9 +329,10 @@ class Stack:
             raise _NoStackError(f"{self.names[i]} writes to what it is handed")
         return out
 
-    def replay(self, run: Run, limit: int | None = None) -> Replay:
-        """Start: keep what every block is called with and the first one's hidden states."""
-        return Replay(self, run, limit)
+    def replay(self, run: Run, limit: int | None = None, *, corrected: bool = False) -> Replay:
+        """Start: keep what every block is called with and the first one's hidden states;
+        ``corrected`` for the original network, too."""
+        return Replay(self, run, limit, corrected)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -386,6 +342,14 @@ def _same(a: Any, b: Any) -> bool:
     return float((x - y).norm()) <= _CLOSE * float(y.norm())
 
 
+class _Kept:
+    """What the blocks of one network are called with, by batch."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.hidden = Shelf(limit)  # of the present block
+        self.calls: list[list[_Call]] = []  # by batch, by block; without hidden states
+
+
 class Replay:
     """A stack that is run block by block on kept hidden states. Use it as a context manager.
 
@@ -393,15 +357,30 @@ class Replay:
     of the model, and running one runs the present block alone.
     """
 
-    def __init__(self, stack: Stack, run: Run, limit: int | None) -> None:
+    def __init__(self, stack: Stack, run: Run, limit: int | None, corrected: bool) -> None:
         self.stack = stack
         self.run = run
         self.block = 0
-        self.shelf = Shelf(limit)
-        self._calls: list[list[_Call]] = []  # by batch, by block; without hidden states
+        share = limit // 2 if limit is not None and corrected else limit
+        self._pruned = _Kept(share)
+        self._original = _Kept(share) if corrected else None
         self._next = 0
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of hidden states on disk now."""
+        kept = [self._pruned] + ([self._original] if self._original else [])
+        return sum(k.hidden.on_disk for k in kept)
+
     def __enter__(self) -> Replay:
+        for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
+            if self._original is not None:
+                with self.run.original():
+                    self._keep(self._original, number, batch)
+            self._keep(self._pruned, number, batch)
+        return self
+
+    def _keep(self, kept: _Kept, number: int, batch: Any) -> None:
         last = len(self.stack.modules) - 1
         seen: list[_Call] = []
 
@@ -409,30 +388,29 @@ class Replay:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 seen.append(_Call(args, kwargs, self.stack.slot))
                 if i == last:
-                    raise _Enough
+                    raise Enough
 
             return hook
 
-        with _hooks(
+        handles = (
             module.register_forward_pre_hook(see(i), with_kwargs=True)
             for i, module in enumerate(self.stack.modules)
-        ):
-            for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
-                seen.clear()
-                with contextlib.suppress(_Enough):
-                    self.run.call(self.run.model, batch)
-                if len(seen) != len(self.stack.modules):
-                    raise LobsError(
-                        f"blocks: {self.stack.name!r} is not called on every batch as on the "
-                        "first; pass blocks=None"
-                    )
-                self.shelf.put(number, seen[0].hidden.detach())
-                self._calls.append([call.with_hidden(None) for call in seen])
-        return self
+        )
+        with attached(handles), contextlib.suppress(Enough):
+            self.run.call(self.run.model, batch)
+        if len(seen) != len(self.stack.modules):
+            raise LobsError(
+                f"blocks: {self.stack.name!r} is not called on every batch as on the first; pass "
+                "blocks=None"
+            )
+        kept.hidden.put(number, seen[0].hidden.detach())
+        kept.calls.append([call.with_hidden(None) for call in seen])
 
     def __exit__(self, *_: Any) -> None:
-        self.shelf.close()
-        self._calls.clear()
+        for kept in (self._pruned, self._original):
+            if kept is not None:
+                kept.hidden.close()
+                kept.calls.clear()
 
     @property
     def model(self) -> nn.Module:
@@ -451,9 +429,18 @@ class Replay:
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run the present block on what it receives from the next batch."""
         number, self._next = self._next, self._next + 1
+        return self._run(self._pruned, number)
+
+    def call_original(self, batch: Any) -> Any:
+        """Run the original block on what it received there from the next batch."""
+        assert self._original is not None
+        with self.run.original(self.model):
+            return self._run(self._original, self._next)
+
+    def _run(self, kept: _Kept, number: int) -> Any:
         try:
             return self.stack._run(
-                self.block, self._calls[number][self.block], self.shelf.get(number)
+                self.block, kept.calls[number][self.block], kept.hidden.get(number)
             )
         except _NoStackError as why:
             raise LobsError(f"blocks: {why}; pass blocks=None") from None
@@ -463,29 +450,37 @@ class Replay:
         receives."""
         for batch in self.each(f"through {self.stack.names[self.block]}"):
             number = self._next
-            self.shelf.put(number, _main(self.call(self.model, batch)).detach())
+            if self._original is not None:
+                self._original.hidden.put(number, _main(self.call_original(batch)).detach())
+            self._pruned.hidden.put(number, _main(self.call(self.model, batch)).detach())
         self.block += 1
 
     def finish(self) -> None:
         """Run the remaining blocks and compare with what the model itself gives on the first batch.
 
         LobsError if they differ: a layer would then have been calibrated on something else than
-        the pruned network's inputs.
+        the network's inputs.
         """
         while self.block < len(self.stack.modules):
             self.advance()
+        self._compare(self._pruned)
+        if self._original is not None:
+            with self.run.original():
+                self._compare(self._original)
+
+    def _compare(self, replayed: _Kept) -> None:
         kept: list[Any] = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             kept.append(_main(output))
-            raise _Enough
+            raise Enough
 
         with (
-            _hooks([self.stack.modules[-1].register_forward_hook(leave)]),
-            contextlib.suppress(_Enough),
+            attached([self.stack.modules[-1].register_forward_hook(leave)]),
+            contextlib.suppress(Enough),
         ):
             _first(self.run)
-        if not kept or not _same(self.shelf.get(0), kept[0]):
+        if not kept or not _same(replayed.hidden.get(0), kept[0]):
             raise LobsError(
                 f"blocks: run by themselves, the blocks of {self.stack.name!r} do not give what "
                 "the model gives; pass blocks=None"

@@ -1,8 +1,15 @@
-"""Running the user's model on the data: for statistics, and for the change of its output."""
+"""Running the user's model on the data: for statistics, and for the change of its output.
+
+With inputs "corrected" the original network runs beside the pruned one, batch by batch, and a layer
+is asked for what makes the two agree: with x and x0 what it reads in the pruned and in the original
+network, ``x @ W'^T`` should be ``x0 @ W^T``. Where its output goes straight into a sum (a residual
+connection), the sums should agree, so that what the other operand has lost is made up for as well.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +19,27 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lobs_native import ops
 from lobs_native.errors import ArgumentError, DtypeError, NonFiniteError
 from lobs_native.hessian import Hessian
-from lobs_native.layers import Layer, Matrix, Watch
+from lobs_native.layers import Layer, Matrix, Sums, Watch
+from lobs_native.problem import Drift
 from lobs_native.weight import few_rows
 
 __all__ = [
+    "Enough",
     "Forward",
     "Moments",
     "Run",
     "Source",
+    "attached",
     "batches_of",
     "calibrate",
     "hooked",
     "measure_change",
 ]
+
+_AT_ONCE = 4096  # rows in one float32 product of two networks' difference
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -72,6 +85,9 @@ class Source(Protocol):
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run it on a batch."""
 
+    def call_original(self, batch: Any) -> Any:
+        """Run it on a batch as it was before anything was pruned; :meth:`call` comes after it."""
+
     def mask(self, batch: Any) -> Tensor | None:
         """(B, T) bool, True = counts; None where everything does."""
 
@@ -88,6 +104,9 @@ class Run:
     progress: bool
     token_mask: bool = False  # leave out what the batches' attention_mask leaves out
     padded: bool = field(default=False, init=False)  # whether it left anything out
+    originals: dict[str, Tensor] = field(
+        default_factory=dict, init=False
+    )  # values from before, of the parameters that have been changed
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         if self.device is not None:
@@ -104,6 +123,26 @@ class Run:
             f"calibration: a batch is a {type(batch).__name__}; give tensors, tuples or dicts, "
             "or pass forward="
         )
+
+    def call_original(self, batch: Any) -> Any:
+        """Run the original network; the random state is left as it was."""
+        with self.original():
+            return self.call(self.model, batch)
+
+    @contextlib.contextmanager
+    def original(self, part: nn.Module | None = None) -> Iterator[None]:
+        """The model, or the ``part`` of it that is run, is the original network for a while; its
+        random numbers are not counted."""
+        values = self.originals
+        if part is not None:
+            inside = {id(p) for p in part.parameters()}
+            values = {n: v for n, v in values.items() if id(self._named[n]) in inside}
+        with torch.random.fork_rng(devices=self._devices()), holding(self._named, values):
+            yield
+
+    @functools.cached_property
+    def _named(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def mask(self, batch: Any) -> Tensor | None:
         """(B, T) bool, False at padding, if the batch says where that is."""
@@ -135,25 +174,45 @@ class Run:
     def evaluating(self) -> Iterator[None]:
         """Eval mode, no gradients, the caller's random state kept; all of it undone at the end."""
         training = [module for module in self.model.modules() if module.training]
-        cuda = sorted(
-            {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
-        )
         try:
             self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            with torch.no_grad(), torch.random.fork_rng(devices=self._devices()):
                 yield
         finally:
             for module in training:
                 module.training = True
 
+    def _devices(self) -> list[int]:
+        return sorted(
+            {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
+        )
 
-See = Callable[[Layer, Tensor, Iterable[tuple[int, Tensor]]], Any]
+
+class Enough(BaseException):
+    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
+    catches those lets it through."""
+
+
+@contextlib.contextmanager
+def attached(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that are removed at the end."""
+    made: list[Any] = []
+    try:
+        made.extend(handles)
+        yield
+    finally:
+        for handle in made:
+            handle.remove()
+
+
+Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
+See = Callable[[Layer, Tensor, Columns], Any]
 
 
 @contextlib.contextmanager
 def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
-    """Call ``see(layer, inputs, pieces)`` whenever the model gives inputs to a layer; ``pieces``
-    yields them as (group, X)."""
+    """Call ``see(layer, inputs, columns)`` whenever the model gives inputs to a layer;
+    ``columns(inputs)`` yields them as (group, X)."""
 
     def hook_for(layer: Layer, site: Layer) -> Callable[..., None]:
         signature = inspect.signature(type(site.module).forward)
@@ -163,12 +222,13 @@ def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
             if not given or not isinstance(given[0], Tensor):
                 what = type(given[0]).__name__ if given else "no argument"
                 raise DtypeError(f"layer {site.name!r}: called with {what} instead of a tensor")
-            see(layer, given[0], site.columns(*given))
+            x, *others = given
+            see(layer, x, lambda x: site.columns(x, *others))
 
         return hook
 
     def seen(layer: Layer, group: int, x: Tensor) -> None:
-        see(layer, x, [(group, x)])
+        see(layer, x, lambda x: [(group, x)])
 
     with contextlib.ExitStack() as scope:
         # torch's fused attention would hide the inputs of its output projection
@@ -200,6 +260,7 @@ class Moments(list[Hessian]):
         self.layer = layer
         self.padding = 0  # rows left out
         self.unmasked = False  # whether a mask did not fit
+        self.differences: dict[str, Differences] = {}  # by layer, with inputs "corrected"
 
     @property
     def rows(self) -> float:
@@ -219,7 +280,12 @@ class Moments(list[Hessian]):
         unseen[:C] = size or 1.0
         return [found.get(id(h), torch.diag(unseen).to(h.device)) for h in self]
 
-    def notes(self) -> list[str]:
+    def drift(self, layer: Layer) -> Drift | None:
+        """What ``layer`` should make up for; None where the networks could not be compared."""
+        found = self.differences.get(layer.name)
+        return None if found is None or found.unlike else found.drift([h.rows for h in self])
+
+    def notes(self, layer: Layer) -> list[str]:
         """What a report should say."""
         notes = []
         C, few = self.layer.width, [h.rows for h in self if h.rows < self.layer.width]
@@ -241,41 +307,270 @@ class Moments(list[Hessian]):
                 "padding was counted: the inputs are not (batch, length, width) as attention_mask "
                 "has them"
             )
+        if (found := self.differences.get(layer.name)) and found.unlike:
+            notes.append(f"not corrected, only calibrated on pruned inputs: {found.unlike}")
+        elif found and found.summed:
+            notes.append("corrected together with what is added to its output")
         return notes
 
 
-def calibrate(layers: Sequence[Layer], run: Source, what: str) -> dict[str, Moments]:
-    """One pass over the data: name -> a Hessian for every group."""
+class Differences:
+    """How far a layer, as it is, is from the original network's outputs on the pruned network's
+    inputs: sums over rows.
+
+    ``unlike`` says why the two networks could not be compared row by row, where they could not.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        wide = layer.weight().dtype == torch.float64
+        self.dtype = torch.float64 if wide else torch.float32
+        self.W = layer.weight().to(self.dtype)  # (G, R, C)
+        bias = layer.bias()
+        self.bias = None if bias is None else bias.to(self.dtype)
+        D = layer.width + (bias is not None)
+        self.pull = [
+            torch.zeros(D, layer.rows, dtype=torch.float64, device=self.W.device)
+            for _ in range(layer.groups)
+        ]
+        self.inherited = [0.0] * layer.groups
+        self.energy = [0.0] * layer.groups
+        self.summed = False
+        self.unlike = ""
+
+    def update(
+        self, g: int, x: Tensor, x0: Tensor, extra: Tensor | None, weights: Tensor | None
+    ) -> None:
+        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network; ``extra`` (n, R)
+        is how much more is added to the original one's output."""
+        C, W = self.layer.width, self.W[g]
+        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
+            if weights is not None:
+                at = at[weights[at] > 0]
+            a, b = x[at].to(self.dtype), x0[at].to(self.dtype)
+            away = (b - a) @ W.T
+            if extra is not None:
+                away += extra[at].to(self.dtype)
+            wanted = b @ W.T
+            if self.bias is not None:
+                wanted += self.bias[g]
+            w = None if weights is None else weights[at, None].to(self.dtype)
+            weighted = away if w is None else away * w
+            self.pull[g][:C] += (a.T @ weighted).double()
+            if len(self.pull[g]) > C:
+                self.pull[g][C] += weighted.sum(0).double()
+            self.inherited[g] += float((away * weighted).sum(dtype=torch.float64))
+            self.energy[g] += float(
+                (wanted.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
+            )
+
+    def drift(self, rows: Sequence[float]) -> Drift:
+        """Means over the rows that each group saw."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.pull):
+            raise NonFiniteError(
+                f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
+            )
+        each = [n or 1.0 for n in rows]
+        return Drift(
+            pull=[p / n for p, n in zip(self.pull, each, strict=True)],
+            inherited=sum(e / n for e, n in zip(self.inherited, each, strict=True)),
+            energy=sum(e / n for e, n in zip(self.energy, each, strict=True)),
+        )
+
+
+class _Pairs:
+    """What layers read in the original network, kept for one batch beside what they read in the
+    pruned one."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        run: Source,
+        readers: Mapping[str, Sequence[Layer]],
+        moments: Mapping[str, Moments],
+    ) -> None:
+        self.layers, self.run = layers, run
+        self.found = {}
+        for name, mine in readers.items():
+            self.found[name] = [Differences(layer) for layer in mine]
+            moments[name].differences = {d.layer.name: d for d in self.found[name]}
+            for difference in self.found[name]:
+                if difference.layer.routed:
+                    difference.unlike = "experts are sent other rows than in the original network"
+        self.read: dict[str, list[tuple[Tensor, Columns]]] = {}
+        self.added: dict[str, list[Tensor]] = {}
+        self.late: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
+        self.summed = self._find_sums()
+
+    def _find_sums(self) -> dict[str, nn.Module]:
+        """The layers whose outputs go straight into a sum, found by running the first batch."""
+        candidates = {
+            d.layer.name: d.layer.module
+            for mine in self.found.values()
+            for d in mine
+            if d.layer.token_rows and not d.layer.watched and len(d.layer.sites) == 1
+        }
+        if not candidates:
+            return {}
+        with Sums(candidates) as sums:
+            for batch in self.run.each("look"):
+                self.run.call(self.run.model, batch)
+                break
+        once = [n for n in candidates if sums.calls[n] == 1 and len(sums.found[n]) == 1]
+        return {name: candidates[name] for name in once if name not in sums.elsewhere}
+
+    def watching(
+        self, until: nn.Module | None
+    ) -> tuple[Sums, contextlib.AbstractContextManager[Any]]:
+        """For one forward: what sees the sums, and what ends it."""
+        last = next((n for n, module in self.summed.items() if module is until), None)
+
+        def stop(name: str) -> None:
+            if name == last:
+                raise Enough
+
+        return Sums(self.summed, stop), _ending(None if last else until)
+
+    def original(self, batch: Any, until: nn.Module | None) -> None:
+        """Run the original network on a batch and keep what is read and added there."""
+        self.read = {layer.name: [] for layer in self.layers}
+
+        def keep(layer: Layer, x: Tensor, columns: Columns) -> None:
+            self.read[layer.name].append((x.detach().clone(), columns))
+
+        sums, ending = self.watching(until)
+        with contextlib.suppress(Enough), hooked(self.layers, keep), sums, ending:
+            self.run.call_original(batch)
+        self.added = sums.found
+
+    def rows(self, layer: Layer) -> Iterator[tuple[int, Tensor]]:
+        """What the layer read in the original network at the call that is next in turn."""
+        kept = self.read[layer.name]
+        if not kept:
+            self._unlike(layer.name, "it is called more often than in the original network")
+            return
+        x, columns = kept.pop(0)
+        yield from columns(x)
+
+    def see(
+        self,
+        name: str,
+        g: int,
+        x: Tensor,
+        rows: Iterator[tuple[int, Tensor]],
+        weights: Tensor | None,
+    ) -> None:
+        """Rows x (n, C) of the pruned network, beside the next of the original one's."""
+        g0, x0 = next(rows, (-1, x))
+        if g0 != g or x0.shape != x.shape:
+            self._unlike(name, "its inputs have other shapes than in the original network")
+            return
+        for difference in self.found[name]:
+            if difference.unlike:
+                continue
+            if difference.layer.name in self.summed:
+                if not any(kept[0] == name for kept in self.late):
+                    self.late.append((name, x.detach().clone(), x0, weights))
+            else:
+                difference.update(g, x, x0, None, weights)
+
+    def end(self, sums: Sums) -> None:
+        """The forward is done: what was added to outputs is known."""
+        for name, x, x0, weights in self.late:
+            for difference in self.found[name]:
+                mine = difference.layer.name
+                if difference.unlike or mine not in self.summed:
+                    continue
+                added = [*sums.found[mine], *self.added[mine]]
+                whole = len(x) * difference.layer.rows
+                if len(added) != 2 or any(extra.numel() != whole for extra in added):
+                    difference.unlike = "what is added to its output differs from call to call"
+                    continue
+                difference.summed = True
+                extra = (added[1] - added[0]).reshape(len(x), -1)
+                difference.update(0, x, x0, extra, weights)
+        self.late.clear()
+        for name, kept in self.read.items():
+            if kept:
+                self._unlike(name, "it is called less often than in the original network")
+
+    def _unlike(self, name: str, why: str) -> None:
+        for difference in self.found[name]:
+            difference.unlike = difference.unlike or why
+
+
+@contextlib.contextmanager
+def _ending(until: nn.Module | None) -> Iterator[None]:
+    """Ends a forward pass when ``until`` has returned."""
+
+    def stop(*_: Any) -> None:
+        raise Enough
+
+    with attached([] if until is None else [until.register_forward_hook(stop)]):
+        yield
+
+
+@ops.full_precision()
+def calibrate(
+    layers: Sequence[Layer],
+    run: Source,
+    what: str,
+    *,
+    until: nn.Module | None = None,
+    corrected: Mapping[str, Sequence[Layer]] | None = None,
+) -> dict[str, Moments]:
+    """One pass over the data: name -> a Hessian for every group.
+
+    Parameters
+    ----------
+    layers, run, what
+        Whose inputs, in what, and the pass's name for people.
+    until : nn.Module, optional
+        End each forward as soon as this module has returned (and its sum has been made).
+    corrected : {name: layers}, optional
+        For each of ``layers`` those that read its inputs; :meth:`Moments.drift` then has what they
+        should make up for.
+    """
     moments = {layer.name: Moments(layer) for layer in layers}
     mask: Tensor | None = None
+    pairs = _Pairs(layers, run, corrected, moments) if corrected else None
 
-    def see(layer: Layer, x: Tensor, pieces: Iterable[tuple[int, Tensor]]) -> None:
+    def see(layer: Layer, x: Tensor, columns: Columns) -> None:
         mine, weights = moments[layer.name], None
         if mask is not None and layer.token_rows and x.shape[:-1] == mask.shape:
             weights = mask.reshape(-1).to(device=x.device, dtype=torch.float64)
             mine.padding += int((weights == 0).sum())
         elif mask is not None:
             mine.unmasked = True
+        before = None if pairs is None else pairs.rows(layer)
         try:
-            for group, rows in pieces:
+            for group, rows in columns(x):
                 mine[group].update(rows, weights)
+                if pairs is not None and before is not None:
+                    pairs.see(layer.name, group, rows, before, weights)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"layer {layer.name!r}: its input on the calibration data: {error}"
             ) from error
 
-    with hooked(layers, see):
-        for batch in run.each(what):
-            mask = run.mask(batch)
+    for batch in run.each(what):
+        mask = run.mask(batch)
+        if pairs is None:
+            with contextlib.suppress(Enough), hooked(layers, see), _ending(until):
+                run.call(run.model, batch)
+            continue
+        pairs.original(batch, until)
+        sums, ending = pairs.watching(until)
+        with contextlib.suppress(Enough), hooked(layers, see), sums, ending:
             run.call(run.model, batch)
+        pairs.end(sums)
     return moments
 
 
 @contextlib.contextmanager
-def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Parameters with other values for a while. They are copied in and out: swapping the tensors
     themselves (torch.func.functional_call) goes wrong where a module has two names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     kept = {name: parameters[name].detach().clone() for name in values}
     try:
         for name, value in values.items():
@@ -287,16 +582,15 @@ def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_change(run: Run, originals: Mapping[str, Tensor]) -> tuple[float, float, float] | None:
+def measure_change(run: Run) -> tuple[float, float, float] | None:
     """(||output - original||_F^2, ||original||_F^2, rows) over the data; None if outputs are not
     floating-point tensors."""
     difference = size = rows = 0.0
     for batch in run.each("measure"):
+        before = run.call_original(batch)
         now = run.call(run.model, batch)
         if not isinstance(now, Tensor) or not now.is_floating_point() or now.ndim == 0:
             return None
-        with _holding(run.model, originals):
-            before = run.call(run.model, batch)
         difference += float((now.double() - before.double()).square().sum())
         size += float(before.double().square().sum())
         rows += now.numel() / now.shape[-1]

@@ -16,6 +16,7 @@ import lobs_native
 from lobs_native import demo, doctor, files, job
 from lobs_native.errors import ArgumentError, BackendError, LobsError, PatternError
 from lobs_native.html import visible
+from lobs_native.pruner import INPUTS
 from lobs_native.report import Report
 from lobs_native.weight import METHODS, REFINES, SCOPES
 
@@ -150,7 +151,7 @@ def _add_prune(commands: Any) -> None:
     said = "with scope model, how far a layer may be from --sparsity; default: %(default)s"
     add("--spread", type=float, default=0.1, metavar="X", help=said)
     add("--refine", choices=REFINES, help="repair the kept weights further; default: not")
-    add("--inputs", choices=("pruned", "dense"), default="pruned", help="default: %(default)s")
+    add("--inputs", choices=INPUTS, default="pruned", help="default: %(default)s")
     said = "glob on layer names; may be repeated; default: all linear and convolution layers"
     add("--include", action="append", metavar="GLOB", help=said)
     add("--exclude", action="append", metavar="GLOB", help="likewise, to leave layers out")

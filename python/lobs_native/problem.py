@@ -17,11 +17,25 @@ from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 from lobs_native.hessian import Inverse, invert
 
-__all__ = ["Problem", "nearest_count"]
+__all__ = ["Drift", "Problem", "nearest_count"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
 _PIECE = 1 << 21  # elements of a float64 temporary
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a layer with its original weights is, on its inputs x, from outputs y that it should
+    have; means over the rows, of all groups together.
+
+    The best weights are then not the original ones but, with damping, ``W + (A pull)^T``: the
+    minimum of ``|y - x W'^T|^2`` plus the damping times ``|W' - W|^2``.
+    """
+
+    pull: Sequence[Tensor]  # G times (D, R) float64: x^T (y - x W^T)
+    inherited: float  # |y - x W^T|^2
+    energy: float  # what errors are relative to
 
 
 @dataclass
@@ -29,6 +43,7 @@ class Problem:
     """A layer while it is being pruned."""
 
     before: Tensor  # (G, R, D) float32, or float64 where weight or bias is; never written
+    original: Tensor  # (G, R, D), the same unless a drift has been made up for
     moments: Sequence[Tensor]  # G times (D, D) float64
     inverses: list[Inverse]  # G of them, or none for methods that need none
     dead: list[Tensor]  # G times (C,) bool: inputs that were zero in every row
@@ -39,6 +54,7 @@ class Problem:
     precise: bool  # kernels run in float64
     backend: str
     memory: int | None = None  # bytes of kernel scratch
+    drift: Drift | None = None
     said: list[str] = field(default_factory=list)  # what was done differently from what was asked
     widened: set[int] = field(default_factory=set)  # rows that float32 was too narrow for
 
@@ -55,6 +71,7 @@ class Problem:
         mask: Tensor | None,
         backend: str,
         memory: int | None = None,
+        drift: Drift | None = None,
     ) -> Problem:
         """Check that the parts fit together, and invert the second moments if asked."""
         _check_layer(W, moments, bias, mask, prune_bias)
@@ -62,13 +79,20 @@ class Problem:
         before = W.to(torch.float64 if double else torch.float32)
         if bias is not None:
             before = torch.cat([before, bias[:, :, None].to(before.dtype)], 2)
+        original = before
         inverses: list[Inverse] = []
-        if inverted:
+        if inverted or drift is not None:
             name = "hessian" if len(moments) == 1 else "hessian of group {}"
             inverses = [invert(H, damping, name.format(g)) for g, H in enumerate(moments)]
+        if drift is not None:
+            parts = zip(inverses, drift.pull, strict=True)
+            change = torch.stack([(i.A @ (pull / i.scale)).T for i, pull in parts])
+            before = (original + change).to(original.dtype)
+            checks.check_finite(before, "weight, corrected for what came before it")
         little = any(i.damping < _FLOAT64_BELOW for i in inverses)
         made = cls(
             before=before,
+            original=original,
             moments=moments,
             inverses=inverses,
             dead=[H.diagonal()[: W.shape[2]] == 0 for H in moments],
@@ -79,6 +103,7 @@ class Problem:
             precise=double or little,
             backend=backend,
             memory=memory,
+            drift=drift,
         )
         if any(i.raised for i in inverses):
             made.said.append(f"Cholesky failed with damping {damping:g}; {made.damping:g} was used")
@@ -210,7 +235,9 @@ class Problem:
         return weight, bias
 
     def energy(self) -> float:
-        """tr(W H W^T) of the original weights."""
+        """tr(W H W^T) of the original weights; with a drift, of the outputs they should have."""
+        if self.drift is not None:
+            return _finite(self.drift.energy)
         total = 0.0
         for g, H in enumerate(self.moments):
             for rows in self._pieces():
@@ -218,12 +245,20 @@ class Problem:
         return _finite(total)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """tr(dW H dW^T) of final weights (G, R, C) and biases (G, R), without damping."""
-        total = 0.0
+        """tr(dW H dW^T) of final weights (G, R, C) and biases (G, R), without damping; with a
+        drift, how far their outputs are from those they should have."""
+        total = 0.0 if self.drift is None else self.drift.inherited
         for g, H in enumerate(self.moments):
             for rows in self._pieces():
-                total += _error(self._change(weight, bias, g, rows), H)[0]
+                dW = self._change(weight, bias, g, rows)
+                total += _error(dW, H)[0] - self._pulled(dW, g, rows)
         return _finite(total)
+
+    def _pulled(self, dW: Tensor, g: int, rows: slice) -> float:
+        """What a change of the original weights gains by following the drift."""
+        if self.drift is None:
+            return 0.0
+        return 2.0 * float((self.drift.pull[g][:, rows].T * dW).sum())
 
     def measured(self, weight: Tensor, bias: Tensor | None, gone: Tensor) -> tuple[float, float]:
         """:meth:`error`, and the optimality ratio of the kept weights.
@@ -232,7 +267,8 @@ class Problem:
         H and the eps of the weight's type: below about 30 the kept weights are the best there are
         for their mask as far as this type can tell.
         """
-        total, worst = 0.0, 0.0
+        total = 0.0 if self.drift is None else self.drift.inherited
+        worst = 0.0
         eps = torch.finfo(self.weight_dtype).eps
         for g, H in enumerate(self.moments):
             shift = self._shift(g)
@@ -240,7 +276,10 @@ class Problem:
             for rows in self._pieces():
                 dW = self._change(weight, bias, g, rows)
                 error, G = _error(dW, H)
-                total += error
+                total += error - self._pulled(dW, g, rows)
+                if self.drift is not None:
+                    dW -= (self.before - self.original)[g, rows]
+                    G = dW @ H
                 G.add_(dW, alpha=shift).masked_fill_(gone[g, rows], 0.0)
                 # Taken out of both, so that squares keep in range.
                 largest = dW.abs().amax(1, keepdim=True)
@@ -261,7 +300,7 @@ class Problem:
         after = weight[g, rows].to(torch.float64)
         if bias is not None:
             after = torch.cat([after, bias[g, rows, None].to(torch.float64)], 1)
-        return after - self.before[g, rows]
+        return after - self.original[g, rows]
 
     def check_mask(self, gone: Tensor) -> None:
         """ArgumentError if something that the user's mask removes is still there."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
-from lobs_native.blocks import Stack, find_stacks, readers, stopping
+from lobs_native.blocks import Stack, find_stacks, readers
 from lobs_native.calibration import (
     Forward,
     Moments,
@@ -54,7 +54,9 @@ from lobs_native.weight import (
     prune_groups,
 )
 
-__all__ = ["OVERRIDABLE", "plan_layers", "prune"]
+__all__ = ["INPUTS", "OVERRIDABLE", "plan_layers", "prune"]
+
+INPUTS = ("pruned", "dense", "corrected")
 
 HESSIAN_BYTES = 4 << 30  # second moments that are accumulated in one pass over the data, at most
 
@@ -253,7 +255,7 @@ def prune(
     }
     plans, tied = plan_layers(model, defaults, include, exclude, overrides)
     memory = None if memory is None else checks.positive_int(memory, "memory")
-    check_choice(inputs, "inputs", ("pruned", "dense"))
+    check_choice(inputs, "inputs", INPUTS)
     spread = checks.real(spread, "spread")
     if not 0 <= spread <= 1:
         raise ArgumentError(f"spread: {spread:g}; it is a difference of sparsities, from 0 to 1")
@@ -632,26 +634,29 @@ def _prune_layers(
         total=len(order), desc="layers", unit="layer", disable=None if run.progress else True
     )
 
-    def prune_these(plans: Sequence[Plan], source: Source, leaders: Sequence[Plan]) -> None:
-        """One pass over ``source`` for the inputs of ``leaders``; then each of ``plans``, with its
-        own second moments or else those of the only leader."""
-        begun = time.perf_counter()
-        names = leaders[0].layer.name if len(leaders) == 1 else f"{len(leaders)} layers"
-        moments = calibrate([p.layer for p in leaders], source, f"calibrate {names}")
-        calibrating = (time.perf_counter() - begun) / len(plans)
+    def prune_these(
+        plans: Sequence[Plan], moments: Mapping[str, Moments], calibrating: float
+    ) -> None:
         for plan in plans:
-            name = plan.layer.name
-            mine = moments[leaders[0].layer.name] if len(leaders) == 1 else moments.pop(name)
-            done[name] = _prune_layer(plan, mine, memory, backend, calibrating)
+            mine = moments[plan.layer.name if len(moments) > 1 else next(iter(moments))]
+            each = calibrating / len(plans)
+            done[plan.layer.name] = _prune_layer(plan, mine, memory, backend, each)
             bar.update()
+
+    def write(plans: Sequence[Plan]) -> None:
+        for plan in plans:
+            out = done[plan.layer.name][1]
+            run.originals |= {n: p.detach().clone() for n, p in plan.layer.parameters.items()}
+            plan.layer.write_back(out.weight, out.bias)
 
     with bar:
         if inputs == "dense":  # every pass must see the original network
             for piece in _passes(order, memory):
-                prune_these(piece, run, piece)
-            for plan in order:
-                out = done[plan.layer.name][1]
-                plan.layer.write_back(out.weight, out.bias)
+                begun = time.perf_counter()
+                layers = [p.layer for p in piece]
+                moments = calibrate(layers, run, f"calibrate {len(layers)} layers")
+                prune_these(piece, moments, time.perf_counter() - begun)
+            write(order)
             return done, {}
         modules = {plan.layer.name: plan.layer.caller for plan in order}
         stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
@@ -662,7 +667,9 @@ def _prune_layers(
                 replay = None
                 if stack is not None:
                     limit = None if memory is None else memory // 4
-                    replay = scope.enter_context(stack.replay(run, limit))
+                    replay = scope.enter_context(
+                        stack.replay(run, limit, corrected=inputs == "corrected")
+                    )
                 source: Source = run if replay is None else replay
                 for group in _together(plans, shared, stack):
                     leader = group[0].layer
@@ -670,12 +677,18 @@ def _prune_layers(
                         while replay.block < (stack.block_of(leader.name) or 0):
                             replay.advance()
                     early = leader.name in once and len(leader.sites) == 1
-                    prune_these(
-                        group, stopping(source, leader.caller) if early else source, group[:1]
+                    begun = time.perf_counter()
+                    moments = calibrate(
+                        [leader],
+                        source,
+                        f"calibrate {leader.name}",
+                        until=leader.caller if early else None,
+                        corrected={leader.name: [p.layer for p in group]}
+                        if inputs == "corrected"
+                        else None,
                     )
-                    for plan in group:
-                        out = done[plan.layer.name][1]
-                        plan.layer.write_back(out.weight, out.bias)
+                    prune_these(group, moments, time.perf_counter() - begun)
+                    write(group)
                 if replay is not None:
                     replay.finish()
     return done, {"blocks": [stack.name for stack in stacks], "no blocks": reasons}
@@ -759,7 +772,17 @@ def _prune_layer(
     calibrating: float,
 ) -> tuple[LayerReport, PrunedWeight]:
     layer = plan.layer
-    notes = [*layer.notes, *moments.notes()]
+    notes = [*layer.notes, *moments.notes(layer)]
+    drift, mask = moments.drift(layer), None
+    if drift is not None and bool((zeros := layer.weight() == 0).any()):
+        if _within(zeros, plan):
+            mask = ~zeros
+        else:
+            drift = None
+            notes.append(
+                "not corrected, only calibrated on pruned inputs: its weights have zeros already, "
+                "which would be filled"
+            )
     try:
         out = prune_groups(
             layer.weight(),
@@ -772,9 +795,11 @@ def _prune_layer(
             prune_bias=plan.prune_bias,
             damping=plan.damping,
             refine=plan.refine,
+            mask=mask,
             memory=memory,
             backend=backend,
             notes=notes,
+            drift=drift,
         )
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
@@ -800,8 +825,20 @@ def _prune_layer(
         notes=out.notes,
         seconds_calibrating=calibrating,
         seconds_pruning=out.seconds,
+        inherited=None if drift is None else drift.inherited,
     )
     return report, out
+
+
+def _within(zeros: Tensor, plan: Plan) -> bool:
+    """Whether what is asked for removes all of these weights (G, R, C) and no pattern is against
+    it."""
+    share = plan.target.sparsity
+    if share is None or not isinstance(plan.pattern, Unstructured):
+        return False
+    if plan.scope == "row":
+        return int(zeros.sum(2).max()) <= nearest_count(share, zeros.shape[2])
+    return int(zeros.sum()) <= nearest_count(share, plan.weights)
 
 
 @torch.no_grad()
@@ -822,7 +859,7 @@ def _bound(
     originals: Mapping[str, Tensor],
     inputs: str,
 ) -> ErrorBound:
-    measured = measure_change(run, originals)
+    measured = measure_change(run)
     root = None if measured is None else (measured[0] / measured[2]) ** 0.5
     norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
     try:
@@ -836,6 +873,9 @@ def _bound(
         strange = [plan.layer.name for plan in order if plan.layer.name not in chain]
         if strange:
             raise bound.NotAChainError(f"layer {strange[0]} is not part of the chain")
+        last = max(done, key=chain.index)
+        if inputs == "corrected" and done[last][0].inherited is None:
+            raise bound.NotAChainError(f"layer {last}, the last one pruned, was not corrected")
     except bound.NotAChainError as why:
         return ErrorBound(covered=False, reason=str(why), measured=root, output_norm=norm)
     modules = dict(model.named_modules())
@@ -850,10 +890,11 @@ def _bound(
             else originals.get(f"{name}.weight" if name else "weight", weight.detach())
         )
     errors = {name: (report.error, report.rows) for name, (report, _) in done.items()}
+    rule = "Theorem 3.2"
+    if inputs == "pruned":
+        rule = "Theorem 3.2 for pruned inputs: norms of the original later layers"
+    elif inputs == "corrected":  # its error has those of all layers before it in it
+        errors = {last: errors[last]}
+        rule = f"the measured error of {last}, times the norms of the layers after it"
     frobenius, spectral = bound.theorem_bound(chain, weights, errors, measured[2])
-    rule = (
-        "Theorem 3.2"
-        if dense
-        else "Theorem 3.2 for pruned inputs: norms of the original later layers"
-    )
     return ErrorBound(True, rule, frobenius, spectral, root, norm)

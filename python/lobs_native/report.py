@@ -22,7 +22,8 @@ __all__ = ["ErrorBound", "LayerReport", "Report", "Skipped"]
 @dataclass(frozen=True)
 class LayerReport:
     """One layer. Errors are ``tr(dW H dW^T)`` with the layer's own inputs, from the final weights
-    in float64."""
+    in float64. With inputs "corrected" they are the mean squared distance from the original
+    network's outputs (sums, where the notes say so), which what came before has a part in."""
 
     name: str
     kind: str  # "Linear", "Conv2d"; of the module that holds the weight
@@ -45,6 +46,7 @@ class LayerReport:
     notes: tuple[str, ...]
     seconds_calibrating: float
     seconds_pruning: float
+    inherited: float | None = None  # error before correction and pruning, with inputs "corrected"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lobs_native.patterns import (
     check_fit,
     pattern_of,
 )
-from lobs_native.problem import Problem
+from lobs_native.problem import Drift, Problem
 from lobs_native.ranked import Ranked
 from lobs_native.sweep import Sweep
 
@@ -328,12 +328,15 @@ def prune_groups(
     memory: int | None = None,
     backend: str | None = None,
     notes: Sequence[str] = (),
+    drift: Drift | None = None,
 ) -> PrunedWeight:
     """:func:`prune_weight` for a layer of G groups, each with its own second moment, ranked as one
     layer.
 
-    W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). Returns a
-    PrunedWeight whose tensors have the leading G.
+    W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). With a
+    drift, the weights that make up for it are pruned instead of W, whatever the method, and errors
+    are relative to the outputs that it wants. Returns a PrunedWeight whose tensors have the leading
+    G.
     """
     begun = time.perf_counter()
     pattern = pattern_of(pattern)
@@ -353,6 +356,7 @@ def prune_groups(
         mask=mask,
         backend=ops.select_backend(backend, W.device),
         memory=memory,
+        drift=drift,
     )
     check_fit(pattern, W.shape[2], mask, prune_bias)
     gone, after = _removed(problem, _solver(problem, pattern, method), target, scope)
