@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.blocks import Shelf, find_stacks
+from lobs_native.blocks import find_stacks
 from lobs_native.calibration import Run
 from lobs_native.errors import ArgumentError, LobsError
+from lobs_native.shelf import Shelf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,15 +233,22 @@ def test_hidden_states_go_to_disk_where_memory_is_short(monkeypatch):
     kept: list[tuple[int, int]] = []
     put = Shelf.put
 
-    def spy(self: Shelf, key: int, value: Tensor) -> None:
+    def spy(self: Shelf, key: Any, value: Tensor) -> None:
         put(self, key, value)
-        kept.append((self.in_memory, self.on_disk))
+        if isinstance(key, int):  # others are original weights
+            kept.append((self.in_memory, self.on_disk))
 
     monkeypatch.setattr(Shelf, "put", spy)
-    _, whole = pruned(made(), batches(), method="magnitude")
+    report, whole = pruned(made(), batches(), method="magnitude")
     assert max(disk for _, disk in kept) == 0
+    assert report.settings["plan"]["disk"] == 0
     kept.clear()
-    _, found = pruned(made(), batches(), method="magnitude", memory=4 * 2 * size)
+    layers = (m for m in made().modules() if isinstance(m, nn.Linear))
+    weights = sum(p.numel() * 4 for layer in layers for p in layer.parameters())
+    limit = report.settings["plan"]["memory"] - weights + size  # 4 * size for states and weights
+    report, found = pruned(made(), batches(), method="magnitude", memory=limit)
+    assert report.settings["plan"]["memory"] == limit
+    assert report.settings["plan"]["disk"] == size + weights - 2 * size
     assert max(memory for memory, _ in kept) == 2 * size
     assert max(disk for _, disk in kept) == size
     assert all(torch.equal(value, found[name]) for name, value in whole.items())

@@ -53,7 +53,7 @@ def test_the_formula_by_hand():
         "c": torch.diag(torch.tensor([1.0, 2.0])),
     }
     frobenius, spectral = theorem_bound(
-        ["a", "b", "c"], weights, {"a": (4.0, 10.0), "b": (9.0, 10.0)}, 10.0
+        ["a", "b", "c"], weights.__getitem__, {"a": (4.0, 10.0), "b": (9.0, 10.0)}, 10.0
     )
     assert frobenius == pytest.approx(5 * 5**0.5 * 2 + 5**0.5 * 3)
     assert spectral == pytest.approx(4 * 2 * 2 + 2 * 3)

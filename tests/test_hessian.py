@@ -344,3 +344,12 @@ def test_weights_below_zero_are_refused():
     with pytest.raises(ArgumentError, match=r"weights: -1.0 at 1"):
         h.update(torch.ones(2, 2), torch.tensor([1.0, -1.0]))
     assert h.rows == 0
+
+
+def test_a_released_hessian_is_refused():
+    h = lobs.Hessian(3).update(torch.ones(2, 3))
+    h.release()
+    assert h.rows == 2
+    for use in (h.matrix, h.state_dict, lambda: h.update(torch.ones(2, 3))):
+        with pytest.raises(lobs.LobsError, match="hessian: its sum was released"):
+            use()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import lobs_native as lobs
-from lobs_native import cli, job, pruner
+from lobs_native import cli, job, pruner, selection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,7 +149,8 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     monkeypatch.setattr(pruner, "prune", stop)
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
-        "--spread 0.2 --refine solve --inputs dense --include 0 --include 2 --exclude 2 "
+        "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
+        "--refine solve --inputs dense --include 0 --include 2 --exclude 2 "
         "--damping 0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 "
         "--no-progress"
     )
@@ -161,7 +162,11 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "method": "lobs",
         "pattern": "1x4",
         "scope": "row",
-        "spread": 0.2,
+        "spread": 0.3,
+        "sensitivity": None,
+        "budget": "flops",
+        "blocks": None,
+        "token_mask": None,
         "refine": "solve",
         "inputs": "dense",
         "include": ["0", "2"],
@@ -203,19 +208,22 @@ def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
     captured = capsys.readouterr()
     lines = [line.split() for line in captured.out.splitlines()]
     assert lines[1][:7] == ["0", "Linear", "9", "x", "6", "sparsity", "0.5"]
-    assert captured.out.endswith("1 layers with 54 weights\n")
+    *_, count, plan = captured.out.splitlines()
+    assert count == "1 layers with 54 weights"
+    assert plan.startswith("plan: 0 MB besides the model, the data and a forward pass (0 MB for 0,")
     assert captured.err == "a word from the user's code\n"
     assert cli.main([*arguments, "--json", "--pattern", "2:3"]) == cli.OK
     planned = json.loads(capsys.readouterr().out)
     assert [layer["name"] for layer in planned["layers"]] == ["0", "2"]
     expected = lobs.plan_memory(9, 6, sparsity=1 / 3, bias=True).total
     assert planned["layers"][0]["bytes"] == expected
+    assert planned["run"]["memory"] > expected
     assert {p for p in here.rglob("*") if "__pycache__" not in p.parts} == set(before)
 
 
 def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
     found = job.Job(network(), batches(), None, "2", lambda *_: {})
-    arguments = dict.fromkeys((*pruner.OVERRIDABLE, "include", "exclude", "memory", "backend"))
+    arguments = dict.fromkeys((*selection.OVERRIDABLE, "include", "exclude", "memory", "backend"))
     arguments |= {"sparsity": 0.5, "method": "exact", "scope": "layer", "damping": 0.01}
     arguments |= {"pattern": "unstructured", "prune_bias": False, "progress": False}
     planned = job.plan(found, arguments)

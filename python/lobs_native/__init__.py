@@ -10,6 +10,7 @@
 
 import torch as _torch  # noqa: F401  (first: its OpenMP runtime is the one the kernels then share)
 
+from lobs_native.batch_norm import reestimate_batch_norm
 from lobs_native.errors import (
     ArgumentError,
     BackendError,
@@ -26,8 +27,9 @@ from lobs_native.layers import Layer, register_layer
 from lobs_native.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
 from lobs_native.ops import backends
 from lobs_native.plan import MemoryPlan, plan_memory
-from lobs_native.pruner import prune
+from lobs_native.pruner import plan_prune, prune
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.run_plan import RunPlan
 from lobs_native.trace import WeightTrace, trace_weight
 from lobs_native.weight import PrunedWeight, prune_weight
 
@@ -50,6 +52,7 @@ __all__ = [
     "PatternError",
     "PrunedWeight",
     "Report",
+    "RunPlan",
     "ShapeError",
     "Skipped",
     "StreamingInverse",
@@ -59,8 +62,10 @@ __all__ = [
     "backends",
     "keep_masks",
     "plan_memory",
+    "plan_prune",
     "prune",
     "prune_weight",
+    "reestimate_batch_norm",
     "register_layer",
     "trace_weight",
 ]

@@ -10,21 +10,18 @@ each other, not by their names, and replaying them is checked against the model 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lobs_native.calibration import Enough, Run, attached
 from lobs_native.errors import LobsError
+from lobs_native.shelf import Shelf
 
-__all__ = ["Shelf", "Stack", "find_stacks", "readers"]
+__all__ = ["Stack", "find_stacks", "readers"]
 
 _CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
 
@@ -47,7 +44,7 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            version = first._version if isinstance(first, Tensor) else None
+            version = _version(first) if isinstance(first, Tensor) else None
             calls.append((name, (first, version)))
 
         return see
@@ -75,71 +72,15 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
     return groups, {name for name, times in count.items() if times == 1}
 
 
+def _version(x: Tensor) -> int:
+    """How often ``x`` has been written to; inference tensors do not count that."""
+    return 0 if x.is_inference() else x._version
+
+
 def _first(run: Run) -> None:
     for batch in run.each("look"):
         run.call(run.model, batch)
         break
-
-
-# ---- kept tensors --------------------------------------------------------------------------------
-
-
-class Shelf:
-    """Tensors by number: in memory as long as they fit into ``limit`` bytes, then on disk.
-
-    Disk files are safetensors in a temporary folder that goes with the shelf. Tensors come back
-    with their bits, on the device they came from.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.in_memory = self.on_disk = 0  # bytes
-        self._kept: dict[int, Tensor] = {}
-        self._filed: dict[int, tuple[Path, torch.device, int]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def put(self, key: int, value: Tensor) -> None:
-        """Keep ``value`` (not copied) under ``key``, in place of what was there."""
-        self.drop(key)
-        size = value.numel() * value.element_size()
-        if self.limit is None or self.in_memory + size <= self.limit:
-            self._kept[key] = value
-            self.in_memory += size
-            return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lobs-native-")
-        path = Path(self._folder.name) / f"{key}.safetensors"
-        save_file({"x": value.detach().contiguous().cpu()}, path)
-        self._filed[key] = (path, value.device, size)
-        self.on_disk += size
-
-    def get(self, key: int) -> Tensor:
-        """What is kept under ``key``; not to be written to."""
-        if key in self._kept:
-            return self._kept[key]
-        path, device, _ = self._filed[key]
-        with safe_open(path, "pt") as file:
-            value: Tensor = file.get_tensor("x")
-        return value.to(device)
-
-    def drop(self, key: int) -> None:
-        """Forget ``key``, if it is there."""
-        if key in self._kept:
-            old = self._kept.pop(key)
-            self.in_memory -= old.numel() * old.element_size()
-        if key in self._filed:
-            path, _, size = self._filed.pop(key)
-            path.unlink()
-            self.on_disk -= size
-
-    def close(self) -> None:
-        """Forget everything and remove the folder."""
-        self._kept.clear()
-        self._filed.clear()
-        self.in_memory = self.on_disk = 0
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
 
 # ---- stacks of blocks ----------------------------------------------------------------------------
@@ -238,6 +179,8 @@ class Stack:
         self.names = names
         self.modules = modules
         self.slot: int | str = 0
+        self.hidden_bytes = 0  # of what a block receives from the first batch
+        self.other_bytes = 0  # of everything else that the blocks are called with then
 
     def __contains__(self, layer: str) -> bool:
         return self.block_of(layer) is not None
@@ -304,6 +247,13 @@ class Stack:
                     raise _NoStackError(f"{self.names[i]} also reads other results of the stack")
         call = _Call(*seen[0][1:], self.slot)
         hidden = call.hidden
+        self.hidden_bytes = hidden.numel() * hidden.element_size()
+        around: dict[int, int] = {}
+        for _, args, kwargs in seen:
+            for t in _tensors([_Call(args, kwargs, self.slot).with_hidden(None).args, kwargs]):
+                around[t.data_ptr()] = t.numel() * t.element_size()
+        around.pop(hidden.data_ptr(), None)
+        self.other_bytes = sum(around.values())
         for k, (_, args, kwargs) in enumerate(seen):
             call = _Call(args, kwargs, self.slot)
             hidden = _main(self._run(k, call, hidden))
@@ -323,9 +273,9 @@ class Stack:
         """Block i on a copy of ``hidden``, which it may write to."""
         ready = call.with_hidden(hidden.clone())
         others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
-        versions = [t._version for t in others]
+        versions = [_version(t) for t in others]
         out = self.modules[i](*ready.args, **ready.kwargs)
-        if [t._version for t in others] != versions:
+        if [_version(t) for t in others] != versions:
             raise _NoStackError(f"{self.names[i]} writes to what it is handed")
         return out
 

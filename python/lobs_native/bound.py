@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-__all__ = ["NotAChainError", "chain_of", "theorem_bound"]
+from lobs_native.errors import ArgumentError
+from lobs_native.layers import Layer
+
+__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_bound"]
 
 
 class NotAChainError(Exception):
@@ -126,14 +129,14 @@ def _check_step(
 
 def theorem_bound(
     chain: Sequence[str],
-    weights: Mapping[str, Tensor],
+    weight: Callable[[str], Tensor],
     errors: Mapping[str, tuple[float, float]],
     output_rows: float,
 ) -> tuple[float, float]:
     """(Frobenius, spectral) bound on the output's change.
 
     chain : the layers' names, first to last.
-    weights : (R, C) of every layer: the pruned ones if layers were pruned on dense inputs, the
+    weight : name -> (R, C) of a layer: the pruned ones if layers were pruned on dense inputs, the
     original ones otherwise.
     errors : name -> (E_k, rows), for the pruned layers.
     output_rows : rows of the network's output; a layer may see more of them where a flatten follows
@@ -147,7 +150,35 @@ def theorem_bound(
             step = math.sqrt(error * count / output_rows)
             frobenius += later_frobenius * step
             spectral += later_spectral * step
-        w = weights[name].detach().to(torch.float64)
+        w = weight(name).detach().to(torch.float64)
         later_frobenius *= float(torch.linalg.matrix_norm(w))
         later_spectral *= float(torch.linalg.matrix_norm(w, ord=2))
     return frobenius, spectral
+
+
+def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """name -> (1, R) of the square of the spectral norms of the layers after it.
+
+    Their sum over the layers, each times its error, is within a factor of the number of layers of
+    the square of the bound. ArgumentError if the theorem does not cover the network.
+    """
+    try:
+        chain = chain_of(model)
+        strange = [layer.name for layer in layers if layer.name not in chain]
+        if strange:
+            raise NotAChainError(f"layer {strange[0]} is not part of the chain")
+    except NotAChainError as why:
+        raise ArgumentError(
+            f"sensitivity: 'bound' needs a network that Theorem 3.2 covers: {why}; use 'output'"
+        ) from why
+    modules = dict(model.named_modules())
+    later, found = 1.0, {}
+    for name in reversed(chain):
+        found[name] = later
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        later *= float(torch.linalg.matrix_norm(weight.detach().double(), ord=2)) ** 2
+    return {
+        layer.name: torch.full((layer.groups, layer.rows), found[layer.name], dtype=torch.float64)
+        for layer in layers
+    }

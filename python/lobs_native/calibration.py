@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from lobs_native import ops
@@ -24,6 +25,7 @@ from lobs_native.errors import ArgumentError, DtypeError, NonFiniteError
 from lobs_native.hessian import Hessian
 from lobs_native.layers import Layer, Matrix, Sums, Watch
 from lobs_native.problem import Drift
+from lobs_native.shelf import Shelf
 from lobs_native.weight import few_rows
 
 __all__ = [
@@ -73,6 +75,11 @@ def _to(value: Any, device: torch.device | str) -> Any:
     return value
 
 
+def _numel(batch: Any) -> int:
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return sum(x.numel() for x in tree_leaves(batch) if isinstance(x, Tensor))
+
+
 class Source(Protocol):
     """Something that can be run on batches: the model on the user's, or a part of it."""
 
@@ -104,9 +111,9 @@ class Run:
     progress: bool
     token_mask: bool = False  # leave out what the batches' attention_mask leaves out
     padded: bool = field(default=False, init=False)  # whether it left anything out
-    originals: dict[str, Tensor] = field(
-        default_factory=dict, init=False
-    )  # values from before, of the parameters that have been changed
+    originals: Shelf = field(default_factory=Shelf, init=False)  # parameters from before, by name
+    changed: set[str] = field(default_factory=set, init=False)  # those that are others now
+    swapped_limit: int | None = field(default=None, init=False)  # bytes of those in memory
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         if self.device is not None:
@@ -124,6 +131,13 @@ class Run:
             "or pass forward="
         )
 
+    def size(self) -> float:
+        """How many batches there are, in units of the first one."""
+        if not isinstance(self.batches, list):
+            return float(len(self.batches))
+        first = _numel(self.batches[0])
+        return sum(map(_numel, self.batches)) / first if first else float(len(self.batches))
+
     def call_original(self, batch: Any) -> Any:
         """Run the original network; the random state is left as it was."""
         with self.original():
@@ -133,12 +147,26 @@ class Run:
     def original(self, part: nn.Module | None = None) -> Iterator[None]:
         """The model, or the ``part`` of it that is run, is the original network for a while; its
         random numbers are not counted."""
-        values = self.originals
+        names = sorted(self.changed)
         if part is not None:
             inside = {id(p) for p in part.parameters()}
-            values = {n: v for n, v in values.items() if id(self._named[n]) in inside}
-        with torch.random.fork_rng(devices=self._devices()), holding(self._named, values):
+            names = [name for name in names if id(self._named[name]) in inside]
+        with torch.random.fork_rng(devices=self._devices()), self._holding(names):
             yield
+
+    @contextlib.contextmanager
+    def _holding(self, names: Iterable[str]) -> Iterator[None]:
+        """Copied in and out: swapping the tensors themselves (torch.func.functional_call) goes
+        wrong where a module has two names."""
+        with Shelf(self.swapped_limit) as kept:
+            try:
+                for name in names:
+                    kept.put(name, self._named[name].detach().clone())
+                    self._named[name].copy_(self.originals[name])
+                yield
+            finally:
+                for name, value in kept.items():
+                    self._named[name].copy_(value)
 
     @functools.cached_property
     def _named(self) -> dict[str, nn.Parameter]:
@@ -261,6 +289,7 @@ class Moments(list[Hessian]):
         self.padding = 0  # rows left out
         self.unmasked = False  # whether a mask did not fit
         self.differences: dict[str, Differences] = {}  # by layer, with inputs "corrected"
+        self._matrices: list[Tensor] | None = None
 
     @property
     def rows(self) -> float:
@@ -268,17 +297,23 @@ class Moments(list[Hessian]):
         return sum(h.rows for h in self) if self.layer.routed else self[0].rows
 
     def matrices(self) -> list[Tensor]:
-        """The second moments. An expert that saw no row gets the mean one without correlations:
-        removing by magnitude."""
-        seen = [h for h in self if h.rows > 0]
-        if len(seen) == len(self) or not seen or not self.layer.routed:
-            return [h.matrix() for h in self]
-        found = {id(h): h.matrix() for h in seen}
-        C = self.layer.width
-        size = sum(float(H.diagonal()[:C].mean()) for H in found.values()) / len(found)
-        unseen = torch.ones(next(iter(found.values())).shape[0], dtype=torch.float64)
-        unseen[:C] = size or 1.0
-        return [found.get(id(h), torch.diag(unseen).to(h.device)) for h in self]
+        """The second moments, made when they are first asked for; the sums are given up then. An
+        expert that saw no row gets the mean one without correlations: removing by magnitude."""
+        if self._matrices is None:
+            seen = [h for h in self if h.rows > 0]
+            found = {}
+            for h in seen if self.layer.routed and seen else self:
+                found[id(h)] = h.matrix()
+                h.release()
+            if len(found) < len(self):
+                C = self.layer.width
+                size = sum(float(H.diagonal()[:C].mean()) for H in found.values()) / len(found)
+                unseen = torch.ones(next(iter(found.values())).shape[0], dtype=torch.float64)
+                unseen[:C] = size or 1.0
+            self._matrices = [
+                found[id(h)] if id(h) in found else torch.diag(unseen).to(h.device) for h in self
+            ]
+        return self._matrices
 
     def drift(self, layer: Layer) -> Drift | None:
         """What ``layer`` should make up for; None where the networks could not be compared."""
@@ -365,14 +400,14 @@ class Differences:
             )
 
     def drift(self, rows: Sequence[float]) -> Drift:
-        """Means over the rows that each group saw."""
+        """Means over the rows that each group saw; to be called once."""
         if not all(bool(torch.isfinite(p).all()) for p in self.pull):
             raise NonFiniteError(
                 f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
             )
         each = [n or 1.0 for n in rows]
         return Drift(
-            pull=[p / n for p, n in zip(self.pull, each, strict=True)],
+            pull=[p.div_(n) for p, n in zip(self.pull, each, strict=True)],
             inherited=sum(e / n for e, n in zip(self.inherited, each, strict=True)),
             energy=sum(e / n for e, n in zip(self.energy, each, strict=True)),
         )
@@ -565,20 +600,6 @@ def calibrate(
             run.call(run.model, batch)
         pairs.end(sums)
     return moments
-
-
-@contextlib.contextmanager
-def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters with other values for a while. They are copied in and out: swapping the tensors
-    themselves (torch.func.functional_call) goes wrong where a module has two names."""
-    kept = {name: parameters[name].detach().clone() for name in values}
-    try:
-        for name, value in values.items():
-            parameters[name].copy_(value)
-        yield
-    finally:
-        for name, value in kept.items():
-            parameters[name].copy_(value)
 
 
 @torch.no_grad()

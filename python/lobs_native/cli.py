@@ -27,7 +27,8 @@ OK, FAILED, USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 # Options of "prune" that lobs_native.prune takes, and those that concern a folder's text and files.
 _ARGUMENTS = (
     *("sparsity", "threshold", "max_error", "method", "pattern", "scope", "damping", "prune_bias"),
-    *("spread", "refine", "include", "exclude", "inputs", "device", "memory", "backend", "seed"),
+    *("spread", "sensitivity", "budget", "refine", "include", "exclude", "inputs", "blocks"),
+    *("token_mask", "device", "memory", "backend", "seed"),
 )
 _TEXT = ("lines", "min_words", "length", "batch_size", "shard_size")
 
@@ -149,16 +150,25 @@ def _add_prune(commands: Any) -> None:
     add("--pattern", default="unstructured", help='"N:M", "1xB" or (default) %(default)s')
     add("--scope", choices=(*SCOPES, "model"), default="layer", help="default: %(default)s")
     said = "with scope model, how far a layer may be from --sparsity; default: %(default)s"
-    add("--spread", type=float, default=0.1, metavar="X", help=said)
+    add("--spread", type=float, default=0.2, metavar="X", help=said)
+    said = "weigh rows and layers by how much the output depends on them; auto: with scope model"
+    add("--sensitivity", type=_choice, default="auto", metavar="auto|output|bound|none", help=said)
+    said = "with scope model, what --sparsity is a share of; default: %(default)s"
+    add("--budget", choices=("weights", "flops"), default="weights", help=said)
     add("--refine", choices=REFINES, help="repair the kept weights further; default: not")
     add("--inputs", choices=INPUTS, default="pruned", help="default: %(default)s")
+    said = "run stacks of blocks block by block, or the whole model for every layer"
+    add("--blocks", type=_choice, default="auto", metavar="auto|none", help=said)
+    said = "leave out what the batches' attention_mask leaves out, or count it"
+    add("--token-mask", type=_choice, default="auto", metavar="auto|none", help=said)
     said = "glob on layer names; may be repeated; default: all linear and convolution layers"
     add("--include", action="append", metavar="GLOB", help=said)
     add("--exclude", action="append", metavar="GLOB", help="likewise, to leave layers out")
     add("--damping", type=float, default=0.01, metavar="X", help="default: %(default)s")
     add("--prune-bias", action="store_true", help="biases may be removed, too")
     add("--device", help="move the model and each batch there, for example cuda")
-    add("--memory", type=_size, metavar="SIZE", help="limit on scratch, for example 4GB")
+    said = "limit on what pruning takes besides the model and its forward pass, for example 4GB"
+    add("--memory", type=_size, metavar="SIZE", help=said)
     add("--backend", help="a name from lobs-native doctor; default: the fastest")
     add("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -171,6 +181,11 @@ def _add_prune(commands: Any) -> None:
     add("--batch-size", type=int, metavar="N", help="default 8")
     add("--shard-size", type=_size, metavar="SIZE", help="largest weight file; default 5GB")
     command.set_defaults(run=_prune)
+
+
+def _choice(text: str) -> str | None:
+    """An argument of prune that may be None."""
+    return None if text == "none" else text
 
 
 def _size(text: str) -> int:
@@ -244,8 +259,10 @@ def _plan_table(planned: dict[str, Any]) -> str:
         rows.append((visible(layer["name"]), layer["kind"], shape, layer["asked"], size))
     skipped = [f"skipped {visible(s['name'])}: {s['reason']}" for s in planned["skipped"]]
     weights = sum(layer["weights"] for layer in planned["layers"])
-    last = f"{len(planned['layers'])} layers with {weights:,} weights"
-    return "\n".join([_aligned(rows), *skipped, last])
+    last = [f"{len(planned['layers'])} layers with {weights:,} weights"]
+    if planned["run"] is not None:
+        last.append(visible(planned["run"]["text"]))
+    return "\n".join([_aligned(rows), *skipped, *last])
 
 
 def _report_table(report: Report) -> str:

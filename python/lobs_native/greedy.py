@@ -9,7 +9,6 @@ row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +19,12 @@ from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
 from lobs_native.problem import Problem, nearest_count
 
-__all__ = ["Greedy", "cut_together", "rows_together"]
+__all__ = ["Greedy", "rows_together"]
 
 _SAMPLE = 32  # rows of a layer that say how far the others must go, at least
 _MARGIN = 1.02  # how much further than that they go
 _TOGETHER = 1024  # rows in one call of the kernel, so that its results stay small
+_LEAST_IMPORTANCE = 1e-6  # of a row, relative to the mean: its weights must not vanish
 _ON_DEVICE = 8 * _TOGETHER  # there, so that few rows are the last to end
 
 
@@ -39,9 +39,14 @@ class _Rows:
 
 
 class Greedy:
-    """Traces the rows of a problem as far as they are asked for, and cuts them."""
+    """Traces the rows of a problem as far as they are asked for, and cuts them.
 
-    def __init__(self, problem: Problem, pattern: Pattern) -> None:
+    ``importance`` (G, R) multiplies what a row's removals cost, where rows are compared.
+    """
+
+    def __init__(
+        self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
+    ) -> None:
         self.problem = problem
         self.pattern = pattern
         G, R, D = problem.before.shape
@@ -65,6 +70,11 @@ class Greedy:
         self._most = problem.candidates  # removals that a row can have
         if self.group:
             self._most = problem.columns // self.group * self.per_group
+        # A row's weights times a number have costs times its square, in the same order.
+        self._factor: Tensor | None = None  # (G, R)
+        if importance is not None and float(importance.max()) > 0:
+            relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
+            self._factor = relative.sqrt()
         # Costs are w**2 / A_qq times this, for working weights and the inverse of H / scale.
         common = max(i.scale for i in problem.inverses)
         self.scale = [i.scale / common for i in problem.inverses]
@@ -77,6 +87,15 @@ class Greedy:
             count=torch.zeros(G * R, dtype=torch.int64),
             complete=torch.full((G * R,), -math.inf, dtype=torch.float64),
         )
+
+    def _working(
+        self, g: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        w = self.problem.working(g, dtype, rows)
+        if self._factor is None:
+            return w
+        factor = self._factor[g] if rows is None else self._factor[g][rows.to(w.device)]
+        return w.mul_(factor[:, None].to(w.dtype))
 
     # ---- how far ---------------------------------------------------------------------------------
 
@@ -102,7 +121,11 @@ class Greedy:
         units = nearest_count(share, self.problem.total // self.unit)
         if units == 0:
             return self._nothing()
-        gone = cut_together([self], [1.0], units)[0]
+        self._reach(units)
+        ceilings = self.ceilings()
+        backend = "reference" if self.problem.backend == "reference" else "cpu"
+        chosen = ops.rank_lowest(ceilings.reshape(1, -1), units, backend=backend)[0]
+        gone = self.cut(chosen.view_as(ceilings).sum(1) * self.unit)
         return gone, self.problem.best(gone)
 
     @property
@@ -137,6 +160,14 @@ class Greedy:
             removed = torch.arange(upto + 1, dtype=torch.float64)
         error = torch.nn.functional.pad(each.cumsum(0), (1, 0)) * self.unit_cost()
         return removed * self.unit / self.problem.total, error
+
+    def cheapest(self, units: int) -> Tensor:
+        """(units,) float64, ascending: what the cheapest removals of the layer cost, each as its
+        row's running maximum."""
+        if not units:
+            return torch.empty(0, dtype=torch.float64)
+        self._reach(units)
+        return self.ceilings().reshape(-1).sort().values[:units]
 
     def trace_all(self, limit: int) -> _Rows:
         """Every row traced to ``limit`` removals, or to its end."""
@@ -175,7 +206,7 @@ class Greedy:
         few = max(_SAMPLE, N // 24)
         energy = []
         for g, (inverse, scale) in enumerate(zip(self.problem.inverses, self.scale, strict=True)):
-            w = self.problem.working(g)
+            w = self._working(g)
             energy.append(w.square_() @ (scale / inverse.A.diagonal()).to(w.dtype))
         spread = (torch.arange(few, dtype=torch.float64) + 0.5) * (N / few)
         chosen = torch.cat(energy).cpu().argsort(stable=True)[spread.long()]
@@ -226,7 +257,8 @@ class Greedy:
         again in float64."""
         problem = self.problem
         within = rows - g * problem.before.shape[1]
-        W = problem.working(g, rows=within)
+        working = problem.working if update else self._working
+        W = working(g, rows=within)
         state = None if self.state is None else self.state[rows].contiguous()
 
         def run(W: Tensor, state: Tensor | None) -> ops.Trace:
@@ -248,7 +280,7 @@ class Greedy:
         order, loss, count = found.order, found.loss, found.count
         lost = found.lost.cpu().nonzero()[:, 0]  # like ``rows``
         if len(lost) and not problem.precise:
-            wide = problem.working(g, torch.float64, within[lost])
+            wide = working(g, torch.float64, within[lost])
             again = run(wide, None if state is None else state[lost].contiguous())
             order[lost], count[lost] = again.order, again.count
             loss[lost] = again.loss.to(loss.dtype)
@@ -263,6 +295,36 @@ class Greedy:
                 "larger damping (0.01 is usual)"
             )
         return order.cpu(), loss.cpu(), count.cpu(), W
+
+    def _reach(self, units: int) -> None:
+        """Trace far enough that the ``units`` cheapest removals of the layer are known.
+
+        A sample of rows tells at which cost they will end; all rows go that far and a little
+        further. Where that turns out too short, those that ended there go again, further.
+        """
+        total = self.problem.total // self.unit
+        if units > 0.8 * total:
+            self.trace_all(self.width)
+        else:
+            self.sample(math.ceil(1.5 * units / total * self.width) + 2 * self.unit)
+        factor = _MARGIN
+        while True:
+            stop = self._quantile(factor * units)
+            self.trace((self.rows.complete < stop).nonzero()[:, 0], self.width, stop)
+            ceiling = self.ceilings()
+            available = int(((ceiling <= stop) & torch.isfinite(ceiling)).sum())
+            if available >= units or stop == math.inf:
+                return
+            factor *= 1.1 * units / max(available, 1)
+
+    def _quantile(self, units: float) -> float:
+        """The running maximum below which about ``units`` removals lie, judged by the rows that
+        have been traced; infinity where they do not tell."""
+        known = self.rows.count > 0
+        ceiling = self.ceilings(known.nonzero()[:, 0]).reshape(-1)
+        ranked = ceiling[torch.isfinite(ceiling)].sort().values
+        at = math.ceil(units * int(known.sum()) / len(known)) - 1
+        return max(0.0, float(ranked[at])) if at < len(ranked) else math.inf
 
     # ---- cutting ---------------------------------------------------------------------------------
 
@@ -310,65 +372,3 @@ class Greedy:
 def rows_together(backend: str) -> int:
     """Rows that one call of a backend's kernel gets."""
     return _ON_DEVICE if ops.on_device(backend) else _TOGETHER
-
-
-def cut_together(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> list[Tensor]:
-    """Bool (G, R, D) for each part of what goes: its share of the ``units`` cheapest removals of
-    all parts together, whose costs are multiplied by ``unit`` first.
-
-    Ties go to the lowest position.
-    """
-    _reach(parts, unit, units)
-    ceilings = [p.ceilings() * u for p, u in zip(parts, unit, strict=True)]  # (N, U) each
-    flat = torch.cat([c.reshape(-1) for c in ceilings])[None]
-    backend = "reference" if parts[0].problem.backend == "reference" else "cpu"
-    chosen = ops.rank_lowest(flat, units, backend=backend)[0]
-    gone = []
-    for part, ceiling, mine in zip(
-        parts, ceilings, chosen.split([c.numel() for c in ceilings]), strict=True
-    ):
-        gone.append(part.cut(mine.view_as(ceiling).sum(1) * part.unit))
-    return gone
-
-
-def _reach(parts: Sequence[Greedy], unit: Sequence[float], units: int) -> None:
-    """Trace far enough that the ``units`` cheapest removals of all parts are known.
-
-    A sample of rows tells at which cost they will end; all rows go that far and a little further.
-    Where that turns out too short, those that ended there go again, further.
-    """
-    total = sum(p.problem.total // p.unit for p in parts)
-    for part in parts:
-        if units > 0.8 * total:
-            part.trace_all(part.width)
-        elif len(parts) == 1:
-            part.sample(math.ceil(1.5 * units / total * part.width) + 2 * part.unit)
-        else:
-            part.sample(part.width)
-    factor = _MARGIN
-    while True:
-        stop = _quantile(parts, unit, factor * units)
-        available = 0
-        for part, u in zip(parts, unit, strict=True):
-            part.trace((part.rows.complete < stop / u).nonzero()[:, 0], part.width, stop / u)
-            ceiling = part.ceilings() * u
-            available += int(((ceiling <= stop) & torch.isfinite(ceiling)).sum())
-        if available >= units or stop == math.inf:
-            return
-        factor *= 1.1 * units / max(available, 1)
-
-
-def _quantile(parts: Sequence[Greedy], unit: Sequence[float], units: float) -> float:
-    """The running maximum below which about ``units`` removals lie, judged by the rows that have
-    been traced; infinity where they do not tell."""
-    values, weights = [], []
-    for part, u in zip(parts, unit, strict=True):
-        known = part.rows.count > 0
-        ceiling = part.ceilings(known.nonzero()[:, 0]).reshape(-1) * u
-        ceiling = ceiling[torch.isfinite(ceiling)]
-        values.append(ceiling)
-        weights.append(torch.full_like(ceiling, len(known) / max(1, int(known.sum()))))
-    ranked, place = torch.cat(values).sort()
-    below = torch.cat(weights)[place].cumsum(0)
-    at = int(torch.searchsorted(below, units))
-    return max(0.0, float(ranked[at])) if at < len(ranked) else math.inf

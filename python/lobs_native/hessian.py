@@ -190,6 +190,10 @@ class Hessian:
         self._rows = float(rows)
         return self
 
+    def release(self) -> None:
+        """Give the sum's memory back; ``rows`` stays, everything else is refused from now on."""
+        self._sum = self._sum.new_empty(0)
+
     def matrix(self) -> Tensor:
         """H = X^T X / N as a new symmetric (C, C) float64 tensor; (C + 1, C + 1) with a bias.
 
@@ -262,6 +266,8 @@ class Hessian:
         return made
 
     def _check_whole(self) -> None:
+        if self._sum.numel() == 0:
+            raise LobsError("hessian: its sum was released; start again with a new one")
         if not self._whole:
             raise LobsError(
                 "hessian: an update was interrupted half-way; throw this one away and start again"

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
-from lobs_native import hf, pruner
+from lobs_native import hf, pruner, selection
 from lobs_native.calibration import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files import new_folder, writing
@@ -193,15 +193,15 @@ def _without_head(job: Job, arguments: Mapping[str, Any]) -> tuple[dict[str, Any
 
 def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What would be pruned, as plain JSON values: layers in order, with the memory that method
-    "exact" takes for each, in bytes. Changes nothing.
+    "exact" takes for each, in bytes; and, where there is data, what the whole run will take in
+    memory, disk and time. Changes nothing.
 
-    Raises as :func:`lobs_native.prune` does for its arguments, and MemoryError if ``memory`` is too
-    small.
+    Raises as :func:`lobs_native.prune` does before it starts.
     """
     settings, skipped = _without_head(job, arguments)
-    plans, tied = pruner.plan_layers(
+    plans, tied = selection.plan_layers(
         job.model,
-        {name: settings[name] for name in pruner.OVERRIDABLE},
+        {name: settings[name] for name in selection.OVERRIDABLE},
         settings["include"],
         settings["exclude"],
         None,
@@ -217,7 +217,6 @@ def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
                 sparsity=1.0 if planned.target.sparsity is None else planned.target.sparsity,
                 dtype=layer.weight().dtype,
                 bias=layer.bias() is not None,
-                memory=settings["memory"],
                 backend=settings["backend"],
             ).total
         layers.append(
@@ -231,8 +230,12 @@ def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
                 "bytes": size,
             }
         )
+    whole = None
+    if job.batches is not None:
+        whole = pruner.plan_prune(job.model, job.batches, forward=job.forward, **settings)
     return {
         "format": 1,
+        "run": None if whole is None else {**whole.to_dict(), "text": str(whole)},
         "layers": layers,
         "skipped": [dataclasses.asdict(layer) for layer in (*skipped, *tied)],
         "settings": job.settings,

@@ -17,10 +17,10 @@ from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 from lobs_native.hessian import Inverse, invert
 
-__all__ = ["Drift", "Problem", "nearest_count"]
+__all__ = ["PIECE", "Drift", "Problem", "nearest_count"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
-_PIECE = 1 << 21  # elements of a float64 temporary
+PIECE = 1 << 19  # elements of a float64 temporary
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
 
 
@@ -85,9 +85,11 @@ class Problem:
             name = "hessian" if len(moments) == 1 else "hessian of group {}"
             inverses = [invert(H, damping, name.format(g)) for g, H in enumerate(moments)]
         if drift is not None:
-            parts = zip(inverses, drift.pull, strict=True)
-            change = torch.stack([(i.A @ (pull / i.scale)).T for i, pull in parts])
-            before = (original + change).to(original.dtype)
+            before = original.clone()
+            for w, inverse, pull in zip(before, inverses, drift.pull, strict=True):
+                change = inverse.U @ pull
+                change = inverse.U.T @ change.div_(inverse.scale)
+                w += change.T
             checks.check_finite(before, "weight, corrected for what came before it")
         little = any(i.damping < _FLOAT64_BELOW for i in inverses)
         made = cls(
@@ -292,7 +294,7 @@ class Problem:
     def _pieces(self) -> Iterator[slice]:
         """Rows a few at a time, so that float64 temporaries stay small."""
         _, R, D = self.before.shape
-        step = max(1, _PIECE // D)
+        step = max(1, PIECE // D)
         for first in range(0, R, step):
             yield slice(first, first + step)
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
+from lobs_native.allocation import passes, share_budget
 from lobs_native.blocks import Stack, find_stacks, readers
 from lobs_native.calibration import (
+    Columns,
     Forward,
     Moments,
     Run,
@@ -36,68 +39,24 @@ from lobs_native.errors import (
     DtypeError,
     NonFiniteError,
     NotPositiveDefiniteError,
-    PatternError,
 )
-from lobs_native.greedy import Greedy, cut_together
-from lobs_native.layers import Layer, Linear, layers_of
-from lobs_native.patterns import GroupsOf, Unstructured, check_fit, pattern_of
-from lobs_native.problem import Problem, nearest_count
+from lobs_native.layers import Layer, Linear
+from lobs_native.patterns import GroupsOf, Unstructured
+from lobs_native.problem import nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
-from lobs_native.weight import (
-    METHODS,
-    SCOPES,
-    PrunedWeight,
-    Target,
-    check_choice,
-    check_damping,
-    check_refine,
-    prune_groups,
-)
+from lobs_native.run_plan import Peak, RunPlan, Workload, plan_run, trim
+from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
+from lobs_native.sensitivity import sensitivities
+from lobs_native.shelf import Shelf
+from lobs_native.weight import PrunedWeight, check_choice, prune_groups
 
-__all__ = ["INPUTS", "OVERRIDABLE", "plan_layers", "prune"]
+__all__ = ["INPUTS", "plan_prune", "prune"]
 
 INPUTS = ("pruned", "dense", "corrected")
-
-HESSIAN_BYTES = 4 << 30  # second moments that are accumulated in one pass over the data, at most
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one layer is to be pruned, all defaults and overrides resolved and checked."""
-
-    layer: Layer
-    target: Target
-    method: str
-    pattern: Any
-    scope: str
-    damping: float
-    prune_bias: bool
-    refine: str | None
-
-    @property
-    def asked(self) -> str:
-        """The target as people write it."""
-        return next(f"{k} {v:g}" for k, v in vars(self.target).items() if v is not None)
-
-    @property
-    def weights(self) -> int:
-        """Weights of the layer that may be removed."""
-        layer = self.layer
-        return layer.groups * layer.rows * (layer.width + self.prune_bias)
-
-
-OVERRIDABLE = (
-    "sparsity",
-    "threshold",
-    "max_error",
-    "method",
-    "pattern",
-    "scope",
-    "damping",
-    "prune_bias",
-    "refine",
+_TOLD = (  # arguments that the report repeats, besides those that overrides may change
+    *("include", "exclude", "overrides", "spread", "sensitivity", "budget", "inputs", "blocks"),
+    *("device", "backend", "memory", "seed", "token_mask"),
 )
-_TARGETS = ("sparsity", "threshold", "max_error")
 
 
 def prune(
@@ -110,7 +69,9 @@ def prune(
     method: str = "exact",
     pattern: Any = "unstructured",
     scope: str = "layer",
-    spread: float = 0.1,
+    spread: float = 0.2,
+    sensitivity: str | None = "auto",
+    budget: str = "weights",
     damping: float = 0.01,
     prune_bias: bool = False,
     refine: str | None = None,
@@ -147,17 +108,26 @@ def prune(
     method, pattern, damping, prune_bias, refine, backend
         As in :func:`lobs_native.prune_weight`.
     scope : "layer", "row" or "model"
-        As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers, by their
-        exact cost over the square root of the layer's ``tr(W H W^T)`` on the original network's
-        inputs, and removes the share ``sparsity`` of all of them. It needs method "exact", single
-        weights, one more pass over the data, and the second moments of all layers in memory at
-        once.
+        As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers and removes
+        the share ``sparsity`` of all of them. It needs method "exact", single weights, and one more
+        pass over the data.
     spread : float
         With scope "model", how far a layer's sparsity may be from the one asked for; 1 sets no
-        bound. What a layer's error means to the network is not known, so without a bound the result
-        can be worse than with scope "layer": on a sentence encoder at half, the mean cosine of its
-        embeddings with the original ones is 0.962 with this bound, 0.938 without one, and 0.958
-        with scope "layer" (``python bench/budget.py``).
+        bound.
+    sensitivity : "auto", "output", "bound" or None
+        "output" multiplies what removals from a row cost by how much the network's output depends
+        on it: the mean square, over the data and random directions v, of the gradient of ``v .
+        output`` (the diagonal of the Gauss-Newton matrix), from one pass with backward passes and
+        without labels. It counts where "exact" compares rows, in a layer or over the model. "auto"
+        does so with scope "model". Layers whose outputs are no module's outputs (attention,
+        experts) keep the sparsity asked, as do those that the output does not depend on. "bound"
+        (scope "model") takes the squared spectral norms of the later layers instead, which
+        minimises the bound of Theorem 3.2 up to a constant, for the networks it covers. None
+        compares rows of a layer by their costs alone, and layers by cost over the square root of
+        their ``tr(W H W^T)``.
+    budget : "weights" or "flops"
+        With scope "model", what ``sparsity`` is a share of: all weights, or all multiplications of
+        one forward pass (a convolution's weight is used at every position).
     include, exclude : glob or list of globs on module names
         Default: every layer of a known type: nn.Linear, nn.Conv1d to 3d and their transposes,
         nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``), Conv1D and
@@ -167,10 +137,17 @@ def prune(
         Other arguments for some layers, for example ``{"classifier": {"sparsity": 0.3}}``; later
         ones win. A target (sparsity, threshold, max_error) or an N:M pattern replaces the target
         from before.
-    inputs : "pruned" or "dense"
-        Whether a layer is calibrated on what the already pruned network feeds it, or on the
-        original network's activations (the paper, and Theorem 3.2 as printed; one pass over the
-        data for all layers).
+    inputs : "pruned", "dense" or "corrected"
+        Whether a layer is calibrated on what the already pruned network feeds it ("pruned"), or on
+        the original network's activations ("dense": the paper, and Theorem 3.2 as printed; one pass
+        over the data for all layers). "corrected" runs both networks side by side: on the pruned
+        one's inputs, a layer is asked for the original one's outputs, so that it makes up for what
+        the layers before it lost: ``W + (A P)^T`` is pruned in place of W, with ``P = mean of x^T
+        (y0 - x W^T)``. Where an output goes straight into a sum with something else (a residual
+        connection), the sums are made to agree. Experts, and layers whose zeros would be filled,
+        are calibrated as with "pruned", and their notes say so. It costs one more run of the
+        original network for every run of the pruned one, and usually leaves the network by far the
+        nearest to the original (``python bench/whole_encoder.py``).
     blocks : "auto" or None
         With inputs "pruned", run a stack of blocks (a transformer's) block by block on what each
         receives, instead of the whole model for every layer; the results are the same. "auto" does
@@ -180,10 +157,11 @@ def prune(
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the above is right.
     memory : int, optional
-        Bytes. The scratch of "exact" keeps to it as in :func:`lobs_native.prune_weight`; second
-        moments that would take more than half of it together are accumulated in several passes
-        (inputs "dense"), and hidden states beyond a quarter of it go to a temporary folder on disk
-        (blocks).
+        Bytes that pruning may take besides the model, the data, and a forward pass (with
+        sensitivities, a backward pass): kernels use fewer threads, second moments are accumulated
+        in several passes, hidden states and original weights go to a temporary folder on disk. A
+        plan is made before anything is changed (``report.settings["plan"]``; printed on a
+        terminal), and MemoryError says what is needed if the limit cannot be kept to.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     progress : bool
@@ -212,6 +190,8 @@ def prune(
         nothing has been changed.
     NonFiniteError, NotPositiveDefiniteError
         With the layer's name; the model is as it was.
+    MemoryError
+        ``memory`` is too small for some layer; nothing has been changed.
 
     Notes
     -----
@@ -221,88 +201,207 @@ def prune(
     patterns of a convolution group neighbouring input channels at one kernel position. Experts are
     measured each on the rows that it was sent, and count the same; one that saw none is pruned by
     magnitude, and its notes say so, as they do where there were fewer rows than columns. Source:
-    Dong, Chen & Pan 2017.
+    Dong, Chen & Pan 2017; "corrected" is the asymmetric calibration of Li et al. 2025 (GPTAQ), with
+    sums added here.
     """
-    begun = time.perf_counter()
-    defaults: dict[str, Any] = {
-        "sparsity": sparsity,
-        "threshold": threshold,
-        "max_error": max_error,
-        "method": method,
-        "pattern": pattern,
-        "scope": scope,
-        "damping": damping,
-        "prune_bias": prune_bias,
-        "refine": refine,
-    }
-    settings = {
-        **{
-            k: v if isinstance(v, (int, float, str, type(None))) else repr(v)
-            for k, v in defaults.items()
-        },
-        "include": include,
-        "exclude": exclude,
-        "overrides": copy.deepcopy(overrides),
-        "spread": spread,
-        "inputs": inputs,
-        "blocks": blocks,
-        "device": None if device is None else str(device),
-        "backend": backend,
-        "memory": memory,
-        "seed": seed,
-        "token_mask": token_mask,
-        "threads": ops.threads(),
-    }
-    plans, tied = plan_layers(model, defaults, include, exclude, overrides)
-    memory = None if memory is None else checks.positive_int(memory, "memory")
-    check_choice(inputs, "inputs", INPUTS)
-    spread = checks.real(spread, "spread")
-    if not 0 <= spread <= 1:
-        raise ArgumentError(f"spread: {spread:g}; it is a difference of sparsities, from 0 to 1")
-    if blocks is not None:
-        check_choice(blocks, "blocks", ("auto",))
-    if forward is not None and not callable(forward):
-        raise DtypeError(f"forward: expected callable(model, batch), got {type(forward).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise DtypeError(f"seed: expected an int, got {type(seed).__name__}")
-    batches = batches_of(calibration)
-    if device is not None:
-        checks.zeros((1,), torch.float32, device, "device")  # refuses what cannot be used, by name
-        model.to(device)
-    for plan in plans:
-        ops.select_backend(backend, plan.layer.weight().device)
-    if token_mask is not None:
-        check_choice(token_mask, "token_mask", ("auto",))
-    run = Run(model, batches, forward, device, seed, progress, token_mask == "auto")
-    originals = {
-        name: parameter.detach().clone()
-        for plan in plans
-        for name, parameter in plan.layer.parameters.items()
-    }
-    try:
-        with run.evaluating():
-            order, uncalled = _order(plans, run, explicit=include is not None)
-            order = _allocate(order, run, spread, memory, backend)
-            done, calibrated = _prune_layers(order, run, inputs, memory, backend, blocks)
-            error_bound = _bound(model, run, order, done, originals, inputs)
-    except BaseException:
-        _restore(model, originals)
-        raise
-    layers = tuple(report for report, _ in done.values())
-    removed = sum(int((~out.mask).sum()) for _, out in done.values())
-    weights = sum(out.mask.numel() for _, out in done.values())
-    return Report(
-        layers=layers,
-        skipped=(*tied, *uncalled),
-        error_bound=error_bound,
-        sparsity=removed / weights,
-        removed=removed,
-        weights=weights,
-        seconds=time.perf_counter() - begun,
-        settings={**settings, "batches": len(batches), **calibrated},
-        versions=_versions(),
-        masks={p.layer.name: p.layer.unpack(done[p.layer.name][1].mask) for p in order},
-    )
+    given = dict(locals())
+    pruning = _Pruning(given.pop("model"), given.pop("calibration"), given)
+    return pruning.carry_out()
+
+
+def plan_prune(model: nn.Module, calibration: Iterable[Any], **arguments: Any) -> RunPlan:
+    """What :func:`prune` would take with the same arguments: memory, disk and time.
+
+    Runs the model on the first batch a few times; changes nothing but the device, where one is
+    given.
+
+    Returns
+    -------
+    RunPlan
+        Bytes and seconds; ``str()`` of it is for people.
+
+    Raises
+    ------
+    MemoryError
+        ``memory`` is too small; the message says for which layer, and what it needs.
+    Everything that prune raises before it starts.
+    """
+    known = inspect.signature(prune).parameters
+    for name in arguments:
+        if name not in known or name in ("model", "calibration"):
+            raise ArgumentError(f"{name}: prune has no such argument; it has {', '.join(known)}")
+    defaults = {n: p.default for n, p in known.items() if n not in ("model", "calibration")}
+    pruning = _Pruning(model, calibration, {**defaults, "progress": False, **arguments})
+    with pruning.run.evaluating():
+        return pruning.look()
+
+
+class _Pruning:
+    """One call of :func:`prune`: checks its arguments, looks at the model, and prunes it."""
+
+    def __init__(self, model: nn.Module, calibration: Any, given: Mapping[str, Any]) -> None:
+        self.begun = time.perf_counter()
+        self.given = given
+        defaults = {name: given[name] for name in OVERRIDABLE}
+        self.plans, self.tied = plan_layers(
+            model, defaults, given["include"], given["exclude"], given["overrides"]
+        )
+        self.memory: int | None = None
+        if given["memory"] is not None:
+            self.memory = checks.positive_int(given["memory"], "memory")
+        self.inputs = check_choice(given["inputs"], "inputs", INPUTS)
+        self.spread = checks.real(given["spread"], "spread")
+        if not 0 <= self.spread <= 1:
+            raise ArgumentError(
+                f"spread: {self.spread:g}; it is a difference of sparsities, from 0 to 1"
+            )
+        self.weighed = self._check_budget(given["sensitivity"], given["budget"])
+        if given["blocks"] is not None:
+            check_choice(given["blocks"], "blocks", ("auto",))
+        forward, seed, device = given["forward"], given["seed"], given["device"]
+        if forward is not None and not callable(forward):
+            raise DtypeError(
+                f"forward: expected callable(model, batch), got {type(forward).__name__}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise DtypeError(f"seed: expected an int, got {type(seed).__name__}")
+        if given["token_mask"] is not None:
+            check_choice(given["token_mask"], "token_mask", ("auto",))
+        batches = batches_of(calibration)
+        if device is not None:
+            checks.zeros((1,), torch.float32, device, "device")  # refuses what cannot be used
+            model.to(device)
+        for plan in self.plans:
+            ops.select_backend(given["backend"], plan.layer.weight().device)
+        masked = given["token_mask"] == "auto"
+        self.run = Run(model, batches, forward, device, seed, given["progress"], masked)
+
+    def _check_budget(self, sensitivity: Any, budget: Any) -> list[Plan]:
+        """The layers whose rows are to be weighed."""
+        if sensitivity is not None:
+            check_choice(sensitivity, "sensitivity", ("auto", "output", "bound"))
+        check_choice(budget, "budget", ("weights", "flops"))
+        sharing = [plan for plan in self.plans if plan.scope == "model"]
+        if budget == "flops" and not sharing:
+            raise ArgumentError("budget: 'flops' is shared among layers; use scope 'model' with it")
+        if sensitivity == "bound" and not sharing:
+            raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
+        if sensitivity != "output":
+            return [] if sensitivity is None else sharing
+        weighed = [plan for plan in self.plans if _weighed(plan)]
+        if not weighed:
+            raise ArgumentError(
+                "sensitivity: 'output' weighs rows against each other, which needs method "
+                "'exact', no N:M pattern, and scope 'layer' or 'model'; use 'auto' or None"
+            )
+        return weighed
+
+    def look(self) -> RunPlan:
+        """Run the model on the first batch: in which order its layers come, and what it will
+        take."""
+        included = self.given["include"] is not None
+        self.order, self.uncalled, self.first = _order(self.plans, self.run, explicit=included)
+        self.structure = _look(self.order, self.run, self.inputs, self.given["blocks"])
+        work = _workload(
+            self.structure,
+            self.run,
+            self.first,
+            self.inputs,
+            weighed=bool(self.weighed),
+            shared_budget=any(plan.scope == "model" for plan in self.order),
+        )
+        return plan_run(
+            self.order,
+            work,
+            inputs=self.inputs,
+            memory=self.memory,
+            backend=self.given["backend"],
+        )
+
+    def carry_out(self) -> Report:
+        """Prune; on any exception all weights are as they were."""
+        run, peak = self.run, Peak()
+        with peak.measuring(), contextlib.ExitStack() as kept, run.evaluating():
+            planned = self.look()
+            _show(planned, run.progress)
+            run.originals = kept.enter_context(Shelf(planned.kept_limit))
+            run.swapped_limit = planned.swapped_limit
+            for plan in self.plans:
+                for name, parameter in plan.layer.parameters.items():
+                    run.originals.put(name, parameter.detach().clone())
+            try:
+                sensitivity = self._sensitivity()
+                peak.reset()
+                order = self._shared(planned, sensitivity)
+                structure = self.structure.with_plans(order)
+                means = _Means(planned, self.given["backend"], sensitivity or {})
+                done, masks = _prune_layers(run, self.inputs, structure, means)
+                error_bound = _bound(run.model, run, order, done, self.inputs)
+            except BaseException:
+                _restore(run)
+                raise
+        weights = sum(mask.numel() for mask in masks.values())
+        removed = sum(int((~mask).sum()) for mask in masks.values())
+        return Report(
+            layers=tuple(done.values()),
+            skipped=(*self.tied, *self.uncalled),
+            error_bound=error_bound,
+            sparsity=removed / weights,
+            removed=removed,
+            weights=weights,
+            seconds=time.perf_counter() - self.begun,
+            settings={
+                **self._settings(),
+                **structure.said(),
+                "plan": planned.to_dict(),
+                "peak memory": peak.bytes(),
+                "peak memory of sensitivities": peak.before_reset if sensitivity else None,
+            },
+            versions=_versions(),
+            masks={p.layer.name: p.layer.unpack(masks[p.layer.name]) for p in order},
+        )
+
+    def _sensitivity(self) -> dict[str, Tensor] | None:
+        layers = [plan.layer for plan in self.weighed if plan in self.order]
+        if not layers:
+            return None
+        if self.given["sensitivity"] == "bound":
+            return bound.amplifications(self.run.model, layers)
+        return sensitivities(self.run, layers)
+
+    def _shared(self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None) -> list[Plan]:
+        flops = self.given["budget"] == "flops"
+        return share_budget(
+            self.order,
+            self.run,
+            spread=self.spread,
+            sensitivity=sensitivity,
+            each=_multiplications(self.order, self.first) if flops else {},
+            statistics=planned.statistics_limit,
+            memory=planned.scratch,
+            backend=self.given["backend"],
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments, for the report."""
+        told = (*OVERRIDABLE, *_TOLD)
+        said = {name: copy.deepcopy(self.given[name]) for name in told}
+        if not isinstance(said["pattern"], str):
+            said["pattern"] = repr(said["pattern"])
+        if said["device"] is not None:
+            said["device"] = str(said["device"])
+        return {**said, "threads": ops.threads(), "batches": len(self.run.batches)}
+
+
+def _weighed(plan: Plan) -> bool:
+    """Whether the sensitivity of its rows makes a difference to a layer."""
+    grouped = isinstance(plan.pattern, GroupsOf)
+    return plan.method == "exact" and not grouped and plan.scope in ("layer", "model")
+
+
+def _show(plan: RunPlan, progress: bool) -> None:
+    if progress and sys.stderr.isatty():
+        tqdm.write(str(plan), file=sys.stderr)
 
 
 def _versions() -> dict[str, str]:
@@ -316,209 +415,36 @@ def _versions() -> dict[str, str]:
     }
 
 
-# ---- what to prune -------------------------------------------------------------------------------
+# ---- looking at the model ------------------------------------------------------------------------
 
 
-def _globs(value: Any, name: str) -> list[str] | None:
-    if value is None:
-        return None
-    globs = (
-        [value]
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, (list, tuple, set))
-        else None
-    )
-    if globs is None or not all(isinstance(g, str) for g in globs):
-        raise DtypeError(
-            f"{name}: expected a glob or a list of globs on module names, got {value!r}"
-        )
-    return globs
+@dataclass
+class _First:
+    """What the first batch took: seconds, and how many rows a layer's groups saw on average."""
+
+    seconds: float = 0.0
+    rows: dict[str, float] = field(default_factory=dict)
 
 
-def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[str]:
-    found: set[str] = set()
-    for glob in globs:
-        hits = {name for name in names if fnmatchcase(name, glob)}
-        if not hits:
-            some = ", ".join(repr(n) for n in names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ArgumentError(
-                f"{argument}: {glob!r} matches no prunable layer; there are {some or 'none'}"
-            )
-        found |= hits
-    return found
-
-
-def plan_layers(
-    model: Any,
-    defaults: Mapping[str, Any],
-    include: Any,
-    exclude: Any,
-    overrides: Any,
-) -> tuple[list[Plan], list[Skipped]]:
-    """The layers to prune with their settings, in module order, everything checked; and those that
-    cannot be pruned."""
-    if not isinstance(model, nn.Module):
-        raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if overrides is not None and not (
-        isinstance(overrides, Mapping)
-        and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in overrides.items())
-    ):
-        raise DtypeError(f"overrides: expected {{glob: {{argument: value}}}}, got {overrides!r}")
-    found = layers_of(model)
-    names = [layer.name for layer in found]
-    wanted = set(names)
-    if (globs := _globs(include, "include")) is not None:
-        wanted = _matching(globs, names, "include")
-    if (globs := _globs(exclude, "exclude")) is not None:
-        wanted -= _matching(globs, names, "exclude")
-    layers = [layer for layer in found if layer.name in wanted]
-    for layer in layers:
-        layer.check()
-    layers, skipped = _tie(model, layers, explicit=include is not None)
-    if not layers:
-        raise ArgumentError(
-            "model: no layer is left to prune (see include, exclude); linear and convolution "
-            "layers, attention and experts can be pruned"
-            + "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped)
-        )
-    plans = []
-    for glob in overrides or {}:
-        _matching([glob], names, "overrides")
-    for layer in layers:
-        settings = dict(defaults)
-        for glob, changes in (overrides or {}).items():
-            if not fnmatchcase(layer.name, glob):
-                continue
-            unknown = set(changes) - set(OVERRIDABLE)
-            if unknown:
-                raise ArgumentError(
-                    f"overrides[{glob!r}]: {sorted(unknown)} unknown; known: "
-                    f"{', '.join(OVERRIDABLE)}"
-                )
-            grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
-            if grouped or any(key in changes for key in _TARGETS):
-                settings.update(dict.fromkeys(_TARGETS))
-            settings.update(changes)
-        plans.append(_plan_layer(layer, settings))
-    return plans, skipped
-
-
-def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
-    method = check_choice(settings["method"], "method", METHODS)
-    pattern = pattern_of(settings["pattern"])
-    target = Target.of(
-        settings["sparsity"], settings["threshold"], settings["max_error"], method, pattern
-    )
-    scope = check_choice(settings["scope"], "scope", (*SCOPES, "model"))
-    refine = check_refine(settings["refine"], pattern)
-    if scope == "model" and not (
-        method == "exact" and isinstance(pattern, Unstructured) and target.sparsity is not None
-    ):
-        raise ArgumentError(
-            "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "
-            "'layer'"
-        )
-    try:
-        check_fit(pattern, layer.neighbours, None, prune_bias=False)
-    except PatternError as error:
-        where = "" if layer.neighbours == layer.width else " (input channels at a kernel position)"
-        raise PatternError(f"layer {layer.name!r}: {error}{where}") from error
-    prune_bias = checks.flag(settings["prune_bias"], "prune_bias")
-    for name, parameter in layer.parameters.items():
-        value = checks.tensor(parameter, name)
-        if value.numel() == 0:
-            raise ArgumentError(
-                f"layer {layer.name!r}: {name} has shape {tuple(value.shape)} and is empty; "
-                "exclude it"
-            )
-        checks.check_finite(value, name)
-    return Plan(
-        layer,
-        target,
-        method,
-        pattern,
-        scope,
-        check_damping(settings["damping"]),
-        prune_bias and layer.bias() is not None,
-        refine,
-    )
-
-
-def _tie(
-    model: nn.Module, layers: Sequence[Layer], explicit: bool
-) -> tuple[list[Layer], list[Skipped]]:
-    """Layers that use one weight in the same way become one. A weight that something else uses
-    too, an embedding for example, would change behind its back: it is skipped, or refused where it
-    was asked for."""
-    sharing = _overlapping(model)
-    by_module = {layer.module: layer for layer in layers if not layer.watched}
-    kept: list[Layer] = []
-    skipped: list[Skipped] = []
-    done: set[str] = set()
-    for layer in layers:
-        if layer.name in done:
-            continue
-        own = set(layer.module.modules())
-        partners: dict[str, Layer] = {}
-        strange: dict[str, str] = {}
-        for name, parameter in layer.parameters.items():
-            for module, other in sharing.get(id(parameter), ()):
-                if module in own:
-                    continue
-                partner = by_module.get(module)
-                if partner is not None and layer.can_share(partner):
-                    partners[partner.name] = partner
-                else:
-                    strange[other] = name
-        if strange:
-            reason = (
-                f"{next(iter(strange.values()))} is tied to {', '.join(strange)}, which is not "
-                "pruned with it; pruning it would change both"
-            )
-            if explicit:
-                raise ArgumentError(
-                    f"layer {layer.name!r}: {reason}. Leave it out, or give each its own copy"
-                )
-            skipped.append(Skipped(layer.name, reason))
-            continue
-        for partner in partners.values():
-            layer.share(partner)
-            done.add(partner.name)
-        kept.append(layer)
-    return kept, skipped
-
-
-def _overlapping(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id of a parameter -> all (module, full name) that hold it, or one that lies in the same
-    memory."""
-    spans = []
-    for prefix, module in model.named_modules():
-        for part, p in module._parameters.items():
-            if p is not None and not p.is_meta and p.numel():
-                start = p.data_ptr()
-                reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-                end = start + (reach + 1) * p.element_size()
-                spans.append((start, end, p, module, f"{prefix}.{part}" if prefix else part))
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    cluster: list[tuple[nn.Module, str]] = []
-    reached = 0
-    for start, end, parameter, module, name in sorted(spans, key=lambda span: span[:2]):
-        if start >= reached:
-            cluster = []
-        reached = max(reached, end)
-        cluster.append((module, name))
-        found[id(parameter)] = cluster
-    return found
-
-
-def _order(plans: Sequence[Plan], run: Run, explicit: bool) -> tuple[list[Plan], list[Skipped]]:
+def _order(
+    plans: Sequence[Plan], run: Run, explicit: bool
+) -> tuple[list[Plan], list[Skipped], _First]:
     """The plans in the order in which the model calls their layers; those it never calls are
     skipped or refused."""
     called: dict[str, None] = {}
-    with hooked([p.layer for p in plans], lambda layer, *_: called.setdefault(layer.name)):
+    first = _First()
+
+    def see(layer: Layer, x: Tensor, columns: Columns) -> None:
+        called.setdefault(layer.name)
+        if not first.seconds:
+            rows = sum(len(rows) for _, rows in columns(x)) / layer.groups
+            first.rows[layer.name] = first.rows.get(layer.name, 0.0) + rows
+
+    with hooked([p.layer for p in plans], see):
+        begun = time.perf_counter()
         for batch in run.each("order"):
             run.call(run.model, batch)
+            first.seconds = first.seconds or time.perf_counter() - begun
             if len(called) == len(plans):
                 break
     by_name = {p.layer.name: p for p in plans}
@@ -535,163 +461,160 @@ def _order(plans: Sequence[Plan], run: Run, explicit: bool) -> tuple[list[Plan],
             f"{', '.join(missing)}",
             stacklevel=3,
         )
-    return [by_name[name] for name in called], skipped
+    return [by_name[name] for name in called], skipped, first
 
 
-# ---- one budget for several layers ---------------------------------------------------------------
+@dataclass(frozen=True)
+class _Structure:
+    """How the model is gone through: parts, each a stack of blocks or not, and in each part groups
+    of layers that need one second moment."""
+
+    parts: list[tuple[Stack | None, list[list[Plan]]]]
+    once: set[str]  # layers that one forward calls once
+    reasons: list[str]  # why some modules are no stack
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return [stack for stack, _ in self.parts if stack is not None]
+
+    def with_plans(self, order: Sequence[Plan]) -> _Structure:
+        """The same with what was decided for the layers since."""
+        now = {plan.layer.name: plan for plan in order}
+        parts = [
+            (stack, [[now[plan.layer.name] for plan in group] for group in groups])
+            for stack, groups in self.parts
+        ]
+        return dataclasses.replace(self, parts=parts)
+
+    def said(self) -> dict[str, Any]:
+        """For the report."""
+        return {"blocks": [stack.name for stack in self.stacks], "no blocks": self.reasons}
 
 
-def _allocate(
-    order: Sequence[Plan], run: Run, spread: float, memory: int | None, backend: str | None
-) -> list[Plan]:
-    """Plans with scope "model" get the sparsity that their common budget leaves them, at most
-    ``spread`` away from what was asked for.
-
-    Cut at that sparsity, a layer loses exactly the weights that the common cut takes from it.
-    """
-    together = [plan for plan in order if plan.scope == "model"]
-    if not together:
-        return list(order)
-    moments = calibrate([p.layer for p in together], run, "calibrate all layers")
-    parts, unit, asked = [], [], []
-    for plan in together:
-        layer = plan.layer
-        try:
-            problem = Problem.of(
-                layer.weight(),
-                layer.bias(),
-                moments.pop(layer.name).matrices(),
-                damping=plan.damping,
-                inverted=True,
-                prune_bias=plan.prune_bias,
-                mask=None,
-                backend=ops.select_backend(backend, layer.weight().device),
-                memory=memory,
-            )
-        except (NonFiniteError, NotPositiveDefiniteError) as error:
-            raise type(error)(f"layer {layer.name!r}: {error}") from error
-        greedy = Greedy(problem, plan.pattern)
-        energy = problem.energy()
-        parts.append(greedy)
-        unit.append(greedy.unit_cost() / energy**0.5 if energy > 0 else 1.0)
-        assert plan.target.sparsity is not None
-        asked.append(plan.target.sparsity)
-    sizes = [plan.weights for plan in together]
-    changed = {}
-    for plan, count in zip(together, _shares(parts, unit, asked, sizes, spread), strict=True):
-        target = Target(sparsity=count / plan.weights)
-        changed[plan.layer.name] = dataclasses.replace(plan, target=target)
-    return [changed.get(plan.layer.name, plan) for plan in order]
+def _multiplications(order: Sequence[Plan], first: _First) -> dict[str, float]:
+    """How often a weight of a layer is multiplied, of that of the layer where it is least often."""
+    rows = {plan.layer.name: first.rows.get(plan.layer.name, 1.0) for plan in order}
+    return {name: n / min(rows.values()) for name, n in rows.items()}
 
 
-def _shares(
-    parts: Sequence[Greedy],
-    unit: Sequence[float],
-    asked: Sequence[float],
-    sizes: Sequence[int],
-    spread: float,
-) -> list[int]:
-    """How many weights each part loses: its share of a common cut, within ``spread`` of what was
-    asked of it.
+def _look(order: Sequence[Plan], run: Run, inputs: str, blocks: str | None) -> _Structure:
+    if inputs == "dense":
+        return _Structure([(None, [list(order)])], set(), [])
+    modules = {plan.layer.name: plan.layer.caller for plan in order}
+    stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
+    stacks = [s for s in stacks if _contiguous(s, order) and _closed(s, order, run.model)]
+    shared, once = readers(run, modules)
+    parts = [(stack, _together(plans, shared, stack)) for stack, plans in _segments(order, stacks)]
+    return _Structure(parts, once, reasons)
 
-    Costs rise along a part's order, so the best shares within bounds come from cutting again
-    without those that the side of the larger excess holds at their bounds.
-    """
-    total = sum(nearest_count(s, n) for s, n in zip(asked, sizes, strict=True))
-    least = [nearest_count(max(0.0, s - spread), n) for s, n in zip(asked, sizes, strict=True)]
-    most = [nearest_count(min(1.0, s + spread), n) for s, n in zip(asked, sizes, strict=True)]
-    fixed: dict[int, int] = {}
-    while True:
-        free = [i for i in range(len(parts)) if i not in fixed]
-        left = total - sum(fixed.values())
-        gone = cut_together([parts[i] for i in free], [unit[i] for i in free], left) if free else []
-        counts = {i: int(g.sum()) for i, g in zip(free, gone, strict=True)}
-        over = {i: most[i] for i, count in counts.items() if count > most[i]}
-        under = {i: least[i] for i, count in counts.items() if count < least[i]}
-        if not over and not under:
-            counts |= fixed
-            return [counts[i] for i in range(len(parts))]
-        surplus = sum(counts[i] - most[i] for i in over)
-        fixed |= over if surplus >= sum(least[i] - counts[i] for i in under) else under
+
+def _workload(
+    structure: _Structure,
+    run: Run,
+    first: _First,
+    inputs: str,
+    *,
+    weighed: bool,
+    shared_budget: bool,
+) -> Workload:
+    batches, doubled = run.size(), 2.0 if inputs == "corrected" else 1.0
+    passes = 2.0 + 3.0 * weighed + shared_budget  # the change of the output, at the end
+    for stack, groups in structure.parts:
+        blocks = 1 if stack is None else len(stack.modules)
+        passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
+    states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
+    others = max((stack.other_bytes for stack in structure.stacks), default=0)
+    return Workload(
+        batches=batches,
+        forward=first.seconds,
+        rows=first.rows,
+        states=round(states * batches * doubled),
+        others=round(others * batches * doubled),
+        passes=passes,
+    )
 
 
 # ---- the layers, one after another ---------------------------------------------------------------
 
-_Done = dict[str, tuple[LayerReport, PrunedWeight]]
+
+@dataclass(frozen=True)
+class _Means:
+    """What the layers are pruned with."""
+
+    plan: RunPlan
+    backend: str | None
+    sensitivity: Mapping[str, Tensor]
 
 
 def _prune_layers(
-    order: Sequence[Plan],
-    run: Run,
-    inputs: str,
-    memory: int | None,
-    backend: str | None,
-    blocks: str | None,
-) -> tuple[_Done, dict[str, Any]]:
-    """Prune every layer. The results by name, and how the calibration went about it."""
-    done: _Done = {}
-    bar = tqdm(
-        total=len(order), desc="layers", unit="layer", disable=None if run.progress else True
-    )
+    run: Run, inputs: str, structure: _Structure, means: _Means
+) -> tuple[dict[str, LayerReport], dict[str, Tensor]]:
+    """Prune every layer. Reports, and masks (G, R, C), by name."""
+    done: dict[str, LayerReport] = {}
+    masks: dict[str, Tensor] = {}
+    total = sum(len(group) for _, groups in structure.parts for group in groups)
+    bar = tqdm(total=total, desc="layers", unit="layer", disable=None if run.progress else True)
 
-    def prune_these(
-        plans: Sequence[Plan], moments: Mapping[str, Moments], calibrating: float
-    ) -> None:
-        for plan in plans:
-            mine = moments[plan.layer.name if len(moments) > 1 else next(iter(moments))]
-            each = calibrating / len(plans)
-            done[plan.layer.name] = _prune_layer(plan, mine, memory, backend, each)
-            bar.update()
+    def prune(plan: Plan, moments: Moments, calibrating: float) -> PrunedWeight:
+        done[plan.layer.name], out = _prune_layer(plan, moments, means, calibrating)
+        masks[plan.layer.name] = out.mask
+        bar.update()
+        return out
 
-    def write(plans: Sequence[Plan]) -> None:
-        for plan in plans:
-            out = done[plan.layer.name][1]
-            run.originals |= {n: p.detach().clone() for n, p in plan.layer.parameters.items()}
-            plan.layer.write_back(out.weight, out.bias)
+    def write(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
+        run.changed.update(plan.layer.parameters)
+        plan.layer.write_back(weight, bias)
 
-    with bar:
-        if inputs == "dense":  # every pass must see the original network
-            for piece in _passes(order, memory):
+    if inputs == "dense":  # every pass must see the original network
+        ((_, (order,)),) = structure.parts
+        with bar, Shelf(means.plan.kept_limit) as waiting:
+            for piece in passes(order, means.plan.statistics_limit):
                 begun = time.perf_counter()
-                layers = [p.layer for p in piece]
+                layers = [plan.layer for plan in piece]
                 moments = calibrate(layers, run, f"calibrate {len(layers)} layers")
-                prune_these(piece, moments, time.perf_counter() - begun)
-            write(order)
-            return done, {}
-        modules = {plan.layer.name: plan.layer.caller for plan in order}
-        stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
-        stacks = [s for s in stacks if _contiguous(s, order) and _closed(s, order, run.model)]
-        shared, once = readers(run, modules)
-        for stack, plans in _segments(order, stacks):
+                calibrating = (time.perf_counter() - begun) / len(piece)
+                for plan in piece:
+                    out = prune(plan, moments.pop(plan.layer.name), calibrating)
+                    waiting.put((plan.layer.name, "weight"), out.weight)
+                    if out.bias is not None:
+                        waiting.put((plan.layer.name, "bias"), out.bias)
+            for plan in order:
+                name = plan.layer.name
+                write(plan, waiting[name, "weight"], waiting.get((name, "bias")))
+        return done, masks
+    with bar:
+        for stack, groups in structure.parts:
             with contextlib.ExitStack() as scope:
-                replay = None
+                replay, source = None, cast(Source, run)
                 if stack is not None:
-                    limit = None if memory is None else memory // 4
-                    replay = scope.enter_context(
-                        stack.replay(run, limit, corrected=inputs == "corrected")
-                    )
-                source: Source = run if replay is None else replay
-                for group in _together(plans, shared, stack):
+                    corrected = inputs == "corrected"
+                    replay = stack.replay(run, means.plan.states_limit, corrected=corrected)
+                    source = scope.enter_context(replay)
+                for group in groups:
                     leader = group[0].layer
                     if stack is not None and replay is not None:
                         while replay.block < (stack.block_of(leader.name) or 0):
                             replay.advance()
-                    early = leader.name in once and len(leader.sites) == 1
+                    early = leader.name in structure.once and len(leader.sites) == 1
+                    readers = {leader.name: [plan.layer for plan in group]}
                     begun = time.perf_counter()
-                    moments = calibrate(
+                    (moment,) = calibrate(
                         [leader],
                         source,
                         f"calibrate {leader.name}",
                         until=leader.caller if early else None,
-                        corrected={leader.name: [p.layer for p in group]}
-                        if inputs == "corrected"
-                        else None,
-                    )
-                    prune_these(group, moments, time.perf_counter() - begun)
-                    write(group)
+                        corrected=readers if inputs == "corrected" else None,
+                    ).values()
+                    calibrating = (time.perf_counter() - begun) / len(group)
+                    for plan in group:
+                        out = prune(plan, moment, calibrating)
+                        write(plan, out.weight, out.bias)
+                    del moment, out
+                    if means.plan.limit is not None:
+                        trim()
                 if replay is not None:
                     replay.finish()
-    return done, {"blocks": [stack.name for stack in stacks], "no blocks": reasons}
+    return done, masks
 
 
 def _contiguous(stack: Stack, order: Sequence[Plan]) -> bool:
@@ -749,27 +672,8 @@ def _together(
     return groups
 
 
-def _passes(order: Sequence[Plan], memory: int | None) -> list[list[Plan]]:
-    """Layers whose second moments fit together in HESSIAN_BYTES, or in half of ``memory``."""
-    most = HESSIAN_BYTES if memory is None else min(HESSIAN_BYTES, memory // 2)
-    pieces: list[list[Plan]] = []
-    held = 0
-    for plan in order:
-        size = plan.layer.groups * (plan.layer.width + 1) ** 2 * 8
-        if not pieces or held + size > most:
-            pieces.append([])
-            held = 0
-        pieces[-1].append(plan)
-        held += size
-    return pieces
-
-
 def _prune_layer(
-    plan: Plan,
-    moments: Moments,
-    memory: int | None,
-    backend: str | None,
-    calibrating: float,
+    plan: Plan, moments: Moments, means: _Means, calibrating: float
 ) -> tuple[LayerReport, PrunedWeight]:
     layer = plan.layer
     notes = [*layer.notes, *moments.notes(layer)]
@@ -796,10 +700,11 @@ def _prune_layer(
             damping=plan.damping,
             refine=plan.refine,
             mask=mask,
-            memory=memory,
-            backend=backend,
+            memory=means.plan.scratch,
+            backend=means.backend,
             notes=notes,
             drift=drift,
+            importance=means.sensitivity.get(layer.name),
         )
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
@@ -842,10 +747,10 @@ def _within(zeros: Tensor, plan: Plan) -> bool:
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, value in originals.items():
-        parameters[name].copy_(value)
+def _restore(run: Run) -> None:
+    parameters = dict(run.model.named_parameters(remove_duplicate=False))
+    for name in run.changed:
+        parameters[name].copy_(run.originals[name])
 
 
 # ---- the theorem ---------------------------------------------------------------------------------
@@ -855,8 +760,7 @@ def _bound(
     model: nn.Module,
     run: Run,
     order: Sequence[Plan],
-    done: _Done,
-    originals: Mapping[str, Tensor],
+    done: Mapping[str, LayerReport],
     inputs: str,
 ) -> ErrorBound:
     measured = measure_change(run)
@@ -874,27 +778,24 @@ def _bound(
         if strange:
             raise bound.NotAChainError(f"layer {strange[0]} is not part of the chain")
         last = max(done, key=chain.index)
-        if inputs == "corrected" and done[last][0].inherited is None:
+        if inputs == "corrected" and done[last].inherited is None:
             raise bound.NotAChainError(f"layer {last}, the last one pruned, was not corrected")
     except bound.NotAChainError as why:
         return ErrorBound(covered=False, reason=str(why), measured=root, output_norm=norm)
     modules = dict(model.named_modules())
-    dense = inputs == "dense"
-    weights = {}
-    for name in chain:
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        weights[name] = (
-            weight.detach()
-            if dense
-            else originals.get(f"{name}.weight" if name else "weight", weight.detach())
-        )
-    errors = {name: (report.error, report.rows) for name, (report, _) in done.items()}
+
+    def weight(name: str) -> Tensor:
+        now = modules[name].weight
+        assert isinstance(now, Tensor)
+        full = f"{name}.weight" if name else "weight"
+        return now.detach() if inputs == "dense" else run.originals.get(full, now.detach())
+
+    errors = {name: (report.error, report.rows) for name, report in done.items()}
     rule = "Theorem 3.2"
     if inputs == "pruned":
         rule = "Theorem 3.2 for pruned inputs: norms of the original later layers"
     elif inputs == "corrected":  # its error has those of all layers before it in it
         errors = {last: errors[last]}
         rule = f"the measured error of {last}, times the norms of the layers after it"
-    frobenius, spectral = bound.theorem_bound(chain, weights, errors, measured[2])
+    frobenius, spectral = bound.theorem_bound(chain, weight, errors, measured[2])
     return ErrorBound(True, rule, frobenius, spectral, root, norm)

@@ -329,14 +329,15 @@ def prune_groups(
     backend: str | None = None,
     notes: Sequence[str] = (),
     drift: Drift | None = None,
+    importance: Tensor | None = None,
 ) -> PrunedWeight:
     """:func:`prune_weight` for a layer of G groups, each with its own second moment, ranked as one
     layer.
 
     W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). With a
     drift, the weights that make up for it are pruned instead of W, whatever the method, and errors
-    are relative to the outputs that it wants. Returns a PrunedWeight whose tensors have the leading
-    G.
+    are relative to the outputs that it wants. ``importance`` (G, R) multiplies the costs of a row
+    where "exact" compares rows. Returns a PrunedWeight whose tensors have the leading G.
     """
     begun = time.perf_counter()
     pattern = pattern_of(pattern)
@@ -359,7 +360,9 @@ def prune_groups(
         drift=drift,
     )
     check_fit(pattern, W.shape[2], mask, prune_bias)
-    gone, after = _removed(problem, _solver(problem, pattern, method), target, scope)
+    solver = _solver(problem, pattern, method, importance)
+    gone, after = _removed(problem, solver, target, scope)
+    del solver  # and what it made for itself
     problem.check_mask(gone)
     swaps = 0
     if not bool(gone.any()):
@@ -440,9 +443,11 @@ def check_refine(refine: Any, pattern: Pattern) -> str | None:
     return str(refine)
 
 
-def _solver(problem: Problem, pattern: Pattern, method: str) -> Greedy | Sweep | Ranked:
+def _solver(
+    problem: Problem, pattern: Pattern, method: str, importance: Tensor | None
+) -> Greedy | Sweep | Ranked:
     if method == "exact":
-        return Greedy(problem, pattern)
+        return Greedy(problem, pattern, importance)
     if method == "sweep":
         return Sweep(problem, pattern)
     return Ranked(problem, pattern, method)

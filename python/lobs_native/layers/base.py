@@ -227,6 +227,11 @@ class Layer(ABC):
         """Entered while the model runs for calibration."""
         return nullcontext()
 
+    def units(self, output: Tensor) -> Tensor | None:
+        """(n, G * R) from what the module returns, whose rows are those of :meth:`columns`; None
+        if that is not known."""
+        return output.reshape(-1, self.groups * self.rows) if self.token_rows else None
+
     @abstractmethod
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (group, X) with X (n, C) until every row that the layer saw has been given once.

@@ -68,6 +68,10 @@ class Conv(Layer):
         for piece in images.split(self._images_at_once(sizes, module.stride, images)):
             yield from self._patches(padded(piece), module.stride)
 
+    def units(self, output: Tensor) -> Tensor:
+        channels = output.ndim - len(self.kernel) - 1
+        return output.movedim(channels, -1).reshape(-1, self.groups * self.rows)
+
     def _batched(self, inputs: Tensor) -> Tensor:
         dims = len(self.kernel) + 2
         images = inputs if inputs.ndim == dims else inputs[None]

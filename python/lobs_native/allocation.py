@@ -1,0 +1,179 @@
+"""One budget for several layers: how much of it each of them gets.
+
+A removal costs its exact error times how sensitive the network's output is to that row of the layer
+(or over the root of the layer's energy, where that is not known of any); the cheapest ones of all
+layers go, within bounds on each layer's sparsity. Layers are taken one after another, and only
+their sorted costs are kept, so that it needs no more memory than pruning them does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.calibration import Moments, Run, calibrate
+from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
+from lobs_native.greedy import Greedy
+from lobs_native.problem import Problem, nearest_count
+from lobs_native.selection import Plan
+from lobs_native.weight import Target
+
+__all__ = ["passes", "share_budget", "shares"]
+
+_KEPT = 1 << 20  # costs of a layer that are kept, at most
+
+
+def share_budget(
+    order: Sequence[Plan],
+    run: Run,
+    *,
+    spread: float,
+    sensitivity: Mapping[str, Tensor] | None,
+    each: Mapping[str, float],
+    statistics: int,
+    memory: int | None,
+    backend: str | None,
+) -> list[Plan]:
+    """Plans with scope "model" get the sparsity that their common budget leaves them, at most
+    ``spread`` away from what was asked for.
+
+    Cut at that sparsity, a layer loses the weights that the common cut takes from it. Second
+    moments take ``statistics`` bytes together, scratch ``memory``. A layer that ``sensitivity``
+    does not hold keeps what was asked of it. A weight of a layer counts ``each[name]`` in the
+    budget: 1, or its multiplications.
+    """
+    together = [
+        plan
+        for plan in order
+        if plan.scope == "model" and (sensitivity is None or plan.layer.name in sensitivity)
+    ]
+    if not together:
+        return list(order)
+    costs: dict[str, Costs] = {}
+    for piece in passes(together, statistics):
+        layers = [plan.layer for plan in piece]
+        moments = calibrate(layers, run, f"costs of {len(layers)} layers")
+        for plan in piece:
+            name = plan.layer.name
+            importance = None if sensitivity is None else sensitivity[name]
+            costs[name] = _costs(
+                plan, moments.pop(name), spread, importance, each.get(name, 1.0), memory, backend
+            )
+    counts = shares([costs[plan.layer.name] for plan in together])
+    changed = {
+        plan.layer.name: dataclasses.replace(plan, target=Target(sparsity=n / plan.weights))
+        for plan, n in zip(together, counts, strict=True)
+    }
+    return [changed.get(plan.layer.name, plan) for plan in order]
+
+
+def passes(order: Sequence[Plan], most: int) -> list[list[Plan]]:
+    """Layers whose second moments fit into ``most`` bytes together, in order."""
+    pieces: list[list[Plan]] = []
+    held = 0
+    for plan in order:
+        size = plan.layer.groups * (plan.layer.width + 1) ** 2 * 8
+        if not pieces or held + size > most:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(plan)
+        held += size
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What removals from one layer cost for what they count in the budget: the ``stride``-th, the
+    ``2 * stride``-th cheapest and so on, as far as it may go."""
+
+    values: Tensor  # (K,) float64, ascending
+    stride: int
+    asked: int  # removals that were asked of the layer
+    least: int  # bounds on its removals
+    most: int
+    each: float = 1.0  # what a removal counts in the budget
+
+    def below(self, limit: float) -> int:
+        """Removals that cost at most ``limit``, within the bounds."""
+        found = int(torch.searchsorted(self.values, limit, right=True)) * self.stride
+        return min(max(found, self.least), self.most)
+
+    def first(self, limit: float) -> int:
+        """Removals that cost less than ``limit``, within the bounds."""
+        found = int(torch.searchsorted(self.values, limit)) * self.stride
+        return min(max(found, self.least), self.most)
+
+
+def _costs(
+    plan: Plan,
+    moments: Moments,
+    spread: float,
+    importance: Tensor | None,
+    each: float,
+    memory: int | None,
+    backend: str | None,
+) -> Costs:
+    layer, asked = plan.layer, plan.target.sparsity
+    assert asked is not None
+    try:
+        problem = Problem.of(
+            layer.weight(),
+            layer.bias(),
+            moments.matrices(),
+            damping=plan.damping,
+            inverted=True,
+            prune_bias=plan.prune_bias,
+            mask=None,
+            backend=ops.select_backend(backend, layer.weight().device),
+            memory=memory,
+        )
+        greedy, energy = Greedy(problem, plan.pattern, importance), problem.energy()
+        most = nearest_count(min(1.0, asked + spread), plan.weights)
+        values = greedy.cheapest(most)
+    except (NonFiniteError, NotPositiveDefiniteError) as error:
+        raise type(error)(f"layer {layer.name!r}: {error}") from error
+    stride = -(-most // _KEPT) or 1
+    unit = greedy.unit_cost() / each
+    if importance is not None:
+        unit *= float(importance.mean())
+    elif energy > 0:
+        unit /= energy**0.5
+    return Costs(
+        values=(values[stride - 1 :: stride] * unit).contiguous(),
+        stride=stride,
+        asked=nearest_count(asked, plan.weights),
+        least=nearest_count(max(0.0, asked - spread), plan.weights),
+        most=most,
+        each=each,
+    )
+
+
+def shares(parts: Sequence[Costs]) -> list[int]:
+    """How many weights each part loses, counting as much together as what was asked of all.
+
+    Costs rise along a part's order, so the best shares within bounds are those below one common
+    cost. Of removals that cost the same, those of the first parts go.
+    """
+    total = sum(part.asked * part.each for part in parts)
+    enough = total * (1 - 1e-12)
+    values = torch.cat([part.values for part in parts]).sort().values
+    low, high = 0, len(values)  # places of the common cost: too little is below ``low``
+    while low < high:
+        middle = (low + high) // 2
+        limit = float(values[middle])
+        if sum(part.below(limit) * part.each for part in parts) >= enough:
+            high = middle
+        else:
+            low = middle + 1
+    limit = float(values[low]) if low < len(values) else torch.inf
+    counts = [part.first(limit) for part in parts]
+    left = total - sum(n * part.each for n, part in zip(counts, parts, strict=True))
+    for i, part in enumerate(parts):
+        more = min(part.below(limit) - counts[i], max(0, round(left / part.each)))
+        counts[i] += more
+        left -= more * part.each
+    return counts
