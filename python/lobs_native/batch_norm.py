@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lobs_native import checks
-from lobs_native.calibration import Forward, Run, batches_of
+from lobs_native.calibration import Enough, Forward, Run, batches_of
 from lobs_native.errors import ArgumentError, DtypeError
 
 __all__ = ["reestimate_batch_norm"]
 
 _PIECE = 1 << 22  # elements that are in float64 at a time
-
-
-class _Enough(BaseException):
-    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
-    catches those lets it through."""
 
 
 def reestimate_batch_norm(
@@ -210,12 +205,12 @@ def _reestimate(name: str, layer: _BatchNorm, run: Run, ends: bool) -> None:
     def see(x: Tensor) -> None:
         found.add(x)
         if ends:
-            raise _Enough
+            raise Enough
 
     handle = layer.register_forward_pre_hook(_hook(see), with_kwargs=True)
     try:
         for batch in run.each(f"batch norm {name}"):
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(Enough):
                 run.call(run.model, batch)
     finally:
         handle.remove()
