@@ -88,6 +88,9 @@ def main() -> None:
         "exact, layer, exchange": {"scope": "layer", "refine": "exchange"},
         "exact, model": {"scope": "model"},
         "exact, model, damping 1e-5": {"scope": "model", "damping": 1e-5},
+        "sweep, corrected": {"method": "sweep", "inputs": "corrected"},
+        "exact, layer, corrected": {"inputs": "corrected"},
+        "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
     }
     for kept, inputs in (
         ((0.067, 0.20, 0.65), "dense"),
@@ -99,7 +102,7 @@ def main() -> None:
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():
             model = lenet(folder)
-            report = prune(model, images, kept, inputs=inputs, **settings)
+            report = prune(model, images, kept, **{"inputs": inputs, **settings})
             error = percent_wrong(model, *tested)
             print(f"| {shares} | {inputs} | {name} | {error:.2f} | {report.seconds:.1f} |")
 

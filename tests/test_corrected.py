@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import features
+from hf_folders import network
 from test_blocks import Model, made
 from test_blocks import batches as block_batches
 from test_layer_types import Experts, routed
@@ -340,3 +341,38 @@ def test_the_same_seed_gives_the_same_network_with_a_stochastic_forward():
 
     first, second = once(), once()
     assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+# ---- models of transformers ----------------------------------------------------------------------
+
+RESIDUAL = {  # whose outputs go into the residual stream
+    "BertModel": {"attention.output.dense", "output.dense"},
+    "LlamaForCausalLM": {"o_proj", "down_proj"},
+    "GPT2LMHeadModel": {"attn.c_proj", "mlp.c_proj"},
+    "MixtralForCausalLM": {"o_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", RESIDUAL)
+def test_transformers_models_are_nearer_to_the_original(kind):
+    pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(4, 60, (8, 12), generator=generator)} for _ in range(4)]
+
+    def first(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        output: Tensor = model(**batch, use_cache=False)[0]
+        return output
+
+    measured = {}
+    for inputs in ("pruned", "corrected"):
+        model = network(kind)
+        head = "lm_head" if hasattr(model, "lm_head") else None
+        options = {"exclude": head, "forward": first, "scope": "model", "spread": 0.1}
+        report = pruned(model, data, inputs=inputs, **options)
+        measured[inputs] = report.error_bound.measured
+        assert len(report.settings["blocks"]) == 1, report.settings["no blocks"]
+    summed = {x.name for x in report.layers if any("added to its output" in n for n in x.notes)}
+    ends = RESIDUAL[kind]
+    assert {name for name in summed if any(name.endswith(end) for end in ends)} == summed
+    assert len(summed) == 2 * len(ends)
+    assert measured["corrected"] < measured["pruned"]

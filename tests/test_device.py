@@ -439,12 +439,12 @@ def network() -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("inputs", ["pruned", "dense"])
+@pytest.mark.parametrize("inputs", ["pruned", "dense", "corrected"])
 @pytest.mark.parametrize(
     "how",
     [
         {"method": "exact", "sparsity": 0.5},
-        {"method": "exact", "sparsity": 0.5, "scope": "model"},
+        {"method": "exact", "sparsity": 0.5, "scope": "model", "sensitivity": None},  # no autograd
         {"method": "exact", "pattern": "1:2", "exclude": ["0", "7"], "refine": "exchange"},
         {"method": "sweep", "sparsity": 0.5, "prune_bias": True},
         {"method": "lobs", "sparsity": 0.5},

@@ -56,7 +56,7 @@ class Sums(TorchDispatchMode):
     def _hook(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and _place(output):
                 self._outputs[_place(output)] = (name, output)  # kept, so that its place stays its
             else:
                 self.elsewhere.add(name)
@@ -95,6 +95,7 @@ class Sums(TorchDispatchMode):
 
 
 def _place(x: Tensor) -> int:
+    """Where its memory is; 0 for tensors that have none of their own."""
     try:
         return x.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
