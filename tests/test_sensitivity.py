@@ -157,6 +157,8 @@ def test_a_layer_that_the_output_does_not_show_keeps_what_was_asked():
         progress=False,
     )
     assert [layer.sparsity for layer in report.layers] == [0.5] * 3
+    told = [any("it kept the sparsity asked" in n for n in layer.notes) for layer in report.layers]
+    assert told == [True, True, False]
 
 
 @pytest.mark.parametrize(

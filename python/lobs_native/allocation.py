@@ -46,11 +46,16 @@ def share_budget(
     does not hold keeps what was asked of it. A weight of a layer counts ``each[name]`` in the
     budget: 1, or its multiplications.
     """
-    together = [
-        plan
-        for plan in order
-        if plan.scope == "model" and (sensitivity is None or plan.layer.name in sensitivity)
-    ]
+    together = []
+    for plan in order:
+        if plan.scope != "model":
+            continue
+        if sensitivity is None or plan.layer.name in sensitivity:
+            together.append(plan)
+        else:
+            plan.layer.notes.append(
+                "it kept the sparsity asked: how the network's output depends on it is not known"
+            )
     if not together:
         return list(order)
     costs: dict[str, Costs] = {}

@@ -433,18 +433,22 @@ def _order(
     skipped or refused."""
     called: dict[str, None] = {}
     first = _First()
+    looking = 0.0
 
     def see(layer: Layer, x: Tensor, columns: Columns) -> None:
+        nonlocal looking
         called.setdefault(layer.name)
         if not first.seconds:
+            since = time.perf_counter()
             rows = sum(len(rows) for _, rows in columns(x)) / layer.groups
             first.rows[layer.name] = first.rows.get(layer.name, 0.0) + rows
+            looking += time.perf_counter() - since
 
     with hooked([p.layer for p in plans], see):
         begun = time.perf_counter()
         for batch in run.each("order"):
             run.call(run.model, batch)
-            first.seconds = first.seconds or time.perf_counter() - begun
+            first.seconds = first.seconds or time.perf_counter() - begun - looking
             if len(called) == len(plans):
                 break
     by_name = {p.layer.name: p for p in plans}
