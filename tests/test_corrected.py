@@ -182,6 +182,26 @@ def test_other_uses_of_an_output_are_no_sums(how):
     assert all(not layer.notes for layer in report.layers)
 
 
+def test_of_layers_that_read_one_tensor_any_may_go_into_a_sum():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(20, 12).double()
+            self.a, self.b, self.c = (nn.Linear(12, 12).double() for _ in range(3))
+            self.last = nn.Linear(12, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            gate, b, c = torch.sigmoid(self.a(x)), self.b(x), self.c(x)
+            return self.last((x + b) * gate + (c + x) * (1 - gate))
+
+    report = pruned(Both(), [features(40, 20, seed=i) for i in range(4)])
+    notes = {x.name: x.notes for x in report.layers}
+    added = ("corrected together with what is added to its output",)
+    assert notes == {"first": (), "a": (), "b": added, "c": added, "last": ()}
+
+
 def test_sums_are_seen_call_by_call():
     layer = nn.Linear(3, 3)
     x = torch.randn(2, 3)

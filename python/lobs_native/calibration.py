@@ -457,14 +457,16 @@ class _Pairs:
     def watching(
         self, until: nn.Module | None
     ) -> tuple[Sums, contextlib.AbstractContextManager[Any]]:
-        """For one forward: what sees the sums, and what ends it."""
-        last = next((n for n, module in self.summed.items() if module is until), None)
+        """For one forward: what sees the sums, and what ends it, which is the last of the sums
+        where there are any."""
+        waiting = set(self.summed)
 
         def stop(name: str) -> None:
-            if name == last:
+            waiting.discard(name)
+            if until is not None and not waiting:
                 raise Enough
 
-        return Sums(self.summed, stop), _ending(None if last else until)
+        return Sums(self.summed, stop), _ending(None if self.summed else until)
 
     def original(self, batch: Any, until: nn.Module | None) -> None:
         """Run the original network on a batch and keep what is read and added there."""
