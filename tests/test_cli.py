@@ -214,6 +214,25 @@ WRONG = {
         1,
         "memory: ",
     ),
+    "sensitivity of nothing": (
+        f"{PAIR} --sparsity 0.5 --sensitivity fisher",
+        2,
+        "sensitivity: 'fisher'; expected one of auto, output, bound",
+    ),
+    "sensitivity without rows to compare": (
+        f"{PAIR} --sparsity 0.5 --sensitivity output --scope row",
+        2,
+        "sensitivity: 'output' weighs rows against each other, which needs method 'exact'",
+    ),
+    "a budget that nothing shares": (
+        f"{PAIR} --sparsity 0.5 --budget flops",
+        2,
+        "budget: 'flops' is shared among layers; use scope 'model' with it",
+    ),
+    "unknown budget": (f"{PAIR} --sparsity 0.5 --budget bytes", 2, "argument --budget: invalid"),
+    "unknown blocks": (f"{PAIR} --sparsity 0.5 --blocks all", 2, "blocks: 'all'; expected one of"),
+    "unknown token mask": (f"{PAIR} --sparsity 0.5 --token-mask no", 2, "token_mask: 'no'; expect"),
+    "spread above 1": (f"{PAIR} --sparsity 0.5 --scope model --spread 2", 2, "spread: 2; it is a"),
     "unknown backend": (
         f"{PAIR} --sparsity 0.5 --backend quantum",
         2,
