@@ -30,7 +30,7 @@ LAYERS_OF_PYTHON = [
     {"ops"},
     {"checks"},
     {"reference", "_core", "files", "html", "shelf"},
-    {"errors"},
+    {"errors", "fs"},
 ]
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lobs_native import fs
 from lobs_native.errors import ArgumentError, CheckpointError
 
-__all__ = ["check_new_folder", "new_folder", "write_file", "writing"]
+__all__ = ["check_new_folder", "need_space", "new_folder", "put", "write_file", "writing"]
 
 SIGN = "report.json"  # a folder that holds it was written by this package and may be replaced
+_BEGINNING = 60  # characters of a name in a temporary one, which may have 255 bytes
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -28,29 +30,63 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """
     target = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private; as open() would have it
-        os.replace(temporary, target)
-        temporary = None
-        _sync(target.parent)
+        fs.make_folder(target.parent, parents=True)
+        folder = fs.open_folder(target.parent, follow=True)
+        try:
+            put(folder, target.name, [data])
+        finally:
+            fs.close(folder)
     except OSError as error:
         raise CheckpointError(
             f"{target}: could not be written ({len(data)} bytes): {error}"
         ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
     return target
+
+
+def put(folder: int, name: str, pieces: Iterable[fs.Buffer]) -> tuple[int, str]:
+    """Write ``pieces``, one after another, as the file ``name`` of an open folder: temporary file,
+    fsync, rename, fsync of the folder.
+
+    Returns the number of bytes and their sha256. After any exception the temporary file is gone and
+    what had the name still has it, unless the last step failed. Raises OSError.
+    """
+    temporary = f".{name[:_BEGINNING]}.{secrets.token_hex(4)}.tmp"
+    size, digest = 0, hashlib.sha256()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    handle = fs.open_file(temporary, flags, folder=folder)
+    try:
+        try:
+            for piece in pieces:
+                fs.write(handle, piece)
+                digest.update(piece)
+                size += len(piece)
+            fs.sync(handle)
+        finally:
+            fs.close(handle)
+        fs.rename(temporary, name, folder=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.unlink(temporary, folder=folder)
+        raise
+    fs.sync_folder(folder)
+    return size, digest.hexdigest()
+
+
+def need_space(path: str | os.PathLike[str], needed: int) -> None:
+    """Raise CheckpointError unless ``needed`` bytes are free where ``path`` is or will be."""
+    where = Path(path).absolute()
+    while not where.exists() and where != where.parent:
+        where = where.parent
+    try:
+        free = fs.free_bytes(where)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot tell what is free there: {error}") from error
+    if free < needed:
+        raise CheckpointError(
+            f"{path}: needs {needed} bytes, and {free} are free there; make room or name another "
+            "folder"
+        )
 
 
 def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -96,23 +132,24 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     temporary = None
     try:
         with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.make_folder(target.parent, parents=True)
             temporary = _beside(target)
         yield temporary
         with writing(target):
-            for folder, _, names in os.walk(temporary):
+            mask = fs.umask()
+            for folder, names in fs.tree(temporary):
                 for name in names:
-                    os.chmod(Path(folder) / name, 0o666 & ~_umask())  # safetensors makes it private
+                    fs.change_mode(Path(folder) / name, 0o666 & ~mask)  # safetensors: private
                     _sync(Path(folder) / name)
-                os.chmod(folder, 0o777 & ~_umask())
-                _sync(Path(folder))
+                fs.change_mode(folder, 0o777 & ~mask)
+                _sync_folder(Path(folder))
             _rename(temporary, target, overwrite)
     except BaseException:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            fs.remove_tree(temporary)
         for parent in made:
             with contextlib.suppress(OSError):
-                parent.rmdir()
+                fs.remove_empty(parent)
         raise
 
 
@@ -126,7 +163,7 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def _beside(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    return fs.temporary_folder(f".{target.name[:_BEGINNING]}.", target.parent)
 
 
 def _rename(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -134,28 +171,29 @@ def _rename(temporary: Path, target: Path, overwrite: bool) -> None:
     old = None
     if target.exists() and any(target.iterdir()):
         old = _beside(target)
-        os.rename(target, old)  # onto the empty one
+        fs.rename(target, old)  # onto the empty one
     try:
-        os.rename(temporary, target)
+        fs.rename(temporary, target)
     except OSError:
         if old is not None:
-            os.rename(old, target)
+            fs.rename(old, target)
         raise
-    _sync(target.parent)
+    _sync_folder(target.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        fs.remove_tree(old)
 
 
 def _sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = fs.open_file(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        fs.sync(handle)
     finally:
-        os.close(handle)
+        fs.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = fs.open_folder(path, follow=True)
+    try:
+        fs.sync_folder(handle)
+    finally:
+        fs.close(handle)
