@@ -28,6 +28,7 @@ LAYERS_OF_PYTHON = [
     {"problem"},
     {"hessian", "patterns"},
     {"ops"},
+    {"safefile"},
     {"checks"},
     {"reference", "_core", "files", "html", "shelf"},
     {"errors", "fs"},

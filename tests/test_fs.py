@@ -14,7 +14,7 @@ from lobs_native import files, fs
 from lobs_native.errors import CheckpointError
 
 PACKAGE = Path(fs.__file__).parent
-SEAM = {"fs", "files"}  # modules whose only way to a file is fs
+SEAM = {"fs", "files", "safefile"}  # modules whose only way to a file is fs
 
 
 def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
