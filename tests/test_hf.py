@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -329,6 +330,29 @@ def index_of_nothing(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of(text: str) -> Any:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def twice(folder: Path) -> None:
+    """Two entries of the same name: which of them counts depends on who reads."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"pooler.dense.bias"') == 1
+    again = data.replace(b'"embeddings.LayerNorm.bias"', b'"pooler.dense.bias"        ')
+    path.write_bytes(again)
+
+
+def long_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((17 << 20).to_bytes(8, "little"))
+    os.truncate(path, 18 << 20)
+
+
 def changed_tensors(change: Any) -> Any:
     def run(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -370,11 +394,19 @@ WRONG: dict[str, tuple[Any, type[LobsError], str]] = {
         ArgumentError,
         "pytorch_model.bin, one of the pickles.*save it as safetensors",
     ),
-    "cut": (cut, CheckpointError, "model.safetensors is no whole safetensors file"),
+    "cut": (cut, CheckpointError, "model.safetensors: is no whole safetensors file"),
     "empty": (
         lambda f: (f / "model.safetensors").write_bytes(b""),
         CheckpointError,
         "no whole safetensors file",
+    ),
+    "tensor twice": (twice, CheckpointError, "'pooler.dense.bias' occurs twice"),
+    "header of 17 MB": (long_header, CheckpointError, "header has 17825792 bytes; more than"),
+    "index key twice": (index_of('{"weight_map":{},"weight_map":{}}'), CheckpointError, "twice"),
+    "shard elsewhere": (
+        index_of('{"weight_map":{"a":"../in/model.safetensors"}}'),
+        CheckpointError,
+        "lists '../in/model.safetensors'",
     ),
     "shard missing": (index_of_nothing, CheckpointError, "lists 'model-00001-of-00002"),
     "quantised": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lobs_native import checks
+from lobs_native import checks, safefile
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
 from lobs_native.files import writing
 from lobs_native.layers import layers_for, layers_of
@@ -110,16 +110,12 @@ def examine(folder: Path) -> Checkpoint:
     files = _weight_files(folder)
     for name in files:
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (it is no dict)
-                    piece = file.get_slice(key)
-                    dtypes[key] = piece.get_dtype()
-                    sizes[dtypes[key]] = sizes.get(dtypes[key], 0) + _count(piece.get_shape())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"MODEL: {folder / name} is no whole safetensors file ({error}); copy or save it "
-                "again"
-            ) from error
+            entries = safefile.read_header(folder / name)
+        except CheckpointError as error:
+            raise CheckpointError(f"MODEL: {error}; copy or save it again") from error
+        for key, entry in entries.items():
+            dtypes[key] = entry.dtype
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
     if strange := sorted(d for d in sizes if d.startswith("F8")):
         raise ArgumentError(
             f"MODEL: weights in {folder} are {', '.join(strange)}, which is quantised; prune the "
@@ -142,16 +138,28 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _index(path: Path) -> dict[str, Any]:
+    """As :func:`_json`, bounded: an index names one file per tensor and nothing else."""
+    try:
+        data = safefile.read_whole(path, str(path), most=safefile.MOST_JSON, follow=True)
+        found = safefile.parse_json(data, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL: {error}; copy or save it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"MODEL: {path} holds a {type(found).__name__}, not an object")
+    return found
+
+
 def _weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / INDEX).is_file():
-        listed = _json(folder / INDEX).get("weight_map")
+        listed = _index(folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise CheckpointError(f"MODEL: {folder / INDEX} has no weight_map")
         names = sorted({str(name) for name in listed.values()})
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if not safefile.NAME.fullmatch(name) or not (folder / name).is_file():
                 raise CheckpointError(
                     f"MODEL: {folder / INDEX} lists {name!r}, which is not in the folder; copy the "
                     "whole checkpoint"
@@ -165,10 +173,6 @@ def _weight_files(folder: Path) -> list[str]:
             "safetensors first: AutoModel.from_pretrained(folder).save_pretrained(other)"
         )
     raise ArgumentError(f"MODEL: {folder} has no {WEIGHTS} and no {INDEX}")
-
-
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:
