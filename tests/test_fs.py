@@ -14,7 +14,7 @@ from lobs_native import files, fs
 from lobs_native.errors import CheckpointError
 
 PACKAGE = Path(fs.__file__).parent
-SEAM = {"fs", "files", "safefile"}  # modules whose only way to a file is fs
+SEAM = {"fs", "files", "safefile", "manifest", "rundir"}  # modules whose only way to a file is fs
 
 
 def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
@@ -22,7 +22,7 @@ def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 
 def test_the_modules_of_the_seam_make_no_call_of_their_own():
-    harmless = {"fspath", "fsencode", "fsdecode", "getpid", "strerror", "PathLike"}
+    harmless = {"fspath", "fsencode", "fsdecode", "getpid", "PathLike", "uname"}
     for name in SEAM - {"fs"}:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             match node:

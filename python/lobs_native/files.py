@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -44,14 +44,17 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
     return target
 
 
-def put(folder: int, name: str, pieces: Iterable[fs.Buffer]) -> tuple[int, str]:
+def put(
+    folder: int, name: str | Callable[[str], str], pieces: Iterable[fs.Buffer]
+) -> tuple[int, str]:
     """Write ``pieces``, one after another, as the file ``name`` of an open folder: temporary file,
-    fsync, rename, fsync of the folder.
+    fsync, rename, fsync of the folder. ``name`` may be a function of the content's sha256.
 
     Returns the number of bytes and their sha256. After any exception the temporary file is gone and
     what had the name still has it, unless the last step failed. Raises OSError.
     """
-    temporary = f".{name[:_BEGINNING]}.{secrets.token_hex(4)}.tmp"
+    beginning = name[:_BEGINNING] if isinstance(name, str) else "content"
+    temporary = f".{beginning}.{secrets.token_hex(4)}.tmp"
     size, digest = 0, hashlib.sha256()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     handle = fs.open_file(temporary, flags, folder=folder)
@@ -64,7 +67,8 @@ def put(folder: int, name: str, pieces: Iterable[fs.Buffer]) -> tuple[int, str]:
             fs.sync(handle)
         finally:
             fs.close(handle)
-        fs.rename(temporary, name, folder=folder)
+        final = name if isinstance(name, str) else name(digest.hexdigest())
+        fs.rename(temporary, final, folder=folder)
     except BaseException:
         with contextlib.suppress(OSError):
             fs.unlink(temporary, folder=folder)

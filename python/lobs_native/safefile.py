@@ -37,6 +37,9 @@ __all__ = [
     "TYPES",
     "Entry",
     "Expected",
+    "check_regular",
+    "count_marks",
+    "largest",
     "longest_header",
     "open_regular",
     "parse_header",
@@ -154,10 +157,7 @@ def open_regular(
             raise CheckpointError(f"{what}: is a link; put the file itself there") from error
         raise CheckpointError(f"{what}: cannot be opened: {error.strerror}") from error
     try:
-        mode = fs.stat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-            raise CheckpointError(f"{what}: is {kind} and no file; remove it")
+        check_regular(handle, what)
     except OSError as error:
         fs.close(handle)
         raise CheckpointError(f"{what}: cannot be looked at: {error.strerror}") from error
@@ -165,6 +165,14 @@ def open_regular(
         fs.close(handle)
         raise
     return handle
+
+
+def check_regular(handle: int, what: str) -> None:
+    """Raise CheckpointError with ``what`` unless this is a regular file. Raises OSError too."""
+    mode = fs.stat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise CheckpointError(f"{what}: is {kind} and no file; remove it")
 
 
 def read_whole(
@@ -296,6 +304,12 @@ def unseal(data: bytes, what: str, *, marks: int = MOST_MARKS) -> tuple[dict[str
 def longest_header(tensors: int | None = None) -> int:
     """The most bytes that the header of a file with so many tensors may have."""
     return MOST_JSON if tensors is None else min(MOST_JSON, (tensors << 10) + (64 << 10))
+
+
+def largest(expected: Expected) -> int:
+    """The most bytes that a file of these tensors may have."""
+    data = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    return 8 + longest_header(len(expected)) + data
 
 
 def read_header(path: Path, *, tensors: int | None = None) -> dict[str, Entry]:
