@@ -14,7 +14,8 @@ from lobs_native.errors import CheckpointError
 
 
 class Counter:
-    """Does every call, counts them, and at number ``at`` (from 1) does ``fault`` instead.
+    """Does every call, counts them, and at number ``at`` (from 1) does ``fault`` instead; without
+    one, a write there falls short.
 
     A close is done all the same before its fault: the kernel frees a descriptor whatever it
     answers.
@@ -32,11 +33,11 @@ class Counter:
         self.calls.append(operation)
         if len(self.calls) != self.at:
             return function(*args, **kw)
+        if self.fault is None:
+            return self.short(operation, function, *args, **kw)
         if operation == "close":
             function(*args, **kw)
-        if self.fault is not None:
-            return self.fault()
-        return self.short(operation, function, *args, **kw)
+        return self.fault()
 
     @staticmethod
     def short(operation: str, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
