@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from faults import installed
 from safetensors.torch import save
 
 from lobs_native import safefile
 from lobs_native.errors import CheckpointError
+from lobs_native.rundir import RunDirectory
 
 SECONDS, BYTES = 2.0, 50 << 20  # measured: below 0.1 s but for tracemalloc, which costs tenfold
 
@@ -288,3 +291,253 @@ def test_messages_hold_nothing_that_a_terminal_acts_on():
         assert text.isprintable()
         assert text.isascii()
         assert len(text) <= 80
+
+
+# ---- the folder of a run -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(in_memory: Path) -> Path:
+    """A small run, closed."""
+    path = in_memory / "run"
+    with RunDirectory.create(path, {"config": {"a": 1}}) as made:
+        for i in range(3):
+            made.commit(f"layer.{i}", {"w": torch.ones(4) * i}, {"i": i})
+        made.put_state("s", {"w": torch.ones(4)}, {"i": 1})
+    return path
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    return safefile.seal({k: v for k, v in values.items() if k != "check"})
+
+
+def forged(run: Path, line: int, **change: Any) -> None:
+    """Change fields of a line and make all hashes right again, as one could who knows how."""
+    path = run / "manifest.jsonl"
+    lines = [json.loads(text) for text in path.read_bytes().splitlines()]
+    lines[line].update(change)
+    prev = json.loads((run / "run.json").read_bytes())["check"]
+    made = []
+    for values in lines:
+        if "prev" not in change or values is not lines[line]:
+            values["prev"] = prev
+        made.append(sealed({k: v for k, v in values.items() if v is not ...}) + b"\n")
+        prev = json.loads(made[-1])["check"]
+    path.write_bytes(b"".join(made))
+
+
+LINES: dict[str, tuple[dict[str, Any], str]] = {
+    "seq text": ({"seq": "1"}, "seq is '1', no int"),
+    "seq true": ({"seq": True}, "seq is True, no int"),
+    "seq a float": ({"seq": 1.0}, "seq is 1.0, no int"),
+    "seq of another": ({"seq": 7}, "has the number 7, not 1"),
+    "seq negative": ({"seq": -1}, "has the number -1, not 1"),
+    "kind a number": ({"kind": 3}, "kind is 3, no str"),
+    "kind of odd letters": ({"kind": "\x1b[31m"}, r"impossible kind '\x1b[31m'"),
+    "name a list": ({"name": []}, r"name is [], no str"),
+    "name too long": ({"name": "x" * 2000}, "impossible name"),
+    "name of another": ({"name": "layer.0"}, "names the file"),
+    "bytes negative": ({"bytes": -1}, "impossible size or sha256"),
+    "bytes text": ({"bytes": "80"}, "bytes is '80', no int"),
+    "sha256 short": ({"sha256": "00"}, "impossible size or sha256"),
+    "sha256 in capitals": ({"sha256": "A" * 64}, "impossible size or sha256"),
+    "sha256 with a line break": ({"sha256": "a" * 64 + "\n"}, "impossible size or sha256"),
+    "info a list": ({"info": []}, r"info is [], no dict"),
+    "info missing": ({"info": ...}, "has not exactly the fields"),
+    "a field more": ({"more": 1}, "has not exactly the fields"),
+    "prev of another": ({"prev": "0" * 64}, "does not follow line 1"),
+    "info deep": ({"info": json.loads('{"a":' * 40 + "0" + "}" * 40)}, "more than 32 deep"),
+    "info of many values": ({"info": {"a": [0] * 30_000}}, "values; more than 20000"),
+    "info of a megabyte": ({"info": {"a": "x" * (1 << 20)}}, "bytes; more than 1048576"),
+    **{
+        f"file {name!r}": ({"file": name}, "names the file")
+        for name in (
+            *(
+                "../x.safetensors",
+                "/x.safetensors",
+                "layers/../../x.safetensors",
+                "C:x.safetensors",
+            ),
+            *("layers\\x.safetensors", "layers/x.safetensors\0", "", "layers/", "x" * 5000),
+            *("layers/00001-\N{CYRILLIC SMALL LETTER A}.safetensors", "state/x.json", "run.json"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("wrong", LINES)
+def test_a_forged_line_is_refused(run, wrong):
+    change, said = LINES[wrong]
+    forged(run, 1, **change)
+    with bounded(), pytest.raises(CheckpointError) as caught:
+        RunDirectory.open(run, write=False)
+    assert "manifest.jsonl: line 2: " in str(caught.value)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 800
+    with bounded(), RunDirectory.open(run, write=True, repair=True) as opened:
+        assert len(opened.records) == 1
+        assert opened.check() == []
+
+
+def test_a_second_line_of_one_name_is_refused(run):
+    lines = [json.loads(text) for text in (run / "manifest.jsonl").read_bytes().splitlines()]
+    digest = hashlib.sha256(b"layer.0").hexdigest()[:12]
+    forged(run, 1, name="layer.0", file=f"layers/00001-{digest}.safetensors")
+    assert lines[0]["name"] == "layer.0"
+    with pytest.raises(CheckpointError, match=r"line 2: is the second layer 'layer\.0'"):
+        RunDirectory.open(run, write=False)
+
+
+def test_a_large_file_that_was_forged_is_refused_before_memory_is_taken(run):
+    """The manifest says 10 GB, and so does the (sparse) file: only what is expected can tell."""
+    size = 10_000_000_000
+    forged(run, 1, bytes=size)
+    with RunDirectory.open(run, write=False) as opened:
+        record = opened.records[1]
+        with bounded(), pytest.raises(CheckpointError, match="bytes, its record says 10000000000"):
+            opened.load(record)
+        os.truncate(run / record.file, size)
+        before = resident()
+        with bounded(), pytest.raises(CheckpointError, match="what is expected makes"):
+            opened.load(record, {"w": ((4,), torch.float32)})
+        assert resident() - before < 50 << 20
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_layer_whose_header_was_forged_is_refused(run):
+    """Every hash is right, the file says that it holds 10 GB."""
+    header = b'{"w":{"dtype":"F32","shape":[2500000000],"data_offsets":[0,10000000000]}}'
+    for data in (with_header(header), with_header(b"[" * 9000), b"\x80\x04pickle" * 10, b""):
+        with RunDirectory.open(run, write=False) as opened:
+            file = opened.records[1].file
+        (run / file).write_bytes(data)
+        forged(run, 1, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        with RunDirectory.open(run, write=False) as opened, bounded():
+            with pytest.raises(CheckpointError, match=file):
+                opened.load(opened.records[1])
+            with pytest.raises(CheckpointError, match=file):
+                opened.load(opened.records[1], {"w": ((4,), torch.float32)})
+
+
+@pytest.mark.parametrize("content", [b"[" * (17 << 20), b"{" * 1000], ids=["17 MB", "deep"])
+def test_a_bomb_for_a_header_is_refused(run, content):
+    (run / "run.json").write_bytes(content)
+    with bounded(), pytest.raises(CheckpointError, match=r"run\.json: "):
+        RunDirectory.open(run, write=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not the JSON"),
+        (b"null\n", "holds a NoneType"),
+        (b"[1]\n", "holds a list"),
+        (b'{"format":1,"format":1}\n', "'format' occurs twice"),
+        (b'{"format":1}\n', "was damaged or changed"),
+        (b'{"format":1,"a":NaN}\n', "NaN is no number"),
+        (b'{"format":' + b"9" * 5000 + b"}\n", "too large"),
+        (b"\xff\xfe", "can't decode"),
+        (b"[[]," * 2_000_000, "more than 500000 are not read"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_the_way_out(run, content, said):
+    (run / "run.json").write_bytes(content)
+    with bounded(), pytest.raises(CheckpointError) as caught:
+        RunDirectory.open(run, write=True, repair=True)
+    assert said in str(caught.value)
+    assert "put a copy of it there, or begin a new run" in str(caught.value)
+
+
+def test_a_manifest_of_a_gigabyte_is_not_read(run):
+    os.truncate(run / "manifest.jsonl", 1 << 30)
+    with bounded(), pytest.raises(CheckpointError, match="has 1073741824 bytes; more than"):
+        RunDirectory.open(run, write=False)
+
+
+def test_a_line_of_many_megabytes_is_not_parsed(run):
+    with (run / "manifest.jsonl").open("ab") as file:
+        file.write(b"[" * (16 << 20) + b"\n")
+    said = r"line 4: has 16777216 bytes; more than 1048576|more values than are read"
+    with bounded(), pytest.raises(CheckpointError, match=said):
+        RunDirectory.open(run, write=False)
+    with (run / "manifest.jsonl").open("r+b") as file:
+        file.truncate((run / "manifest.jsonl").stat().st_size - (16 << 20) - 1)
+        file.seek(0, 2)
+        file.write(b"x" * (16 << 20) + b"\n")
+    with bounded(), pytest.raises(CheckpointError, match="line 4: has 16777216 bytes; more than"):
+        RunDirectory.open(run, write=False)
+
+
+def test_an_old_line_again_is_refused(run):
+    lines = (run / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    for order in ([0, 1, 1], [0, 1, 0], [1, 0, 2], [0, 2], [2], [0, 1, 2, 0]):
+        (run / "manifest.jsonl").write_bytes(b"".join(lines[i] for i in order))
+        with bounded(), pytest.raises(CheckpointError, match="does not follow"):
+            RunDirectory.open(run, write=False)
+
+
+STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"kind": "layer"}, "is not about a state"),
+    "after negative": ({"after": -1}, "is not about a state"),
+    "after text": ({"after": "1"}, "after is '1', no int"),
+    "prev": ({"prev": "x"}, "is not about a state"),
+    "file": ({"file": "../../x.safetensors"}, "names the file"),
+    "bytes": ({"bytes": -5}, "impossible size"),
+    "more": ({"more": 1}, "has not exactly the fields"),
+}
+
+
+@pytest.mark.parametrize("wrong", STATES)
+def test_a_forged_record_of_a_state_is_refused(run, wrong):
+    change, said = STATES[wrong]
+    (path,) = (run / "state").glob("*.json")
+    path.write_bytes(sealed({**json.loads(path.read_bytes()), **change}) + b"\n")
+    with RunDirectory.open(run, write=True) as opened:
+        with bounded(), pytest.raises(CheckpointError) as caught:
+            opened.state("s")
+        assert said in str(caught.value)
+        assert path.name in str(caught.value)
+        assert [p.file for p in opened.check()] == [f"state/{path.name}"]
+        opened.repair()
+        assert opened.check() == []
+        assert opened.state("s") is None
+
+
+def test_a_record_of_a_state_under_another_name_is_refused(run):
+    (path,) = (run / "state").glob("*.json")
+    path.rename(path.with_name("0" * 16 + ".json"))
+    with RunDirectory.open(run, write=False) as opened:
+        assert opened.state("s") is None
+        assert any(
+            "is about the state 's', which has another file" in p.what for p in opened.check()
+        )
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.jsonl"])
+@pytest.mark.parametrize("thing", [t for t in THINGS if t != "nothing"])
+def test_the_parts_of_a_run_are_regular_files(run, name, thing, monkeypatch):
+    monkeypatch.chdir(run)
+    make, said = THINGS[thing]
+    path = run / name
+    path.unlink()
+    make(path)
+    with bounded(), pytest.raises(CheckpointError, match=said) as caught:
+        RunDirectory.open(run, write=False)
+    assert name in str(caught.value)
+
+
+def test_a_layer_that_is_cut_while_it_is_read_is_an_error(run, monkeypatch):
+    """Read and not mapped: a map would end the process with SIGBUS."""
+    with RunDirectory.open(run, write=False) as opened:
+        record = opened.records[1]
+
+        def cut(operation: str, function: Any, *args: Any, **kw: Any) -> Any:
+            if operation == "read_into":
+                os.truncate(run / record.file, 10)
+            return function(*args, **kw)
+
+        with installed(cut), pytest.raises(CheckpointError, match="was cut while it was read"):
+            opened.load(record)
