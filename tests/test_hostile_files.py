@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fuzz_rundir
 import pytest
 import torch
 from faults import installed
@@ -541,3 +542,20 @@ def test_a_layer_that_is_cut_while_it_is_read_is_an_error(run, monkeypatch):
 
         with installed(cut), pytest.raises(CheckpointError, match="was cut while it was read"):
             opened.load(record)
+
+
+def test_mutilated_runs_raise_nothing_else(in_memory):
+    """A few seconds of ``bench/fuzz_rundir.py``."""
+    found = fuzz_rundir.fuzz(3, 1, in_memory)
+    print(found)
+    assert found["crashes"] == 0, found["kinds of crashes"]
+    assert found["inputs"] > 100
+    assert found["longest seconds"] < 2
+    assert found["largest growth in MB"] < 256
+    assert len(found["outcomes"]) >= 4, "they get past the first check"
+
+
+def test_the_mutator_finds_a_reader_that_believes_too_much(in_memory, monkeypatch):
+    """It would be worth little if it could not fail."""
+    monkeypatch.setattr(safefile, "_whole_numbers", lambda value: True)
+    assert fuzz_rundir.fuzz(3, 1, in_memory)["crashes"] > 0
