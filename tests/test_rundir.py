@@ -628,7 +628,8 @@ def test_a_folder_that_is_a_link_is_refused(filled, name):
 
 
 def test_temporary_files_are_removed_by_the_next_writer(filled):
-    strays = [".run.json.0a0b.tmp", "layers/.00009-x.0a0b.tmp", "state/.y.0a0b.tmp"]
+    strays = [f"{name}.0123abcd.tmp" for name in (".run.json", "layers/.00009-x", "state/.y")]
+    (filled / ".mine.tmp").write_text("of someone else")
     for name in strays:
         (filled / name).write_text("half")
     with RunDirectory.open(filled, write=False) as run:
@@ -636,6 +637,7 @@ def test_temporary_files_are_removed_by_the_next_writer(filled):
     with RunDirectory.open(filled, write=True) as run:
         assert sorted(m.split(":")[0] for m in run.messages) == sorted(strays)
         assert run.check() == []
+    assert (filled / ".mine.tmp").read_text() == "of someone else"
 
 
 def test_files_of_others_are_named_and_left(filled):
