@@ -21,7 +21,7 @@ LAYERS_OF_PYTHON = [
     {"hf"},
     {"__init__"},
     {"pruner"},
-    {"allocation", "batch_norm", "blocks", "sensitivity", "run_plan"},
+    {"allocation", "batch_norm", "blocks", "ledger", "sensitivity", "run_plan"},
     {"calibration", "bound", "masks", "selection", "trace"},
     {"layers", "weight", "plan", "report"},
     {"greedy", "ranked", "sweep"},

@@ -152,7 +152,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
         "--refine solve --inputs dense --include 0 --include 2 --exclude 2 "
         "--damping 0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 "
-        "--no-progress"
+        "--run-dir kept --resume never --no-progress"
     )
     assert cli.main(line.split()) == cli.INTERRUPTED
     assert seen == {
@@ -176,6 +176,8 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "device": "cpu",
         "memory": 3 << 19,
         "backend": "reference",
+        "run_dir": Path("kept"),
+        "resume": "never",
         "seed": 7,
         "progress": False,
         "forward": None,

@@ -22,8 +22,9 @@ from lobs_native.problem import Problem, nearest_count
 from lobs_native.selection import Plan
 from lobs_native.weight import Target
 
-__all__ = ["passes", "share_budget", "shares"]
+__all__ = ["UNKNOWN", "passes", "share_budget", "shares"]
 
+UNKNOWN = "it kept the sparsity asked: how the network's output depends on it is not known"
 _KEPT = 1 << 20  # costs of a layer that are kept, at most
 
 
@@ -53,9 +54,7 @@ def share_budget(
         if sensitivity is None or plan.layer.name in sensitivity:
             together.append(plan)
         else:
-            plan.layer.notes.append(
-                "it kept the sparsity asked: how the network's output depends on it is not known"
-            )
+            plan.layer.notes.append(UNKNOWN)
     if not together:
         return list(order)
     costs: dict[str, Costs] = {}

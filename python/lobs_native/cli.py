@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,20 @@ import lobs_native
 from lobs_native import demo, doctor, files, job
 from lobs_native.errors import ArgumentError, BackendError, LobsError, PatternError
 from lobs_native.html import visible
+from lobs_native.ledger import RESUMES, StoppedError, stop
 from lobs_native.pruner import INPUTS
 from lobs_native.report import Report
 from lobs_native.weight import METHODS, REFINES, SCOPES
 
 __all__ = ["main"]
 
-OK, FAILED, USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+OK, FAILED, USAGE, STOPPED, INTERRUPTED, READER_GONE = 0, 1, 2, 75, 130, 141
 
 # Options of "prune" that lobs_native.prune takes, and those that concern a folder's text and files.
 _ARGUMENTS = (
     *("sparsity", "threshold", "max_error", "method", "pattern", "scope", "damping", "prune_bias"),
     *("spread", "sensitivity", "budget", "refine", "include", "exclude", "inputs", "blocks"),
-    *("token_mask", "device", "memory", "backend", "seed"),
+    *("token_mask", "device", "memory", "backend", "run_dir", "resume", "seed"),
 )
 _TEXT = ("lines", "min_words", "length", "batch_size", "shard_size")
 
@@ -36,7 +39,8 @@ _EPILOG = """exit codes:
   0    done
   1    a check failed, or the command could not be carried out (one line on standard error)
   2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
-  130  interrupted by Ctrl-C
+  75   ended by SIGTERM after a layer; with --run-dir the same command goes on
+  130  interrupted by Ctrl-C; with --run-dir all finished layers are kept
   141  whatever read the output went away
 """
 
@@ -69,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lobs-native: {visible(error)}", file=sys.stderr)
         wrong = isinstance(error, (ArgumentError, BackendError, PatternError))
         return USAGE if wrong else FAILED
-    except KeyboardInterrupt:
-        print("lobs-native: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except (KeyboardInterrupt, StoppedError) as error:
+        stopped = isinstance(error, StoppedError)
+        said = [f"lobs-native: {'ended by SIGTERM' if stopped else 'interrupted'}"]
+        print("; ".join([*said, *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return STOPPED if stopped else INTERRUPTED
     return code
 
 
@@ -170,6 +176,10 @@ def _add_prune(commands: Any) -> None:
     said = "limit on what pruning takes besides the model and its forward pass, for example 4GB"
     add("--memory", type=_size, metavar="SIZE", help=said)
     add("--backend", help="a name from lobs-native doctor; default: the fastest")
+    said = "keep every finished layer there; the same command goes on after any end"
+    add("--run-dir", type=Path, metavar="DIR", help=said)
+    said = "where --run-dir holds a run: go on if it is this one (auto, the default), or anyway"
+    add("--resume", choices=RESUMES, default="auto", help=said)
     add("--seed", type=int, default=0, help="default: %(default)s")
 
     add = command.add_argument_group("for folders").add_argument
@@ -216,9 +226,10 @@ def _prune(options: argparse.Namespace) -> int:
             planned = job.plan(found, arguments)
         else:
             arguments["progress"] = not options.no_progress
-            report = job.run(
-                found, arguments, out, overwrite=options.overwrite, masks=options.masks
-            )
+            with _ending_after_a_layer(options.run_dir is not None):
+                report = job.run(
+                    found, arguments, out, overwrite=options.overwrite, masks=options.masks
+                )
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else _plan_table(planned))
         return OK
@@ -231,6 +242,21 @@ def _prune(options: argparse.Namespace) -> int:
         print(_report_table(report))
         print(f"wrote {visible(out)}")
     return OK
+
+
+@contextlib.contextmanager
+def _ending_after_a_layer(kept: bool) -> Iterator[None]:
+    """With a run directory, SIGTERM lets the present layer finish."""
+    if not kept or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stop.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stop.clear()
 
 
 def _check_out(options: argparse.Namespace) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import os
 import platform
 import sys
 import time
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
-from lobs_native.allocation import passes, share_budget
+from lobs_native.allocation import UNKNOWN, passes, share_budget
 from lobs_native.blocks import Stack, find_stacks, readers
 from lobs_native.calibration import (
     Columns,
@@ -41,14 +42,15 @@ from lobs_native.errors import (
     NotPositiveDefiniteError,
 )
 from lobs_native.layers import Layer, Linear
+from lobs_native.ledger import Ledger, check_resume, fingerprints
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
 from lobs_native.run_plan import Peak, RunPlan, Workload, plan_run, trim
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
 from lobs_native.shelf import Shelf
-from lobs_native.weight import PrunedWeight, check_choice, prune_groups
+from lobs_native.weight import PrunedWeight, Target, check_choice, prune_groups
 
 __all__ = ["INPUTS", "plan_prune", "prune"]
 
@@ -84,6 +86,8 @@ def prune(
     device: torch.device | str | None = None,
     memory: int | None = None,
     backend: str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: str = "auto",
     progress: bool = True,
     seed: int = 0,
     token_mask: str | None = "auto",
@@ -164,6 +168,16 @@ def prune(
         terminal), and MemoryError says what is needed if the limit cannot be kept to.
     device : optional
         Move the model (it stays there) and each batch to this device first.
+    run_dir : path, optional
+        A folder that keeps every layer that has been pruned, so that a run that was killed, or
+        ended by an error or a full disk, loses none: call prune again with the same arguments, and
+        only the other layers are calibrated and pruned. On the same machine with as many threads
+        the network then has the bits of an uninterrupted run. About the size of the weights.
+    resume : "auto", "never" or "anyway"
+        What to do where ``run_dir`` holds a run: "auto" goes on if model, data, arguments, versions
+        and threads are the same, and is an error that lists the differences otherwise; "anyway"
+        goes on nevertheless, and ``report.settings["resumed despite"]`` says despite what; "never"
+        is an error.
     progress : bool
         Progress bars on a terminal.
     seed : int
@@ -192,6 +206,8 @@ def prune(
         With the layer's name; the model is as it was.
     MemoryError
         ``memory`` is too small for some layer; nothing has been changed.
+    CheckpointError
+        ``run_dir`` cannot be written or read, is another run or is in use. The model is as it was.
 
     Notes
     -----
@@ -265,6 +281,7 @@ class _Pruning:
             )
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise DtypeError(f"seed: expected an int, got {type(seed).__name__}")
+        check_resume(given["resume"])
         if given["token_mask"] is not None:
             check_choice(given["token_mask"], "token_mask", ("auto",))
         batches = batches_of(calibration)
@@ -326,19 +343,26 @@ class _Pruning:
             _show(planned, run.progress)
             run.originals = kept.enter_context(Shelf(planned.kept_limit))
             run.swapped_limit = planned.swapped_limit
+            ledger = self._ledger()
+            if ledger is not None:
+                kept.enter_context(ledger)
+                ledger.check_space([plan.layer for plan in self.order])
             for plan in self.plans:
                 for name, parameter in plan.layer.parameters.items():
                     run.originals.put(name, parameter.detach().clone())
             try:
-                sensitivity = self._sensitivity()
-                peak.reset()
-                order = self._shared(planned, sensitivity)
+                order, sensitivity = self._decided(planned, ledger, peak)
                 structure = self.structure.with_plans(order)
-                means = _Means(planned, self.given["backend"], sensitivity or {})
+                means = _Means(planned, self.given["backend"], sensitivity or {}, ledger)
                 done, masks = _prune_layers(run, self.inputs, structure, means)
                 error_bound = _bound(run.model, run, order, done, self.inputs)
-            except BaseException:
+            except BaseException as error:
                 _restore(run)
+                if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        f"{len(ledger)} of {len(self.order)} layers are kept in {ledger.run.path}; "
+                        "call prune with the same arguments to go on"
+                    )
                 raise
         weights = sum(mask.numel() for mask in masks.values())
         removed = sum(int((~mask).sum()) for mask in masks.values())
@@ -356,10 +380,69 @@ class _Pruning:
                 "plan": planned.to_dict(),
                 "peak memory": peak.bytes(),
                 "peak memory of sensitivities": peak.before_reset if sensitivity else None,
+                **({} if ledger is None else {"run_dir": str(ledger.run.path)}),
+                **({} if ledger is None else {"resumed layers": ledger.found}),
+                **(
+                    {"resumed despite": ledger.differences} if ledger and ledger.differences else {}
+                ),
             },
             versions=_versions(),
             masks={p.layer.name: p.layer.unpack(masks[p.layer.name]) for p in order},
         )
+
+    def _ledger(self) -> Ledger | None:
+        """The run directory, opened, if there is to be one."""
+        path = self.given["run_dir"]
+        if path is None:
+            return None
+        settings = self._settings()
+        header = {
+            "config": {k: v for k, v in plain(settings).items() if k not in ("threads", "batches")},
+            "fingerprints": fingerprints(self.run.model, self.run.batches),
+            "layers": [plan.layer.name for plan in self.order],
+            "machine": {"threads": ops.threads(), "backends": self._backends()},
+            "versions": _versions(),
+        }
+        return Ledger.open(path, header, self.given["resume"])
+
+    def _backends(self) -> list[str]:
+        """What will do the work, in detail."""
+        names = {
+            ops.select_backend(self.given["backend"], plan.layer.weight().device)
+            for plan in self.order
+        }
+        return sorted(names)
+
+    def _decided(
+        self, planned: RunPlan, ledger: Ledger | None, peak: Peak
+    ) -> tuple[list[Plan], dict[str, Tensor] | None]:
+        """The plans with their shares of a common budget, and the sensitivities; from the run
+        directory if they are there."""
+        known = None if ledger is None else ledger.budget()
+        if known is not None:
+            shares, sensitivity = known
+            for plan in self.order:
+                unknown = sensitivity is not None and plan.layer.name not in sensitivity
+                if plan.scope == "model" and unknown:
+                    plan.layer.notes.append(UNKNOWN)
+            order = [
+                dataclasses.replace(plan, target=Target(sparsity=shares[plan.layer.name]))
+                if plan.layer.name in shares
+                else plan
+                for plan in self.order
+            ]
+            return order, sensitivity
+        sensitivity = self._sensitivity()
+        peak.reset()
+        order = self._shared(planned, sensitivity)
+        if ledger is not None and (sensitivity is not None or order != self.order):
+            shares = {
+                plan.layer.name: plan.target.sparsity
+                for plan in order
+                if plan.scope == "model" and plan.target.sparsity is not None
+            }
+            ledger.keep_budget(shares, sensitivity)
+        return order, sensitivity
 
     def _sensitivity(self) -> dict[str, Tensor] | None:
         layers = [plan.layer for plan in self.weighed if plan in self.order]
@@ -548,6 +631,7 @@ class _Means:
     plan: RunPlan
     backend: str | None
     sensitivity: Mapping[str, Tensor]
+    ledger: Ledger | None
 
 
 def _prune_layers(
@@ -559,11 +643,25 @@ def _prune_layers(
     total = sum(len(group) for _, groups in structure.parts for group in groups)
     bar = tqdm(total=total, desc="layers", unit="layer", disable=None if run.progress else True)
 
-    def prune(plan: Plan, moments: Moments, calibrating: float) -> PrunedWeight:
-        done[plan.layer.name], out = _prune_layer(plan, moments, means, calibrating)
-        masks[plan.layer.name] = out.mask
+    ledger = means.ledger
+
+    def kept(plan: Plan) -> bool:
+        return ledger is not None and plan.layer in ledger
+
+    def prune(plan: Plan, moments: Moments, calibrating: float) -> tuple[Tensor, Tensor | None]:
+        report, out = _prune_layer(plan, moments, means, calibrating)
+        if ledger is not None:
+            ledger.keep(plan.layer, report, out.weight, out.bias, out.mask)
+        done[plan.layer.name], masks[plan.layer.name] = report, out.mask
         bar.update()
-        return out
+        return out.weight, out.bias
+
+    def load(plan: Plan) -> tuple[Tensor, Tensor | None]:
+        assert ledger is not None
+        name = plan.layer.name
+        done[name], weight, bias, masks[name] = ledger.load(plan.layer)
+        bar.update()
+        return weight, bias
 
     def write(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
         run.changed.update(plan.layer.parameters)
@@ -572,29 +670,41 @@ def _prune_layers(
     if inputs == "dense":  # every pass must see the original network
         ((_, (order,)),) = structure.parts
         with bar, Shelf(means.plan.kept_limit) as waiting:
-            for piece in passes(order, means.plan.statistics_limit):
+
+            def wait(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
+                waiting.put((plan.layer.name, "weight"), weight)
+                if bias is not None:
+                    waiting.put((plan.layer.name, "bias"), bias)
+
+            for plan in order:
+                if kept(plan):
+                    wait(plan, *load(plan))
+            rest = [plan for plan in order if plan.layer.name not in done]
+            for piece in passes(rest, means.plan.statistics_limit):
                 begun = time.perf_counter()
                 layers = [plan.layer for plan in piece]
                 moments = calibrate(layers, run, f"calibrate {len(layers)} layers")
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for plan in piece:
-                    out = prune(plan, moments.pop(plan.layer.name), calibrating)
-                    waiting.put((plan.layer.name, "weight"), out.weight)
-                    if out.bias is not None:
-                        waiting.put((plan.layer.name, "bias"), out.bias)
+                    wait(plan, *prune(plan, moments.pop(plan.layer.name), calibrating))
             for plan in order:
                 name = plan.layer.name
                 write(plan, waiting[name, "weight"], waiting.get((name, "bias")))
-        return done, masks
+        return {plan.layer.name: done[plan.layer.name] for plan in order}, masks
     with bar:
         for stack, groups in structure.parts:
             with contextlib.ExitStack() as scope:
                 replay, source = None, cast(Source, run)
-                if stack is not None:
+                missing = [plan for group in groups for plan in group if not kept(plan)]
+                if stack is not None and missing:
                     corrected = inputs == "corrected"
                     replay = stack.replay(run, means.plan.states_limit, corrected=corrected)
                     source = scope.enter_context(replay)
                 for group in groups:
+                    if all(map(kept, group)):
+                        for plan in group:
+                            write(plan, *load(plan))
+                        continue
                     leader = group[0].layer
                     if stack is not None and replay is not None:
                         while replay.block < (stack.block_of(leader.name) or 0):
@@ -611,9 +721,9 @@ def _prune_layers(
                     ).values()
                     calibrating = (time.perf_counter() - begun) / len(group)
                     for plan in group:
-                        out = prune(plan, moment, calibrating)
-                        write(plan, out.weight, out.bias)
-                    del moment, out
+                        new = load(plan) if kept(plan) else prune(plan, moment, calibrating)
+                        write(plan, *new)
+                    del moment, new
                     if means.plan.limit is not None:
                         trim()
                 if replay is not None:

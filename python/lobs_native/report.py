@@ -16,7 +16,7 @@ from torch import Tensor
 from lobs_native.errors import ArgumentError
 from lobs_native.files import write_file
 
-__all__ = ["ErrorBound", "LayerReport", "Report", "Skipped"]
+__all__ = ["ErrorBound", "LayerReport", "Report", "Skipped", "plain"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Report:
         fields = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"
         }
-        plain = {
+        values = {
             k: [dataclasses.asdict(x) for x in v] if isinstance(v, tuple) else v
             for k, v in fields.items()
         }
-        plain["error_bound"] = dataclasses.asdict(self.error_bound)
-        return {"format": 1, **_plain(plain)}
+        values["error_bound"] = dataclasses.asdict(self.error_bound)
+        return {"format": 1, **plain(values)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``.json`` or ``.html``, atomically. Returns the path."""
@@ -114,11 +114,12 @@ class Report:
         raise ArgumentError(f"path: {os.fspath(path)!r} must end in .json or .html")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same as JSON values; what has none becomes its ``repr``, an infinity "inf"."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

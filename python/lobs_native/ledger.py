@@ -1,0 +1,197 @@
+"""What a run directory keeps of pruning a network, so that it can go on after any end.
+
+A layer is committed when it has wholly succeeded and before its weights are replaced. Going on, the
+committed layers are written into the model as they were, and only the others are calibrated and
+pruned: the network has the same bits in the end, on the same machine with the same number of
+threads. That model, data, arguments, versions and threads are the same is checked first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.files import need_space
+from lobs_native.layers import Layer
+from lobs_native.report import LayerReport, plain
+from lobs_native.rundir import RunDirectory
+from lobs_native.weight import check_choice
+
+__all__ = ["RESUMES", "Ledger", "StoppedError", "check_resume", "fingerprints", "stop"]
+
+RESUMES = ("auto", "never", "anyway")
+stop = threading.Event()  # set it, and pruning with a run directory ends after the present layer
+
+
+class StoppedError(BaseException):
+    """Pruning was asked to end after a layer. No Exception, like KeyboardInterrupt."""
+
+
+class Ledger:
+    """The layers of one call of ``prune`` that are committed in a run directory."""
+
+    def __init__(self, run: RunDirectory, differences: list[str]) -> None:
+        self.run = run
+        self.differences = differences  # that were gone over because of resume="anyway"
+        self.found = len([r for r in run.records if r.kind == "layer"])
+
+    @classmethod
+    def open(cls, path: Any, header: Mapping[str, Any], resume: str) -> Ledger:
+        """Begin a run at ``path``, or go on with the one that is there.
+
+        Raises
+        ------
+        ArgumentError
+            There is a run and ``resume`` is "never", or something else is there.
+        CheckpointError
+            The run is another one than ``header`` says (all differences are listed), is damaged, or
+            is being written to by another process.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArgumentError(f"run_dir: expected a path, got {type(path).__name__}")
+        if not (Path(path) / "run.json").exists():
+            return cls(RunDirectory.create(path, header), [])
+        if resume == "never":
+            raise ArgumentError(
+                f"run_dir: {os.fspath(path)} holds a run, and resume is 'never'; name another "
+                "folder, or pass resume='auto'"
+            )
+        run = RunDirectory.open(path, write=True)
+        try:
+            differences = run.differences(header)
+            if differences and resume != "anyway":
+                raise CheckpointError(
+                    f"{os.fspath(path)}: this is another run: {'; '.join(differences)}. Name "
+                    "another folder, or pass resume='anyway' to go on nevertheless"
+                )
+            return cls(run, differences)
+        except BaseException:
+            run.close()
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.run.close()
+
+    def __len__(self) -> int:
+        """Layers that are committed."""
+        return len([r for r in self.run.records if r.kind == "layer"])
+
+    def check_space(self, layers: Iterable[Layer]) -> None:
+        """CheckpointError if the disk has no room for the layers that are not committed yet."""
+        needed = 0
+        for layer in layers:
+            if self.run.find(layer.name) is None:
+                values = layer.weight().numel()
+                needed += values + sum(
+                    p.numel() * p.element_size() for p in layer.parameters.values()
+                )
+        need_space(self.run.path, needed)
+
+    # ---- layers ----------------------------------------------------------------------------------
+
+    def __contains__(self, layer: Layer) -> bool:
+        return self.run.find(layer.name) is not None
+
+    def keep(
+        self, layer: Layer, report: LayerReport, weight: Tensor, bias: Tensor | None, mask: Tensor
+    ) -> None:
+        """Commit a layer that has been pruned."""
+        tensors = {"weight": weight, "mask": mask}
+        if bias is not None:
+            tensors["bias"] = bias
+        self.run.commit(layer.name, tensors, plain(dataclasses.asdict(report)))
+        if stop.is_set():
+            raise StoppedError
+
+    def load(self, layer: Layer) -> tuple[LayerReport, Tensor, Tensor | None, Tensor]:
+        """Report, weight (G, R, C), bias (G, R) and mask of a committed layer, on its device."""
+        record = self.run.find(layer.name)
+        assert record is not None
+        W, b = layer.weight(), layer.bias()
+        expected = {"weight": (tuple(W.shape), W.dtype), "mask": (tuple(W.shape), torch.bool)}
+        if b is not None:
+            expected["bias"] = (tuple(b.shape), b.dtype)
+        tensors = {name: x.to(W.device) for name, x in self.run.load(record, expected).items()}
+        return _report(record.info), tensors["weight"], tensors.get("bias"), tensors["mask"]
+
+    # ---- the budget ------------------------------------------------------------------------------
+
+    def keep_budget(
+        self, shares: Mapping[str, float], sensitivity: Mapping[str, Tensor] | None
+    ) -> None:
+        """Commit what was decided for all layers together."""
+        info = {"shares": dict(shares), "measured": sensitivity is not None}
+        self.run.commit("budget", dict(sensitivity or {}), info, kind="budget")
+
+    def budget(self) -> tuple[dict[str, float], dict[str, Tensor] | None] | None:
+        """What :meth:`keep_budget` was given, if it was."""
+        record = self.run.find("budget", kind="budget")
+        if record is None:
+            return None
+        tensors = self.run.load(record)
+        return dict(record.info["shares"]), tensors if record.info["measured"] else None
+
+
+def _report(info: Mapping[str, Any]) -> LayerReport:
+    try:
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in info.items()
+        }
+        for name in ("error", "relative_error", "optimality"):
+            values[name] = float(values[name])  # an infinity is a word in JSON
+        return LayerReport(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
+
+
+# ---- what the run is -----------------------------------------------------------------------------
+
+
+def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+    """sha256 of the model's state and of the calibration data, and how many batches there are."""
+    state = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            _add(state, name, value)
+    data, count = hashlib.sha256(), 0
+    for batch in batches:
+        count += 1
+        for path, value in _leaves("", batch):
+            if isinstance(value, Tensor):
+                _add(data, path, value)
+            else:
+                told = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
+                data.update(f"{path} {told!r}\n".encode())
+    return {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
+
+
+def _add(digest: Any, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{path}.{key}", part)
+    else:
+        for i, part in enumerate(tree_leaves(value)):
+            yield f"{path}.{i}", part
+
+
+def check_resume(resume: Any) -> str:
+    """``resume`` if it is one of RESUMES."""
+    return check_choice(resume, "resume", RESUMES)

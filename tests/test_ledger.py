@@ -1,0 +1,250 @@
+"""A run directory: whatever ends a run, going on gives the bits of one that was not ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import features
+from test_blocks import batches as block_batches
+from test_blocks import made
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native import cli, pruner
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.ledger import Ledger, StoppedError, stop
+from lobs_native.rundir import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16, bias=False), nn.ReLU(), nn.Linear(16, 5)
+    )
+
+
+def rows() -> list[Tensor]:
+    return [features(40, 20, seed=i).float() for i in range(3)]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]], int]] = {
+    "chain": (chain, rows, 3),
+    "blocks": (made, block_batches, 17),
+}
+
+
+class EndError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    """End pruning when so many layers have been committed."""
+    keep = Ledger.keep
+
+    def counting(self: Ledger, *arguments: Any) -> None:
+        if len(self) == layers:
+            raise EndError
+        keep(self, *arguments)
+
+    monkeypatch.setattr(Ledger, "keep", counting)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    mine, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def plain(report: lobs.Report) -> list[dict[str, Any]]:
+    told = [dataclasses.asdict(layer) for layer in report.layers]
+    return [{k: v for k, v in layer.items() if not k.startswith("seconds")} for layer in told]
+
+
+def spying(calibrated: list[str]) -> Callable[..., Any]:
+    """The calibration of pruning, which also tells what it was for."""
+    calibrate = pruner.calibrate
+
+    def spy(layers: Any, *rest: Any, **named: Any) -> Any:
+        calibrated.extend(layer.name for layer in layers)
+        return calibrate(layers, *rest, **named)
+
+    return spy
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": "pruned"},
+        {"inputs": "dense"},
+        {"inputs": "corrected"},
+        {"inputs": "corrected", "scope": "model"},
+        {"inputs": "pruned", "scope": "model", "sensitivity": None},
+        {"inputs": "dense", "sensitivity": "output"},
+    ],
+    ids=str,
+)
+def test_going_on_gives_what_an_uninterrupted_run_gives(tmp_path, monkeypatch, model, options):
+    make, data, count = MODELS[model]
+    options = {"sparsity": 0.6, "progress": False, **options}
+    whole = make()
+    expected = lobs.prune(whole, data(), **options)
+    for k in range(count) if count < 5 else (0, 1, 2, 4, 7, 11, 16):
+        folder = tmp_path / str(k)
+        ended = make()
+        with monkeypatch.context() as patched:
+            after(patched, k)
+            with pytest.raises(EndError) as caught:
+                lobs.prune(ended, data(), run_dir=folder, **options)
+        assert same(ended, make())
+        if sys.version_info >= (3, 11):
+            assert f"{k} of {count} layers are kept in {folder}" in caught.value.__notes__[0]
+        again, calibrated = make(), []
+        with monkeypatch.context() as patched:
+            patched.setattr(pruner, "calibrate", spying(calibrated))
+            report = lobs.prune(again, data(), run_dir=folder, **options)
+        assert same(again, whole)
+        assert plain(report) == plain(expected)
+        assert report.settings["resumed layers"] == k
+        assert report.error_bound == expected.error_bound
+        assert all(torch.equal(report.masks[n], m) for n, m in expected.masks.items())
+        done = {layer.name for layer in expected.layers[:k]}
+        assert model == "blocks" or not done & set(calibrated)
+
+
+def test_a_finished_run_is_read_again_and_nothing_is_calibrated(tmp_path, monkeypatch):
+    first, second = chain(), chain()
+    lobs.prune(first, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    monkeypatch.setattr(pruner, "calibrate", None)
+    lobs.prune(second, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    assert same(first, second)
+
+
+def test_another_run_is_refused_with_all_differences(tmp_path):
+    run = tmp_path / "run"
+    lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
+    other = chain()
+    with torch.no_grad():
+        other[0].bias[0] += 1
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    changed = {"sparsity": 0.5, "damping": 0.02, "run_dir": run, "progress": False}
+    with pytest.raises(CheckpointError, match="this is another run") as caught:
+        lobs.prune(other, rows()[:2], **changed)
+    for word in ("damping", "model", "calibration", "batches", "resume='anyway'"):
+        assert word in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    with pytest.raises(ArgumentError, match=r"run_dir: .* holds a run, and resume is 'never'"):
+        lobs.prune(chain(), rows(), resume="never", **{**changed, "damping": 0.01})
+    report = lobs.prune(chain(), rows(), resume="anyway", **changed)
+    assert any("damping" in line for line in report.settings["resumed despite"])
+    with pytest.raises(ArgumentError, match="resume: 'yes'; expected one of auto, never, anyway"):
+        lobs.prune(chain(), rows(), resume="yes", **changed)
+
+
+def test_a_damaged_layer_is_named_and_the_model_is_as_it_was(tmp_path):
+    run = tmp_path / "run"
+    lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
+    (file,) = (run / "layers").glob("00001-*")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    model = chain()
+    with pytest.raises(CheckpointError, match=f"layers/{file.name}: .*repair"):
+        lobs.prune(model, rows(), sparsity=0.5, run_dir=run, progress=False)
+    assert same(model, chain())
+    RunDirectory.open(run, write=True, repair=True).close()
+    lobs.prune(model, rows(), sparsity=0.5, run_dir=run, progress=False)
+    whole = chain()
+    lobs.prune(whole, rows(), sparsity=0.5, progress=False)
+    assert same(model, whole)
+
+
+def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("lobs_native.fs.free_bytes", lambda _: 1000)
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes, and 1000 are free there"):
+        lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+
+
+def test_asked_to_stop_it_ends_after_the_layer(tmp_path):
+    stop.set()
+    try:
+        with pytest.raises(StoppedError):
+            lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    finally:
+        stop.clear()
+    with RunDirectory.open(tmp_path / "run", write=False) as run:
+        assert [record.name for record in run.records] == ["0"]
+
+
+MODULE = """
+import torch
+from torch import nn
+torch.set_num_threads(1)
+
+def pair():
+    torch.manual_seed(0)
+    layers = [m for _ in range(12) for m in (nn.Linear(96, 96), nn.ReLU())]
+    return nn.Sequential(*layers), [torch.randn(64, 96) for _ in range(4)]
+"""
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    line = f"-m lobs_native prune made_here:pair --sparsity 0.5 --out {out} --no-progress --json"
+    return [sys.executable, *line.split(), *more]
+
+
+def test_kills_and_terminations_lose_nothing(tmp_path):
+    (tmp_path / "made_here.py").write_text(MODULE)
+    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
+    plain = subprocess.run(command(tmp_path, "plain"), timeout=120, **options)
+    assert plain.returncode == 0, plain.stderr
+    chosen = random.Random(0)
+    acknowledged = 0
+    for attempt in range(30):
+        running = subprocess.Popen(
+            command(tmp_path, "out", "--run-dir", "run"),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        manifest = tmp_path / "run" / "manifest.jsonl"
+        limit = time.monotonic() + 60
+        more = acknowledged + chosen.randint(1, 3)
+        while running.poll() is None and time.monotonic() < limit:
+            if manifest.exists() and len(manifest.read_bytes().splitlines()) >= more:
+                time.sleep(chosen.random() * 0.01)
+                break
+            time.sleep(0.002)
+        running.send_signal(signal.SIGKILL if attempt % 2 else signal.SIGTERM)
+        _, said = running.communicate(timeout=60)
+        if running.returncode == 0:
+            break
+        assert running.returncode in (-signal.SIGKILL, cli.STOPPED), said
+        if running.returncode == cli.STOPPED and sys.version_info >= (3, 11):
+            assert "of 12 layers are kept in" in said
+        with RunDirectory.open(tmp_path / "run", write=False) as run:
+            assert len(run.records) >= acknowledged
+            acknowledged = len(run.records)
+        assert not (tmp_path / "out").exists()
+    else:
+        pytest.fail("it never finished")
+    assert attempt > 2
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["resumed layers"] == acknowledged
+    assert os.listdir(tmp_path / "run" / "state") == []
