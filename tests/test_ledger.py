@@ -189,6 +189,33 @@ def test_asked_to_stop_it_ends_after_the_layer(tmp_path):
         assert [record.name for record in run.records] == ["0"]
 
 
+def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, capsys):
+    run, page = tmp_path / "run", tmp_path / "report.html"
+    with monkeypatch.context() as patched:
+        after(patched, 2)
+        with pytest.raises(EndError):
+            lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
+    assert cli.main(["inspect", str(run)]) == cli.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["0", "0.5000"], ["2", "0.5000"]]
+    assert lines[3] == f"2 of 3 layers are done in {run}"
+    assert cli.main(["inspect", str(run), "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == ["4"]
+    assert found["config"]["sparsity"] == 0.5
+    assert cli.main(["report", str(run), "--html", str(page)]) == cli.OK
+    assert "2 of 3 layers" in page.read_text()
+    assert cli.main(["report", str(run), "--html", str(tmp_path / "a.json")]) == cli.OK
+    assert json.loads((tmp_path / "a.json").read_text())["removed"] == 300 + 240
+    (file,) = (run / "layers").glob("00001-*")
+    file.unlink()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(run)]) == cli.FAILED
+    assert f"layers/{file.name}: " in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "gone")]) == cli.FAILED
+    assert "gone" in capsys.readouterr().err
+
+
 MODULE = """
 import torch
 from torch import nn

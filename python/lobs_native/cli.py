@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lobs_native
-from lobs_native import demo, doctor, files, job
+from lobs_native import demo, doctor, files, job, ledger
 from lobs_native.errors import ArgumentError, BackendError, LobsError, PatternError
 from lobs_native.html import visible
 from lobs_native.ledger import RESUMES, StoppedError, stop
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(argv)
-        code: int = options.run(options)
+        code: int = options.run_command(options)
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
     except SystemExit as stop:  # argparse: --help, --version, wrong usage
         return stop.code if isinstance(stop.code, int) else FAILED
@@ -104,14 +104,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no table")
-    command.set_defaults(run=_demo)
+    command.set_defaults(run_command=_demo)
 
     _add_prune(commands)
+
+    said = (
+        "show the state of a run directory, of a run that goes on as well; exit code 1 if damaged"
+    )
+    command = commands.add_parser("inspect", help=said, description=said)
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run_command=_inspect)
+
+    said = "write the report of a run directory, finished or not"
+    command = commands.add_parser("report", help=said, description=said)
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    said = "the page to write; or FILE.json"
+    command.add_argument("--html", type=Path, metavar="FILE", required=True, help=said)
+    command.set_defaults(run_command=_report)
 
     said = "show versions, processor level, threads and devices, and check the kernels"
     command = commands.add_parser("doctor", help=said, description=said)
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=_doctor)
+    command.set_defaults(run_command=_doctor)
     return parser
 
 
@@ -190,7 +205,7 @@ def _add_prune(commands: Any) -> None:
     add("--length", type=int, metavar="N", help=said)
     add("--batch-size", type=int, metavar="N", help="default 8")
     add("--shard-size", type=_size, metavar="SIZE", help="largest weight file; default 5GB")
-    command.set_defaults(run=_prune)
+    command.set_defaults(run_command=_prune)
 
 
 def _choice(text: str) -> str | None:
@@ -303,6 +318,27 @@ def _report_table(report: Report) -> str:
         f"{report.seconds:.1f} s"
     )
     return "\n".join([_aligned(rows), *notes, last])
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    found = ledger.inspect(options.run)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return FAILED if found["problems"] else OK
+    rows = [("layer", "sparsity", "relative error")]
+    for layer in found["done"]:
+        error = f"{float(layer['relative_error']):.4g}"
+        rows.append((visible(layer["name"]), f"{layer['sparsity']:.4f}", error))
+    print(_aligned(rows))
+    print(f"{len(found['done'])} of {found['layers']} layers are done in {visible(found['path'])}")
+    for problem in found["problems"]:
+        print(visible(problem))
+    return FAILED if found["problems"] else OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(f"wrote {visible(ledger.report_of(options.run).save(options.html))}")
+    return OK
 
 
 def _demo(options: argparse.Namespace) -> int:

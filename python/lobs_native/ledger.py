@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +24,20 @@ from torch.utils._pytree import tree_leaves
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import need_space
 from lobs_native.layers import Layer
-from lobs_native.report import LayerReport, plain
+from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
 from lobs_native.rundir import RunDirectory
 from lobs_native.weight import check_choice
 
-__all__ = ["RESUMES", "Ledger", "StoppedError", "check_resume", "fingerprints", "stop"]
+__all__ = [
+    "RESUMES",
+    "Ledger",
+    "StoppedError",
+    "check_resume",
+    "fingerprints",
+    "inspect",
+    "report_of",
+    "stop",
+]
 
 RESUMES = ("auto", "never", "anyway")
 stop = threading.Event()  # set it, and pruning with a run directory ends after the present layer
@@ -155,6 +165,55 @@ def _report(info: Mapping[str, Any]) -> LayerReport:
         return LayerReport(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
+
+
+# ---- looking at a run ----------------------------------------------------------------------------
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state of a run, finished or not, as plain JSON values: what it is, the layers that are
+    committed of all, their errors, and what is wrong with its files. Changes nothing.
+
+    Raises CheckpointError if there is no run, or its header or list of records is damaged.
+    """
+    with RunDirectory.open(path, write=False) as run:
+        names = run.header.get("layers", [])
+        layers = [_report(record.info) for record in run.records if record.kind == "layer"]
+        return {
+            "format": 1,
+            "path": str(run.path),
+            "layers": len(names),
+            "done": [
+                {"name": x.name, "sparsity": x.sparsity, "relative_error": plain(x.relative_error)}
+                for x in layers
+            ],
+            "missing": [name for name in names if name not in {x.name for x in layers}],
+            "config": run.header.get("config", {}),
+            "versions": run.header.get("versions", {}),
+            "problems": [str(problem) for problem in run.check()],
+        }
+
+
+def report_of(path: str | os.PathLike[str]) -> Report:
+    """A report of the layers that a run has committed. Raises as :func:`inspect` does."""
+    with RunDirectory.open(path, write=False) as run:
+        header = run.header
+        layers = tuple(_report(record.info) for record in run.records if record.kind == "layer")
+    names = header.get("layers", [])
+    sizes = [math.prod(layer.shape) for layer in layers]
+    removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
+    done = f"{len(layers)} of {len(names)} layers"
+    return Report(
+        layers=layers,
+        skipped=tuple(Skipped(n, "not pruned yet") for n in names[len(layers) :]),
+        error_bound=ErrorBound(covered=False, reason=f"read from a run directory: {done}"),
+        sparsity=removed / sum(sizes) if sizes else 0.0,
+        removed=removed,
+        weights=sum(sizes),
+        seconds=sum(x.seconds_calibrating + x.seconds_pruning for x in layers),
+        settings={**header.get("config", {}), "run_dir": str(run.path), "done": done},
+        versions=header.get("versions", {}),
+    )
 
 
 # ---- what the run is -----------------------------------------------------------------------------
