@@ -46,7 +46,7 @@ from lobs_native.ledger import Ledger, check_resume, fingerprints
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
-from lobs_native.run_plan import Peak, RunPlan, Workload, plan_run, trim
+from lobs_native.run_plan import Peak, RunPlan, Workload, keep_tight, plan_run
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
 from lobs_native.shelf import Shelf
@@ -161,11 +161,13 @@ def prune(
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the above is right.
     memory : int, optional
-        Bytes that pruning may take besides the model, the data, and a forward pass (with
-        sensitivities, a backward pass): kernels use fewer threads, second moments are accumulated
-        in several passes, hidden states and original weights go to a temporary folder on disk. A
-        plan is made before anything is changed (``report.settings["plan"]``; printed on a
-        terminal), and MemoryError says what is needed if the limit cannot be kept to.
+        Bytes that pruning may take besides the model, the data, a forward pass (with sensitivities,
+        a backward pass), and what libraries keep for themselves (some tens of megabytes): kernels
+        use fewer threads, second moments are accumulated in several passes, hidden states and
+        original weights go to a temporary folder on disk. A plan is made before anything is changed
+        (``report.settings["plan"]``; printed on a terminal), and MemoryError says what is needed if
+        the limit cannot be kept to. From then on glibc gives pieces of a megabyte or more back to
+        the system at once, for the whole process.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     run_dir : path, optional
@@ -341,6 +343,8 @@ class _Pruning:
         with peak.measuring(), contextlib.ExitStack() as kept, run.evaluating():
             planned = self.look()
             _show(planned, run.progress)
+            if planned.limit is not None:
+                keep_tight()
             run.originals = kept.enter_context(Shelf(planned.kept_limit))
             run.swapped_limit = planned.swapped_limit
             ledger = self._ledger()
@@ -724,8 +728,6 @@ def _prune_layers(
                         new = load(plan) if kept(plan) else prune(plan, moment, calibrating)
                         write(plan, *new)
                     del moment, new
-                    if means.plan.limit is not None:
-                        trim()
                 if replay is not None:
                     replay.finish()
     return done, masks
