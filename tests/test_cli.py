@@ -21,7 +21,7 @@ def test_version_is_the_version_of_the_package(capsys):
 def test_help_names_every_command_and_every_exit_code(capsys):
     assert cli.main(["--help"]) == cli.OK
     said = capsys.readouterr().out
-    for word in ("demo", "prune", "doctor", "exit codes"):
+    for word in ("demo", "prune", "resume", "inspect", "report", "doctor", "exit codes"):
         assert word in said
     for code in (cli.OK, cli.FAILED, cli.USAGE, cli.INTERRUPTED, cli.READER_GONE):
         assert f"\n  {code} " in said

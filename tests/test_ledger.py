@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from test_blocks import made
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native import cli, pruner
+from lobs_native import cli, fs, pruner
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.ledger import Ledger, StoppedError, stop
 from lobs_native.rundir import RunDirectory
@@ -198,13 +199,14 @@ def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, cap
     assert cli.main(["inspect", str(run)]) == cli.OK
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["0", "0.5000"], ["2", "0.5000"]]
-    assert lines[3] == f"2 of 3 layers are done in {run}"
+    assert lines[3].startswith("exact, sparsity 0.5, pattern unstructured, inputs pruned; ")
+    assert lines[4] == f"2 of 3 layers are done in {run}"
     assert cli.main(["inspect", str(run), "--json"]) == cli.OK
     found = json.loads(capsys.readouterr().out)
     assert found["missing"] == ["4"]
     assert found["config"]["sparsity"] == 0.5
     assert cli.main(["report", str(run), "--html", str(page)]) == cli.OK
-    assert "2 of 3 layers" in page.read_text()
+    assert "unfinished: 2 of 3 layers" in page.read_text()
     assert cli.main(["report", str(run), "--html", str(tmp_path / "a.json")]) == cli.OK
     assert json.loads((tmp_path / "a.json").read_text())["removed"] == 300 + 240
     (file,) = (run / "layers").glob("00001-*")
@@ -226,6 +228,15 @@ def pair():
     layers = [m for _ in range(12) for m in (nn.Linear(96, 96), nn.ReLU())]
     return nn.Sequential(*layers), [torch.randn(64, 96) for _ in range(4)]
 """
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with a module that makes a network."""
+    (tmp_path / "made_here.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("made_here", None)
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
@@ -275,3 +286,147 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["resumed layers"] == acknowledged
     assert os.listdir(tmp_path / "run" / "state") == []
+
+
+SLOW = """
+import time
+import torch
+from torch import nn
+
+def forward(model, batch):
+    print("calibrating", flush=True)
+    time.sleep(0.2)
+    return model(batch)
+
+def slow():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [torch.randn(9, 8)] * 50, forward
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, cli.TERMINATED), (signal.SIGINT, cli.INTERRUPTED)]
+)
+def test_without_a_run_directory_a_signal_ends_it_at_once_and_nothing_is_written(
+    tmp_path, number, code
+):
+    (tmp_path / "made_here.py").write_text(SLOW)
+    line = "-m lobs_native prune made_here:slow --sparsity 0.5 --out out --no-progress"
+    running = subprocess.Popen(
+        [sys.executable, *line.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stderr is not None
+    assert running.stderr.readline() == "calibrating\n"
+    running.send_signal(number)
+    begun = time.monotonic()
+    _, said = running.communicate(timeout=60)
+    assert time.monotonic() - begun < 8  # a pass over the data takes ten seconds
+    assert running.returncode == code, said
+    assert "lobs-native: " in said.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} <= {"made_here.py", "__pycache__"}
+
+
+def test_the_handler_of_sigterm_is_put_back(here, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    line = ["prune", "made_here:pair", "--sparsity", "0.5", "--no-progress", "--out"]
+    assert cli.main([*line, "a"]) == cli.OK
+    assert cli.main([*line, "b", "--run-dir", "run"]) == cli.OK
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_files_that_fail_and_another_run_have_exit_codes_of_their_own(here, monkeypatch, capsys):
+    line = ["prune", "made_here:pair", "--no-progress", "--run-dir", "run", "--out", "out"]
+    sync, count = fs.sync, 0
+
+    def failing_later(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "sync", failing_later)
+        assert cli.main([*line, "--sparsity", "0.5"]) == cli.IO_FAILED
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    if sys.version_info >= (3, 11):
+        assert "of 12 layers are kept in" in said
+    assert not (here / "out").exists()
+    assert cli.main([*line, "--sparsity", "0.6"]) == cli.USAGE
+    assert "this is another run: " in capsys.readouterr().err
+    assert cli.main([*line, "--sparsity", "0.5"]) == cli.OK
+    assert "run.json" in os.listdir("run")
+
+
+def test_help_lists_every_exit_code(capsys):
+    assert cli.main(["--help"]) == cli.OK
+    told = capsys.readouterr().out
+    for code in (cli.IO_FAILED, cli.STOPPED, cli.INTERRUPTED, cli.READER_GONE, cli.TERMINATED):
+        assert f"\n  {code:<4} " in told
+
+
+def test_resume_runs_the_command_of_the_run_again(here, monkeypatch, capsys):
+    line = ["prune", "made_here:pair", "--sparsity", "0.5", "--no-progress", "--json", "--out"]
+    assert cli.main([*line, "whole"]) == cli.OK
+    with monkeypatch.context() as patched:
+        after(patched, 5)
+        with pytest.raises(EndError):
+            cli.main([*line, "out", "--run-dir", "run"])
+    os.rename("run", "moved")
+    capsys.readouterr()
+    assert cli.main(["resume", "moved"]) == cli.OK
+    assert json.loads(capsys.readouterr().out)["settings"]["resumed layers"] == 5
+    first, second = (Path(name) / "model.safetensors" for name in ("whole", "out"))
+    assert first.read_bytes() == second.read_bytes()
+
+    assert cli.main(["resume", "moved"]) == cli.USAGE  # out is there by now
+    assert "overwrite" in capsys.readouterr().err
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert cli.main(["resume", "../moved"]) == cli.USAGE
+    assert f"was begun in {here}" in capsys.readouterr().err
+
+
+def test_resume_goes_on_despite_differences_only_when_told(here, monkeypatch, capsys):
+    line = "prune made_here:pair --sparsity 0.5 --no-progress --json --out out --run-dir run"
+    with monkeypatch.context() as patched:
+        after(patched, 2)
+        with pytest.raises(EndError):
+            cli.main(line.split())
+    monkeypatch.setattr(pruner, "_versions", lambda: {"torch": "0.0"})
+    assert cli.main(["resume", "run"]) == cli.USAGE
+    assert "versions.torch" in capsys.readouterr().err
+    assert cli.main(["resume", "run", "--anyway"]) == cli.OK
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert any("versions.torch" in line for line in settings["resumed despite"])
+
+
+def test_only_runs_of_the_command_line_can_be_resumed_by_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
+    assert cli.main(["resume", str(run)]) == cli.USAGE
+    assert "call prune with run_dir" in capsys.readouterr().err
+    assert cli.main(["resume", str(tmp_path / "gone")]) == cli.IO_FAILED
+    assert "gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "forged", [5, {}, {"folder": 5, "arguments": []}, {"folder": "/", "arguments": ["a", 5]}]
+)
+def test_a_command_that_is_none_is_refused(tmp_path, capsys, forged):
+    RunDirectory.create(tmp_path / "run", {"command": forged}).close()
+    assert cli.main(["resume", str(tmp_path / "run")]) == cli.IO_FAILED
+    assert "no command" in capsys.readouterr().err
+
+
+def test_a_buffer_that_is_not_saved_makes_another_model(tmp_path):
+    def made(value: float) -> nn.Module:
+        model = chain()
+        model.register_buffer("table", torch.tensor([value]), persistent=False)
+        return model
+
+    run = tmp_path / "run"
+    lobs.prune(made(1.0), rows(), sparsity=0.5, run_dir=run, progress=False)
+    with pytest.raises(CheckpointError, match=r"fingerprints\.model"):
+        lobs.prune(made(2.0), rows(), sparsity=0.5, run_dir=run, progress=False)

@@ -16,7 +16,13 @@ from typing import Any
 
 import lobs_native
 from lobs_native import demo, doctor, files, job, ledger
-from lobs_native.errors import ArgumentError, BackendError, LobsError, PatternError
+from lobs_native.errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    LobsError,
+    PatternError,
+)
 from lobs_native.html import visible
 from lobs_native.ledger import RESUMES, StoppedError, stop
 from lobs_native.pruner import INPUTS
@@ -25,7 +31,8 @@ from lobs_native.weight import METHODS, REFINES, SCOPES
 
 __all__ = ["main"]
 
-OK, FAILED, USAGE, STOPPED, INTERRUPTED, READER_GONE = 0, 1, 2, 75, 130, 141
+OK, FAILED, USAGE, IO_FAILED, STOPPED = 0, 1, 2, 74, 75
+INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
 
 # Options of "prune" that lobs_native.prune takes, and those that concern a folder's text and files.
 _ARGUMENTS = (
@@ -39,10 +46,17 @@ _EPILOG = """exit codes:
   0    done
   1    a check failed, or the command could not be carried out (one line on standard error)
   2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
-  75   ended by SIGTERM after a layer; with --run-dir the same command goes on
-  130  interrupted by Ctrl-C; with --run-dir all finished layers are kept
+  74   with a run directory: a file could not be read or written, or is damaged; finished layers
+       are kept
+  75   with a run directory: ended by SIGTERM after the layer it was at, and can be resumed
+  130  interrupted by Ctrl-C, in the middle of a layer; with a run directory finished ones are kept
   141  whatever read the output went away
+  143  without a run directory: ended by SIGTERM at once; nothing is written
 """
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came. No Exception, like KeyboardInterrupt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,26 +73,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         As listed by ``lobs-native --help``. A LobsError, OSError or MemoryError becomes one line on
         standard error.
     """
+    kept = False
     try:
         options = _parser().parse_args(argv)
+        options.arguments = list(sys.argv[1:] if argv is None else argv)
+        kept = getattr(options, "run_dir", None) is not None
         code: int = options.run_command(options)
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
-    except SystemExit as stop:  # argparse: --help, --version, wrong usage
-        return stop.code if isinstance(stop.code, int) else FAILED
+    except SystemExit as end:  # argparse: --help, --version, wrong usage
+        return end.code if isinstance(end.code, int) else FAILED
     except BrokenPipeError:
         # Python flushes standard output once more when it ends; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except (LobsError, OSError, MemoryError) as error:
-        print(f"lobs-native: {visible(error)}", file=sys.stderr)
-        wrong = isinstance(error, (ArgumentError, BackendError, PatternError))
-        return USAGE if wrong else FAILED
-    except (KeyboardInterrupt, StoppedError) as error:
-        stopped = isinstance(error, StoppedError)
-        said = [f"lobs-native: {'ended by SIGTERM' if stopped else 'interrupted'}"]
-        print("; ".join([*said, *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return STOPPED if stopped else INTERRUPTED
+        _complain(str(error), error)
+        if isinstance(error, (ArgumentError, BackendError, PatternError)):
+            return USAGE
+        return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
+    except KeyboardInterrupt as error:
+        _complain("interrupted", error)
+        return INTERRUPTED
+    except (StoppedError, _TerminatedError) as error:
+        _complain("ended by SIGTERM", error)
+        return STOPPED if isinstance(error, StoppedError) else TERMINATED
     return code
+
+
+def _complain(said: str, error: BaseException) -> None:
+    """One line on standard error, with what was added to the error on its way."""
+    notes = "; ".join([said, *getattr(error, "__notes__", [])])
+    print(f"lobs-native: {visible(notes)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run_command=_demo)
 
     _add_prune(commands)
+
+    said = "go on with a run that lobs-native prune --run-dir began, by the same command"
+    command = commands.add_parser("resume", help=said, description=said)
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    said = "also if model, data, versions or threads are no longer the same"
+    command.add_argument("--anyway", action="store_true", help=said)
+    command.set_defaults(run_command=_resume)
 
     said = (
         "show the state of a run directory, of a run that goes on as well; exit code 1 if damaged"
@@ -241,7 +273,7 @@ def _prune(options: argparse.Namespace) -> int:
             planned = job.plan(found, arguments)
         else:
             arguments["progress"] = not options.no_progress
-            with _ending_after_a_layer(options.run_dir is not None):
+            with _heeding_sigterm(options.run_dir is not None), _remembered(options.arguments):
                 report = job.run(
                     found, arguments, out, overwrite=options.overwrite, masks=options.masks
                 )
@@ -259,14 +291,41 @@ def _prune(options: argparse.Namespace) -> int:
     return OK
 
 
+def _resume(options: argparse.Namespace) -> int:
+    arguments = ledger.command_of(options.run_dir)
+    again = _parser().parse_args(["prune", *arguments])
+    again.arguments = ["prune", *arguments]
+    again.run_dir = options.run_dir  # it may have been moved
+    again.resume = "anyway" if options.anyway else "auto"
+    return _prune(again)
+
+
 @contextlib.contextmanager
-def _ending_after_a_layer(kept: bool) -> Iterator[None]:
-    """With a run directory, SIGTERM lets the present layer finish."""
-    if not kept or threading.current_thread() is not threading.main_thread():
+def _remembered(arguments: Sequence[str]) -> Iterator[None]:
+    """A run that begins keeps the command, for :func:`_resume`."""
+    told = {"folder": os.getcwd(), "arguments": list(arguments[1:])}
+    token = ledger.command.set(told)
+    try:
+        yield
+    finally:
+        ledger.command.reset(token)
+
+
+@contextlib.contextmanager
+def _heeding_sigterm(kept: bool) -> Iterator[None]:
+    """With a run directory, SIGTERM lets the present layer finish; without one it ends the run in
+    an orderly way, so that no half-written folder stays."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
+
+    def heed(*_: object) -> None:
+        if not kept:
+            raise _TerminatedError
+        stop.set()
+
     stop.clear()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = signal.signal(signal.SIGTERM, heed)
     try:
         yield
     finally:
@@ -330,10 +389,19 @@ def _inspect(options: argparse.Namespace) -> int:
         error = f"{float(layer['relative_error']):.4g}"
         rows.append((visible(layer["name"]), f"{layer['sparsity']:.4f}", error))
     print(_aligned(rows))
+    print(visible(_in_short(found["config"], found["versions"])))
     print(f"{len(found['done'])} of {found['layers']} layers are done in {visible(found['path'])}")
     for problem in found["problems"]:
         print(visible(problem))
     return FAILED if found["problems"] else OK
+
+
+def _in_short(config: dict[str, Any], versions: dict[str, Any]) -> str:
+    """What a run is, in one line."""
+    targets = ("sparsity", "threshold", "max_error", "pattern", "inputs")
+    told = [f"{name} {config[name]}" for name in targets if config.get(name) is not None]
+    made_by = [f"{name} {version}" for name, version in versions.items()]
+    return f"{', '.join([str(config.get('method')), *told])}; {', '.join(made_by)}"
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ from lobs_native.weight import check_choice
 
 __all__ = [
     "RESUMES",
+    "AnotherRunError",
     "Ledger",
     "StoppedError",
     "check_resume",
+    "command",
+    "command_of",
     "fingerprints",
     "inspect",
     "report_of",
@@ -41,6 +45,13 @@ __all__ = [
 
 RESUMES = ("auto", "never", "anyway")
 stop = threading.Event()  # set it, and pruning with a run directory ends after the present layer
+
+# What is kept beside a new run, for whoever goes on with it: see command_of. Not compared.
+command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
+
+
+class AnotherRunError(CheckpointError, ArgumentError):
+    """The folder holds a run of another model, data, arguments, versions or threads."""
 
 
 class StoppedError(BaseException):
@@ -63,14 +74,17 @@ class Ledger:
         ------
         ArgumentError
             There is a run and ``resume`` is "never", or something else is there.
+        AnotherRunError
+            The run is another one than ``header`` says; all differences are listed.
         CheckpointError
-            The run is another one than ``header`` says (all differences are listed), is damaged, or
-            is being written to by another process.
+            The run is damaged, or is being written to by another process.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ArgumentError(f"run_dir: expected a path, got {type(path).__name__}")
         if not (Path(path) / "run.json").exists():
-            return cls(RunDirectory.create(path, header), [])
+            told = command.get()
+            whole = header if told is None else {**header, "command": told}
+            return cls(RunDirectory.create(path, whole), [])
         if resume == "never":
             raise ArgumentError(
                 f"run_dir: {os.fspath(path)} holds a run, and resume is 'never'; name another "
@@ -78,9 +92,10 @@ class Ledger:
             )
         run = RunDirectory.open(path, write=True)
         try:
-            differences = run.differences(header)
+            before = {k: v for k, v in run.header.items() if k == "command"}
+            differences = run.differences({**header, **before})
             if differences and resume != "anyway":
-                raise CheckpointError(
+                raise AnotherRunError(
                     f"{os.fspath(path)}: this is another run: {'; '.join(differences)}. Name "
                     "another folder, or pass resume='anyway' to go on nevertheless"
                 )
@@ -194,6 +209,38 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
 
 
+def command_of(path: str | os.PathLike[str]) -> list[str]:
+    """The arguments of the command that began a run, if it was begun in the current folder.
+
+    Only there: its paths may be relative, and a folder that a file names is none to import from.
+
+    Raises
+    ------
+    ArgumentError
+        The run was begun by a call of ``prune``, or in another folder.
+    CheckpointError
+        There is no run, or it is damaged.
+    """
+    with RunDirectory.open(path, write=False) as run:
+        told = run.header.get("command")
+    if told is None:
+        raise ArgumentError(
+            f"RUN_DIR: {os.fspath(path)} was not begun by this command; call prune with run_dir "
+            "and the same arguments again"
+        )
+    folder = told.get("folder") if isinstance(told, dict) else None
+    arguments = told.get("arguments") if isinstance(told, dict) else None
+    if not (
+        isinstance(folder, str)
+        and isinstance(arguments, list)
+        and all(isinstance(x, str) for x in arguments)
+    ):
+        raise CheckpointError(f"{os.fspath(path)}: holds no command that could be run again")
+    if os.path.realpath(folder) != os.path.realpath(os.curdir):
+        raise ArgumentError(f"RUN_DIR: {os.fspath(path)} was begun in {folder}; change to it first")
+    return arguments
+
+
 def report_of(path: str | os.PathLike[str]) -> Report:
     """A report of the layers that a run has committed. Raises as :func:`inspect` does."""
     with RunDirectory.open(path, write=False) as run:
@@ -203,6 +250,8 @@ def report_of(path: str | os.PathLike[str]) -> Report:
     sizes = [math.prod(layer.shape) for layer in layers]
     removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
     done = f"{len(layers)} of {len(names)} layers"
+    if len(layers) < len(names):
+        done = f"unfinished: {done}"
     return Report(
         layers=layers,
         skipped=tuple(Skipped(n, "not pruned yet") for n in names[len(layers) :]),
@@ -220,11 +269,12 @@ def report_of(path: str | os.PathLike[str]) -> Report:
 
 
 def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-    """sha256 of the model's state and of the calibration data, and how many batches there are."""
+    """sha256 of the model's parameters and buffers (of those that are not saved as well, which
+    the output may depend on) and of the calibration data, and how many batches there are."""
     state = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            _add(state, name, value)
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
+        _add(state, name, value)
     data, count = hashlib.sha256(), 0
     for batch in batches:
         count += 1
