@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import crash_prune
 import pytest
 import torch
 from cases import features
@@ -286,6 +287,20 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["resumed layers"] == acknowledged
     assert os.listdir(tmp_path / "run" / "state") == []
+
+
+def test_kills_at_random_moments_lose_no_layer_and_change_no_bit(tmp_path):
+    found = crash_prune.kills(5, tmp_path, "chain")
+    assert found["kills"] == 5
+    assert found["runs completed"] > 0
+    assert 0 < found["layers acknowledged"] <= 10 * found["runs completed"]
+    for name in (
+        "layers lost",
+        "layers pruned twice",
+        "damaged files",
+        "other bytes than undisturbed",
+    ):
+        assert found[name] == 0, name
 
 
 SLOW = """
