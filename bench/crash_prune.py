@@ -69,7 +69,7 @@ class Acknowledging(ledger.Ledger):
 def child(network: str, folder: Path, kept: bool) -> None:
     """Prune, and write the weights; with a run directory if ``kept``."""
     torch.set_num_threads(1)
-    pruner.Ledger = Acknowledging  # type: ignore[misc]
+    pruner.Ledger = Acknowledging
     model, batches = NETWORKS[network]()
     print("begun", flush=True)
     run = folder / "run" if kept else None

@@ -445,3 +445,76 @@ def test_a_buffer_that_is_not_saved_makes_another_model(tmp_path):
     lobs.prune(made(1.0), rows(), sparsity=0.5, run_dir=run, progress=False)
     with pytest.raises(CheckpointError, match=r"fingerprints\.model"):
         lobs.prune(made(2.0), rows(), sparsity=0.5, run_dir=run, progress=False)
+
+
+ODD = (5, None, True, "x", [1], [[1]], {"a": 1})
+
+
+def looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[int, str]]:
+    """Exit codes and last lines of the commands that look at a run."""
+    found = []
+    for line in (["inspect", str(run)], ["report", str(run), "--html", f"{run}.html"]):
+        code = cli.main(line)
+        found.append((code, capsys.readouterr().err))
+    return found
+
+
+@pytest.mark.parametrize("key", ["layers", "config", "versions"])
+def test_headers_of_the_wrong_form_are_refused(tmp_path, capsys, key):
+    for i, value in enumerate(ODD):
+        if key != "layers" and isinstance(value, dict):
+            continue
+        run = tmp_path / str(i)
+        RunDirectory.create(run, {key: value}).close()
+        for code, said in looked_at(run, capsys):
+            assert (code, said.count("\n")) == (cli.FAILED, 1), value
+            assert f"{run}: its header has no {key}" in said
+
+
+def test_reports_of_layers_of_the_wrong_form_are_refused(tmp_path, capsys):
+    run = tmp_path / "run"
+    lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
+    with RunDirectory.open(run, write=False) as opened:
+        header, good = opened.header, opened.records[0].info
+    forged = [{k: v for k, v in good.items() if k != "kind"}, {**good, "more": 1}]
+    forged += [{**good, name: {"a": 1}} for name in good]
+    forged += [{**good, "shape": [1, "x"]}, {**good, "error": "x"}, {**good, "swaps": True}]
+    for i, info in enumerate(forged):
+        with RunDirectory.create(tmp_path / str(i), header) as made:
+            made.commit("0", {"weight": torch.ones(1)}, info)
+        for code, said in looked_at(tmp_path / str(i), capsys):
+            assert (code, said.count("\n")) == (cli.FAILED, 1), info
+            assert "the report of a layer cannot be read" in said
+
+
+@pytest.mark.parametrize(
+    "info", [{}, {"shares": 5, "measured": False}, {"shares": {"0": "x"}, "measured": False}]
+)
+def test_a_budget_of_the_wrong_form_is_refused_and_the_model_is_as_it_was(
+    tmp_path, monkeypatch, info
+):
+    options = {"sparsity": 0.5, "scope": "model", "sensitivity": None, "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "keep_budget", lambda *_: (_ for _ in ()).throw(EndError))
+        with pytest.raises(EndError):
+            lobs.prune(chain(), rows(), run_dir=tmp_path / "run", **options)
+    with RunDirectory.open(tmp_path / "run", write=True) as run:
+        run.commit("budget", {}, info, kind="budget")
+    model = chain()
+    with pytest.raises(CheckpointError, match="the budget cannot be read"):
+        lobs.prune(model, rows(), run_dir=tmp_path / "run", **options)
+    assert same(model, chain())
+
+
+def test_another_way_to_run_the_model_is_another_run(tmp_path):
+    def plainly(model: nn.Module, batch: Tensor) -> Any:
+        return model(batch)
+
+    def doubled(model: nn.Module, batch: Tensor) -> Any:
+        return model(2 * batch)
+
+    options = {"sparsity": 0.5, "run_dir": tmp_path / "run", "progress": False}
+    lobs.prune(chain(), rows(), forward=plainly, **options)
+    lobs.prune(chain(), rows(), forward=plainly, **options)
+    with pytest.raises(CheckpointError, match=r"forward: .*plainly.* in the run, .*doubled.* now"):
+        lobs.prune(chain(), rows(), forward=doubled, **options)

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,20 +166,55 @@ class Ledger:
         record = self.run.find("budget", kind="budget")
         if record is None:
             return None
+        shares, measured = record.info.get("shares"), record.info.get("measured")
+        if (
+            not isinstance(shares, dict)
+            or not isinstance(measured, bool)
+            or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares.values())
+        ):
+            raise CheckpointError(f"{self.run.path}: the budget cannot be read; begin a new run")
         tensors = self.run.load(record)
-        return dict(record.info["shares"]), tensors if record.info["measured"] else None
+        return shares, tensors if measured else None
 
 
 def _report(info: Mapping[str, Any]) -> LayerReport:
     try:
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in info.items()
-        }
-        for name in ("error", "relative_error", "optimality"):
-            values[name] = float(values[name])  # an infinity is a word in JSON
+        kinds = {field.name: field.type for field in dataclasses.fields(LayerReport)}
+        values = {name: _value(str(kinds[name]), name, value) for name, value in info.items()}
         return LayerReport(**values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
+
+
+def _value(kind: str, name: str, value: Any) -> Any:
+    """What :func:`plain` made a JSON value of. TypeError if it is not of this kind."""
+    if value is None and kind.endswith(" | None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("tuple[") and isinstance(value, list):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_value(inner, name, part) for part in value)
+    if kind == "float" and value in ("inf", "-inf", "nan"):
+        return float(value)
+    if type(value).__name__ == kind or (kind == "float" and type(value) is int):
+        return value
+    raise TypeError(f"{name} is no {kind}")
+
+
+def _told(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Names of the layers, config and versions from the header of a run."""
+    header = run.header
+    names, config, versions = (header.get(key) for key in ("layers", "config", "versions"))
+    right = {
+        "layers": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "config": isinstance(config, dict),
+        "versions": isinstance(versions, dict),
+    }
+    # What is there and wrong says more than what is missing.
+    for key in sorted(right, key=lambda key: key not in header):
+        if not right[key]:
+            raise CheckpointError(f"{run.path}: its header has no {key} that can be read")
+    return cast(list[str], names), cast(dict[str, Any], config), cast(dict[str, Any], versions)
 
 
 # ---- looking at a run ----------------------------------------------------------------------------
@@ -192,7 +227,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises CheckpointError if there is no run, or its header or list of records is damaged.
     """
     with RunDirectory.open(path, write=False) as run:
-        names = run.header.get("layers", [])
+        names, config, versions = _told(run)
         layers = [_report(record.info) for record in run.records if record.kind == "layer"]
         return {
             "format": 1,
@@ -203,8 +238,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
                 for x in layers
             ],
             "missing": [name for name in names if name not in {x.name for x in layers}],
-            "config": run.header.get("config", {}),
-            "versions": run.header.get("versions", {}),
+            "config": config,
+            "versions": versions,
             "problems": [str(problem) for problem in run.check()],
         }
 
@@ -244,9 +279,8 @@ def command_of(path: str | os.PathLike[str]) -> list[str]:
 def report_of(path: str | os.PathLike[str]) -> Report:
     """A report of the layers that a run has committed. Raises as :func:`inspect` does."""
     with RunDirectory.open(path, write=False) as run:
-        header = run.header
+        names, config, versions = _told(run)
         layers = tuple(_report(record.info) for record in run.records if record.kind == "layer")
-    names = header.get("layers", [])
     sizes = [math.prod(layer.shape) for layer in layers]
     removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
     done = f"{len(layers)} of {len(names)} layers"
@@ -260,8 +294,8 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         removed=removed,
         weights=sum(sizes),
         seconds=sum(x.seconds_calibrating + x.seconds_pruning for x in layers),
-        settings={**header.get("config", {}), "run_dir": str(run.path), "done": done},
-        versions=header.get("versions", {}),
+        settings={**config, "run_dir": str(run.path), "done": done},
+        versions=versions,
     )
 
 

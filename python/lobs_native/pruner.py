@@ -403,6 +403,7 @@ class _Pruning:
         header = {
             "config": {k: v for k, v in plain(settings).items() if k not in ("threads", "batches")},
             "fingerprints": fingerprints(self.run.model, self.run.batches),
+            "forward": _name_of(self.given["forward"]),
             "layers": [plan.layer.name for plan in self.order],
             "machine": {"threads": ops.threads(), "backends": self._backends()},
             "versions": _versions(),
@@ -484,6 +485,14 @@ def _weighed(plan: Plan) -> bool:
     """Whether the sensitivity of its rows makes a difference to a layer."""
     grouped = isinstance(plan.pattern, GroupsOf)
     return plan.method == "exact" and not grouped and plan.scope in ("layer", "model")
+
+
+def _name_of(forward: Forward | None) -> str | None:
+    """Of a function, for comparing it with the one of another process."""
+    if forward is None:
+        return None
+    named = forward if hasattr(forward, "__qualname__") else type(forward)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _show(plan: RunPlan, progress: bool) -> None:
