@@ -134,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
 
     said = "go on with a run that lobs-native prune --run-dir began, by the same command"
-    command = commands.add_parser("resume", help=said, description=said)
+    more = "A MODEL of the form module:function is imported again; resume only runs you trust."
+    command = commands.add_parser("resume", help=said, description=f"{said}. {more}")
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     said = "also if model, data, versions or threads are no longer the same"
     command.add_argument("--anyway", action="store_true", help=said)
