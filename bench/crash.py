@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,16 @@ def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> d
     return found
 
 
+def finish(found: Mapping[str, Any], losses: Sequence[str], out: Path | None) -> None:
+    """Print what was found, write it, and end with an error if any of ``losses`` is not zero."""
+    for name, value in found.items():
+        print(f"{name:40}{value}")
+    if out:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    if any(found[name] for name in losses):
+        raise SystemExit("something was lost")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
@@ -263,12 +273,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = kills(arguments.kills, Path(folder), layers=arguments.layers)
-    for name, value in found.items():
-        print(f"{name:32}{value}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    if found["lost"] or found["damaged"] or found["other bytes than undisturbed"]:
-        raise SystemExit("something was lost")
+    finish(found, ("lost", "damaged", "other bytes than undisturbed"), arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ prints a line after each layer that is committed; it is killed (SIGKILL) at a ra
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crash import acknowledged_are_there
+from crash import acknowledged_are_there, finish
 from lenet import CALIBRATION, DEFAULT_FOLDER, lenet, mnist
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -168,14 +167,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = kills(arguments.kills, Path(folder), arguments.network)
-    for name, value in found.items():
-        print(f"{name:36}{value}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    if any(
-        found[name] for name in ("layers lost", "damaged files", "other bytes than undisturbed")
-    ):
-        raise SystemExit("something was lost")
+    losses = ("layers lost", "damaged files", "other bytes than undisturbed")
+    finish(found, losses, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.blocks import find_stacks
-from lobs_native.calibration import Run
 from lobs_native.errors import ArgumentError, LobsError
+from lobs_native.running import Run
 from lobs_native.shelf import Shelf
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -494,6 +494,9 @@ def test_prune_a_chain_and_put_it_back(device, monkeypatch):
     assert report.error_bound.covered
     assert report.error_bound.spectral is not None
     assert report.error_bound.measured <= report.error_bound.spectral
+    options = {"sparsity": 0.5, "scope": "model", "sensitivity": "bound", "progress": False}
+    lobs.prune(model, [x], backend=device, **options)
+    assert sum(int((layer.weight == 0).sum()) for layer in model[::2]) == 64
 
 
 # ---- the pretence --------------------------------------------------------------------------------

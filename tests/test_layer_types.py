@@ -15,9 +15,10 @@ from torch.nn import functional
 
 import lobs_native as lobs
 from lobs_native import layers as layers_package
-from lobs_native.calibration import Moments, Run, calibrate
+from lobs_native.calibration import Moments, calibrate
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import layers_of
+from lobs_native.running import Run
 
 
 def seen(model: nn.Module, batches: list[Any], **options: Any) -> dict[str, Moments]:

@@ -435,8 +435,9 @@ def test_a_layer_that_is_never_called_is_skipped_aloud_or_refused():
             return self.used(x)
 
     model = Net()
-    with pytest.warns(UserWarning, match="unused"):
+    with pytest.warns(UserWarning, match="unused") as warned:
         report = lobs.prune(model, batches(), sparsity=0.5, progress=False)
+    assert warned[0].filename == __file__  # the call of prune, not a line inside it
     assert report.skipped[0].name == "unused"
     assert [x.name for x in report.layers] == ["used"]
     with pytest.raises(ArgumentError, match="never calls 'unused'"):

@@ -12,9 +12,9 @@ from test_layer_types import Experts, routed
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.calibration import Run
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import layers_of
+from lobs_native.running import Run
 from lobs_native.sensitivity import sensitivities
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.calibration import Moments, Run, calibrate
+from lobs_native.calibration import Moments, calibrate
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.greedy import Greedy
 from lobs_native.problem import Problem, nearest_count
+from lobs_native.running import Run
 from lobs_native.selection import Plan
-from lobs_native.weight import Target
 
-__all__ = ["UNKNOWN", "passes", "share_budget", "shares"]
+__all__ = ["Costs", "passes", "share_budget", "shares"]
 
-UNKNOWN = "it kept the sparsity asked: how the network's output depends on it is not known"
 _KEPT = 1 << 20  # costs of a layer that are kept, at most
 
 
@@ -38,25 +37,20 @@ def share_budget(
     statistics: int,
     memory: int | None,
     backend: str | None,
-) -> list[Plan]:
-    """Plans with scope "model" get the sparsity that their common budget leaves them, at most
+) -> dict[str, float]:
+    """name -> the sparsity that the common budget leaves to a layer with scope "model", at most
     ``spread`` away from what was asked for.
 
     Cut at that sparsity, a layer loses the weights that the common cut takes from it. Second
     moments take ``statistics`` bytes together, scratch ``memory``. A layer that ``sensitivity``
-    does not hold keeps what was asked of it. A weight of a layer counts ``each[name]`` in the
-    budget: 1, or its multiplications.
+    does not hold takes no part. A weight of a layer counts ``each[name]`` in the budget: 1, or its
+    multiplications.
     """
-    together = []
-    for plan in order:
-        if plan.scope != "model":
-            continue
-        if sensitivity is None or plan.layer.name in sensitivity:
-            together.append(plan)
-        else:
-            plan.layer.notes.append(UNKNOWN)
-    if not together:
-        return list(order)
+    together = [
+        plan
+        for plan in order
+        if plan.scope == "model" and (sensitivity is None or plan.layer.name in sensitivity)
+    ]
     costs: dict[str, Costs] = {}
     for piece in passes(together, statistics):
         layers = [plan.layer for plan in piece]
@@ -68,11 +62,7 @@ def share_budget(
                 plan, moments.pop(name), spread, importance, each.get(name, 1.0), memory, backend
             )
     counts = shares([costs[plan.layer.name] for plan in together])
-    changed = {
-        plan.layer.name: dataclasses.replace(plan, target=Target(sparsity=n / plan.weights))
-        for plan, n in zip(together, counts, strict=True)
-    }
-    return [changed.get(plan.layer.name, plan) for plan in order]
+    return {plan.layer.name: n / plan.weights for plan, n in zip(together, counts, strict=True)}
 
 
 def passes(order: Sequence[Plan], most: int) -> list[list[Plan]]:
@@ -80,7 +70,7 @@ def passes(order: Sequence[Plan], most: int) -> list[list[Plan]]:
     pieces: list[list[Plan]] = []
     held = 0
     for plan in order:
-        size = plan.layer.groups * (plan.layer.width + 1) ** 2 * 8
+        size = plan.moment_bytes
         if not pieces or held + size > most:
             pieces.append([])
             held = 0
@@ -101,14 +91,10 @@ class Costs:
     most: int
     each: float = 1.0  # what a removal counts in the budget
 
-    def below(self, limit: float) -> int:
-        """Removals that cost at most ``limit``, within the bounds."""
-        found = int(torch.searchsorted(self.values, limit, right=True)) * self.stride
-        return min(max(found, self.least), self.most)
-
-    def first(self, limit: float) -> int:
-        """Removals that cost less than ``limit``, within the bounds."""
-        found = int(torch.searchsorted(self.values, limit)) * self.stride
+    def below(self, limit: float, *, reached: bool = True) -> int:
+        """Removals that cost at most ``limit`` (less, if it is not to be ``reached``), within the
+        bounds."""
+        found = int(torch.searchsorted(self.values, limit, right=reached)) * self.stride
         return min(max(found, self.least), self.most)
 
 
@@ -162,6 +148,8 @@ def shares(parts: Sequence[Costs]) -> list[int]:
     Costs rise along a part's order, so the best shares within bounds are those below one common
     cost. Of removals that cost the same, those of the first parts go.
     """
+    if not parts:
+        return []
     total = sum(part.asked * part.each for part in parts)
     enough = total * (1 - 1e-12)
     values = torch.cat([part.values for part in parts]).sort().values
@@ -174,7 +162,7 @@ def shares(parts: Sequence[Costs]) -> list[int]:
         else:
             low = middle + 1
     limit = float(values[low]) if low < len(values) else torch.inf
-    counts = [part.first(limit) for part in parts]
+    counts = [part.below(limit, reached=False) for part in parts]
     left = total - sum(n * part.each for n, part in zip(counts, parts, strict=True))
     for i, part in enumerate(parts):
         more = min(part.below(limit) - counts[i], max(0, round(left / part.each)))

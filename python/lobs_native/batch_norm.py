@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lobs_native import checks
-from lobs_native.calibration import Enough, Forward, Run, batches_of
 from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.running import Enough, Forward, Run, batches_of
 
 __all__ = ["reestimate_batch_norm"]
 

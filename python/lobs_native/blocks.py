@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobs_native.calibration import Enough, Run, attached
 from lobs_native.errors import LobsError
+from lobs_native.running import Enough, Run, attached
 from lobs_native.shelf import Shelf
 
 __all__ = ["Stack", "find_stacks", "readers"]
@@ -316,12 +316,6 @@ class Replay:
         self._original = _Kept(share) if corrected else None
         self._next = 0
 
-    @property
-    def on_disk(self) -> int:
-        """Bytes of hidden states on disk now."""
-        kept = [self._pruned] + ([self._original] if self._original else [])
-        return sum(k.hidden.on_disk for k in kept)
-
     def __enter__(self) -> Replay:
         for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
             if self._original is not None:
@@ -389,9 +383,7 @@ class Replay:
 
     def _run(self, kept: _Kept, number: int) -> Any:
         try:
-            return self.stack._run(
-                self.block, kept.calls[number][self.block], kept.hidden.get(number)
-            )
+            return self.stack._run(self.block, kept.calls[number][self.block], kept.hidden[number])
         except _NoStackError as why:
             raise LobsError(f"blocks: {why}; pass blocks=None") from None
 
@@ -430,7 +422,7 @@ class Replay:
             contextlib.suppress(Enough),
         ):
             _first(self.run)
-        if not kept or not _same(replayed.hidden.get(0), kept[0]):
+        if not kept or not _same(replayed.hidden[0], kept[0]):
             raise LobsError(
                 f"blocks: run by themselves, the blocks of {self.stack.name!r} do not give what "
                 "the model gives; pass blocks=None"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,9 @@ _LIPSCHITZ_METHODS = {
 _SHAPE_METHODS = {"size", "dim"}
 
 
-def chain_of(model: nn.Module) -> list[str]:
-    """Names of the linear layers, first to last, if ``model`` is a chain of them.
+def chain_of(model: nn.Module, holding: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers, first to last, if ``model`` is a chain of them, those of
+    ``holding`` included.
 
     Raises NotAChainError with the reason if it is not.
     """
@@ -82,6 +83,9 @@ def chain_of(model: nn.Module) -> list[str]:
             current = node
     if not names:
         raise NotAChainError("it has no linear layer")
+    for name in holding:
+        if name not in names:
+            raise NotAChainError(f"layer {name} is not part of the chain")
     return names
 
 
@@ -163,10 +167,7 @@ def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tenso
     the square of the bound. ArgumentError if the theorem does not cover the network.
     """
     try:
-        chain = chain_of(model)
-        strange = [layer.name for layer in layers if layer.name not in chain]
-        if strange:
-            raise NotAChainError(f"layer {strange[0]} is not part of the chain")
+        chain = chain_of(model, [layer.name for layer in layers])
     except NotAChainError as why:
         raise ArgumentError(
             f"sensitivity: 'bound' needs a network that Theorem 3.2 covers: {why}; use 'output'"

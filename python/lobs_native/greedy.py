@@ -74,7 +74,7 @@ class Greedy:
         self._factor: Tensor | None = None  # (G, R)
         if importance is not None and float(importance.max()) > 0:
             relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
-            self._factor = relative.sqrt()
+            self._factor = relative.sqrt().to(problem.before.device)
         # Costs are w**2 / A_qq times this, for working weights and the inverse of H / scale.
         common = max(i.scale for i in problem.inverses)
         self.scale = [i.scale / common for i in problem.inverses]

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from lobs_native import hf, pruner, selection
-from lobs_native.calibration import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files import new_folder, writing
 from lobs_native.plan import plan_memory
 from lobs_native.report import Report, Skipped
+from lobs_native.running import Forward
 
 __all__ = ["Job", "find", "importable_here", "plan", "run"]
 

@@ -44,8 +44,7 @@ _LINE_MARKS = 20_000  # see safefile.MOST_MARKS
 _LONGEST_NAME = 1000
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_RECORD: dict[str, type] = {
-    "seq": int,
+_BOTH: dict[str, type] = {
     "kind": str,
     "name": str,
     "file": str,
@@ -54,16 +53,8 @@ _RECORD: dict[str, type] = {
     "info": dict,
     "prev": str,
 }
-_STATE: dict[str, type] = {
-    "kind": str,
-    "name": str,
-    "file": str,
-    "bytes": int,
-    "sha256": str,
-    "info": dict,
-    "after": int,
-    "prev": str,
-}
+_RECORD = {"seq": int, **_BOTH}
+_STATE = {**_BOTH, "after": int}
 
 
 @dataclass(frozen=True)

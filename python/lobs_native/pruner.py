@@ -11,9 +11,8 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -22,34 +21,30 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
-from lobs_native.allocation import UNKNOWN, passes, share_budget
-from lobs_native.blocks import Stack, find_stacks, readers
-from lobs_native.calibration import (
-    Columns,
-    Forward,
-    Moments,
-    Run,
-    Source,
-    batches_of,
-    calibrate,
-    hooked,
-    measure_change,
-)
+from lobs_native.allocation import passes, share_budget
+from lobs_native.calibration import Moments, calibrate
 from lobs_native.errors import (
     ArgumentError,
     DtypeError,
     NonFiniteError,
     NotPositiveDefiniteError,
 )
-from lobs_native.layers import Layer, Linear
 from lobs_native.ledger import Ledger, check_resume, fingerprints
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
-from lobs_native.run_plan import Peak, RunPlan, Workload, keep_tight, plan_run
+from lobs_native.report import ErrorBound, LayerReport, Report, plain
+from lobs_native.run_plan import Peak, RunPlan, keep_tight, plan_run
+from lobs_native.running import Forward, Run, Source, batches_of, measure_change
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
 from lobs_native.shelf import Shelf
+from lobs_native.structure import (
+    Structure,
+    multiplications,
+    order_of,
+    structure_of,
+    workload,
+)
 from lobs_native.weight import PrunedWeight, Target, check_choice, prune_groups
 
 __all__ = ["INPUTS", "plan_prune", "prune"]
@@ -319,9 +314,9 @@ class _Pruning:
         """Run the model on the first batch: in which order its layers come, and what it will
         take."""
         included = self.given["include"] is not None
-        self.order, self.uncalled, self.first = _order(self.plans, self.run, explicit=included)
-        self.structure = _look(self.order, self.run, self.inputs, self.given["blocks"])
-        work = _workload(
+        self.order, self.uncalled, self.first = order_of(self.plans, self.run, explicit=included)
+        self.structure = structure_of(self.order, self.run, self.inputs, self.given["blocks"])
+        work = workload(
             self.structure,
             self.run,
             self.first,
@@ -426,27 +421,23 @@ class _Pruning:
         known = None if ledger is None else ledger.budget()
         if known is not None:
             shares, sensitivity = known
-            for plan in self.order:
-                unknown = sensitivity is not None and plan.layer.name not in sensitivity
-                if plan.scope == "model" and unknown:
-                    plan.layer.notes.append(UNKNOWN)
-            order = [
-                dataclasses.replace(plan, target=Target(sparsity=shares[plan.layer.name]))
-                if plan.layer.name in shares
-                else plan
-                for plan in self.order
-            ]
-            return order, sensitivity
-        sensitivity = self._sensitivity()
-        peak.reset()
-        order = self._shared(planned, sensitivity)
-        if ledger is not None and (sensitivity is not None or order != self.order):
-            shares = {
-                plan.layer.name: plan.target.sparsity
-                for plan in order
-                if plan.scope == "model" and plan.target.sparsity is not None
-            }
-            ledger.keep_budget(shares, sensitivity)
+        else:
+            sensitivity = self._sensitivity()
+            peak.reset()
+            shares = self._shares(planned, sensitivity)
+            if ledger is not None and (shares or sensitivity is not None):
+                ledger.keep_budget(shares, sensitivity)
+        order = []
+        for plan in self.order:
+            share = shares.get(plan.layer.name)
+            if share is not None:
+                plan = dataclasses.replace(plan, target=Target(sparsity=share))
+            elif plan.scope == "model":
+                plan.layer.notes.append(
+                    "it kept the sparsity asked: how the network's output depends on it is not "
+                    "known"
+                )
+            order.append(plan)
         return order, sensitivity
 
     def _sensitivity(self) -> dict[str, Tensor] | None:
@@ -457,14 +448,16 @@ class _Pruning:
             return bound.amplifications(self.run.model, layers)
         return sensitivities(self.run, layers)
 
-    def _shared(self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None) -> list[Plan]:
+    def _shares(
+        self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None
+    ) -> dict[str, float]:
         flops = self.given["budget"] == "flops"
         return share_budget(
             self.order,
             self.run,
             spread=self.spread,
             sensitivity=sensitivity,
-            each=_multiplications(self.order, self.first) if flops else {},
+            each=multiplications(self.order, self.first) if flops else {},
             statistics=planned.statistics_limit,
             memory=planned.scratch,
             backend=self.given["backend"],
@@ -511,129 +504,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-# ---- looking at the model ------------------------------------------------------------------------
-
-
-@dataclass
-class _First:
-    """What the first batch took: seconds, and how many rows a layer's groups saw on average."""
-
-    seconds: float = 0.0
-    rows: dict[str, float] = field(default_factory=dict)
-
-
-def _order(
-    plans: Sequence[Plan], run: Run, explicit: bool
-) -> tuple[list[Plan], list[Skipped], _First]:
-    """The plans in the order in which the model calls their layers; those it never calls are
-    skipped or refused."""
-    called: dict[str, None] = {}
-    first = _First()
-    looking = 0.0
-
-    def see(layer: Layer, x: Tensor, columns: Columns) -> None:
-        nonlocal looking
-        called.setdefault(layer.name)
-        if not first.seconds:
-            since = time.perf_counter()
-            rows = sum(len(rows) for _, rows in columns(x)) / layer.groups
-            first.rows[layer.name] = first.rows.get(layer.name, 0.0) + rows
-            looking += time.perf_counter() - since
-
-    with hooked([p.layer for p in plans], see):
-        begun = time.perf_counter()
-        for batch in run.each("order"):
-            run.call(run.model, batch)
-            first.seconds = first.seconds or time.perf_counter() - begun - looking
-            if len(called) == len(plans):
-                break
-    by_name = {p.layer.name: p for p in plans}
-    missing = [name for name in by_name if name not in called]
-    if missing and (explicit or not called):
-        raise ArgumentError(
-            f"include: the model never calls {', '.join(map(repr, missing))} on the "
-            "calibration data; leave it out"
-        )
-    skipped = [Skipped(name, "never called on the calibration data") for name in missing]
-    if missing:
-        warnings.warn(
-            "lobs_native.prune: not pruned, because the model never calls them: "
-            f"{', '.join(missing)}",
-            stacklevel=3,
-        )
-    return [by_name[name] for name in called], skipped, first
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """How the model is gone through: parts, each a stack of blocks or not, and in each part groups
-    of layers that need one second moment."""
-
-    parts: list[tuple[Stack | None, list[list[Plan]]]]
-    once: set[str]  # layers that one forward calls once
-    reasons: list[str]  # why some modules are no stack
-
-    @property
-    def stacks(self) -> list[Stack]:
-        return [stack for stack, _ in self.parts if stack is not None]
-
-    def with_plans(self, order: Sequence[Plan]) -> _Structure:
-        """The same with what was decided for the layers since."""
-        now = {plan.layer.name: plan for plan in order}
-        parts = [
-            (stack, [[now[plan.layer.name] for plan in group] for group in groups])
-            for stack, groups in self.parts
-        ]
-        return dataclasses.replace(self, parts=parts)
-
-    def said(self) -> dict[str, Any]:
-        """For the report."""
-        return {"blocks": [stack.name for stack in self.stacks], "no blocks": self.reasons}
-
-
-def _multiplications(order: Sequence[Plan], first: _First) -> dict[str, float]:
-    """How often a weight of a layer is multiplied, of that of the layer where it is least often."""
-    rows = {plan.layer.name: first.rows.get(plan.layer.name, 1.0) for plan in order}
-    return {name: n / min(rows.values()) for name, n in rows.items()}
-
-
-def _look(order: Sequence[Plan], run: Run, inputs: str, blocks: str | None) -> _Structure:
-    if inputs == "dense":
-        return _Structure([(None, [list(order)])], set(), [])
-    modules = {plan.layer.name: plan.layer.caller for plan in order}
-    stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
-    stacks = [s for s in stacks if _contiguous(s, order) and _closed(s, order, run.model)]
-    shared, once = readers(run, modules)
-    parts = [(stack, _together(plans, shared, stack)) for stack, plans in _segments(order, stacks)]
-    return _Structure(parts, once, reasons)
-
-
-def _workload(
-    structure: _Structure,
-    run: Run,
-    first: _First,
-    inputs: str,
-    *,
-    weighed: bool,
-    shared_budget: bool,
-) -> Workload:
-    batches, doubled = run.size(), 2.0 if inputs == "corrected" else 1.0
-    passes = 2.0 + 3.0 * weighed + shared_budget  # the change of the output, at the end
-    for stack, groups in structure.parts:
-        blocks = 1 if stack is None else len(stack.modules)
-        passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
-    states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
-    others = max((stack.other_bytes for stack in structure.stacks), default=0)
-    return Workload(
-        batches=batches,
-        forward=first.seconds,
-        rows=first.rows,
-        states=round(states * batches * doubled),
-        others=round(others * batches * doubled),
-        passes=passes,
-    )
-
-
 # ---- the layers, one after another ---------------------------------------------------------------
 
 
@@ -648,7 +518,7 @@ class _Means:
 
 
 def _prune_layers(
-    run: Run, inputs: str, structure: _Structure, means: _Means
+    run: Run, inputs: str, structure: Structure, means: _Means
 ) -> tuple[dict[str, LayerReport], dict[str, Tensor]]:
     """Prune every layer. Reports, and masks (G, R, C), by name."""
     done: dict[str, LayerReport] = {}
@@ -740,61 +610,6 @@ def _prune_layers(
                 if replay is not None:
                     replay.finish()
     return done, masks
-
-
-def _contiguous(stack: Stack, order: Sequence[Plan]) -> bool:
-    """Whether its layers come one after another, block after block."""
-    inside = [plan.layer.name in stack for plan in order]
-    first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
-    numbers = [stack.block_of(plan.layer.name) or 0 for plan in order[first : last + 1]]
-    return all(inside[first : last + 1]) and numbers == sorted(numbers)
-
-
-def _closed(stack: Stack, order: Sequence[Plan], model: nn.Module) -> bool:
-    """Whether every weight of its layers is used in one block only."""
-    block = {
-        site.module: stack.block_of(plan.layer.name)
-        for plan in order
-        for site in plan.layer.sites
-        if plan.layer.name in stack
-    }
-    names = model.named_modules(remove_duplicate=False)
-    return all(stack.block_of(name) == block[m] for name, m in names if m in block)
-
-
-def _segments(
-    order: Sequence[Plan], stacks: Sequence[Stack]
-) -> list[tuple[Stack | None, list[Plan]]]:
-    """The plans in order, cut into those of one stack and those outside."""
-    out: list[tuple[Stack | None, list[Plan]]] = []
-    for plan in order:
-        stack = next((s for s in stacks if plan.layer.name in s), None)
-        if out and out[-1][0] is stack:
-            out[-1][1].append(plan)
-        else:
-            out.append((stack, [plan]))
-    return out
-
-
-def _together(
-    plans: Sequence[Plan], shared: Sequence[Sequence[str]], stack: Stack | None
-) -> list[list[Plan]]:
-    """Neighbours that read the same tensor in the same way need one second moment."""
-
-    def reads(plan: Plan) -> tuple[Any, ...]:
-        layer = plan.layer
-        place = next((i for i, names in enumerate(shared) if layer.name in names), -1)
-        block = None if stack is None else stack.block_of(layer.name)
-        return place, block, layer.width, layer.bias() is not None
-
-    groups: list[list[Plan]] = []
-    for plan in plans:
-        alike = groups and all(isinstance(p.layer, Linear) for p in (plan, groups[-1][0]))
-        if alike and reads(plan) == reads(groups[-1][0]) and reads(plan)[0] >= 0:
-            groups[-1].append(plan)
-        else:
-            groups.append([plan])
-    return groups
 
 
 def _prune_layer(
@@ -898,10 +713,7 @@ def _bound(
             raise bound.NotAChainError("padding was left out, of which the output also has rows")
         if measured is None:
             raise bound.NotAChainError("the output is not one floating-point tensor")
-        chain = bound.chain_of(model)
-        strange = [plan.layer.name for plan in order if plan.layer.name not in chain]
-        if strange:
-            raise bound.NotAChainError(f"layer {strange[0]} is not part of the chain")
+        chain = bound.chain_of(model, [plan.layer.name for plan in order])
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
             raise bound.NotAChainError(f"layer {last}, the last one pruned, was not corrected")

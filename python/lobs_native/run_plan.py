@@ -21,7 +21,7 @@ from lobs_native.plan import plan_memory
 from lobs_native.problem import PIECE
 from lobs_native.selection import Plan
 
-__all__ = ["Peak", "RunPlan", "Workload", "keep_tight", "layer_memory", "plan_run", "scratch_limit"]
+__all__ = ["Peak", "RunPlan", "Workload", "keep_tight", "plan_run"]
 
 STATISTICS = 4 << 30  # bytes of second moments in one pass over the data without a limit, at most
 _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -83,24 +83,24 @@ class RunPlan:
         )
 
 
-def scratch_limit(plans: Sequence[Plan], memory: int | None, backend: str | None) -> int | None:
+def _scratch_limit(plans: Sequence[Plan], memory: int | None, backend: str | None) -> int | None:
     """What kernels may take of ``memory`` for one layer: a quarter, but at least what one thread
     needs."""
     if memory is None:
         return None
     least = [
-        ops.exact_bytes(_width(plan), _kernel(plan), backend=backend)
+        ops.exact_bytes(plan.columns, _kernel(plan), backend=backend)
         for plan in plans
         if plan.method == "exact"
     ]
     return max([memory // 4, *least])
 
 
-def layer_memory(
+def _layer_memory(
     plan: Plan, scratch: int | None, backend: str | None, *, corrected: bool = False
 ) -> int:
     """Bytes that pruning one layer takes: its second moments, inverses, trace and scratch."""
-    layer, D = plan.layer, _width(plan)
+    layer, D = plan.layer, plan.columns
     rows, square = layer.groups * layer.rows, 8 * D * D
     share = plan.target.sparsity
     work = plan_memory(
@@ -116,7 +116,7 @@ def layer_memory(
     others = (layer.groups - 1) * square  # inverses
     pull = rows * D * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
     measuring = 5 * 8 * min(rows * D, PIECE)
-    return layer.groups * square + parts + others + pull + measuring
+    return plan.moment_bytes + parts + others + pull + measuring
 
 
 def plan_run(
@@ -131,9 +131,9 @@ def plan_run(
 
     Raises MemoryError, with the layer and the bytes that are needed, if it cannot be kept to.
     """
-    scratch = scratch_limit(plans, memory, backend)
+    scratch = _scratch_limit(plans, memory, backend)
     corrected = inputs == "corrected"
-    needs = {p.layer.name: layer_memory(p, scratch, backend, corrected=corrected) for p in plans}
+    needs = {p.layer.name: _layer_memory(p, scratch, backend, corrected=corrected) for p in plans}
     largest = max(needs, key=lambda name: needs[name])
     weights = sum(
         p.numel() * p.element_size() for plan in plans for p in plan.layer.parameters.values()
@@ -146,7 +146,7 @@ def plan_run(
             f"are called with {masks + work.others:,}: {fixed:,} together, more than the "
             f"{memory:,} allowed; allow more, or exclude it"
         )
-    moments = {p.layer.name: p.layer.groups * _width(p) ** 2 * 8 for p in plans}
+    moments = {plan.layer.name: plan.moment_bytes for plan in plans}
     together = inputs == "dense" or any(plan.scope == "model" for plan in plans)
     more = max(0, sum(moments.values()) - moments[largest]) if together else 0
     more = min(more, STATISTICS)
@@ -179,10 +179,6 @@ def plan_run(
     )
 
 
-def _width(plan: Plan) -> int:
-    return plan.layer.width + (plan.layer.bias() is not None)
-
-
 def _kernel(plan: Plan) -> torch.dtype:
     wide = plan.layer.weight().dtype == torch.float64
     return torch.float64 if wide else torch.float32
@@ -192,7 +188,7 @@ def _seconds(plans: Sequence[Plan], work: Workload, corrected: bool) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
     products = doubles = exact = 0.0
     for plan in plans:
-        layer, D = plan.layer, float(_width(plan))
+        layer, D = plan.layer, float(plan.columns)
         R, N = float(layer.groups * layer.rows), work.rows.get(layer.name, 0.0) * work.batches
         products += N * D * D * layer.groups
         if corrected:
@@ -222,7 +218,8 @@ def _rate() -> float:
 
 
 class Peak:
-    """The most memory that this process took since :meth:`start`, above what it had then; Linux."""
+    """The most memory that this process took since :meth:`measuring` began, above what it had then;
+    on Linux."""
 
     def __init__(self) -> None:
         self._before: int | None = None

@@ -46,6 +46,16 @@ class Plan:
         return next(f"{k} {v:g}" for k, v in vars(self.target).items() if v is not None)
 
     @property
+    def columns(self) -> int:
+        """Of the second moment: inputs, and the column of ones."""
+        return self.layer.width + (self.layer.bias() is not None)
+
+    @property
+    def moment_bytes(self) -> int:
+        """What the second moments of its groups take."""
+        return self.layer.groups * self.columns**2 * 8
+
+    @property
     def weights(self) -> int:
         """Weights of the layer that may be removed."""
         layer = self.layer

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lobs_native.calibration import Run, attached
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.running import Run, attached
 
 __all__ = ["sensitivities"]
 

@@ -52,22 +52,14 @@ class Shelf(Mapping[Any, Tensor]):
         self._filed[key] = (path, value.device, size)
         self.on_disk += size
 
-    def get(self, key: Hashable, default: Any = None) -> Any:
+    def __getitem__(self, key: Hashable) -> Tensor:
         """What is kept under ``key``; not to be written to."""
         if key in self._kept:
             return self._kept[key]
-        if key not in self._filed:
-            return default
         path, device, _ = self._filed[key]
         with safe_open(path, "pt") as file:
             value: Tensor = file.get_tensor("x")
         return value.to(device)
-
-    def __getitem__(self, key: Hashable) -> Tensor:
-        if key not in self:
-            raise KeyError(key)
-        value: Tensor = self.get(key)
-        return value
 
     def __contains__(self, key: object) -> bool:
         return key in self._kept or key in self._filed
