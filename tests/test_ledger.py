@@ -328,7 +328,12 @@ def test_without_a_run_directory_a_signal_ends_it_at_once_and_nothing_is_written
     (tmp_path / "made_here.py").write_text(SLOW)
     line = "-m lobs_native prune made_here:slow --sparsity 0.5 --out out --no-progress"
     running = subprocess.Popen(
-        [sys.executable, *line.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, *line.split()],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it starts in the background ignore Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stderr is not None
     assert running.stderr.readline() == "calibrating\n"
