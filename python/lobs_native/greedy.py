@@ -323,7 +323,7 @@ class Greedy:
         known = self.rows.count > 0
         ceiling = self.ceilings(known.nonzero()[:, 0]).reshape(-1)
         ranked = ceiling[torch.isfinite(ceiling)].sort().values
-        at = math.ceil(units * int(known.sum()) / len(known)) - 1
+        at = max(0, math.ceil(units * int(known.sum()) / len(known)) - 1)
         return max(0.0, float(ranked[at])) if at < len(ranked) else math.inf
 
     # ---- cutting ---------------------------------------------------------------------------------
