@@ -225,8 +225,8 @@ def prune(
 def plan_prune(model: nn.Module, calibration: Iterable[Any], **arguments: Any) -> RunPlan:
     """What :func:`prune` would take with the same arguments: memory, disk and time.
 
-    Runs the model on the first batch a few times; changes nothing but the device, where one is
-    given.
+    Runs the model on the first and on the largest batch a few times; changes nothing but the
+    device, where one is given.
 
     Returns
     -------
@@ -314,12 +314,12 @@ class _Pruning:
         """Run the model on the first batch: in which order its layers come, and what it will
         take."""
         included = self.given["include"] is not None
-        self.order, self.uncalled, self.first = order_of(self.plans, self.run, explicit=included)
+        self.order, self.uncalled, self.rows = order_of(self.plans, self.run, explicit=included)
         self.structure = structure_of(self.order, self.run, self.inputs, self.given["blocks"])
         work = workload(
             self.structure,
             self.run,
-            self.first,
+            self.rows,
             self.inputs,
             weighed=bool(self.weighed),
             shared_budget=any(plan.scope == "model" for plan in self.order),
@@ -457,7 +457,7 @@ class _Pruning:
             self.run,
             spread=self.spread,
             sensitivity=sensitivity,
-            each=multiplications(self.order, self.first) if flops else {},
+            each=multiplications(self.order, self.rows) if flops else {},
             statistics=planned.statistics_limit,
             memory=planned.scratch,
             backend=self.given["backend"],

@@ -30,10 +30,10 @@ _EXACT, _DOUBLE = 0.4, 0.4  # rates of exact removal and of float64, over torch'
 
 @dataclass(frozen=True)
 class Workload:
-    """What was seen of the model and the data: one forward pass and what flows between blocks."""
+    """What was seen of the model and the data: a forward pass, and what flows between blocks."""
 
     batches: float  # how many there are, in units of the first
-    forward: float  # seconds of the first
+    forward: float  # seconds of one forward pass over all of them
     rows: dict[str, float]  # of each layer, from the first
     states: int = 0  # bytes of hidden states between blocks, of all batches
     others: int = 0  # and of what else blocks are called with
@@ -203,7 +203,7 @@ def _seconds(plans: Sequence[Plan], work: Workload, corrected: bool) -> float:
             products += R * 2 * min(gone, D - gone) ** 3 / 3
     rate = _rate()
     spent = products / rate + doubles / (_DOUBLE * rate) + exact / (_EXACT * rate)
-    return spent + work.forward * work.batches * work.passes
+    return spent + work.forward * work.passes
 
 
 def _rate() -> float:

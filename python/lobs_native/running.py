@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -126,6 +127,19 @@ class Run:
             return float(len(self.batches))
         first = _numel(self.batches[0])
         return sum(map(_numel, self.batches)) / first if first else float(len(self.batches))
+
+    def pass_seconds(self) -> float:
+        """About how long one pass over the data takes, judged by the largest batch of a list, or
+        else by the first one: small ones take longer than their share."""
+        batch = next(iter(self.batches))
+        times = float(len(self.batches))
+        if isinstance(self.batches, list) and _numel(batch):
+            batch = max(self.batches, key=_numel)
+            times = sum(map(_numel, self.batches)) / _numel(batch)
+        torch.manual_seed(self.seed)
+        begun = time.perf_counter()
+        self.call(self.model, batch)
+        return times * (time.perf_counter() - begun)
 
     def call_original(self, batch: Any) -> Any:
         """Run the original network; the random state is left as it was."""

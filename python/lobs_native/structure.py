@@ -4,10 +4,9 @@ layers need one second moment; from running it on the first batch."""
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from lobs_native.running import Columns, Run, hooked
 from lobs_native.selection import Plan
 
 __all__ = [
-    "FirstBatch",
     "Structure",
     "multiplications",
     "order_of",
@@ -30,37 +28,25 @@ __all__ = [
 ]
 
 
-@dataclass
-class FirstBatch:
-    """What the first batch took: seconds, and how many rows a layer's groups saw on average."""
-
-    seconds: float = 0.0
-    rows: dict[str, float] = field(default_factory=dict)
-
-
 def order_of(
     plans: Sequence[Plan], run: Run, explicit: bool
-) -> tuple[list[Plan], list[Skipped], FirstBatch]:
+) -> tuple[list[Plan], list[Skipped], dict[str, float]]:
     """The plans in the order in which the model calls their layers; those it never calls are
-    skipped or refused."""
+    skipped or refused. And how many rows the first batch has for a layer's groups on average."""
     called: dict[str, None] = {}
-    first = FirstBatch()
-    looking = 0.0
+    rows: dict[str, float] = {}
+    first = True
 
     def see(layer: Layer, x: Tensor, columns: Columns) -> None:
-        nonlocal looking
         called.setdefault(layer.name)
-        if not first.seconds:
-            since = time.perf_counter()
-            rows = sum(len(rows) for _, rows in columns(x)) / layer.groups
-            first.rows[layer.name] = first.rows.get(layer.name, 0.0) + rows
-            looking += time.perf_counter() - since
+        if first:
+            seen = sum(len(piece) for _, piece in columns(x)) / layer.groups
+            rows[layer.name] = rows.get(layer.name, 0.0) + seen
 
     with hooked([p.layer for p in plans], see):
-        begun = time.perf_counter()
         for batch in run.each("order"):
             run.call(run.model, batch)
-            first.seconds = first.seconds or time.perf_counter() - begun - looking
+            first = False
             if len(called) == len(plans):
                 break
     by_name = {p.layer.name: p for p in plans}
@@ -77,7 +63,7 @@ def order_of(
             f"{', '.join(missing)}",
             stacklevel=5,
         )
-    return [by_name[name] for name in called], skipped, first
+    return [by_name[name] for name in called], skipped, rows
 
 
 @dataclass(frozen=True)
@@ -107,10 +93,10 @@ class Structure:
         return {"blocks": [stack.name for stack in self.stacks], "no blocks": self.reasons}
 
 
-def multiplications(order: Sequence[Plan], first: FirstBatch) -> dict[str, float]:
+def multiplications(order: Sequence[Plan], rows: Mapping[str, float]) -> dict[str, float]:
     """How often a weight of a layer is multiplied, of that of the layer where it is least often."""
-    rows = {plan.layer.name: first.rows.get(plan.layer.name, 1.0) for plan in order}
-    return {name: n / min(rows.values()) for name, n in rows.items()}
+    seen = {plan.layer.name: rows.get(plan.layer.name, 1.0) for plan in order}
+    return {name: n / min(seen.values()) for name, n in seen.items()}
 
 
 def structure_of(order: Sequence[Plan], run: Run, inputs: str, blocks: str | None) -> Structure:
@@ -127,7 +113,7 @@ def structure_of(order: Sequence[Plan], run: Run, inputs: str, blocks: str | Non
 def workload(
     structure: Structure,
     run: Run,
-    first: FirstBatch,
+    rows: Mapping[str, float],
     inputs: str,
     *,
     weighed: bool,
@@ -142,8 +128,8 @@ def workload(
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
     return Workload(
         batches=batches,
-        forward=first.seconds,
-        rows=first.rows,
+        forward=run.pass_seconds(),
+        rows=dict(rows),
         states=round(states * batches * doubled),
         others=round(others * batches * doubled),
         passes=passes,
