@@ -25,6 +25,7 @@ LAYERS_OF_PYTHON = [
     {"allocation", "blocks", "run_plan"},
     {"batch_norm", "calibration", "ledger", "sensitivity"},
     {"pairs"},
+    {"partial"},
     {"bound", "masks", "running", "selection", "trace"},
     {"layers", "weight", "plan", "report"},
     {"greedy", "ranked", "sweep"},

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native import cli, fs, pruner
 from lobs_native.errors import ArgumentError, CheckpointError
-from lobs_native.ledger import Ledger, StoppedError, stop
+from lobs_native.ledger import Ledger, StoppedError, UnderWay, stop
 from lobs_native.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,6 +127,163 @@ def test_going_on_gives_what_an_uninterrupted_run_gives(tmp_path, monkeypatch, m
         assert model == "blocks" or not done & set(calibrated)
 
 
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x + 0.1 * torch.randn_like(x))
+        return result
+
+
+MODELS_AND_NOISE = {**MODELS, "noisy": (Noisy, lambda: rows() * 4, 3)}
+
+
+@pytest.mark.parametrize("model", MODELS_AND_NOISE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": "pruned"},
+        {"inputs": "dense", "scope": "model"},
+        {"inputs": "corrected", "sensitivity": "output"},
+    ],
+    ids=str,
+)
+def test_what_is_under_way_is_kept_and_gone_on_with(tmp_path, monkeypatch, model, options):
+    """Ended after any of the states that are saved, the run comes to the same bits, and no batch
+    that is in the sums is run for them again."""
+    make, data, _ = MODELS_AND_NOISE[model]
+    options = {"sparsity": 0.6, "progress": False, **options}
+    whole = make()
+    expected = lobs.prune(whole, data(), **options)
+    assert expected.settings.keys().isdisjoint({"seconds of keeping"})
+    monkeypatch.setattr(UnderWay, "due", lambda self, key, size: True)
+    save, ends, started = UnderWay.save, [10**9], list[tuple[str, int]]()
+
+    def ending(self: UnderWay, key: str, *rest: Any) -> None:
+        save(self, key, *rest)
+        saved.append(key)
+        if len(saved) == ends[0]:
+            raise EndError
+
+    saved: list[str] = []
+    monkeypatch.setattr(UnderWay, "save", ending)
+    lobs.prune(make(), data(), run_dir=tmp_path / "whole", **options)
+    assert os.listdir(tmp_path / "whole" / "state") == []
+    all_saved = list(saved)
+    assert "statistics" in all_saved
+    through = model == "blocks" and options["inputs"] != "dense"
+    assert any(key.startswith("inputs of ") for key in all_saved) == through
+    assert ("costs" in all_saved) == (options.get("scope") == "model")
+    each = pruner.Run.each
+
+    def starting(self: Any, what: str, start: int = 0) -> Any:
+        started.append((what, start))
+        return each(self, what, start)
+
+    monkeypatch.setattr(pruner.Run, "each", starting)
+    moments = range(1, len(all_saved) + 1)
+    for k in moments[:: max(1, len(moments) // 8)]:
+        folder = tmp_path / str(k)
+        saved.clear()
+        ends[0] = k
+        with pytest.raises(EndError):
+            lobs.prune(make(), data(), run_dir=folder, **options)
+        ends[0] = 10**9
+        saved.clear()
+        started.clear()
+        again = make()
+        report = lobs.prune(again, data(), run_dir=folder, **options)
+        assert same(again, whole)
+        assert plain(report) == plain(expected)
+        assert report.error_bound == expected.error_bound
+        assert os.listdir(folder / "state") == []
+        assert saved == all_saved[k:] or model == "blocks"  # nothing was done twice
+        if all_saved[k - 1].startswith("inputs of "):
+            assert not any(what.startswith("inputs of") for what, _ in started)
+
+
+def test_states_of_another_run_are_not_used(tmp_path, monkeypatch):
+    """resume="anyway" goes on with the layers, not with sums over other data."""
+    monkeypatch.setattr(UnderWay, "due", lambda self, key, size: True)
+    options = {"sparsity": 0.5, "progress": False, "run_dir": tmp_path / "run"}
+    save = UnderWay.save
+
+    def ending(self: UnderWay, *rest: Any) -> None:
+        save(self, *rest)
+        raise EndError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnderWay, "save", ending)
+        with pytest.raises(EndError):
+            lobs.prune(chain(), rows(), **options)
+    other, alone = chain(), chain()
+    lobs.prune(other, rows()[1:], resume="anyway", **options)
+    lobs.prune(alone, rows()[1:], **{**options, "run_dir": None})
+    assert same(other, alone)
+
+
+def test_a_state_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(UnderWay, "due", lambda self, key, size: self.given_up is None)
+    monkeypatch.setattr(
+        RunDirectory, "put_state", lambda *_: (_ for _ in ()).throw(CheckpointError("disk: full"))
+    )
+    report = lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    assert report.settings["not kept"] == "what is under way between two layers: disk: full"
+    assert report.settings["seconds of keeping"] > 0
+
+
+@pytest.mark.parametrize("damage", ["batches", "sums", "block"])
+def test_a_state_that_is_whole_but_wrong_is_refused(tmp_path, monkeypatch, damage):
+    """Its hashes are right, its values are not: written by a hostile hand."""
+    monkeypatch.setattr(UnderWay, "due", lambda self, key, size: True)
+    save, key = UnderWay.save, "inputs of" if damage == "block" else "statistics"
+
+    def ending(self: UnderWay, name: str, tensors: Any, info: Any) -> None:
+        if name.startswith(key):
+            wrong = {"batches": -1, "sums": {"?": 0}, "block": 99}
+            save(self, name, tensors, {**info, damage: wrong[damage]})
+            raise EndError
+        save(self, name, tensors, info)
+
+    options = {"sparsity": 0.5, "run_dir": tmp_path / "run", "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(UnderWay, "save", ending)
+        with pytest.raises(EndError):
+            lobs.prune(made(), block_batches(), **options)
+    model = made()
+    with pytest.raises(CheckpointError, match="kept there cannot be read"):
+        lobs.prune(model, block_batches(), **options)
+    assert same(model, made())
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lobs_native.ledger.time.monotonic", lambda: now[0])
+    with RunDirectory.create(tmp_path / "run", {}) as run:
+        states = UnderWay(run, trusted=True)
+        assert not states.due("statistics", 0)
+        now[0] += 10
+        assert states.due("statistics", 0)
+        assert not states.due("statistics", 100_000_000)  # about a second
+        now[0] += 11
+        assert states.due("statistics", 100_000_000)
+        states.largest = 1000
+        assert not states.due("statistics", 1001)
+        states.largest, states.reserved = None, run.free_bytes()
+        assert not states.due("statistics", 0)  # no room besides the layers
+
+
+def test_another_limit_on_memory_is_the_same_run(tmp_path):
+    options = {"sparsity": 0.5, "progress": False, "run_dir": tmp_path / "run"}
+    lobs.prune(chain(), rows(), **options)
+    report = lobs.prune(chain(), rows(), memory=1 << 30, **options)
+    assert report.settings["resumed layers"] == 3
+
+
 def test_a_finished_run_is_read_again_and_nothing_is_calibrated(tmp_path, monkeypatch):
     first, second = chain(), chain()
     lobs.prune(first, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
@@ -180,15 +337,44 @@ def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
         lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
 
 
-def test_asked_to_stop_it_ends_after_the_layer(tmp_path):
-    stop.set()
-    try:
-        with pytest.raises(StoppedError):
-            lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
-    finally:
-        stop.clear()
+@pytest.fixture
+def stopping() -> Iterator[None]:
+    yield
+    stop.clear()
+
+
+@pytest.mark.usefixtures("stopping")
+def test_asked_to_stop_while_it_prunes_it_ends_after_the_layer(tmp_path, monkeypatch):
+    prune = pruner.prune_groups
+    monkeypatch.setattr(pruner, "prune_groups", lambda *a, **k: (stop.set(), prune(*a, **k))[1])
+    with pytest.raises(StoppedError):
+        lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
     with RunDirectory.open(tmp_path / "run", write=False) as run:
         assert [record.name for record in run.records] == ["0"]
+
+
+@pytest.mark.usefixtures("stopping")
+@pytest.mark.parametrize("worth", [True, False])
+def test_asked_to_stop_while_it_calibrates_it_ends_after_the_batch(tmp_path, monkeypatch, worth):
+    """The sums are kept if writing them takes less than making them did."""
+    run = tmp_path / "run"
+    seen = []
+    if worth:
+        monkeypatch.setattr("lobs_native.ledger.time.monotonic", lambda: float(len(seen)))
+
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        seen.append(len(batch))
+        if len(seen) == 5:  # looked at first
+            stop.set()
+        return model(batch)
+
+    given = {"sparsity": 0.5, "run_dir": run, "progress": False, "forward": forward}
+    with pytest.raises(StoppedError):
+        lobs.prune(chain(), rows(), **given)
+    assert len(seen) == 5
+    with RunDirectory.open(run, write=False) as opened:
+        assert opened.records == ()
+        assert bool(opened.state_keys()) == worth
 
 
 def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, capsys):
@@ -215,6 +401,10 @@ def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert cli.main(["inspect", str(run)]) == cli.FAILED
     assert f"layers/{file.name}: " in capsys.readouterr().out
+    assert cli.main(["inspect", str(run), "--repair"]) == cli.OK
+    said = capsys.readouterr().out
+    assert "1 of 3 layers are done" in said
+    assert f"record 1 (layer '2'): dropped: layers/{file.name}: is missing" in said
     assert cli.main(["inspect", str(tmp_path / "gone")]) == cli.FAILED
     assert "gone" in capsys.readouterr().err
 
@@ -492,19 +682,17 @@ def test_reports_of_layers_of_the_wrong_form_are_refused(tmp_path, capsys):
             assert "the report of a layer cannot be read" in said
 
 
-@pytest.mark.parametrize(
-    "info", [{}, {"shares": 5, "measured": False}, {"shares": {"0": "x"}, "measured": False}]
-)
+@pytest.mark.parametrize("info", [{}, {"shares": 5}, {"shares": {"0": "x"}}])
 def test_a_budget_of_the_wrong_form_is_refused_and_the_model_is_as_it_was(
     tmp_path, monkeypatch, info
 ):
     options = {"sparsity": 0.5, "scope": "model", "sensitivity": None, "progress": False}
     with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "keep_budget", lambda *_: (_ for _ in ()).throw(EndError))
+        patched.setattr(Ledger, "keep_shares", lambda *_: (_ for _ in ()).throw(EndError))
         with pytest.raises(EndError):
             lobs.prune(chain(), rows(), run_dir=tmp_path / "run", **options)
     with RunDirectory.open(tmp_path / "run", write=True) as run:
-        run.commit("budget", {}, info, kind="budget")
+        run.commit("shares", {}, info, kind="budget")
     model = chain()
     with pytest.raises(CheckpointError, match="the budget cannot be read"):
         lobs.prune(model, rows(), run_dir=tmp_path / "run", **options)

@@ -9,15 +9,16 @@ their sorted costs are kept, so that it needs no more memory than pruning them d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.calibration import Moments, calibrate
-from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
+from lobs_native.errors import CheckpointError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.greedy import Greedy
+from lobs_native.partial import States, passed_before
 from lobs_native.problem import Problem, nearest_count
 from lobs_native.running import Run
 from lobs_native.selection import Plan
@@ -25,6 +26,7 @@ from lobs_native.selection import Plan
 __all__ = ["Costs", "passes", "share_budget", "shares"]
 
 _KEPT = 1 << 20  # costs of a layer that are kept, at most
+_PURPOSE = "costs"  # of the pass, and what its results are kept under
 
 
 def share_budget(
@@ -37,6 +39,7 @@ def share_budget(
     statistics: int,
     memory: int | None,
     backend: str | None,
+    states: States | None = None,
 ) -> dict[str, float]:
     """name -> the sparsity that the common budget leaves to a layer with scope "model", at most
     ``spread`` away from what was asked for.
@@ -44,38 +47,66 @@ def share_budget(
     Cut at that sparsity, a layer loses the weights that the common cut takes from it. Second
     moments take ``statistics`` bytes together, scratch ``memory``. A layer that ``sensitivity``
     does not hold takes no part. A weight of a layer counts ``each[name]`` in the budget: 1, or its
-    multiplications.
+    multiplications. ``states`` keeps sums and costs on the way.
     """
     together = [
         plan
         for plan in order
         if plan.scope == "model" and (sensitivity is None or plan.layer.name in sensitivity)
     ]
-    costs: dict[str, Costs] = {}
-    for piece in passes(together, statistics):
+    costs = {} if states is None else _costs_kept(states)
+    rest = [plan for plan in together if plan.layer.name not in costs]
+    for piece in passes(rest, statistics, passed_before(states, _PURPOSE)):
         layers = [plan.layer for plan in piece]
-        moments = calibrate(layers, run, f"costs of {len(layers)} layers")
+        what = f"costs of {len(layers)} layers"
+        moments = calibrate(layers, run, what, states=states, purpose=_PURPOSE)
         for plan in piece:
             name = plan.layer.name
             importance = None if sensitivity is None else sensitivity[name]
             costs[name] = _costs(
                 plan, moments.pop(name), spread, importance, each.get(name, 1.0), memory, backend
             )
+            if states is not None:
+                _keep_costs(states, costs)
     counts = shares([costs[plan.layer.name] for plan in together])
     return {plan.layer.name: n / plan.weights for plan, n in zip(together, counts, strict=True)}
 
 
-def passes(order: Sequence[Plan], most: int) -> list[list[Plan]]:
-    """Layers whose second moments fit into ``most`` bytes together, in order."""
+def _keep_costs(states: States, costs: Mapping[str, Costs]) -> None:
+    if states.due(_PURPOSE, sum(x.values.numel() * 8 for x in costs.values())):
+        told = {name: dataclasses.asdict(x) for name, x in costs.items()}
+        tensors = {name: values.pop("values") for name, values in told.items()}
+        states.save(_PURPOSE, tensors, told)
+
+
+def _costs_kept(states: States) -> dict[str, Costs]:
+    found = states.load(_PURPOSE)
+    if found is None:
+        return {}
+    tensors, told = found
+    try:
+        return {name: Costs(values=tensors[name].clone(), **told[name]) for name in told}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"run_dir: the costs that are kept there cannot be read: {error}; repair the run or "
+            "begin a new one"
+        ) from error
+
+
+def passes(order: Sequence[Plan], most: int, begun_with: Collection[str] = ()) -> list[list[Plan]]:
+    """Layers whose second moments fit into ``most`` bytes together, in order; those of
+    ``begun_with`` for themselves."""
     pieces: list[list[Plan]] = []
-    held = 0
-    for plan in order:
-        size = plan.moment_bytes
-        if not pieces or held + size > most:
-            pieces.append([])
-            held = 0
-        pieces[-1].append(plan)
-        held += size
+    for begun in (True, False):
+        held = float("inf")
+        for plan in order:
+            if (plan.layer.name in begun_with) != begun:
+                continue
+            if held + plan.moment_bytes > most:
+                pieces.append([])
+                held = 0
+            pieces[-1].append(plan)
+            held += plan.moment_bytes
     return pieces
 
 

@@ -10,15 +10,18 @@ each other, not by their names, and replaying them is checked against the model 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lobs_native.errors import LobsError
+from lobs_native.errors import CheckpointError, LobsError
+from lobs_native.partial import States
 from lobs_native.running import Enough, Run, attached
+from lobs_native.safefile import MOST_MARKS, count_marks, parse_json
 from lobs_native.shelf import Shelf
 
 __all__ = ["Stack", "find_stacks", "readers"]
@@ -279,10 +282,17 @@ class Stack:
             raise _NoStackError(f"{self.names[i]} writes to what it is handed")
         return out
 
-    def replay(self, run: Run, limit: int | None = None, *, corrected: bool = False) -> Replay:
-        """Start: keep what every block is called with and the first one's hidden states;
-        ``corrected`` for the original network, too."""
-        return Replay(self, run, limit, corrected)
+    def replay(
+        self,
+        run: Run,
+        limit: int | None = None,
+        *,
+        corrected: bool = False,
+        states: States | None = None,
+    ) -> Replay:
+        """Start, or go on from ``states``: keep what every block is called with and the first one's
+        hidden states; ``corrected`` for the original network, too."""
+        return Replay(self, run, limit, corrected, states)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -290,6 +300,76 @@ def _same(a: Any, b: Any) -> bool:
         return False
     x, y = a.double(), b.double()
     return float((x - y).norm()) <= _CLOSE * float(y.norm())
+
+
+# ---- calls as tensors and plain values -----------------------------------------------------------
+
+
+_STRUCTURE = "structure"
+
+
+def packed(value: Any) -> dict[str, Tensor]:
+    """Tensors, each once, and JSON as bytes that says how ``value`` is made of them."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    calls: dict[str, int] = {}  # blocks are mostly called alike
+
+    def pack(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            name = names.setdefault(id(x), f"{len(names)}")
+            tensors[name] = x
+            return {"tensor": name, "device": str(x.device)}
+        if isinstance(x, _Call):
+            text = json.dumps([pack(x.args), pack(x.kwargs)])
+            return {"call": calls.setdefault(text, len(calls))}
+        if isinstance(x, torch.Size):
+            return {"size": list(x)}
+        if isinstance(x, (torch.dtype, torch.device)):
+            return {type(x).__name__: str(x).removeprefix("torch.")}
+        if isinstance(x, (list, tuple)):
+            return [pack(part) for part in x]
+        if isinstance(x, dict):
+            return {"dict": [[key, pack(part)] for key, part in x.items()]}
+        if isinstance(x, float):
+            return {"float": x.hex()}
+        return x
+
+    told = pack(value)
+    text = f'{{"value": {json.dumps(told)}, "calls": [{", ".join(calls)}]}}'.encode()
+    return {**tensors, _STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`packed` was given; lists and tuples come back as tuples."""
+    moved: dict[str, Tensor] = {}
+
+    def unpack(x: Any) -> Any:
+        if isinstance(x, list):
+            return tuple(unpack(part) for part in x)
+        if not isinstance(x, dict):
+            return x
+        if "tensor" in x:
+            name = x["tensor"]
+            if name not in moved:
+                moved[name] = tensors[name].clone().to(x["device"])
+            return moved[name]
+        if "call" in x:
+            return unpack(found["calls"][x["call"]])
+        if "size" in x:
+            return torch.Size(x["size"])
+        if "dtype" in x:
+            kind = getattr(torch, x["dtype"])
+            if not isinstance(kind, torch.dtype):
+                raise TypeError(f"{x['dtype']} is no dtype")
+            return kind
+        if "device" in x:
+            return torch.device(x["device"])
+        if "float" in x:
+            return float.fromhex(x["float"])
+        return {key: unpack(part) for key, part in x["dict"]}
+
+    found = parse_json(tensors[_STRUCTURE].numpy().tobytes(), _STRUCTURE)
+    return unpack(found["value"])
 
 
 class _Kept:
@@ -307,16 +387,27 @@ class Replay:
     of the model, and running one runs the present block alone.
     """
 
-    def __init__(self, stack: Stack, run: Run, limit: int | None, corrected: bool) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        run: Run,
+        limit: int | None,
+        corrected: bool,
+        states: States | None = None,
+    ) -> None:
         self.stack = stack
         self.run = run
+        self.states = states
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
         self._pruned = _Kept(share)
         self._original = _Kept(share) if corrected else None
         self._next = 0
+        self._calls_saved = False
 
     def __enter__(self) -> Replay:
+        if self._restore():
+            return self
         for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
             if self._original is not None:
                 with self.run.original():
@@ -361,10 +452,15 @@ class Replay:
         """The present block."""
         return self.stack.modules[self.block]
 
-    def each(self, what: str) -> Iterator[Any]:
-        """The batches of one pass, seeded."""
-        self._next = 0
-        yield from self.run.each(what)
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The model's."""
+        return self.run.batches
+
+    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+        """The batches of one pass without the first ``start``, seeded."""
+        self._next = start
+        yield from self.run.each(what, start)
 
     def mask(self, batch: Any) -> Tensor | None:
         """As the run has it."""
@@ -396,6 +492,64 @@ class Replay:
                 self._original.hidden.put(number, _main(self.call_original(batch)).detach())
             self._pruned.hidden.put(number, _main(self.call(self.model, batch)).detach())
         self.block += 1
+        self._save()
+
+    # ---- in a run directory ----------------------------------------------------------------------
+
+    def _networks(self) -> list[tuple[str, _Kept]]:
+        both = (("pruned", self._pruned), ("original", self._original))
+        return [(name, kept) for name, kept in both if kept is not None]
+
+    def _save(self) -> None:
+        """Keep what the present block receives, if that is worth its time. What does not fit into
+        memory is not kept, since it would have to be read at once."""
+        networks, states = self._networks(), self.states
+        if states is None or any(kept.hidden.on_disk for _, kept in networks):
+            return
+        key, size = f"inputs of {self.stack.name}", sum(k.hidden.in_memory for _, k in networks)
+        if not states.due(key, size):
+            return
+        if not self._calls_saved:
+            calls = packed({name: kept.calls for name, kept in networks})
+            if count_marks(calls[_STRUCTURE].numpy().tobytes()) > MOST_MARKS:
+                return  # many thousands of batches: more than would be read again
+            states.save(f"calls of {self.stack.name}", calls, {})
+            self._calls_saved = True
+        hidden = {f"{name}.{n}": x for name, kept in networks for n, x in kept.hidden.items()}
+        places = {name: str(kept.hidden[0].device) for name, kept in networks}
+        states.save(key, hidden, {"block": self.block, "devices": places})
+
+    def _restore(self) -> bool:
+        """Take over what :meth:`_save` kept; False if there is nothing."""
+        if self.states is None:
+            return False
+        calls = self.states.load(f"calls of {self.stack.name}")
+        inputs = self.states.load(f"inputs of {self.stack.name}")
+        if calls is None or inputs is None:
+            return False
+        tensors, info = inputs
+        try:
+            found = unpacked(calls[0])
+            for name, kept in self._networks():
+                kept.calls = [
+                    [_Call(tuple(args), kwargs, self.stack.slot) for args, kwargs in batch]
+                    for batch in found[name]
+                ]
+                for n in range(len(kept.calls)):
+                    key = f"{name}.{n}"
+                    kept.hidden.put(n, tensors[key].clone().to(info["devices"][name]))
+            block, batches = info["block"], {len(kept.calls) for _, kept in self._networks()}
+            if type(block) is not int or not 0 <= block < len(self.stack.modules):
+                raise ValueError(f"there is no block {block}")
+            if batches != {len(self.batches)}:
+                raise ValueError(f"they are of {sorted(batches)} batches")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"run_dir: the inputs of {self.stack.name} that are kept there cannot be read: "
+                f"{error}; repair the run or begin a new one"
+            ) from error
+        self.block, self._calls_saved = block, True
+        return True
 
     def finish(self) -> None:
         """Run the remaining blocks and compare with what the model itself gives on the first batch.
@@ -409,6 +563,9 @@ class Replay:
         if self._original is not None:
             with self.run.original():
                 self._compare(self._original)
+        if self.states is not None:
+            for what in ("inputs", "calls"):  # calls alone are of no use
+                self.states.drop(f"{what} of {self.stack.name}")
 
     def _compare(self, replayed: _Kept) -> None:
         kept: list[Any] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lobs_native.errors import NonFiniteError
 from lobs_native.hessian import Hessian
 from lobs_native.layers import Layer
 from lobs_native.pairs import Differences, Pairs
+from lobs_native.partial import Kept, States, resumable
 from lobs_native.problem import Drift
 from lobs_native.running import Columns, Enough, Source, ending, hooked
 from lobs_native.weight import few_rows
@@ -64,6 +66,26 @@ class Moments(list[Hessian]):
         found = self.differences.get(layer.name)
         return None if found is None or found.unlike else found.drift([h.rows for h in self])
 
+    def kept(self) -> Kept:
+        """The sums, to go on with later."""
+        tensors = {f"{g}.{k}": x for g, h in enumerate(self) for k, x in h.state_dict().items()}
+        info: dict[str, Any] = {"padding": self.padding, "unmasked": self.unmasked}
+        info["differences"] = {}
+        for name, found in self.differences.items():
+            mine, info["differences"][name] = found.kept()
+            tensors |= {f"{name}/{k}": x for k, x in mine.items()}
+        return tensors, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Take over what :meth:`kept` gave."""
+        for g, h in enumerate(self):
+            h.load_state_dict({k: tensors[f"{g}.{k}"] for k in ("sum", "rows", "bias")})
+        self.padding, self.unmasked = int(info["padding"]), bool(info["unmasked"])
+        for name, found in self.differences.items():
+            begin = f"{name}/"
+            mine = {k.removeprefix(begin): x for k, x in tensors.items() if k.startswith(begin)}
+            found.restore(mine, info["differences"][name])
+
     def notes(self, layer: Layer) -> list[str]:
         """What a report should say."""
         notes = []
@@ -93,6 +115,36 @@ class Moments(list[Hessian]):
         return notes
 
 
+class _Statistics:
+    """The second moments of all layers of a pass, as sums that can be kept."""
+
+    def __init__(self, moments: Mapping[str, Moments]) -> None:
+        self.moments = moments
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.moments)
+
+    def size(self) -> int:
+        found = [d for m in self.moments.values() for d in m.differences.values()]
+        moments = sum(h.columns**2 * h.dtype.itemsize for m in self.moments.values() for h in m)
+        return moments + sum(p.numel() * p.element_size() for d in found for p in d.pull)
+
+    def kept(self) -> Kept:
+        tensors: dict[str, Tensor] = {}
+        info: dict[str, Any] = {}
+        for name, moments in self.moments.items():
+            mine, info[name] = moments.kept()
+            tensors |= {f"{name}:{k}": x for k, x in mine.items()}
+        return tensors, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        for name, moments in self.moments.items():
+            begin = f"{name}:"
+            mine = {k.removeprefix(begin): x for k, x in tensors.items() if k.startswith(begin)}
+            moments.restore(mine, info[name])
+
+
 def calibrate(
     layers: Sequence[Layer],
     run: Source,
@@ -100,6 +152,8 @@ def calibrate(
     *,
     until: nn.Module | None = None,
     corrected: Mapping[str, Sequence[Layer]] | None = None,
+    states: States | None = None,
+    purpose: str = "calibrate",
 ) -> dict[str, Moments]:
     """One pass over the data: name -> a Hessian for every group.
 
@@ -112,6 +166,8 @@ def calibrate(
     corrected : {name: layers}, optional
         For each of ``layers`` those that read its inputs; :meth:`Moments.drift` then has what they
         should make up for.
+    states, purpose
+        Where the sums are kept on the way, and what tells them from other passes of these layers.
     """
     moments = {layer.name: Moments(layer) for layer in layers}
     mask: Tensor | None = None
@@ -141,7 +197,7 @@ def calibrate(
             ) from error
 
     with hooked(layers, see):
-        for batch in run.each(what):
+        for batch in resumable(run, what, purpose, _Statistics(moments), states):
             mask = run.mask(batch)
             if pairs is None:
                 with contextlib.suppress(Enough), ending(until):

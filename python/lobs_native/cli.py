@@ -48,7 +48,8 @@ _EPILOG = """exit codes:
   2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
   74   with a run directory: a file could not be read or written, or is damaged; finished layers
        are kept
-  75   with a run directory: ended by SIGTERM after the layer it was at, and can be resumed
+  75   with a run directory: ended by SIGTERM after the layer or the calibration batch it was at,
+       and can be resumed
   130  interrupted by Ctrl-C, in the middle of a layer; with a run directory finished ones are kept
   141  whatever read the output went away
   143  without a run directory: ended by SIGTERM at once; nothing is written
@@ -147,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help=said, description=said)
     command.add_argument("run", type=Path, metavar="RUN_DIR")
     command.add_argument("--json", action="store_true", help="print JSON")
+    said = "drop what is damaged and all that follows it, and go on from there later; says what"
+    command.add_argument("--repair", action="store_true", help=said)
     command.set_defaults(run_command=_inspect)
 
     said = "write the report of a run directory, finished or not"
@@ -314,7 +317,7 @@ def _remembered(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heeding_sigterm(kept: bool) -> Iterator[None]:
-    """With a run directory, SIGTERM lets the present layer finish; without one it ends the run in
+    """With a run directory, SIGTERM lets the present layer or batch finish; without one it ends the run in
     an orderly way, so that no half-written folder stays."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
@@ -381,7 +384,8 @@ def _report_table(report: Report) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    found = ledger.inspect(options.run)
+    repaired = ledger.repair(options.run) if options.repair else []
+    found = {**ledger.inspect(options.run), **({"repaired": repaired} if options.repair else {})}
     if options.json:
         print(json.dumps(found, indent=1))
         return FAILED if found["problems"] else OK
@@ -392,8 +396,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print(_aligned(rows))
     print(visible(_in_short(found["config"], found["versions"])))
     print(f"{len(found['done'])} of {found['layers']} layers are done in {visible(found['path'])}")
-    for problem in found["problems"]:
-        print(visible(problem))
+    for line in (*repaired, *found["problems"]):
+        print(visible(line))
     return FAILED if found["problems"] else OK
 
 

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -39,12 +40,14 @@ __all__ = [
     "command_of",
     "fingerprints",
     "inspect",
+    "repair",
     "report_of",
     "stop",
 ]
 
 RESUMES = ("auto", "never", "anyway")
-stop = threading.Event()  # set it, and pruning with a run directory ends after the present layer
+_BUDGET = "budget"  # the kind of what is decided for all layers together
+stop = threading.Event()  # set it, and pruning with a run directory ends at the next safe place
 
 # What is kept beside a new run, for whoever goes on with it: see command_of. Not compared.
 command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
@@ -55,7 +58,7 @@ class AnotherRunError(CheckpointError, ArgumentError):
 
 
 class StoppedError(BaseException):
-    """Pruning was asked to end after a layer. No Exception, like KeyboardInterrupt."""
+    """Pruning was asked to end, and nothing is lost. No Exception, like KeyboardInterrupt."""
 
 
 class Ledger:
@@ -64,6 +67,7 @@ class Ledger:
     def __init__(self, run: RunDirectory, differences: list[str]) -> None:
         self.run = run
         self.differences = differences  # that were gone over because of resume="anyway"
+        self.states = UnderWay(run, trusted=not differences)
         self.found = len([r for r in run.records if r.kind == "layer"])
 
     @classmethod
@@ -124,6 +128,7 @@ class Ledger:
                     p.numel() * p.element_size() for p in layer.parameters.values()
                 )
         need_space(self.run.path, needed)
+        self.states.reserved = needed
 
     # ---- layers ----------------------------------------------------------------------------------
 
@@ -137,7 +142,9 @@ class Ledger:
         tensors = {"weight": weight, "mask": mask}
         if bias is not None:
             tensors["bias"] = bias
+        begun = time.monotonic()
         self.run.commit(layer.name, tensors, plain(dataclasses.asdict(report)))
+        self.states.seconds += time.monotonic() - begun
         if stop.is_set():
             raise StoppedError
 
@@ -154,27 +161,113 @@ class Ledger:
 
     # ---- the budget ------------------------------------------------------------------------------
 
-    def keep_budget(
-        self, shares: Mapping[str, float], sensitivity: Mapping[str, Tensor] | None
-    ) -> None:
-        """Commit what was decided for all layers together."""
-        info = {"shares": dict(shares), "measured": sensitivity is not None}
-        self.run.commit("budget", dict(sensitivity or {}), info, kind="budget")
+    def keep_sensitivity(self, sensitivity: Mapping[str, Tensor] | None) -> None:
+        """Commit how much the output depends on layers; None where nothing was measured."""
+        info = {"measured": sensitivity is not None}
+        self.run.commit("sensitivity", dict(sensitivity or {}), info, kind=_BUDGET)
+        self.states.clear()
 
-    def budget(self) -> tuple[dict[str, float], dict[str, Tensor] | None] | None:
-        """What :meth:`keep_budget` was given, if it was."""
-        record = self.run.find("budget", kind="budget")
+    def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
+        """What :meth:`keep_sensitivity` was given, in a tuple, if it was."""
+        record = self.run.find("sensitivity", kind=_BUDGET)
         if record is None:
             return None
-        shares, measured = record.info.get("shares"), record.info.get("measured")
-        if (
-            not isinstance(shares, dict)
-            or not isinstance(measured, bool)
-            or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares.values())
+        return (self.run.load(record) if record.info.get("measured") is True else None,)
+
+    def keep_shares(self, shares: Mapping[str, float]) -> None:
+        """Commit how a common budget is shared out."""
+        self.run.commit("shares", {}, {"shares": dict(shares)}, kind=_BUDGET)
+        self.states.clear()
+
+    def shares(self) -> dict[str, float] | None:
+        """What :meth:`keep_shares` was given, if it was."""
+        record = self.run.find("shares", kind=_BUDGET)
+        if record is None:
+            return None
+        shares = record.info.get("shares")
+        if not isinstance(shares, dict) or not all(
+            type(share) in (int, float) and 0 <= share <= 1 for share in shares.values()
         ):
             raise CheckpointError(f"{self.run.path}: the budget cannot be read; begin a new run")
-        tensors = self.run.load(record)
-        return shares, tensors if measured else None
+        return shares
+
+
+class UnderWay:
+    """Work between two layers, kept as states of a run directory where that is worth it: see
+    :class:`lobs_native.partial.States`.
+
+    A state is saved when saving it, judged by the last ones, takes at most ``SHARE`` of the time
+    since it was saved last, and the disk has room for it besides the layers. One that cannot be
+    written is no reason to end a run.
+    """
+
+    SHARE = 0.05
+
+    def __init__(self, run: RunDirectory, *, trusted: bool) -> None:
+        self.run = run
+        self.trusted = trusted  # whether what is there belongs to this very run
+        self.reserved = 0  # bytes that layers will take
+        self.largest: int | None = None  # bytes that a copy may take in memory
+        self.given_up: str | None = None  # why nothing is saved any more
+        self.saved = 0
+        self.seconds = 0.0  # spent on writing, layers included
+        self._rate = 100e6  # bytes/s
+        self._last: dict[str, float] = {}
+        self._begun = time.monotonic()
+
+    def load(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was saved under ``key`` last."""
+        return self.run.state(key) if self.trusted else None
+
+    def info(self, key: str) -> dict[str, Any] | None:
+        """Of what :meth:`load` gives."""
+        return self.run.state_info(key) if self.trusted else None
+
+    def due(self, key: str, size: int) -> bool:
+        """Whether to save so many bytes now. Raises StoppedError if the run is to end, and saving
+        would take longer than what it spares."""
+        since = time.monotonic() - self._last.get(key, self._begun)
+        cost = 0.02 + size / self._rate
+        fits = self.largest is None or size <= self.largest
+        possible = fits and self.given_up is None
+        if stop.is_set() and not (possible and cost < since):
+            raise StoppedError
+        if not possible or not (stop.is_set() or cost <= self.SHARE * since):
+            return False
+        return self.run.free_bytes() > self.reserved + 1.1 * size
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Keep this under ``key``. Raises StoppedError afterwards if the run is to end."""
+        begun = time.monotonic()
+        try:
+            self.run.put_state(key, tensors, info)
+            self.saved += 1
+        except (CheckpointError, ArgumentError) as error:  # too large a description, as well
+            self.given_up = str(error)
+        self._last[key] = time.monotonic()
+        took = self._last[key] - begun
+        self.seconds += took
+        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        if size > 1 << 20:
+            self._rate = size / took
+        if stop.is_set():
+            raise StoppedError
+
+    def drop(self, key: str) -> None:
+        """Forget what is there."""
+        self.run.drop_state(key)
+
+    def clear(self) -> None:
+        """Forget everything: the run is done."""
+        for key in self.run.state_keys():
+            self.run.drop_state(key)
+
+    def said(self) -> dict[str, Any]:
+        """For the report."""
+        told: dict[str, Any] = {"seconds of keeping": round(self.seconds, 3)}
+        if self.given_up is not None:
+            told["not kept"] = f"what is under way between two layers: {self.given_up}"
+        return told
 
 
 def _report(info: Mapping[str, Any]) -> LayerReport:
@@ -242,6 +335,15 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             "versions": versions,
             "problems": [str(problem) for problem in run.check()],
         }
+
+
+def repair(path: str | os.PathLike[str]) -> list[str]:
+    """Drop from a run what is damaged and all that follows it; what was done, one line each.
+
+    Raises CheckpointError if there is no run, its header is damaged, or it is being written to.
+    """
+    with RunDirectory.open(path, write=True, repair=True) as run:
+        return run.messages
 
 
 def command_of(path: str | os.PathLike[str]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lobs_native import ops
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer, Sums
+from lobs_native.partial import Kept
 from lobs_native.problem import Drift
 from lobs_native.running import Columns, Enough, Source, ending
 
@@ -77,6 +78,20 @@ class Differences:
             self.energy[g] += float(
                 (wanted.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
             )
+
+    def kept(self) -> Kept:
+        """The sums, to go on with later."""
+        tensors = {f"pull.{g}": p for g, p in enumerate(self.pull)}
+        each = torch.tensor([self.inherited, self.energy], dtype=torch.float64)
+        info = {"summed": self.summed, "unlike": self.unlike}
+        return {**tensors, "inherited and energy": each}, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Take over what :meth:`kept` gave."""
+        for g, mine in enumerate(self.pull):
+            mine.copy_(tensors[f"pull.{g}"])
+        self.inherited, self.energy = tensors["inherited and energy"].tolist()
+        self.summed, self.unlike = bool(info["summed"]), str(info["unlike"])
 
     def drift(self, rows: Sequence[float]) -> Drift:
         """Means over the rows that each group saw; to be called once."""

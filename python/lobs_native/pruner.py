@@ -30,6 +30,7 @@ from lobs_native.errors import (
     NotPositiveDefiniteError,
 )
 from lobs_native.ledger import Ledger, check_resume, fingerprints
+from lobs_native.partial import States, passed_before
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, plain
@@ -54,6 +55,7 @@ _TOLD = (  # arguments that the report repeats, besides those that overrides may
     *("include", "exclude", "overrides", "spread", "sensitivity", "budget", "inputs", "blocks"),
     *("device", "backend", "memory", "seed", "token_mask"),
 )
+_NOT_COMPARED = ("threads", "batches", "memory")  # they stand elsewhere, or change no result
 
 
 def prune(
@@ -168,11 +170,14 @@ def prune(
     run_dir : path, optional
         A folder that keeps every layer that has been pruned, so that a run that was killed, or
         ended by an error or a full disk, loses none: call prune again with the same arguments, and
-        only the other layers are calibrated and pruned. On the same machine with as many threads
-        the network then has the bits of an uninterrupted run. About the size of the weights.
+        only the other layers are calibrated and pruned. Between two layers, sums over the data and
+        what the next block receives are kept as well whenever writing them takes at most a
+        twentieth of the time since the last ones (with ``memory``, if they are small). On the same
+        machine with as many threads the network then has the bits of an uninterrupted run. About
+        the size of the weights, and twice that of the sums.
     resume : "auto", "never" or "anyway"
-        What to do where ``run_dir`` holds a run: "auto" goes on if model, data, arguments, versions
-        and threads are the same, and is an error that lists the differences otherwise; "anyway"
+        What to do where ``run_dir`` holds a run: "auto" goes on if model, data, arguments (but
+        ``memory``), versions and threads are the same, and is an error that lists the differences otherwise; "anyway"
         goes on nevertheless, and ``report.settings["resumed despite"]`` says despite what; "never"
         is an error.
     progress : bool
@@ -346,6 +351,7 @@ class _Pruning:
             if ledger is not None:
                 kept.enter_context(ledger)
                 ledger.check_space([plan.layer for plan in self.order])
+                ledger.states.largest = planned.scratch if self.memory is not None else None
             for plan in self.plans:
                 for name, parameter in plan.layer.parameters.items():
                     run.originals.put(name, parameter.detach().clone())
@@ -354,6 +360,8 @@ class _Pruning:
                 structure = self.structure.with_plans(order)
                 means = _Means(planned, self.given["backend"], sensitivity or {}, ledger)
                 done, masks = _prune_layers(run, self.inputs, structure, means)
+                if ledger is not None:
+                    ledger.states.clear()
                 error_bound = _bound(run.model, run, order, done, self.inputs)
             except BaseException as error:
                 _restore(run)
@@ -381,6 +389,7 @@ class _Pruning:
                 "peak memory of sensitivities": peak.before_reset if sensitivity else None,
                 **({} if ledger is None else {"run_dir": str(ledger.run.path)}),
                 **({} if ledger is None else {"resumed layers": ledger.found}),
+                **({} if ledger is None else ledger.states.said()),
                 **(
                     {"resumed despite": ledger.differences} if ledger and ledger.differences else {}
                 ),
@@ -396,7 +405,7 @@ class _Pruning:
             return None
         settings = self._settings()
         header = {
-            "config": {k: v for k, v in plain(settings).items() if k not in ("threads", "batches")},
+            "config": {k: v for k, v in plain(settings).items() if k not in _NOT_COMPARED},
             "fingerprints": fingerprints(self.run.model, self.run.batches),
             "forward": _name_of(self.given["forward"]),
             "layers": [plan.layer.name for plan in self.order],
@@ -418,15 +427,19 @@ class _Pruning:
     ) -> tuple[list[Plan], dict[str, Tensor] | None]:
         """The plans with their shares of a common budget, and the sensitivities; from the run
         directory if they are there."""
-        known = None if ledger is None else ledger.budget()
-        if known is not None:
-            shares, sensitivity = known
-        else:
-            sensitivity = self._sensitivity()
+        states = None if ledger is None else ledger.states
+        measured = None if ledger is None else ledger.sensitivity()
+        if measured is None:
+            measured = (self._sensitivity(states),)
             peak.reset()
-            shares = self._shares(planned, sensitivity)
-            if ledger is not None and (shares or sensitivity is not None):
-                ledger.keep_budget(shares, sensitivity)
+            if ledger is not None and measured != (None,):
+                ledger.keep_sensitivity(measured[0])
+        (sensitivity,) = measured
+        shares = None if ledger is None else ledger.shares()
+        if shares is None:
+            shares = self._shares(planned, sensitivity, states)
+            if ledger is not None and shares:
+                ledger.keep_shares(shares)
         order = []
         for plan in self.order:
             share = shares.get(plan.layer.name)
@@ -440,16 +453,16 @@ class _Pruning:
             order.append(plan)
         return order, sensitivity
 
-    def _sensitivity(self) -> dict[str, Tensor] | None:
+    def _sensitivity(self, states: States | None) -> dict[str, Tensor] | None:
         layers = [plan.layer for plan in self.weighed if plan in self.order]
         if not layers:
             return None
         if self.given["sensitivity"] == "bound":
             return bound.amplifications(self.run.model, layers)
-        return sensitivities(self.run, layers)
+        return sensitivities(self.run, layers, states)
 
     def _shares(
-        self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None
+        self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None, states: States | None
     ) -> dict[str, float]:
         flops = self.given["budget"] == "flops"
         return share_budget(
@@ -461,6 +474,7 @@ class _Pruning:
             statistics=planned.statistics_limit,
             memory=planned.scratch,
             backend=self.given["backend"],
+            states=states,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -527,6 +541,7 @@ def _prune_layers(
     bar = tqdm(total=total, desc="layers", unit="layer", disable=None if run.progress else True)
 
     ledger = means.ledger
+    states = None if ledger is None else ledger.states
 
     def kept(plan: Plan) -> bool:
         return ledger is not None and plan.layer in ledger
@@ -563,10 +578,12 @@ def _prune_layers(
                 if kept(plan):
                     wait(plan, *load(plan))
             rest = [plan for plan in order if plan.layer.name not in done]
-            for piece in passes(rest, means.plan.statistics_limit):
+            begun_with = passed_before(states, "calibrate")
+            for piece in passes(rest, means.plan.statistics_limit, begun_with):
                 begun = time.perf_counter()
                 layers = [plan.layer for plan in piece]
-                moments = calibrate(layers, run, f"calibrate {len(layers)} layers")
+                what = f"calibrate {len(layers)} layers"
+                moments = calibrate(layers, run, what, states=states)
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for plan in piece:
                     wait(plan, *prune(plan, moments.pop(plan.layer.name), calibrating))
@@ -581,7 +598,9 @@ def _prune_layers(
                 missing = [plan for group in groups for plan in group if not kept(plan)]
                 if stack is not None and missing:
                     corrected = inputs == "corrected"
-                    replay = stack.replay(run, means.plan.states_limit, corrected=corrected)
+                    replay = stack.replay(
+                        run, means.plan.states_limit, corrected=corrected, states=states
+                    )
                     source = scope.enter_context(replay)
                 for group in groups:
                     if all(map(kept, group)):
@@ -601,6 +620,7 @@ def _prune_layers(
                         f"calibrate {leader.name}",
                         until=leader.caller if early else None,
                         corrected=readers if inputs == "corrected" else None,
+                        states=states,
                     ).values()
                     calibrating = (time.perf_counter() - begun) / len(group)
                     for plan in group:

@@ -335,18 +335,23 @@ class RunDirectory:
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and info under ``key``; None if there are none, or if they follow records
         that are gone. ``expected`` is that of :meth:`load`. Raises CheckpointError."""
-        self._check_open()
-        record = manifest.state_record(manifest.check_name(key, "key"))
-        with self._reading(record):
-            if not fs.exists(Path(record).name, folder=self._states):
-                return None
-        try:
-            found = self._read_state(record)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{_DROP}") from error
-        if self._is_stale(found):
+        found = self._current_state(key)
+        if found is None:
             return None
         return self._load(self._states, found, expected, _DROP), found.info
+
+    def state_info(self, key: str) -> dict[str, Any] | None:
+        """The info alone of what :meth:`state` gives; its file is not read."""
+        found = self._current_state(key)
+        return None if found is None else found.info
+
+    def state_keys(self) -> list[str]:
+        """The keys under which there are states, sorted. Raises CheckpointError."""
+        self._check_open()
+        with self._reading(STATE):
+            names = sorted(f"{STATE}/{name}" for name in fs.listing(self._states))
+        records = [name for name in names if _STATE_RECORD.fullmatch(name)]
+        return sorted(self._read_state(record).key for record in records)
 
     def drop_state(self, key: str) -> None:
         """Remove the state under ``key``, whatever is left of it."""
@@ -385,6 +390,19 @@ class RunDirectory:
         self._check_open()
         with self._reading(""):
             return fs.free_bytes(self._root)
+
+    def _current_state(self, key: str) -> State | None:
+        """The record of a state, unless it follows records that are gone."""
+        self._check_open()
+        record = manifest.state_record(manifest.check_name(key, "key"))
+        with self._reading(record):
+            if not fs.exists(Path(record).name, folder=self._states):
+                return None
+        try:
+            found = self._read_state(record)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_DROP}") from error
+        return None if self._is_stale(found) else found
 
     # ---- opening ---------------------------------------------------------------------------------
 

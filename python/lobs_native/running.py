@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +77,12 @@ class Source(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
-    def each(self, what: str) -> Iterator[Any]:
-        """The batches of one pass."""
+    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+        """The batches of one pass, without the first ``start``."""
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """Those of every pass."""
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run it on a batch."""
@@ -189,8 +194,8 @@ class Run:
         self.padded = True
         return mask
 
-    def each(self, what: str) -> Iterator[Any]:
-        """The batches of one pass, seeded, with a progress bar."""
+    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+        """The batches of one pass without the first ``start``, seeded, with a progress bar."""
         torch.manual_seed(self.seed)
         bar = tqdm(
             self.batches,
@@ -199,7 +204,7 @@ class Run:
             leave=False,
             disable=None if self.progress else True,
         )
-        yield from bar
+        yield from itertools.islice(bar, start, None)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -297,6 +302,7 @@ def measure_change(run: Run) -> tuple[float, float, float] | None:
     floating-point tensors."""
     difference = size = rows = 0.0
     for batch in run.each("measure"):
+        run.mask(batch)  # notes whether there is padding, where no layer was calibrated
         before = run.call_original(batch)
         now = run.call(run.model, batch)
         if not isinstance(now, Tensor) or not now.is_floating_point() or now.ndim == 0:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.partial import Kept, States, resumable
 from lobs_native.running import Run, attached
 
 __all__ = ["sensitivities"]
@@ -25,8 +26,11 @@ __all__ = ["sensitivities"]
 _AWAY = "; pass sensitivity=None"
 
 
-def sensitivities(run: Run, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """One pass with a backward pass for each batch, no labels needed; weights get no gradients.
+def sensitivities(
+    run: Run, layers: Sequence[Layer], states: States | None = None
+) -> dict[str, Tensor]:
+    """One pass with a backward pass for each batch, no labels needed; weights get no gradients. The
+    sums are kept in ``states`` on the way.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def sensitivities(run: Run, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """
     meters = [_Meter(layer) for layer in layers if not layer.watched]
     with _no_weight_gradients(run.model), torch.enable_grad():
-        for batch in run.each("sensitivity"):
+        for batch in resumable(run, "sensitivity", "sensitivity", _Meters(meters), states):
             mask = run.mask(batch)
             with attached([handle for meter in meters for handle in meter.handles(mask)]):
                 projected = _projected(run.call(run.model, batch), mask)
@@ -130,3 +134,28 @@ class _Meter:
         assert units is not None
         self.seen = True
         self.sum += units.square().sum(0, dtype=torch.float64)
+
+
+class _Meters:
+    """Meters as sums that can be kept."""
+
+    def __init__(self, meters: Sequence[_Meter]) -> None:
+        self.meters = meters
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [meter.layer.name for meter in self.meters]
+
+    def size(self) -> int:
+        return sum(meter.sum.numel() * 8 for meter in self.meters)
+
+    def kept(self) -> Kept:
+        tensors = {meter.layer.name: meter.sum for meter in self.meters}
+        info = {meter.layer.name: [meter.rows, meter.seen] for meter in self.meters}
+        return tensors, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        for meter in self.meters:
+            meter.sum.copy_(tensors[meter.layer.name])
+            rows, seen = info[meter.layer.name]
+            meter.rows, meter.seen = int(rows), bool(seen)
