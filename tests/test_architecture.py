@@ -30,7 +30,7 @@ LAYERS_OF_PYTHON = [
     {"layers", "weight", "plan", "report"},
     {"greedy", "ranked", "sweep"},
     {"problem"},
-    {"hessian", "patterns"},
+    {"hessian", "patterns", "underway"},
     {"ops", "rundir"},
     {"manifest"},
     {"safefile"},

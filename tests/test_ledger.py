@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native import cli, fs, pruner
 from lobs_native.errors import ArgumentError, CheckpointError
-from lobs_native.ledger import Ledger, StoppedError, UnderWay, stop
+from lobs_native.ledger import Ledger
 from lobs_native.rundir import RunDirectory
+from lobs_native.underway import StoppedError, UnderWay, stop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,7 +263,7 @@ def test_a_state_that_is_whole_but_wrong_is_refused(tmp_path, monkeypatch, damag
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("lobs_native.ledger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lobs_native.underway.time.monotonic", lambda: now[0])
     with RunDirectory.create(tmp_path / "run", {}) as run:
         states = UnderWay(run, trusted=True)
         assert not states.due("statistics", 0)
@@ -360,7 +361,7 @@ def test_asked_to_stop_while_it_calibrates_it_ends_after_the_batch(tmp_path, mon
     run = tmp_path / "run"
     seen = []
     if worth:
-        monkeypatch.setattr("lobs_native.ledger.time.monotonic", lambda: float(len(seen)))
+        monkeypatch.setattr("lobs_native.underway.time.monotonic", lambda: float(len(seen)))
 
     def forward(model: nn.Module, batch: Tensor) -> Any:
         seen.append(len(batch))

@@ -24,9 +24,10 @@ from lobs_native.errors import (
     PatternError,
 )
 from lobs_native.html import visible
-from lobs_native.ledger import RESUMES, StoppedError, stop
+from lobs_native.ledger import RESUMES
 from lobs_native.pruner import INPUTS
 from lobs_native.report import Report
+from lobs_native.underway import StoppedError, stop
 from lobs_native.weight import METHODS, REFINES, SCOPES
 
 __all__ = ["main"]
@@ -317,8 +318,8 @@ def _remembered(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heeding_sigterm(kept: bool) -> Iterator[None]:
-    """With a run directory, SIGTERM lets the present layer or batch finish; without one it ends the run in
-    an orderly way, so that no half-written folder stays."""
+    """With a run directory, SIGTERM lets the present layer or batch finish; without one it ends the
+    run in an orderly way, so that no half-written folder stays."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return

@@ -177,9 +177,9 @@ def prune(
         the size of the weights, and twice that of the sums.
     resume : "auto", "never" or "anyway"
         What to do where ``run_dir`` holds a run: "auto" goes on if model, data, arguments (but
-        ``memory``), versions and threads are the same, and is an error that lists the differences otherwise; "anyway"
-        goes on nevertheless, and ``report.settings["resumed despite"]`` says despite what; "never"
-        is an error.
+        ``memory``), versions and threads are the same, and is an error that lists the differences
+        otherwise; "anyway" goes on nevertheless, and ``report.settings["resumed despite"]`` says
+        despite what; "never" is an error.
     progress : bool
         Progress bars on a terminal.
     seed : int
