@@ -369,12 +369,15 @@ def test_a_state_is_replaced_and_dropped(path):
             found = run.state("s")
             assert found is not None
             assert same(found[0], layer(i))
-            assert found[1] == {"i": i}
+            assert found[1] == run.state_info("s") == {"i": i}
             assert len(list((path / "state").iterdir())) == 2, "one file and its record"
         run.put_state("another/key \n", layer(9))
+        assert run.state_keys() == ["another/key \n", "s"]
         run.drop_state("s")
         run.drop_state("s")
         assert run.state("s") is None
+        assert run.state_info("s") is None
+        assert run.state_keys() == ["another/key \n"]
         assert run.state("another/key \n") is not None
         assert len(list((path / "state").iterdir())) == 2
         assert run.check() == []
