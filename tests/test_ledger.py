@@ -19,6 +19,7 @@ import crash_prune
 import pytest
 import torch
 from cases import features
+from faults import Counter, failing, installed, refusal
 from test_blocks import batches as block_batches
 from test_blocks import made
 from torch import Tensor, nn
@@ -276,6 +277,41 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
         assert not states.due("statistics", 1001)
         states.largest, states.reserved = None, run.free_bytes()
         assert not states.due("statistics", 0)  # no room besides the layers
+
+
+FAULTS = {
+    "EIO": failing(errno.EIO),
+    "ENOSPC": failing(errno.ENOSPC),
+    "short write": None,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whichever_call_fails_pruning_ends_cleanly_and_can_go_on(tmp_path, monkeypatch, fault):
+    """With all that is kept, on the way as well; a short write is made good at once."""
+    monkeypatch.setattr(UnderWay, "due", lambda self, key, size: self.given_up is None)
+    options = {"sparsity": 0.6, "scope": "model", "inputs": "corrected", "progress": False}
+    whole = chain()
+    lobs.prune(whole, rows(), **options)
+    step = int(os.environ.get("LOBS_FAULT_STEP", "29"))
+    ended = k = 0
+    while True:
+        k += step
+        folder, model = tmp_path / str(k), chain()
+        with installed(counter := Counter(k, FAULTS[fault])):
+            said = refusal(lambda: lobs.prune(model, rows(), run_dir=folder, **options))  # noqa: B023
+        assert same(model, whole if said is None else chain())
+        assert said is None or str(folder) in said
+        ended += said is not None
+        if not counter.fired:
+            break
+        again = chain()
+        lobs.prune(again, rows(), run_dir=folder, **options)
+        assert same(again, whole)
+        with RunDirectory.open(folder, write=False) as run:
+            assert run.check() == []
+    assert (ended > 0) == (fault != "short write")
+    assert k > 300
 
 
 def test_another_limit_on_memory_is_the_same_run(tmp_path):
