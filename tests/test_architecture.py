@@ -30,7 +30,7 @@ LAYERS_OF_PYTHON = [
     {"layers", "weight", "plan", "report"},
     {"greedy", "ranked", "sweep"},
     {"problem"},
-    {"hessian", "patterns"},
+    {"hessian", "library", "patterns"},
     {"ops", "rundir"},
     {"manifest"},
     {"safefile"},
