@@ -1,9 +1,9 @@
 """The operations as ``torch.ops.lobs_native.*``: for other programs, and under torch.compile.
 
 Each is the function of the same name in ops.py, which has the contract, without the backend's name
-in the result. What is written in place is declared, and results have fake implementations. There are
-no gradients: going backward through a result raises, and what is written must not require one. The
-way through torch's dispatcher takes about as long as a small operation itself, so this package
+in the result. What is written in place is declared, and results have fake implementations. There
+are no gradients: going backward through a result raises, and what is written must not require one.
+The way through torch's dispatcher takes about as long as a small operation itself, so this package
 calls ops.py.
 
 ``rank_rows`` returns a tensor whose length depends on the data: to have it in one graph, set
