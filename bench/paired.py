@@ -29,11 +29,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hosts
 import numpy as np
+import pairings
 import torch
-from pairings import GROUPS, Case, Side
+from pairings import Case, Side
 
 import lobs_native as lobs
+
+GROUPS = {**pairings.GROUPS, **hosts.GROUPS}
 
 PAIRS = 15
 QUICK_PAIRS = 5
