@@ -50,6 +50,11 @@ def write_page(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> N
     (folder / "benchmarks.md").write_text("\n".join([INTRODUCTION, *sections, slower]))
 
 
+def plain(value: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 def section(name: str, result: dict[str, Any]) -> str:
     """A heading, the machine, and the table of one file."""
     about = result["machine"]
@@ -71,9 +76,9 @@ def section(name: str, result: dict[str, Any]) -> str:
         cells = (
             row["case"],
             row["rival"],
-            f"{row['rival_seconds'] * 1e3:,.3g}",
-            f"{row['ours_seconds'] * 1e3:,.3g}",
-            f"**{row['ratio']:.3g}** [{low:.3g}, {high:.3g}], {row['pairs']} pairs",
+            plain(row["rival_seconds"] * 1e3),
+            plain(row["ours_seconds"] * 1e3),
+            f"**{plain(row['ratio'])}** [{plain(low)}, {plain(high)}], {row['pairs']} pairs",
             f"{row['rival_error']:.1e}, {row['ours_error']:.1e}",
             row["note"],
         )
@@ -88,7 +93,7 @@ def losses(rows: Sequence[Row]) -> str:
     for row in sorted(lost, key=lambda row: float(row["ratio"])):
         low, high = row["interval"]
         rival = f"{row['case']}, against {row['rival']}"
-        lines.append(f"- {row['ratio']:.3g} [{low:.3g}, {high:.3g}]: {rival}")
+        lines.append(f"- {plain(row['ratio'])} [{plain(low)}, {plain(high)}]: {rival}")
     return "\n".join([*lines, *([] if lost else ["Nowhere in these files."]), ""])
 
 
@@ -127,7 +132,7 @@ def picture(rows: Sequence[Row]) -> str:
             f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{label}</text>',
             f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>',
             f'<circle cx="{x(row["ratio"])}" cy="{y}" r="4" fill="{colour}"/>',
-            f'<text x="{max(high, x(row["ratio"])) + 8}" y="{y + 4}">{row["ratio"]:.3g}</text>',
+            f'<text x="{max(high, x(row["ratio"])) + 8}" y="{y + 4}">{plain(row["ratio"])}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 

@@ -42,7 +42,8 @@ class LOBSUnstructured(BasePruningMethod):
     """Prune a layer's weight by second-order information, as a method of ``torch.nn.utils.prune``.
 
     Call :meth:`apply`; an instance is what stays in the module's hooks. ``mask`` is the mask that
-    was found, ``report`` a ``LayerReport`` of what it cost.
+    was found, ``report`` a ``LayerReport`` of what it cost; its ``rows`` are nan where ``hessian``
+    was a matrix, which does not tell.
     """
 
     PRUNING_TYPE = "global"  # compute_mask is then given whole tensors, in their own shape
