@@ -136,6 +136,17 @@ def test_convolutions_get_what_prune_makes(
     assert torch.equal(model(data[0]), expected(data[0]))
 
 
+def test_a_weight_that_is_stored_transposed() -> None:
+    kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, data = nn.Sequential(kind(10, 12)), [features(200, 12).float()]
+    nn.init.normal_(model[0].weight)
+    expected = copy.deepcopy(model)
+    lobs.prune(expected, data, sparsity=0.5, progress=False)
+    lobs_unstructured(model[0], "weight", second_moments(model, data)["0"], sparsity=0.5)
+    assert model[0].weight_orig.shape == (12, 10)
+    assert same(state(prune.remove(model[0], "weight")), state(expected[0]))
+
+
 def test_remove_leaves_the_repaired_weights_and_nothing_else() -> None:
     layer, h = linear()
     names = set(layer.state_dict())

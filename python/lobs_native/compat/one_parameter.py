@@ -206,7 +206,7 @@ def prune_parameter(
         warnings.warn(
             f"lobs_native: layer {layer.name!r}: {'; '.join(out.notes)}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return Pruned(
         weight=layer.unpack(out.weight),
