@@ -286,6 +286,22 @@ def test_failures_change_nothing(
     assert not prune.is_pruned(layer)
 
 
+def test_weights_are_put_back_where_torch_does_not_take_the_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, h = linear()
+    before = state(layer)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        assert not torch.equal(layer.weight, before["weight"])  # it was written already
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune.BasePruningMethod, "apply", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        lobs_unstructured(layer, "weight", h, sparsity=0.5)
+    assert same(state(layer), before)
+
+
 def test_a_mask_that_removes_more_than_asked_for_is_refused() -> None:
     layer, h = linear()
     lobs_unstructured(layer, "weight", h, sparsity=0.7)
