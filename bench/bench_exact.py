@@ -9,6 +9,7 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -20,11 +21,13 @@ CHECKED = 2  # rows are independent, so a few of them check the rest
 Way = Callable[[Tensor, Tensor, int, int, int], baselines.Exact]
 
 
-def lobs_cpu(W: Tensor, A: Tensor, until: int, keep: int, size: int) -> baselines.Exact:
+def ours(
+    W: Tensor, A: Tensor, until: int, keep: int, size: int, *, backend: str
+) -> baselines.Exact:
     """Ours."""
     W = W.clone()
     trace = ops.exact_trace(
-        W, A, limit=until, group=size, per_group=size - keep, update=True, backend="cpu"
+        W, A, limit=until, group=size, per_group=size - keep, update=True, backend=backend
     )
     return baselines.Exact(trace.order, trace.loss, W)
 
@@ -51,19 +54,19 @@ def published_loop(W: Tensor, A: Tensor, until: int, keep: int, size: int) -> ba
         ("opt-1.3b.attention", 0.5, 0, 0),
     ],
 )
-@pytest.mark.parametrize("way", [lobs_cpu, torch_in_panels, published_loop])
+@pytest.mark.parametrize("impl", impls(ours, published=published_loop, torch=torch_in_panels))
 def test_bench_exact_trace(
     benchmark: BenchmarkFixture,
     small: bool,
     record: Callable[..., None],
-    way: Way,
+    impl: Impl,
     name: str,
     share: float,
     keep: int,
     size: int,
 ) -> None:
     """Every way loses what float64 loses, step for step, and its weights lose that as well."""
-    if way is published_loop and not small:
+    if impl.run is published_loop and not small:
         pytest.skip("the loop takes most of a minute; paired.py extrapolates it from a sample")
     shape = shapes.LAYERS[name].small() if small else shapes.LAYERS[name]
     shape = replace(shape, rows=min(shape.rows, ROWS))
@@ -71,7 +74,9 @@ def test_bench_exact_trace(
     W = shapes.weights(shape)
     H = shapes.second_moment(shape)
     A = shapes.inverse(H).to(torch.float32)
-    found = benchmark.pedantic(way, args=(W, A, k, keep, size), rounds=5, warmup_rounds=1)
+    there = (*impl.place(W, A), k, keep, size)
+    found = benchmark.pedantic(impl, args=there, rounds=5, warmup_rounds=1)
+    found = baselines.Exact(*(x.cpu() for x in found))
     expected = baselines.exact_torch(
         W[:CHECKED].to(torch.float64), A.to(torch.float64), k, keep, size
     )

@@ -9,6 +9,7 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -17,12 +18,10 @@ from lobs_native import ops
 SHARE = 0.5
 WITHOUT_END = 1_000_000
 
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def lobs_cpu(W: Tensor, A: Tensor, kept: Tensor) -> Tensor:
+def ours(W: Tensor, A: Tensor, kept: Tensor, *, backend: str) -> Tensor:
     """Ours, which also checks its inputs."""
-    return ops.exchange_(W, A, kept, backend="cpu")[0]
+    return ops.exchange_(W, A, kept, backend=backend)[0]
 
 
 def torch_tableau(W: Tensor, A: Tensor, kept: Tensor) -> Tensor:
@@ -44,12 +43,12 @@ def error_left(W: Tensor, dense: Tensor, H: Tensor) -> Tensor:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("way", [lobs_cpu, torch_tableau])
+@pytest.mark.parametrize("impl", impls(ours, devices=["cpu"], torch=torch_tableau))
 def test_bench_exchange(
     benchmark: BenchmarkFixture,
     small: bool,
     record: Callable[..., None],
-    way: Way,
+    impl: Impl,
     shape: shapes.LayerShape,
 ) -> None:
     """Every way ends with the same sets: those of our reference."""
@@ -69,7 +68,7 @@ def test_bench_exchange(
         last[:] = [(dense.clone(), kept.clone())]
         return (last[0][0], A, last[0][1]), {}
 
-    swaps = benchmark.pedantic(way, setup=fresh, rounds=10, warmup_rounds=1)
+    swaps = benchmark.pedantic(impl, setup=fresh, rounds=10, warmup_rounds=1)
     W, found = last[0]
     checked = min(R, 4)  # rows are independent, so a few of them check the rest
     expected, sets = dense[:checked].clone(), kept[:checked].clone()

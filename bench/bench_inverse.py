@@ -8,6 +8,7 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -16,9 +17,9 @@ from lobs_native import ops, reference
 CHECKED = 8  # blocks are independent, so a few of them check the rest
 
 
-def lobs_cpu(F: Tensor, G: Tensor, m: float) -> Tensor:
+def ours(F: Tensor, G: Tensor, m: float, *, backend: str) -> Tensor:
     """Ours."""
-    ops.inverse_update_(F, G, m, backend="cpu")
+    ops.inverse_update_(F, G, m, backend=backend)
     return F
 
 
@@ -26,28 +27,33 @@ def lobs_cpu(F: Tensor, G: Tensor, m: float) -> Tensor:
 @pytest.mark.parametrize("B", shapes.FISHER_BLOCKS)
 @pytest.mark.parametrize(
     "impl",
-    [lobs_cpu, baselines.inverse_update_one_by_one_, baselines.inverse_update_together_],
+    impls(
+        ours,
+        published=baselines.inverse_update_one_by_one_,
+        torch=baselines.inverse_update_together_,
+    ),
 )
 def test_bench_inverse_update(
     benchmark: BenchmarkFixture,
     small: bool,
     record: Callable[..., None],
-    impl: Callable[[Tensor, Tensor, float], Tensor],
+    impl: Impl,
     B: int,
 ) -> None:
     """Sixteen gradients give what sixteen rank-1 updates in float64 give."""
     r = 16
     blocks = -(-shapes.FISHER_WEIGHTS // B) // (64 if small else 1)
     G = shapes.gradients(r, blocks * B)
-    F = torch.empty(blocks, B, B)
+    F, there = impl.place(torch.empty(blocks, B, B), G)
 
     def start() -> tuple[tuple[Tensor, Tensor, float], dict[str, object]]:
         F.zero_().diagonal(dim1=1, dim2=2).fill_(shapes.FISHER_ALPHA)
-        return (F, G, float(r)), {}
+        return (F, there, float(r)), {}
 
-    after = benchmark.pedantic(impl, setup=start, rounds=10, warmup_rounds=1)[:CHECKED].clone()
+    after = benchmark.pedantic(impl, setup=start, rounds=10, warmup_rounds=1)[:CHECKED].cpu()
+    after = after.clone()  # F itself starts again
     start()
-    expected = F[:CHECKED].to(torch.float64)
+    expected = F[:CHECKED].cpu().to(torch.float64)
     reference.inverse_update_(expected, G[:, : CHECKED * B], float(r))
     error = float((after - expected).norm() / expected.norm())
     record(

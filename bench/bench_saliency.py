@@ -8,35 +8,35 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from lobs_native import ops
 
-Way = Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]
 
-
-def lobs_cpu(W: Tensor, diag: Tensor, live: Tensor) -> Callable[[], Tensor]:
+def ours(
+    W: Tensor, diag: Tensor, live: Tensor, dead: Tensor, cost: Tensor, *, backend: str
+) -> Tensor:
     """Ours, which also checks its inputs."""
-    return lambda: ops.saliency_argmin(W, diag, live, backend="cpu")[0]
+    return ops.saliency_argmin(W, diag, live, backend=backend)[0]
 
 
-def torch_where(W: Tensor, diag: Tensor, live: Tensor) -> Callable[[], Tensor]:
+def torch_where(W: Tensor, diag: Tensor, live: Tensor, dead: Tensor, cost: Tensor) -> Tensor:
     """A new tensor at every step."""
-    return lambda: baselines.saliency_argmin(W, diag, live)
+    return baselines.saliency_argmin(W, diag, live)
 
 
-def torch_in_place(W: Tensor, diag: Tensor, live: Tensor) -> Callable[[], Tensor]:
+def torch_in_place(W: Tensor, diag: Tensor, live: Tensor, dead: Tensor, cost: Tensor) -> Tensor:
     """Everything that can be kept between calls is kept."""
-    dead, cost = ~live, torch.empty_like(W)
-    return lambda: baselines.saliency_argmin_in_place(W, diag, dead, cost)
+    return baselines.saliency_argmin_in_place(W, diag, dead, cost)
 
 
 @pytest.mark.benchmark(group="saliency_argmin")
 @pytest.mark.parametrize("name", ["bert-base.fc1", "opt-1.3b.attention", "resnet50.layer4.conv2"])
-@pytest.mark.parametrize("way", [lobs_cpu, torch_where, torch_in_place])
+@pytest.mark.parametrize("impl", impls(ours, published=torch_where, torch=torch_in_place))
 def test_bench_saliency_argmin(
-    benchmark: BenchmarkFixture, small: bool, record: Callable[..., None], way: Way, name: str
+    benchmark: BenchmarkFixture, small: bool, record: Callable[..., None], impl: Impl, name: str
 ) -> None:
     """The chosen weight costs no more than any other live one."""
     shape = shapes.LAYERS[name].small() if small else shapes.LAYERS[name]
@@ -45,7 +45,8 @@ def test_bench_saliency_argmin(
     W = shapes.weights(shape)
     diag = torch.rand(R, C, generator=generator).add_(0.5)
     live = torch.rand(R, C, generator=generator) >= 0.3
-    column = benchmark.pedantic(way(W, diag, live), rounds=30, warmup_rounds=1)
+    there = impl.place(W, diag, live, ~live, torch.empty_like(W))
+    column = benchmark.pedantic(impl, args=there, rounds=30, warmup_rounds=1).cpu()
     cost = torch.where(live, W.to(torch.float64) ** 2 / diag, torch.inf)
     chosen = cost.gather(1, column[:, None])[:, 0]
     lowest = cost.amin(dim=1)  # may be zero

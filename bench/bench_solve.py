@@ -9,6 +9,7 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -18,22 +19,25 @@ ROWS = 64
 CHECKED = 4  # rows are independent, so a few of them check the rest
 
 
-def lobs_cpu(X: Tensor, M: Tensor, chosen: Tensor) -> Tensor:
+def ours(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str) -> Tensor:
     """Ours."""
     x = X.clone()
-    ops.support_solve_(x, M, chosen, backend="cpu")
+    ops.support_solve_(x, M, chosen, backend=backend)
     return x
 
 
 @pytest.mark.benchmark(group="support_solve")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["bert-base.fc1", "opt-1.3b.attention"])
-@pytest.mark.parametrize("way", [lobs_cpu, baselines.solve_row_by_row, baselines.solve_together])
+@pytest.mark.parametrize(
+    "impl",
+    impls(ours, published=baselines.solve_row_by_row, torch=baselines.solve_together),
+)
 def test_bench_support_solve(
     benchmark: BenchmarkFixture,
     small: bool,
     record: Callable[..., None],
-    way: Callable[[Tensor, Tensor, Tensor], Tensor],
+    impl: Impl,
     name: str,
     dtype: torch.dtype,
 ) -> None:
@@ -43,7 +47,8 @@ def test_bench_support_solve(
     M = shapes.inverse(shapes.second_moment(shape)).to(dtype)
     chosen = shapes.halves(shape)
     X = torch.where(chosen, shapes.weights(shape).to(dtype), 0)
-    found = benchmark.pedantic(way, args=(X, M, chosen), rounds=5, warmup_rounds=1)
+    there = impl.place(X, M, chosen)
+    found = benchmark.pedantic(impl, args=there, rounds=5, warmup_rounds=1).cpu()
     expected = X[:CHECKED].to(torch.float64)
     reference.support_solve_(expected, M, chosen[:CHECKED])
     error = float((found[:CHECKED] - expected).norm() / expected.norm())

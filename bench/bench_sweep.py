@@ -9,6 +9,7 @@ import baselines
 import pytest
 import shapes
 import torch
+from impls import Impl, impls
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -17,10 +18,8 @@ from lobs_native import ops, reference
 CHECKED = 4  # rows are independent once the mask is chosen, so a few of them check the rest
 WIDTH = 128  # columns of a block, as published
 
-Way = Callable[[Tensor, Tensor, float, int, int], Tensor]
 
-
-def lobs_cpu(W: Tensor, U: Tensor, share: float, group: int, per_group: int) -> Tensor:
+def ours(W: Tensor, U: Tensor, share: float, group: int, per_group: int, *, backend: str) -> Tensor:
     """Ours: one native call per block; what is right of it is left to torch's matrix product."""
     R, C = W.shape
     for begin in range(0, C, WIDTH):
@@ -31,9 +30,11 @@ def lobs_cpu(W: Tensor, U: Tensor, share: float, group: int, per_group: int) -> 
             gone = torch.zeros(part.shape, dtype=torch.uint8)
         else:
             score = (part / u.diagonal()).to(torch.float64).square_()
-            lowest = ops.rank_lowest(score.view(1, -1), round(share * score.numel()), backend="cpu")
+            lowest = ops.rank_lowest(
+                score.view(1, -1), round(share * score.numel()), backend=backend
+            )
             gone = lowest.view(R, -1).view(torch.uint8)
-        ops.sweep_block_(part, u, gone, E, group=group, per_group=per_group, backend="cpu")
+        ops.sweep_block_(part, u, gone, E, group=group, per_group=per_group, backend=backend)
         W[:, block.stop :].addmm_(E, U[block, block.stop :], alpha=-1)
     return W
 
@@ -43,14 +44,19 @@ def published_loop(W: Tensor, U: Tensor, share: float, group: int, per_group: in
     return baselines.sparsegpt_(W, U, share, group, per_group, WIDTH)
 
 
+def torch_transposed(W: Tensor, U: Tensor, share: float, group: int, per_group: int) -> Tensor:
+    """Tuned torch."""
+    return baselines.sweep_transposed_(W, U, share, group, per_group, WIDTH)
+
+
 @pytest.mark.benchmark(group="sweep")
 @pytest.mark.parametrize(("group", "per_group"), [(0, 0), (4, 2)], ids=["50%", "2:4"])
-@pytest.mark.parametrize("way", [lobs_cpu, published_loop])
+@pytest.mark.parametrize("impl", impls(ours, published=published_loop, torch=torch_transposed))
 def test_bench_sweep(
     benchmark: BenchmarkFixture,
     small: bool,
     record: Callable[..., None],
-    way: Way,
+    impl: Impl,
     group: int,
     per_group: int,
 ) -> None:
@@ -61,12 +67,13 @@ def test_bench_sweep(
     W = shapes.weights(shape)
     A = shapes.inverse(shapes.second_moment(shape))
     U = torch.linalg.cholesky(A, upper=True).to(torch.float32)
+    there = impl.place(W, U)
     pruned = benchmark.pedantic(
-        lambda W: way(W, U, 0.5, group, per_group),
-        setup=lambda: ((W.clone(),), {}),
+        impl,
+        setup=lambda: ((there[0].clone(), there[1], 0.5, group, per_group), {}),
         rounds=5,
         warmup_rounds=1,
-    )
+    ).cpu()
     gone = pruned == 0
     if group:
         assert (gone.view(-1, group).sum(dim=1) == per_group).all()

@@ -18,14 +18,18 @@ def small(benchmark: BenchmarkFixture) -> bool:
 
 
 @pytest.fixture
-def record(benchmark: BenchmarkFixture) -> Callable[..., None]:
-    """Write the rate (``work`` over the median time) and the circumstances into ``extra_info``."""
+def record(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Write who it was, its rate (``work`` over the median time) and the circumstances into
+    ``extra_info``."""
 
     def write(work: float, unit: str, *, shape: tuple[int, ...], error: float) -> None:
+        impl = request.getfixturevalue("impl")
         benchmark.extra_info.update(
+            impl=impl.name,
+            device=impl.device,
             shape=shape,
             threads=torch.get_num_threads(),
-            backends=[detail for name, _, detail in lobs.backends() if name == "cpu"],
+            backends=[detail for name, _, detail in lobs.backends() if name == impl.device],
             error=error,
         )
         if benchmark.enabled:

@@ -1,13 +1,15 @@
 """Native kernels against their rivals, in interleaved pairs.
 
-    python bench/paired.py [--quick] [--json FILE] [--pairs N] [--threads N] [--only OPERATION]
+    python bench/paired.py [--quick] [--json FILE] [--page FOLDER] [--pairs N] [--threads N]
+                           [--only OPERATION ...]
 
 A shared machine changes its speed from second to second, so two series taken one after the other
 cannot be compared. Here every ratio comes from one pair of runs taken back to back, in the order
 A, B, B, A, ...; reported is the median over the pairs with its bootstrap 95 % interval. The ratio
 is the rival's time over ours; where the rival does other work than ours, as its note then says, it
 is our rate over the rival's. No pair is discarded. Before anything is timed, all answers are
-checked against float64; a wrong one ends the program. Both sides have the same number of threads
+checked against float64; a wrong one ends the program. ``host_*`` are whole jobs of other programs
+(hosts.py), the rest single operations (pairings.py). Both sides have the same number of threads
 and inputs of the same type. Cases that take long have fewer pairs than asked for.
 """
 
@@ -20,6 +22,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import datetime
 import json
 import math
 import platform
@@ -29,11 +32,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hosts
 import numpy as np
+import page
+import pairings
 import torch
-from pairings import GROUPS, Case, Side
+from pairings import Case, Side
 
 import lobs_native as lobs
+
+GROUPS = {**pairings.GROUPS, **hosts.GROUPS}
 
 PAIRS = 15
 QUICK_PAIRS = 5
@@ -141,6 +149,7 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "lobs_native": lobs.__version__,
         "backends": lobs.backends(),
+        "date": datetime.date.today().isoformat(),
         "load_at_start": os.getloadavg(),
     }
 
@@ -179,7 +188,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
     parser.add_argument("--threads", type=int, help="for both sides; default torch's")
-    parser.add_argument("--only", choices=GROUPS, help="one operation")
+    parser.add_argument("--page", type=Path, help="write benchmarks.md and its picture there")
+    parser.add_argument("--only", choices=GROUPS, nargs="+", help="some of the operations")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -191,15 +201,18 @@ def main() -> None:
     print("| " + " | ".join(HEADINGS) + " |")
     print("|" + " --- |" * len(HEADINGS))
     rows = []
-    for name in [arguments.only] if arguments.only else GROUPS:
+    for name in arguments.only or GROUPS:
         for case in GROUPS[name](arguments.quick):
             for row in run_case(case, pairs):
                 print(table_row(row), flush=True)
                 rows.append(row)
+    about["load_at_end"] = os.getloadavg()
+    result = {"machine": about, "quick": arguments.quick, "rows": [asdict(row) for row in rows]}
     if arguments.json:
-        about["load_at_end"] = os.getloadavg()
-        result = {"machine": about, "quick": arguments.quick, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.page:
+        title = arguments.json.name if arguments.json else "measured now"
+        page.write_page(arguments.page, [(title, result)])
 
 
 if __name__ == "__main__":

@@ -708,12 +708,16 @@ def _sweep_case(given: Layer, pattern: str | None) -> Case:
     def published(w: Tensor) -> Tensor:
         return baselines.sparsegpt_(w, U, given.share, *_groups(pattern))
 
+    def tuned(w: Tensor) -> Tensor:
+        return baselines.sweep_transposed_(w, U, given.share, *_groups(pattern))
+
     return _judged(
         f"sweep {pattern or 'half'} from U, {given}",
         given,
         pattern,
         Side("lobs", clock(ours, fresh), lambda: ours(*fresh())),
         Side("published loop", clock(published, fresh), lambda: published(*fresh())),
+        Side("torch, transposed blocks", clock(tuned, fresh), lambda: tuned(*fresh())),
     )
 
 
@@ -752,8 +756,10 @@ def _published_procedure(given: Layer, pattern: str | None) -> Side:
     )
 
 
-def _judged(name: str, given: Layer, pattern: str | None, ours: Side, published: Side) -> Case:
-    """Both sides must come within 1 % of the lower error, and remove what was asked for."""
+def _judged(
+    name: str, given: Layer, pattern: str | None, ours: Side, published: Side, *tuned: Side
+) -> Case:
+    """All sides must come within 1 % of the lower error, and remove what was asked for."""
     error, theirs = lost_share(given), lost_share(given, _surplus(given, pattern))
     return Case(
         name=name,
@@ -762,7 +768,10 @@ def _judged(name: str, given: Layer, pattern: str | None, ours: Side, published:
         error=error,
         tolerance=1.01 * min(error(ours.answer()), theirs(published.answer())),
         ours=ours,
-        rivals=[replace(published, error=theirs, note="errors are the layer's")],
+        rivals=[
+            replace(rival, error=theirs, note="errors are the layer's")
+            for rival in (published, *tuned)
+        ],
     )
 
 

@@ -62,6 +62,13 @@ def test_the_training_example_keeps_the_zeros():
     assert int((model.weight == 0).sum()) == 16
 
 
+def test_the_example_of_torch_prune_runs():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[4]
+    model, batches = torch.nn.Sequential(torch.nn.Linear(8, 4)), [torch.rand(50, 8)]
+    exec(compile(code, "README.md", "exec"), {"model": model, "batches": batches})
+    assert int((model[0].weight_orig == 0).sum()) == int((model[0].weight_mask == 0).sum()) == 16
+
+
 def test_the_files_it_points_at_exist():
     for name in re.findall(r"`((?:csrc|python|docs|bench)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

@@ -10,6 +10,7 @@
 
 import torch as _torch  # noqa: F401  (first: its OpenMP runtime is the one the kernels then share)
 
+import lobs_native.library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.batch_norm import reestimate_batch_norm
 from lobs_native.errors import (
     ArgumentError,
