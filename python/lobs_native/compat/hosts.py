@@ -15,7 +15,9 @@ from lobs_native.errors import ArgumentError
 __all__ = ["HOSTS", "Call", "Difference", "Host", "Replacement", "Tolerance", "find_host"]
 
 # Name of a host -> the module of ours whose HOST describes it; imported when asked for.
-HOSTS: dict[str, str] = {}
+HOSTS: dict[str, str] = {
+    "sparsegpt": "lobs_native.compat.sparsegpt",
+}
 
 
 @dataclass(frozen=True)
