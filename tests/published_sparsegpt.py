@@ -31,11 +31,13 @@ def prune(
     blocksize: int = 128,
     percdamp: float = 0.01,
     quantize=lambda column: column,
+    mask: Tensor | None = None,
 ) -> Published:
     """One weight after another, by removing it from the inverse of what is right of it.
 
-    No factor is taken: with A the inverse of the damped H among columns j and later, the removal of
-    w_j changes the rest by ``-w_j / A_jj * A_j``, and the next A is what elimination leaves.
+    ``mask`` (True = goes) leaves no choice. No factor is taken: with A the inverse of the damped H
+    among columns j and later, the removal of w_j changes the rest by ``-w_j / A_jj * A_j``, and the
+    next A is what elimination leaves.
     """
     W, H = W.double().clone(), H.double().clone()
     R, C = W.shape
@@ -50,11 +52,11 @@ def prune(
         pivots[j] = rest[0, 0]
         rows.append(rest[0] / rest[0, 0])
         rest = rest[1:, 1:] - torch.outer(rest[0, 1:], rest[0, 1:]) / rest[0, 0]
-    gone = torch.zeros(R, C, dtype=torch.bool)
+    gone = torch.zeros(R, C, dtype=torch.bool) if mask is None else mask.clone()
     error = 0.0
     for begin in range(0, C, blocksize):
         end = min(begin + blocksize, C)
-        if not n:
+        if not n and mask is None:
             score = W[:, begin:end] ** 2 / pivots[begin:end]
             cut = score.flatten().sort().values[int(score.numel() * sparsity)]
             gone[:, begin:end] = score <= cut

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lobs_native as lobs
+from lobs_native.compat.ablate import AblateGPT
 from lobs_native.compat.sparsegpt import SparseGPT, SparseGPTOfWanda
 
 ROWS = 20
@@ -387,6 +388,65 @@ def test_wandas_copy_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+# ---- masks of other origin -----------------------------------------------------------------------
+
+
+class Args:
+    def __init__(self, prune_method):
+        self.prune_method = prune_method
+
+
+def test_ablate_repairs_for_any_mask():
+    layer = nn.Linear(168, ROWS)
+    gpt = collected(layer, inputs_of(layer), AblateGPT)
+    mask = torch.rand(ROWS, 168) < 0.4
+    expected = published.prune(as_matrix(layer), gpt.peek(), mask=mask)
+    gpt.fasterprune(Args(""), 0.0, mask=mask)
+    assert torch.equal(layer.weight == 0, mask)
+    assert distance(layer.weight.detach(), expected.weight) < 1e-4
+
+
+def test_ablate_chooses_by_magnitude_and_by_wanda():
+    """On uncorrelated inputs nothing is repaired, so the choice can be told from the weights."""
+    for method in ("ablate_mag", "ablate_wanda"):
+        layer = nn.Linear(64, ROWS)
+        before = as_matrix(layer)
+        gpt = AblateGPT(layer)
+        gpt.H = torch.eye(64)
+        gpt.scaler_row = torch.linspace(0.1, 3, 64)
+        score = before.abs() * (gpt.scaler_row.sqrt() if "wanda" in method else 1)
+        assert torch.equal(
+            gpt.get_wanda_mask(0.25, 0, 0), _lowest(before.abs() * gpt.scaler_row.sqrt(), 16)
+        )
+        pairs = (before.abs() if "mag" in method else score).view(ROWS, 16, 4)
+        mask = gpt.get_mag_mask(0, 2, 4) if "mag" in method else gpt.get_wanda_mask(0, 2, 4)
+        assert torch.equal(mask.view(ROWS, 16, 4), _lowest(pairs, 2))
+        assert int(gpt.get_mag_mask(0.5, 0, 0).sum()) == before.numel() // 2 + 1
+        gpt.fasterprune(Args(method), 0.5)
+        cut = score.flatten().sort().values[before.numel() // 2]
+        assert torch.equal(layer.weight == 0, score <= cut)
+
+
+def _lowest(score, count):
+    return score.argsort(dim=-1).argsort(dim=-1) < count
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"sparsity": 0.5}, lobs.ArgumentError, "prune_method"),
+        ({"sparsity": 0.5, "mask": torch.ones(2, 2, dtype=torch.bool)}, lobs.ShapeError, "mask"),
+        ({"sparsity": 0.5, "mask": torch.ones(4, 24)}, lobs.DtypeError, "mask"),
+    ],
+)
+def test_ablate_refuses_what_does_not_fit(given, error, message):
+    layer = nn.Linear(24, 4)
+    gpt = collected(layer, inputs_of(layer), AblateGPT)
+    with pytest.raises(error, match=message):
+        gpt.fasterprune(Args("sparsegpt"), **given)
+    gpt.fasterprune(Args("mag"), 0.5)
+
+
 # ---- our own numerics in the host's place --------------------------------------------------------
 
 
@@ -453,7 +513,7 @@ def original(request, monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module(name)
     for added in set(sys.modules) - before:
-        if added in ("sparsegpt", "quant", "lib", "lib.sparsegpt"):
+        if added in ("sparsegpt", "quant", "lib", "lib.sparsegpt", "lib.ablate"):
             del sys.modules[added]
 
 
@@ -521,6 +581,30 @@ def test_the_host_is_patched_verified_and_put_back(original, capsys):
     assert prune.values < 1e-5
     assert prune.mask == 0
     assert capsys.readouterr().out.count("error") == (original.__name__ == "sparsegpt")
+
+
+@needs_hosts
+@pytest.mark.parametrize("method", ["ablate_wanda_iter", "ablate_mag_iter", "mask"])
+@pytest.mark.parametrize("pattern", [(0.5, 0, 0), (0, 2, 4)], ids=["50%", "2:4"])
+def test_wandas_ablation_gives_the_same(original, method, pattern):
+    if original.__name__ != "lib.sparsegpt":
+        pytest.skip("only wanda has it")
+    theirs_of = importlib.import_module("lib.ablate").AblateGPT
+    layer, other = nn.Linear(168, ROWS), nn.Linear(168, ROWS)
+    other.load_state_dict(layer.state_dict())
+    ours, theirs = (
+        collected(x, inputs_of(x), k) for x, k in ((layer, AblateGPT), (other, theirs_of))
+    )
+    torch.testing.assert_close(ours.scaler_row, theirs.scaler_row, rtol=1e-5, atol=0)
+    sparsity, n, m = pattern
+    theirs.H, theirs.scaler_row = ours.peek(), ours.scaler_row.clone()
+    masks = [gpt.get_wanda_mask(*pattern) for gpt in (ours, theirs)]
+    assert torch.equal(*masks)
+    for gpt, mask in zip((ours, theirs), masks, strict=True):
+        given = mask if method == "mask" else None
+        gpt.fasterprune(Args(method), sparsity, mask=given, prune_n=n, prune_m=m)
+    assert torch.equal(layer.weight == 0, other.weight == 0)
+    assert distance(layer.weight.detach(), other.weight.detach()) < 1e-4
 
 
 @needs_hosts

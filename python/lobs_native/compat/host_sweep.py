@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lobs_native import ops
-from lobs_native.errors import NotPositiveDefiniteError, PatternError
+from lobs_native import checks, ops
+from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, PatternError
 
 __all__ = [
     "Choose",
     "by_threshold",
     "check_groups",
+    "check_target",
     "lowest_in_row",
     "saliency",
     "sweep_",
@@ -138,6 +139,23 @@ def sweep_(
 def _cuts(begin: int, end: int, m: int) -> Sequence[int]:
     """A block's ends, and where its last whole group of m columns ends."""
     return sorted({begin, end - (end - begin) % m, end})
+
+
+def check_target(
+    sparsity: float, n: int = 0, m: int = 0, blocksize: int = 128, percdamp: float = 0.01
+) -> None:
+    """ArgumentError for what the host's rules cannot do."""
+    if n and not n <= m:
+        raise ArgumentError(f"prunen, prunem: {n} of every {m} weights cannot go")
+    if not n and not 0 <= checks.real(sparsity, "sparsity") < 1:
+        raise ArgumentError(
+            f"sparsity: {sparsity}; the host's rule needs 0 <= sparsity < 1 (a block loses "
+            "int(numel * sparsity) + 1 weights)"
+        )
+    if checks.count(blocksize, "blocksize") == 0:
+        raise ArgumentError("blocksize: 0; it is a number of columns, 128 as published")
+    if checks.real(percdamp, "percdamp") < 0:
+        raise ArgumentError(f"percdamp: {percdamp}; it must be >= 0")
 
 
 def check_groups(columns: int, blocksize: int, n: int, m: int) -> None:

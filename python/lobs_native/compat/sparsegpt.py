@@ -13,20 +13,21 @@ contiguous, so that it can be saved.
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lobs_native import checks, ops
+from lobs_native import checks
 from lobs_native.compat import host_sweep
+from lobs_native.compat.ablate import AblateGPT
+from lobs_native.compat.collected import Collected
 from lobs_native.compat.hosts import Call, Compare, Difference, Host, Replacement
 from lobs_native.compat.layout import Layout
-from lobs_native.errors import ArgumentError, NonFiniteError
+from lobs_native.errors import ArgumentError
 from lobs_native.hessian import Hessian
-from lobs_native.weight import prune_weight
+from lobs_native.weight import PrunedWeight, prune_weight
 
 __all__ = ["HOST", "SparseGPT", "SparseGPTOfWanda"]
 
@@ -34,24 +35,11 @@ _NUMERICS = ("host", "ours")
 _METHODS = ("exact", "sweep")
 
 
-class SparseGPT:
-    """Prunes one layer by the second moment of its inputs.
-
-    Parameters
-    ----------
-    layer : nn.Linear, nn.Conv2d (groups = 1) or transformers' Conv1D
-        float32, float16, bfloat16 or float64, on any device. Its weight is replaced by
-        ``fasterprune``; nothing else is modified.
+class SparseGPT(Collected):
+    """Prunes one layer by the second moment of its inputs; see :class:`Collected` for these.
 
     Attributes
     ----------
-    H : (C, C) float32
-        ``2 / nsamples * sum(x x^T)``, as the host scales it. Reading it gives the tensor that is
-        worked on; it may be changed or replaced. Gone after ``fasterprune``.
-    nsamples : int
-        Sequences or images seen, not tokens.
-    rows, columns : int
-        Of the weight as a matrix (R, C).
     quantizer : optional
         Set by the caller, with the host's interface (``ready``, ``find_params``, ``scale``,
         ``zero``, ``maxq``): kept weights are quantised in the same sweep, in plain torch, not
@@ -71,87 +59,10 @@ class SparseGPT:
     numerics = "host"
     method = "exact"
     prints = True  # the host's two lines; wanda's copy prints nothing
-    quantizer: Any
 
     def __init__(self, layer: nn.Module) -> None:
-        self._layout = Layout(layer)
-        self.layer = layer
-        self.dev = self._layout.matrix().device
-        self.rows, self.columns = self._layout.rows, self._layout.columns
-        self.nsamples = 0
-        self.result: Any = None
-        # Either what the host calls H, or the lower triangle of sum(x x^T), which takes a chunk
-        # without a pass over the whole matrix.
-        self._moment: Tensor | None = torch.zeros(self.columns, self.columns, device=self.dev)
-        self._is_sum = True
-        self._summed = 0  # nsamples when the sum was last touched
-
-    # ---- the second moment ---------------------------------------------------------------------
-
-    @property
-    def H(self) -> Tensor | None:
-        """See the class. None after ``free``."""
-        if not hasattr(self, "_moment"):
-            raise AttributeError("H: used up by fasterprune, as in the host; collect it anew")
-        if self._moment is not None and self._is_sum:
-            self._moment = _mirrored_(self._moment.mul_(2 / max(1, self._summed)))
-            self._is_sum = False
-        return self._moment
-
-    @H.setter
-    def H(self, value: Tensor | None) -> None:
-        self._moment = value
-        self._is_sum = False
-
-    @H.deleter
-    def H(self) -> None:
-        del self._moment
-
-    def peek(self) -> Tensor:
-        """A copy of ``H``; leaves everything as it is, to the last bit."""
-        held = self._collected()
-        if not self._is_sum:
-            return held.clone()
-        return _mirrored_(held * (2 / max(1, self._summed)))
-
-    def _collected(self) -> Tensor:
-        held: Tensor | None = getattr(self, "_moment", None)
-        if held is None:
-            raise ArgumentError("H: used up by fasterprune or free; make a new object")
-        return held
-
-    @torch.no_grad()
-    def add_batch(self, inp: Tensor, out: Any = None, blocksize: int = 1024) -> None:
-        """Add a batch of the layer's inputs.
-
-        Parameters
-        ----------
-        inp : (B, T, C), (T, C) or (..., C); for Conv2d (B, C_in, h, w) or (C_in, h, w)
-            float16, bfloat16, float32 or float64, on the layer's device; not modified. Counts as B
-            samples, or as one.
-        out, blocksize
-            Not used, as in the host.
-
-        Raises
-        ------
-        NonFiniteError
-            ``inp`` holds a NaN or an infinity; ``H`` is as it was.
-        """
-        held = self._collected()
-        tokens = self._layout.tokens(inp.detach())
-        samples = self._layout.samples(inp)
-        if self._is_sum and self._summed != self.nsamples:
-            self.H  # noqa: B018  (the caller has changed nsamples: H as a mean is what counts)
-        if not self._is_sum:
-            held = self._moment = held.to(torch.float32).contiguous()
-            held.mul_(self.nsamples / 2)
-            self._is_sum = True
-            self._summed = self.nsamples
-        ops.hessian_accumulate_(held, tokens)
-        self.nsamples += samples
-        self._summed = self.nsamples
-
-    # ---- pruning -------------------------------------------------------------------------------
+        super().__init__(layer)
+        self.result: PrunedWeight | None = None
 
     @torch.no_grad()
     def fasterprune(
@@ -191,71 +102,31 @@ class SparseGPT:
         """
         n = _spelling("prunen", prunen, "prune_n", prune_n)
         m = _spelling("prunem", prunem, "prune_m", prune_m)
-        self._collected()
         self.check_options(self.numerics, self.method)
-        W = self._layout.matrix().to(torch.float32, copy=True)
-        checks.check_finite(W, "layer.weight")
         if self.numerics == "ours":
             seconds, error, pruned = self._by_our_rules(sparsity, n, m, percdamp)
         else:
-            _check_target(sparsity, n, m, blocksize, percdamp)
+            host_sweep.check_target(sparsity, n, m, blocksize, percdamp)
             if n:
                 host_sweep.check_groups(self.columns, blocksize, n, m)
             seconds, error, pruned = self._by_host_rules(
-                W.contiguous(), self._chooser(sparsity, n, m), (n, m), blocksize, percdamp
+                None if n else _by_saliency(sparsity), (n, m), blocksize, percdamp
             )
         self._finish(pruned)
         if self.prints:
             print(f"time {seconds:.2f}")
             print("error", error)
 
-    def _by_host_rules(
-        self,
-        W: Tensor,
-        choose: host_sweep.Choose | None,
-        groups: tuple[int, int],
-        blocksize: int,
-        percdamp: float,
-        step: int | None = None,
-    ) -> tuple[float, float, Tensor]:
-        """(seconds, the host's error, pruned weights); W is written."""
-        quantizer = getattr(self, "quantizer", None)
-        if quantizer is not None and not quantizer.ready():
-            quantizer.find_params(W, weight=True)
-        begun = time.time()
-        H = self.H
-        assert H is not None
-        U, dead = host_sweep.upper_factor(H, percdamp)
-        W[:, dead] = 0.0
-        if quantizer is not None:
-            error = host_sweep.sweep_quantized_(
-                W, U, _Rounding(quantizer), blocksize=blocksize, choose=choose, groups=groups
-            )
-        else:
-            error = host_sweep.sweep_(
-                W, U, blocksize=blocksize, choose=choose, groups=groups, step=step
-            )
-        return time.time() - begun, error, W
-
-    def _chooser(self, sparsity: float, n: int, m: int) -> host_sweep.Choose | None:
-        """None for N:M, where the kernel chooses."""
-        if n:
-            return None
-
-        def choose(W: Tensor, _: slice, diagonal: Tensor) -> Tensor:
-            return host_sweep.by_threshold(host_sweep.saliency(W, diagonal), sparsity)
-
-        return choose
-
     def _by_our_rules(
         self, sparsity: float, n: int, m: int, percdamp: float
     ) -> tuple[float, float, Tensor]:
         if hasattr(self, "quantizer"):
             raise ArgumentError("quantizer: numerics='ours' does not quantise; use 'host'")
+        H = self.peek()
         target: dict[str, Any] = {"pattern": f"{m - n}:{m}"} if n else {"sparsity": sparsity}
         result = prune_weight(
             self._layout.matrix().contiguous(),
-            Hessian.from_matrix(self.peek()),
+            Hessian.from_matrix(H),
             method=self.method,
             damping=percdamp,
             **target,
@@ -264,22 +135,6 @@ class SparseGPT:
             warnings.warn(f"lobs_native: {note}", RuntimeWarning, stacklevel=4)
         self.result = result
         return result.seconds, result.error / 2, result.weight  # the host's error has a half
-
-    def _finish(self, pruned: Tensor) -> None:
-        if not bool(torch.isfinite(pruned.to(self._layout.matrix().dtype)).all()):
-            kind = str(self._layout.matrix().dtype).removeprefix("torch.")
-            raise NonFiniteError(
-                f"layer.weight: a repaired weight outgrew {kind}; convert the layer to a wider "
-                "type, raise percdamp, or remove less"
-            )
-        self._layout.store(pruned)
-        del self.H
-
-    def free(self) -> None:
-        """Let the second moment go."""
-        self.H = None
-        if self.dev.type == "cuda":
-            torch.cuda.empty_cache()
 
     @staticmethod
     def check_options(numerics: str = "host", method: str = "exact") -> None:
@@ -296,27 +151,11 @@ class SparseGPTOfWanda(SparseGPT):
     prints = False
 
 
-class _Rounding:
-    """The host's quantisation of a column (R, 1): to the nearest level, within range."""
+def _by_saliency(sparsity: float) -> host_sweep.Choose:
+    def choose(W: Tensor, _: slice, diagonal: Tensor) -> Tensor:
+        return host_sweep.by_threshold(host_sweep.saliency(W, diagonal), sparsity)
 
-    def __init__(self, quantizer: Any) -> None:
-        self.quantizer = quantizer
-
-    def __call__(self, column: Tensor) -> Tensor:
-        scale, zero = self.quantizer.scale, self.quantizer.zero
-        level = torch.clamp((column / scale).round_().add_(zero), 0, self.quantizer.maxq)
-        return scale * (level - zero)  # type: ignore[no-any-return]
-
-
-def _mirrored_(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle this is, in place."""
-    step = 512  # a whole transposed copy would double the peak
-    for first in range(0, len(lower), step):
-        rows = slice(first, first + step)
-        square = lower[rows, rows].tril()
-        lower[rows, rows] = square + square.tril(-1).T
-        lower[rows, first + step :] = lower[first + step :, rows].T
-    return lower
+    return choose
 
 
 def _spelling(name: str, value: int, other: str, given: int | None) -> int:
@@ -325,20 +164,6 @@ def _spelling(name: str, value: int, other: str, given: int | None) -> int:
     if value not in (0, given):
         raise ArgumentError(f"{name}={value} and {other}={given} contradict: give one of them")
     return checks.count(given, other)
-
-
-def _check_target(sparsity: float, n: int, m: int, blocksize: int, percdamp: float) -> None:
-    if n and not n <= m:
-        raise ArgumentError(f"prunen, prunem: {n} of every {m} weights cannot go")
-    if not n and not 0 <= checks.real(sparsity, "sparsity") < 1:
-        raise ArgumentError(
-            f"sparsity: {sparsity}; the host's rule needs 0 <= sparsity < 1 (a block loses "
-            "int(numel * sparsity) + 1 weights)"
-        )
-    if checks.count(blocksize, "blocksize") == 0:
-        raise ArgumentError("blocksize: 0; it is a number of columns, 128 as published")
-    if checks.real(percdamp, "percdamp") < 0:
-        raise ArgumentError(f"percdamp: {percdamp}; it must be >= 0")
 
 
 # ---- the host ------------------------------------------------------------------------------------
@@ -390,6 +215,16 @@ _SIGNATURES = {
     "fasterprune": _FASTERPRUNE,
     "free": ("(self)",),
 }
+_OF_ABLATE = {
+    "__init__": ("(self, layer)",),
+    "add_batch": ("(self, inp, out)",),
+    "get_wanda_mask": ("(self, sparsity, prunen, prunem)",),
+    "get_mag_mask": ("(self, sparsity, prunen, prunem)",),
+    "fasterprune": (
+        "(self, args, sparsity, mask=None, prune_n=0, prune_m=0, blocksize=128, percdamp=0.01)",
+    ),
+    "free": ("(self)",),
+}
 _TIMED = ("add_batch", "fasterprune")
 
 HOST = Host(
@@ -397,5 +232,6 @@ HOST = Host(
     (
         Replacement(("sparsegpt",), "SparseGPT", SparseGPT, _SIGNATURES, _TIMED, verify),
         Replacement(("lib.sparsegpt",), "SparseGPT", SparseGPTOfWanda, _SIGNATURES, _TIMED, verify),
+        Replacement(("lib.ablate",), "AblateGPT", AblateGPT, _OF_ABLATE, _TIMED, verify),
     ),
 )
