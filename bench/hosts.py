@@ -3,10 +3,11 @@
     python bench/hosts.py --folder FOLDER [--quick] [--json FILE] [--pairs N] [--threads N]
 
 ``FOLDER`` holds clones of the hosts: ``sparsegpt`` (IST-DASLab/sparsegpt). They run unmodified;
-on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides prune
-copies of one layer from copies of one H, and answers are compared before anything is timed: masks
-may differ in one entry of 100,000 (scores that tie up to rounding; the table says in how many), and
-weights by 1e-4 of the largest, in rows of equal masks. See ``paired.py`` for how times are taken.
+on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides
+prune copies of one layer from copies of one H, and answers are compared before anything is timed:
+masks may differ in one entry of 100,000 (scores that tie up to rounding; the table says in how
+many), and weights by 1e-4 of the largest, in rows of equal masks. See ``paired.py`` for how times
+are taken.
 """
 
 from __future__ import annotations
