@@ -137,7 +137,7 @@ class EmpiricalBlockFisherInverse:
             checks.check_finite(flat, "g")
         if self._waiting is None:
             shape = (min(self._most, self.m), self.d)
-            self._waiting = checks.zeros(shape, self._inverse.dtype, flat.device, "num_weights")
+            self._waiting = self._inverse.new_empty(shape)
         self._waiting[self._count] = flat
         self._count += 1
         if self._count == len(self._waiting):

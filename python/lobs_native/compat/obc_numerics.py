@@ -20,7 +20,9 @@ from lobs_native.problem import Problem
 __all__ = ["layout_of", "problem_of"]
 
 _FLOAT32_UNTIL = 1e5  # condition: costs then keep four digits, weights five
-_SINGULAR_FROM = 0.1  # condition times columns times eps of float64
+# Sums of float32 products are right to about one eps: what is smaller, relative to the rest, is no
+# information, and whether Cholesky takes it for positive is luck.
+_SINGULAR_FROM = 10 / torch.finfo(torch.float32).eps
 
 
 def layout_of(layer: Any) -> Layer:
@@ -88,8 +90,7 @@ def problem_of(
     _make_regular([H for H in moments if _fails(H)], rel_damp, notes)
     problem = made()
     conditions = [_condition(H, A) for H, A in zip(moments, problem.inverses, strict=True)]
-    limit = _SINGULAR_FROM / (weight.shape[2] * torch.finfo(torch.float64).eps)
-    lost = [H for H, condition in zip(moments, conditions, strict=True) if condition > limit]
+    lost = [H for H, condition in zip(moments, conditions, strict=True) if condition > _SINGULAR_FROM]
     if lost:
         _make_regular(lost, rel_damp, notes)
         problem = made()
