@@ -633,9 +633,7 @@ def check_against(host, ours, block: int) -> None:
     for mine, theirs in zip(ours.Traces, host.Traces, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     name = "prune_unstr" if block == 1 else "prune_blocked"
-    for mine, theirs in zip(
-        getattr(ours, name)(SHARES), getattr(host, name)(SHARES), strict=True
-    ):
+    for mine, theirs in zip(getattr(ours, name)(SHARES), getattr(host, name)(SHARES), strict=True):
         assert torch.equal(mine == 0, theirs == 0)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 

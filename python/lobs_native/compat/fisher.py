@@ -152,14 +152,14 @@ class EmpiricalBlockFisherInverse:
 
         Raises ShapeError or DtypeError where it does not fit.
         """
-        inverse = self.f_inv
-        flat = self._vector(v, "v").to(inverse.dtype)
+        self._check_whole()
+        flat = self._vector(v, "v").to(self._inverse.dtype)
         if missing := self.num_blocks * self.B - self.d:
             flat = torch.nn.functional.pad(flat, (0, missing))
         # Blocks are symmetric; as rows times matrices the product takes half the time.
         rows = flat.reshape(self.num_blocks, 1, self.B)
         with ops.full_precision():
-            return torch.bmm(rows, inverse).flatten()[: self.d]
+            return torch.bmm(rows, self.f_inv).flatten()[: self.d]
 
     @property
     def f_inv(self) -> Tensor:

@@ -90,7 +90,9 @@ def problem_of(
     _make_regular([H for H in moments if _fails(H)], rel_damp, notes)
     problem = made()
     conditions = [_condition(H, A) for H, A in zip(moments, problem.inverses, strict=True)]
-    lost = [H for H, condition in zip(moments, conditions, strict=True) if condition > _SINGULAR_FROM]
+    lost = [
+        H for H, condition in zip(moments, conditions, strict=True) if condition > _SINGULAR_FROM
+    ]
     if lost:
         _make_regular(lost, rel_damp, notes)
         problem = made()
