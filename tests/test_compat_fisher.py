@@ -254,7 +254,7 @@ def check_patched(monkeypatch, original: type) -> None:
     module.EmpiricalBlockFisherInverse = original
     monkeypatch.setitem(sys.modules, MODULE, module)
     G = gradients(6, 120)
-    with lobs.compat.patch("obert", verify=2) as record:
+    with lobs.compat.patch("fisher", verify=2) as record:
         ours = given(6, 50, 120, 1e-2, G, kind=module.EmpiricalBlockFisherInverse)
         assert isinstance(ours, EmpiricalBlockFisherInverse)
         for _ in range(2):

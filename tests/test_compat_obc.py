@@ -331,9 +331,13 @@ def test_a_singular_moment_gets_the_identity_with_a_warning(missing):
     layer, _ = linear(24, 5)
     x = features(24 - missing, 24).to(torch.float32)
     obs = collected(layer, [x])
-    with pytest.warns(RuntimeWarning, match="identity was added"):
-        obs.prepare_unstr()
-    assert any("identity" in note for note in obs.notes)
+    for call in (obs.nmprune, obs.prepare_unstr):
+        given = copy.deepcopy(layer.weight.data)
+        with pytest.warns(RuntimeWarning, match="identity was added") as warned:
+            call()
+        assert warned[0].filename == __file__
+        assert any("identity" in note for note in obs.notes)
+        layer.weight.data.copy_(given)
     H = moment_of(layer, [x]) + torch.eye(24)
     expected = torch.stack(
         [torch.from_numpy(r.loss) for r in traced(layer.weight.detach().to(F64), H)]

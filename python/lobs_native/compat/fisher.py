@@ -256,7 +256,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> Difference:
 
 
 HOST = Host(
-    "obert",
+    "fisher",
     (
         Replacement(
             modules=("sparseml.pytorch.sparsification.pruning.modifier_pruning_obs",),

@@ -16,6 +16,7 @@ __all__ = ["HOSTS", "Call", "Difference", "Host", "Replacement", "Tolerance", "f
 
 # Name of a host -> the module of ours whose HOST describes it; imported when asked for.
 HOSTS: dict[str, str] = {
+    "fisher": "lobs_native.compat.fisher",
     "obc": "lobs_native.compat.obc",
     "obert": "lobs_native.compat.fisher",
     "sparsegpt": "lobs_native.compat.sparsegpt",

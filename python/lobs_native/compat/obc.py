@@ -76,7 +76,7 @@ class TrueOBS:
         Weights after 0 to K removals for n rows, made when it is indexed. Not to be written to.
     errors : list of float
         What the last pruning lost, one for each sparsity: half of ``tr(dW H dW^T)`` with the damped
-        H.
+        H (after :meth:`nmprune` with ``"ours"``, without damping). The original prints it.
     notes : list of str
         What was done differently from what was asked.
 
@@ -87,10 +87,15 @@ class TrueOBS:
 
     Notes
     -----
-    Zero weights go first and stay zero; inputs that were zero in every row count as columns of
-    zeros, with any damping. Removals are computed in float32 where the condition number of the
-    damped H is at most 1e5 (with ``"ours"``, where the damping is at least 1e-4), and in float64
-    elsewhere.
+    Zero weights go first and stay zero. Removals are computed in float32 where the condition number
+    of the damped H is at most 1e5 (with ``"ours"``, where the damping is at least 1e-4), and in
+    float64 elsewhere.
+
+    Where the original goes wrong, this does not follow it: weights on inputs that were always zero
+    are removed with damping as well; a group of :meth:`nmprune` that has more than ``n`` zeros
+    keeps them; groups, padding modes and named padding of convolutions, float16 inputs and inputs
+    of any number of dimensions are taken as the layer takes them; without any inputs, and after
+    :meth:`free`, pruning is an error; equal costs go by place.
 
     Source: Frantar, Singh & Alistarh 2022 (ExactOBS); the class of this name in IST-DASLab/OBC,
     commit 9b7979b, of which nothing was copied.
@@ -303,7 +308,6 @@ class TrueOBS:
 
     # ---- groups ----------------------------------------------------------------------------------
 
-    @ops.full_precision()
     def nmprune(self, n: int = 2, m: int = 4, parallel: int = 32) -> None:
         """Remove ``n`` of every ``m`` neighbouring inputs, and write the weights into the layer.
 
@@ -329,7 +333,10 @@ class TrueOBS:
         checks.positive_int(parallel, "parallel")
         if n > m:
             raise PatternError(f"n: {n} of {m} weights cannot be zero; n counts zeros, 0 to m")
-        pattern = GroupsOf(m - n, m)
+        self._write_groups(GroupsOf(m - n, m))
+
+    @ops.full_precision()
+    def _write_groups(self, pattern: GroupsOf) -> None:
         check_fit(pattern, self.columns, None, False)
         problem = self._problem(pattern)
         greedy = Greedy(problem, pattern)

@@ -23,6 +23,7 @@ _FLOAT32_UNTIL = 1e5  # condition: costs then keep four digits, weights five
 # Sums of float32 products are right to about one eps: what is smaller, relative to the rest, is no
 # information, and whether Cholesky takes it for positive is luck.
 _SINGULAR_FROM = 10 / torch.finfo(torch.float32).eps
+_CALLER = 7  # frames from the warning to whoever called prepare_unstr or nmprune
 
 
 def layout_of(layer: Any) -> Layer:
@@ -138,7 +139,7 @@ def _make_regular(singular: Sequence[Tensor], rel_damp: float, notes: list[str])
         "OBC does. Pass rel_damp=0.01, or more inputs"
     )
     notes.append(said)
-    warnings.warn(f"lobs_native: {said}", RuntimeWarning, stacklevel=6)
+    warnings.warn(f"lobs_native: {said}", RuntimeWarning, stacklevel=_CALLER)
 
 
 def _condition(H: Tensor, inverse: Inverse) -> float:
