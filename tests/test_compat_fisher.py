@@ -1,5 +1,5 @@
 """compat.fisher against the inverse itself in float64, and against SparseML's class where it is
-(see hosts.py)."""
+(see original_programs.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import sys
 from types import ModuleType
 
-import hosts
+import original_programs
 import pretend
 import pytest
 import torch
@@ -272,13 +272,13 @@ def test_patch_puts_it_in_place_and_verifies(monkeypatch, attribute):
 
 
 def test_patch_is_verified_by_the_original(monkeypatch):
-    check_patched(monkeypatch, hosts.fisher_class())
+    check_patched(monkeypatch, original_programs.fisher_class())
 
 
 @pytest.mark.parametrize(("m", "B", "d", "damp"), CASES)
 def test_as_the_original(m, B, d, damp):
     G = gradients(m, d)
-    theirs = given(m, B, d, damp, G, kind=hosts.fisher_class())
+    theirs = given(m, B, d, damp, G, kind=original_programs.fisher_class())
     ours = given(m, B, d, damp, G)
     assert distance(ours.f_inv, theirs.f_inv) < 1e-3
     assert distance(ours.diag(), theirs.diag()) < 1e-3

@@ -1,4 +1,4 @@
-"""compat.obc against plain float64 removal, and against OBC itself where it is (see hosts.py)."""
+"""compat.obc against plain float64 removal, and against OBC itself where it is (see original_programs.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import sys
 from types import ModuleType
 
-import hosts
+import original_programs
 import pretend
 import pytest
 import torch
@@ -625,7 +625,7 @@ def pair(request):
     """The same layer and inputs in OBC's class and in ours, side by side."""
     make, rel_damp = HOST_CASES[request.param]
     layer, batches = make()
-    with hosts.trueobs() as module, contextlib.redirect_stdout(io.StringIO()):
+    with original_programs.trueobs() as module, contextlib.redirect_stdout(io.StringIO()):
         host = collected(copy.deepcopy(layer), batches, rel_damp, kind=module.TrueOBS)
         yield host, collected(layer, batches, rel_damp)
 
@@ -677,7 +677,7 @@ def test_groups_as_the_original(pair, n, m):
 def test_an_unmodified_program_is_verified_by_the_original():
     layer, batches = linear(24, 9)
     with (
-        hosts.trueobs() as module,
+        original_programs.trueobs() as module,
         lobs.compat.patch("obc", verify=1) as record,
         contextlib.redirect_stdout(io.StringIO()),
     ):
