@@ -1,4 +1,5 @@
-"""compat.obc against plain float64 removal, and against OBC itself where it is (see original_programs.py)."""
+"""compat.obc against plain float64 removal, and against OBC itself where it is: see
+original_programs.py."""
 
 from __future__ import annotations
 

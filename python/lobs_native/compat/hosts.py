@@ -18,7 +18,6 @@ __all__ = ["HOSTS", "Call", "Difference", "Host", "Replacement", "Tolerance", "f
 HOSTS: dict[str, str] = {
     "fisher": "lobs_native.compat.fisher",
     "obc": "lobs_native.compat.obc",
-    "obert": "lobs_native.compat.fisher",
     "sparsegpt": "lobs_native.compat.sparsegpt",
 }
 
