@@ -16,11 +16,12 @@ STEMS = sorted(p.stem for p in (ROOT / "csrc").glob("*.h") if p.stem not in SHAR
 # Downwards only: a module may import what stands on a lower line.
 LAYERS_OF_PYTHON = [
     {"__main__"},
-    {"cli"},
+    {"cli", "run"},
     {"demo", "doctor", "job"},
     {"hf"},
     {"compat"},
     {"__init__"},
+    {"compat"},
     {"pruner"},
     {"structure"},
     {"allocation", "blocks", "run_plan"},

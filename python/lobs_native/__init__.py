@@ -11,12 +11,14 @@
 import torch as _torch  # noqa: F401  (first: its OpenMP runtime is the one the kernels then share)
 
 import lobs_native.library as _library  # noqa: F401  (torch.ops.lobs_native)
+from lobs_native import compat
 from lobs_native.batch_norm import reestimate_batch_norm
 from lobs_native.errors import (
     ArgumentError,
     BackendError,
     CheckpointError,
     DtypeError,
+    HostError,
     LobsError,
     NonFiniteError,
     NotPositiveDefiniteError,
@@ -43,6 +45,7 @@ __all__ = [
     "DtypeError",
     "ErrorBound",
     "Hessian",
+    "HostError",
     "KeptMasks",
     "Layer",
     "LayerReport",
@@ -61,6 +64,7 @@ __all__ = [
     "apply_masks",
     "as_torch_prune",
     "backends",
+    "compat",
     "keep_masks",
     "plan_memory",
     "plan_prune",

@@ -7,6 +7,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DtypeError",
+    "HostError",
     "LobsError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
@@ -51,3 +52,7 @@ class BackendError(LobsError):
 
 class CheckpointError(LobsError):
     """A file could not be written or is not what it claims to be."""
+
+
+class HostError(LobsError):
+    """A host's code is not what ``lobs_native.compat`` replaces: see the message."""

@@ -1,0 +1,342 @@
+"""``patch``: a host's classes and functions replaced by ours while a ``with`` block lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import io
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lobs_native.compat.hosts import HOSTS, Call, Compare, Host, Replacement, find_host
+from lobs_native.compat.record import Line, Record
+from lobs_native.errors import ArgumentError, HostError
+
+__all__ = ["patch"]
+
+_MARK = "_lobs_native_replaces"  # on everything that a patch puts into a host: what it stands for
+
+
+@contextlib.contextmanager
+def patch(*hosts: str | Host, verify: int = 0, **options: Any) -> Iterator[Record]:
+    """Replace the classes and functions of hosts by ours inside a ``with`` block.
+
+    Replaced is every name that stands for the same object: in the host's module and in all modules
+    that imported it from there, ``__main__`` included, under any name. A host that is imported
+    later, inside the block, is replaced as soon as its module has run. On leaving, also by an
+    exception, everything is put back; objects made inside remain ours.
+
+    Parameters
+    ----------
+    *hosts : str or Host
+        Names from ``lobs_native.compat.HOSTS``; none means all of them. A host that is not
+        installed costs nothing.
+    verify : int
+        n > 0: every n-th call of each function is repeated with the host's own code on copies, and
+        the differences are recorded. A warning is given beyond the host's tolerance. 0: never.
+    **options
+        Handed to what is put in place: for ``"sparsegpt"``, ``numerics`` and ``method`` (see
+        ``lobs_native.compat.sparsegpt.SparseGPT``). With numerics other than ``"host"`` there is
+        nothing to verify.
+
+    Yields
+    ------
+    Record
+        What was replaced and what has run so far: ``print(record)``.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown host or option, or a host that is patched already.
+    HostError
+        The host's code has other signatures than those known here; nothing is replaced. For a
+        module imported inside the block, it comes from that import.
+    """
+    if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
+        raise ArgumentError(f"verify: {verify!r}; every how many calls, an integer >= 0")
+    if verify and options.get("numerics", "host") != "host":
+        raise ArgumentError(
+            f"verify: {verify} with numerics={options['numerics']!r}: only the host's own numerics "
+            "can be compared with the host's code; leave one of them out"
+        )
+    patcher = _Patcher([find_host(name) for name in hosts or HOSTS], verify, options)
+    with patcher:
+        yield patcher.record
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """One object that has been replaced."""
+
+    owner: Any  # the host's module, or the class in it that holds it
+    name: str
+    original: Any
+    ours: Any
+
+
+class _Patcher:
+    def __init__(self, hosts: Sequence[Host], verify: int, options: dict[str, Any]) -> None:
+        self.hosts = hosts
+        self.verify = verify
+        self.options = options
+        self.record = Record()
+        self.installed: list[_Installed] = []
+        self.wanted: dict[str, list[tuple[str, Replacement]]] = {}  # by module; with the host
+        for host in hosts:
+            for replacement in host.replacements:
+                for name in replacement.modules:
+                    self.wanted.setdefault(name, []).append((host.name, replacement))
+        self.watcher = _Watcher(self.wanted, self.install)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        replacements = [r for host in self.hosts for r in host.replacements]
+        known = {name for r in replacements for name in _options_of(r.ours)}
+        for option in self.options:
+            if option not in known:
+                raise ArgumentError(
+                    f"{option}: no such option for {', '.join(h.name for h in self.hosts)}; "
+                    f"known: {', '.join(sorted(known)) or 'none'}"
+                )
+        for replacement in replacements:
+            check = getattr(replacement.ours, "check_options", None)
+            if check is not None:
+                check(**_fitting(replacement.ours, self.options))
+
+    def __enter__(self) -> None:
+        loaded = {name: sys.modules[name] for name in self.wanted if name in sys.modules}
+        for name, module in loaded.items():  # all of them before anything is written
+            for _, replacement in self.wanted[name]:
+                _check_signatures(module, replacement)
+        for name, module in loaded.items():
+            self.install(name, module)
+        sys.meta_path.insert(0, self.watcher)
+
+    def __exit__(self, *exception: object) -> None:
+        sys.meta_path.remove(self.watcher)
+        for done in reversed(self.installed):
+            setattr(done.owner, done.name, done.original)
+            for _, namespace, name in _holders(done.ours):
+                namespace[name] = done.original
+
+    def install(self, module_name: str, module: ModuleType) -> None:
+        """Replace what ``module`` offers, there and wherever else it is held."""
+        for host, replacement in self.wanted[module_name]:
+            owner, name, original = _look_up(module, replacement.attribute)
+            if any(done.ours is original for done in self.installed):
+                continue  # one module of the host holds what another defines
+            _check_signatures(module, replacement)
+            ours = self._stand_in(host, replacement, original)
+            self.installed.append(_Installed(owner, name, original, ours))
+            setattr(owner, name, ours)
+            self.record.places.append(f"{module_name}.{replacement.attribute}")
+            for holder, namespace, held in _holders(original):
+                namespace[held] = ours
+                self.record.places.append(f"{holder}.{held}")
+
+    @contextlib.contextmanager
+    def as_the_host_was(self) -> Iterator[None]:
+        """The host's own names while its own code runs, for it may call one through another."""
+        for done in self.installed:
+            setattr(done.owner, done.name, done.original)
+        try:
+            yield
+        finally:
+            for done in self.installed:
+                setattr(done.owner, done.name, done.ours)
+
+    def _stand_in(self, host: str, replacement: Replacement, original: Any) -> Any:
+        """A subclass or a wrapper of ours that records, made anew so that it can be told from
+        everything else when the original is put back."""
+        ours = replacement.ours
+        options = _fitting(ours, self.options)
+        if not inspect.isclass(ours):
+            function = functools.partial(ours, **options)
+            functools.update_wrapper(function, ours)
+            line = self.record.line(host, replacement.attribute)
+            stand_in = self._recorded(line, replacement, original, function, "")
+            setattr(stand_in, _MARK, original)
+            return stand_in
+        body = {"__doc__": ours.__doc__, "__module__": ours.__module__, _MARK: original, **options}
+        for method in replacement.methods:
+            line = self.record.line(host, f"{replacement.attribute}.{method}")
+            body[method] = self._recorded(
+                line, replacement, original, getattr(ours, method), method
+            )
+        return type(ours.__name__, (ours,), body)
+
+    def _recorded(
+        self,
+        line: Line,
+        replacement: Replacement,
+        original: Any,
+        function: Callable[..., Any],
+        method: str,
+    ) -> Callable[..., Any]:
+        record = self.record
+
+        @functools.wraps(function)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            number = record.begin(line)
+            compare = None
+            if self.verify and replacement.verify is not None and number % self.verify == 0:
+                instance, rest = (args[0], args[1:]) if method else (None, args)
+                compare = replacement.verify(Call(original, instance, method, rest, kwargs))
+            started = time.perf_counter()
+            failed = True
+            try:
+                result = function(*args, **kwargs)
+                failed = False
+            finally:
+                record.end(line, time.perf_counter() - started, failed=failed)
+            if compare is not None:
+                self._compare(line, replacement, compare, result)
+            return result
+
+        return recorded
+
+    def _compare(self, line: Line, replacement: Replacement, compare: Compare, result: Any) -> None:
+        try:
+            with self.as_the_host_was(), _apart():
+                found = compare(result)
+        except Exception as error:  # the host's code may fail where ours did not: a note, no more
+            reason = f"the host's own code raised {type(error).__name__}: {error}"
+            self.record.not_compared(line, reason)
+            return
+        self.record.compared(line, found, replacement.tolerance)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """The host's own code leaves no trace: no output, no random numbers drawn, and it runs on
+    machines without CUDA although it waits for CUDA."""
+    wait = torch.cuda.synchronize
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda device=None: None
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        torch.cuda.synchronize = wait
+
+
+# ---- what a host holds ---------------------------------------------------------------------------
+
+
+def _look_up(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
+    """(owner, name, object) of a dotted attribute."""
+    owner: Any = module
+    *path, name = attribute.split(".")
+    try:
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, name, inspect.getattr_static(owner, name)
+    except AttributeError:
+        raise HostError(
+            f"{module.__name__}: has no {attribute}, so it is not the code that lobs_native "
+            f"replaces ({_place(module)}); leave this host out"
+        ) from None
+
+
+def _holders(wanted: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every (module's name, its namespace, name) that holds this very object."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("lobs_native.") or not isinstance(module, ModuleType):
+            continue
+        namespace = vars(module)
+        for name, value in list(namespace.items()):
+            if value is wanted:
+                yield module_name, namespace, name
+
+
+def _check_signatures(module: ModuleType, replacement: Replacement) -> None:
+    _, _, original = _look_up(module, replacement.attribute)
+    label = f"{module.__name__}.{replacement.attribute}"
+    if _MARK in getattr(original, "__dict__", {}):
+        raise ArgumentError(f"hosts: {label} is patched already; leave the inner patch() out")
+    for method, accepted in replacement.signatures.items():
+        where = f"{label}.{method}" if method else label
+        function = getattr(original, method, None) if method else original
+        if not callable(function):
+            raise HostError(f"{where}: not there ({_place(module)}); leave this host out")
+        found = signature_text(function)
+        if found not in accepted:
+            raise HostError(
+                f"{where} takes {found}, but lobs_native replaces one that takes "
+                f"{' or '.join(accepted)} ({_place(module)}); leave this host out, or use the "
+                "version of it that fits"
+            )
+
+
+def signature_text(function: Callable[..., Any]) -> str:
+    """The signature without annotations: ``"(self, sparsity, prunen=0)"``."""
+    signature = inspect.signature(function)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+
+def _place(module: ModuleType) -> str:
+    return f"found in {getattr(module, '__file__', None) or 'memory'}"
+
+
+def _options_of(ours: Any) -> tuple[str, ...]:
+    """Options of a class are its ``OPTIONS``, class attributes; of a function, ``OPTIONS`` too, its
+    keyword arguments."""
+    return tuple(getattr(ours, "OPTIONS", ()))
+
+
+def _fitting(ours: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in _options_of(ours)}
+
+
+# ---- modules imported later ----------------------------------------------------------------------
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Asks the other finders, and has the module looked at as soon as it has run, before whoever
+    imports it takes anything out of it."""
+
+    def __init__(self, names: Container[str], after: Callable[[str, ModuleType], None]) -> None:
+        self.names = names
+        self.after = after
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the others give, with a loader that calls ``after``."""
+        if fullname not in self.names:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(fullname, path, target)
+            if isinstance(spec, importlib.machinery.ModuleSpec):
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, functools.partial(self.after, fullname))
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader, after: Callable[[ModuleType], None]) -> None:
+        self.loader = loader
+        self.after = after
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module must not see that it was watched: it may ask its loader for its source.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.after(module)
