@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lobs_native as lobs
+from lobs_native.compat import host_sweep
 from lobs_native.compat.ablate import AblateGPT
 from lobs_native.compat.sparsegpt import SparseGPT, SparseGPTOfWanda
 
@@ -158,6 +159,20 @@ def test_ties_of_the_threshold_all_go():
     gpt.H = torch.eye(8)
     gpt.fasterprune(0.25)
     assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("kind", ["spread", "few values", "sorted", "sorted down", "constant"])
+@pytest.mark.parametrize("sparsity", [0.0, 1e-4, 0.5, 0.97, 0.99999])
+def test_the_threshold_of_a_large_block_is_that_of_a_sort(kind, sparsity):
+    score = torch.rand(300, 128) ** 4
+    if kind == "few values":
+        score = (score * 7).round()
+    elif kind == "constant":
+        score.fill_(0.3)
+    elif kind.startswith("sorted"):
+        score = score.flatten().sort(descending=kind.endswith("down")).values.view(300, 128)
+    cut = score.flatten().sort().values[int(score.numel() * sparsity)]
+    assert torch.equal(host_sweep.by_threshold(score, sparsity), score <= cut)
 
 
 class Quantizer:
