@@ -307,7 +307,7 @@ def test_h_is_used_up():
 # ---- what is different on purpose ----------------------------------------------------------------
 
 
-def test_the_old_weight_tensor_is_left_and_the_new_one_can_be_saved():
+def test_the_old_weight_tensor_is_left_as_it_is():
     layer = KINDS["Conv1D"]()
     held, before = layer.weight.data, layer.weight.data.clone()
     collected(layer, inputs_of(layer)).fasterprune(0.5)
@@ -622,9 +622,49 @@ def test_wandas_ablation_gives_the_same(original, method, pattern):
     assert distance(layer.weight.detach(), other.weight.detach()) < 1e-4
 
 
+# What the host's own class does where ours is different on purpose; a change there shows here.
+
+
 @needs_hosts
 def test_the_host_fails_on_images(original):
-    """Why ours is not compared there."""
     layer = KINDS["Conv2d"]()
     with pytest.raises(RuntimeError):
         original.SparseGPT(layer).add_batch(inputs_of(layer)[0], None)
+
+
+@needs_hosts
+def test_the_host_loses_h_when_it_fails(original):
+    theirs = collected(nn.Linear(24, 4), [torch.randn(1, 3, 24)], original.SparseGPT)
+    with pytest.raises(torch.linalg.LinAlgError):
+        theirs.fasterprune(0.5, percdamp=0.0)
+    assert not hasattr(theirs, "H")
+
+
+@needs_hosts
+def test_the_host_writes_infinities(original):
+    layer = nn.Linear(2, 1).half()
+    layer.weight.data = torch.tensor([[6e4, 6e4]]).half()
+    theirs = original.SparseGPT(layer)
+    theirs.H = torch.tensor([[1.0, 0.99], [0.99, 1.0]])
+    theirs.fasterprune(0.0, percdamp=0.0)
+    assert bool(torch.isinf(layer.weight).any())
+
+
+@needs_hosts
+def test_the_host_removes_at_sparsity_0_and_fails_at_1(original):
+    layer = nn.Linear(300, 4)
+    collected(layer, inputs_of(layer), original.SparseGPT).fasterprune(0.0)
+    assert int((layer.weight == 0).sum()) == 3  # one per block
+    with pytest.raises(IndexError):
+        collected(layer, inputs_of(layer), original.SparseGPT).fasterprune(1.0)
+
+
+def test_later_batches_count_less_in_the_row_scaler():
+    """The host divides by the samples seen twice: of equal batches, the k-th counts 1 / k."""
+    one, three = torch.ones(1, 5, 8), 3 * torch.ones(1, 5, 8)
+    rising, falling = (
+        collected(nn.Linear(8, 4), batches, AblateGPT).scaler_row
+        for batches in ([one, three], [three, one])
+    )
+    torch.testing.assert_close(rising, torch.full((8,), 27.5))
+    torch.testing.assert_close(falling, torch.full((8,), 47.5))
