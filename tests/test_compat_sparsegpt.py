@@ -280,6 +280,20 @@ def test_a_changed_nsamples_weighs_what_has_been_collected():
     torch.testing.assert_close(gpt.H, before * 6 / 8)
 
 
+def test_torch_s_default_dtype_does_not_matter():
+    layer = nn.Linear(24, 4)
+    other = nn.Linear(24, 4)
+    other.load_state_dict(layer.state_dict())
+    batches = inputs_of(layer)
+    collected(layer, batches).fasterprune(0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        collected(other, batches).fasterprune(0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(layer.weight, other.weight)
+
+
 def test_peeking_changes_nothing():
     layer = nn.Linear(24, 4)
     batches = [torch.randn(3, 5, 24), torch.randn(4, 5, 24)]

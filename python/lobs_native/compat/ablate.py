@@ -25,7 +25,7 @@ class AblateGPT(Collected):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        self.scaler_row = torch.zeros(self.columns, device=self.dev)
+        self.scaler_row = torch.zeros(self.columns, dtype=torch.float32, device=self.dev)
 
     @torch.no_grad()
     def add_batch(self, inp: Tensor, out: Any = None, blocksize: int = 1024) -> None:

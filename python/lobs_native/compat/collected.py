@@ -49,7 +49,8 @@ class Collected:
         self.nsamples = 0
         # Either what the host calls H, or the lower triangle of sum(x x^T), which takes a chunk
         # without a pass over the whole matrix.
-        self._moment: Tensor | None = torch.zeros(self.columns, self.columns, device=self.dev)
+        C, kind = self.columns, torch.float32
+        self._moment: Tensor | None = torch.zeros(C, C, dtype=kind, device=self.dev)
         self._is_sum = True
         self._summed = 0  # nsamples when the sum was last touched
 

@@ -131,10 +131,10 @@ def sweep_(
     """
     R, C = W.shape
     n, m = groups
-    total = torch.zeros((), device=W.device)
+    total = W.new_zeros(())
     for begin in range(0, C, blocksize):
         end = min(begin + blocksize, C)
-        E = torch.empty(R, end - begin, device=W.device)
+        E = W.new_empty(R, end - begin)
         cuts = _cuts(begin, end, m) if choose is None else [*range(begin, end, step or C), end]
         for first, last in itertools.pairwise(cuts):
             piece, part, e = (
@@ -207,12 +207,12 @@ def sweep_quantized_(
     """
     R, C = W.shape
     n, m = groups
-    total = torch.zeros((), device=W.device)
+    total = W.new_zeros(())
     for begin in range(0, C, blocksize):
         end = min(begin + blocksize, C)
         u = U[begin:end, begin:end]
         w = W[:, begin:end].clone()
-        E = torch.empty(R, end - begin, device=W.device)
+        E = W.new_empty(R, end - begin)
         gone = torch.zeros_like(w, dtype=torch.bool)
         if choose is not None:
             gone = choose(w, slice(begin, end), u.diagonal())
