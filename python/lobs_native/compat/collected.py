@@ -153,11 +153,13 @@ class Collected:
         return time.time() - begun, error, W
 
     def _finish(self, pruned: Tensor) -> None:
-        if not bool(torch.isfinite(pruned.to(self._layout.matrix().dtype)).all()):
-            kind = str(self._layout.matrix().dtype).removeprefix("torch.")
+        """Store the new weight (R, C) in the layer's dtype; H is used up."""
+        kind = self._layout.weight.dtype
+        pruned = pruned.to(kind)
+        if not bool(torch.isfinite(pruned).all()):
             raise NonFiniteError(
-                f"layer.weight: a repaired weight outgrew {kind}; convert the layer to a wider "
-                "type, raise percdamp, or remove less"
+                f"layer.weight: a repaired weight outgrew {str(kind).removeprefix('torch.')}; "
+                "convert the layer to a wider type, raise percdamp, or remove less"
             )
         self._layout.store(pruned)
         del self.H
