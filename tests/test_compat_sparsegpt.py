@@ -402,6 +402,28 @@ def test_inputs_of_another_width_are_refused():
         SparseGPT(nn.Linear(24, 4)).add_batch(torch.zeros(2, 3, 12), None)
 
 
+@pytest.mark.parametrize(
+    ("H", "error", "message"),
+    [
+        (torch.eye(12), lobs.ShapeError, r"H: \(12, 12\)"),
+        (torch.eye(24).double(), lobs.DtypeError, "H: dtype"),
+    ],
+)
+def test_an_h_that_does_not_fit_is_refused(H, error, message):
+    gpt = SparseGPT(nn.Linear(24, 4))
+    with pytest.raises(error, match=message):
+        gpt.H = H
+
+
+def test_a_layer_without_inputs_is_not_emptied():
+    """The published rule for dead inputs would set all its weights to zero."""
+    layer = nn.Linear(24, 4)
+    before = layer.weight.data.clone()
+    with pytest.raises(lobs.ArgumentError, match="no inputs"):
+        collected(layer, [torch.zeros(1, 5, 24)]).fasterprune(0.5)
+    assert torch.equal(layer.weight, before)
+
+
 def test_both_spellings_of_groups():
     one, other = nn.Linear(48, 4), nn.Linear(48, 4)
     other.load_state_dict(one.state_dict())
@@ -652,6 +674,13 @@ def test_the_host_loses_h_when_it_fails(original):
     with pytest.raises(torch.linalg.LinAlgError):
         theirs.fasterprune(0.5, percdamp=0.0)
     assert not hasattr(theirs, "H")
+
+
+@needs_hosts
+def test_the_host_empties_a_layer_without_inputs(original):
+    layer = nn.Linear(24, 4)
+    original.SparseGPT(layer).fasterprune(0.5)
+    assert not layer.weight.any()
 
 
 @needs_hosts

@@ -50,12 +50,19 @@ def upper_factor(H: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
 
     Raises
     ------
+    ArgumentError
+        H is zero throughout: by the published rule all weights would be set to zero.
     NotPositiveDefiniteError
         A factorisation failed; H is as it was.
     """
     diagonal = H.diagonal()
     before = diagonal.clone()
     dead = before == 0
+    if bool(dead.all()):
+        raise ArgumentError(
+            "H: zero throughout, so the layer has seen no inputs, and by the published rule for "
+            "dead inputs all its weights would become zero; call add_batch first, or leave it out"
+        )
     diagonal[dead] = 1.0
     diagonal.add_(percdamp * diagonal.mean())
     factor, failed = torch.linalg.cholesky_ex(H)

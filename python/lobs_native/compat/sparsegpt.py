@@ -58,6 +58,7 @@ class SparseGPT(Collected):
     numerics = "host"
     method = "exact"
     prints = True  # the host's two lines; wanda's copy prints nothing
+    quantizer: Any
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
@@ -109,7 +110,11 @@ class SparseGPT(Collected):
             if n:
                 host_sweep.check_groups(self.columns, blocksize, n, m)
             seconds, error, pruned = self._by_host_rules(
-                None if n else _by_saliency(sparsity), (n, m), blocksize, percdamp
+                None if n else _by_saliency(sparsity),
+                (n, m),
+                blocksize,
+                percdamp,
+                quantizer=getattr(self, "quantizer", None),
             )
         self._finish(pruned)
         if self.prints:
