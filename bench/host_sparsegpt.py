@@ -1,6 +1,6 @@
 """Our classes under the hosts' names against the hosts' own files, in interleaved pairs.
 
-    python bench/host_sparsegpt.py --folder FOLDER [--quick] [--json FILE] [--pairs N] [--threads N]
+    python bench/host_sparsegpt.py --folder FOLDER [--only GROUP] [--quick] [--pairs N] [--threads N]
 
 ``FOLDER`` holds clones of the hosts: ``sparsegpt`` (IST-DASLab/sparsegpt). They run unmodified;
 on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides
@@ -65,7 +65,7 @@ def _layer(shape: shapes.LayerShape) -> nn.Linear:
     return made
 
 
-def collect_case(theirs: type, shape: shapes.LayerShape, dtype: torch.dtype, tokens: int) -> Case:
+def collect_case(theirs: type, shape: shapes.LayerShape, tokens: int, dtype: torch.dtype) -> Case:
     """``add_batch`` of all sequences, one after another, and a look at H."""
     batches = _calibration(shape, dtype, tokens)
     layer = _layer(shape)
@@ -130,22 +130,36 @@ def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any)
     )
 
 
-def sparsegpt_cases(folder: Path, quick: bool) -> Iterator[Case]:
-    """Collecting and pruning, with the class of the clone in ``folder``."""
-    sys.path.insert(0, str(folder))
-    theirs = importlib.import_module("sparsegpt").SparseGPT
+def _of_sparsegpt(folder: Path) -> type:
+    sys.path.insert(0, str(folder / "sparsegpt"))
+    found: type = importlib.import_module("sparsegpt").SparseGPT
+    return found
+
+
+def _sizes(quick: bool) -> tuple[shapes.LayerShape, int]:
     shape = shapes.LAYERS["opt-1.3b.attention"]
-    tokens = TOKENS
-    if quick:
-        shape, tokens = shape.small(), TOKENS // 16
+    return (shape.small(), TOKENS // 16) if quick else (shape, TOKENS)
+
+
+def collect_cases(folder: Path, quick: bool) -> Iterator[Case]:
+    """``add_batch`` in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield collect_case(theirs, shape, dtype, tokens)
+        yield collect_case(_of_sparsegpt(folder), *_sizes(quick), dtype)
+
+
+def prune_cases(folder: Path, quick: bool) -> Iterator[Case]:
+    """``fasterprune`` at half, and 2:4."""
+    theirs = _of_sparsegpt(folder)
+    shape, tokens = _sizes(quick)
     gpt = SparseGPT(_layer(shape))
     for x in _calibration(shape, torch.float32, tokens):
         gpt.add_batch(x)
     H = gpt.peek()
     yield prune_case(theirs, shape, H, sparsity=0.5)
     yield prune_case(theirs, shape, H, sparsity=0.0, prunen=2, prunem=4)
+
+
+GROUPS = {"sparsegpt collect": collect_cases, "sparsegpt prune": prune_cases}
 
 
 def main() -> None:
@@ -156,6 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
     parser.add_argument("--threads", type=int, help="for both sides; default torch's")
+    parser.add_argument("--only", choices=GROUPS, help="one group")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -166,10 +181,11 @@ def main() -> None:
     print("| " + " | ".join(HEADINGS) + " |")
     print("|" + " --- |" * len(HEADINGS))
     rows = []
-    for case in sparsegpt_cases(arguments.folder / "sparsegpt", arguments.quick):
-        for row in run_case(case, pairs):
-            print(table_row(row), flush=True)
-            rows.append(asdict(row))
+    for name in [arguments.only] if arguments.only else GROUPS:
+        for case in GROUPS[name](arguments.folder, arguments.quick):
+            for row in run_case(case, pairs):
+                print(table_row(row), flush=True)
+                rows.append(asdict(row))
     if arguments.json:
         about["load_at_end"] = os.getloadavg()
         result = {"machine": about, "quick": arguments.quick, "rows": rows}

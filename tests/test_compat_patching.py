@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -185,6 +186,23 @@ def test_every_nth_call_is_verified_with_the_hosts_own_code(toy, capsys):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_objects_that_outlive_the_block_stay_ours_and_leave_the_host_alone(toy):
+    host = importlib.import_module("toyhost")
+    own = host.Pruner
+    with lobs.compat.patch(TOY, verify=1) as record:
+        pruner = host.Pruner(torch.ones(2, 2))
+    pruner.prune(0.5)
+    assert torch.equal(pruner.layer, torch.full((2, 2), 0.5))
+    assert host.Pruner is own
+    assert record.lines[0].verified == 0
+
+
+def test_a_module_that_is_only_looked_for_can_be_read(toy):
+    with lobs.compat.patch(TOY):
+        spec = importlib.util.find_spec("toyhost")
+        assert "class Pruner" in spec.loader.get_source("toyhost")
+
+
 def test_a_difference_beyond_the_tolerance_warns(toy, monkeypatch):
     host = importlib.import_module("toyhost")
     monkeypatch.setattr(OurPruner, "off", 0.1)
@@ -214,6 +232,7 @@ def test_a_host_that_fails_where_ours_does_not_is_a_note(toy):
     [
         ("block=4", "block=8", r"prune takes \(self, share, block=8\).*leave this host out"),
         ("def prune", "def shrink", "toyhost.Pruner.prune: not there"),
+        ("by=2", "by=3", r"scale takes \(weight, by=3\)"),
         ("def scale", "def multiply", "has no scale"),
     ],
 )

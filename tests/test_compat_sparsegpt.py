@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lobs_native as lobs
+from lobs_native.compat import host_sweep
 from lobs_native.compat.ablate import AblateGPT
 from lobs_native.compat.sparsegpt import SparseGPT, SparseGPTOfWanda
 
@@ -160,6 +161,20 @@ def test_ties_of_the_threshold_all_go():
     assert not layer.weight.any()
 
 
+@pytest.mark.parametrize("kind", ["spread", "few values", "sorted", "sorted down", "constant"])
+@pytest.mark.parametrize("sparsity", [0.0, 1e-4, 0.5, 0.97, 0.99999])
+def test_the_threshold_of_a_large_block_is_that_of_a_sort(kind, sparsity):
+    score = torch.rand(300, 128) ** 4
+    if kind == "few values":
+        score = (score * 7).round()
+    elif kind == "constant":
+        score.fill_(0.3)
+    elif kind.startswith("sorted"):
+        score = score.flatten().sort(descending=kind.endswith("down")).values.view(300, 128)
+    cut = score.flatten().sort().values[int(score.numel() * sparsity)]
+    assert torch.equal(host_sweep.by_threshold(score, sparsity), score <= cut)
+
+
 class Quantizer:
     """The interface of the published one, four bits, one scale per row."""
 
@@ -265,6 +280,20 @@ def test_a_changed_nsamples_weighs_what_has_been_collected():
     torch.testing.assert_close(gpt.H, before * 6 / 8)
 
 
+def test_torch_s_default_dtype_does_not_matter():
+    layer = nn.Linear(24, 4)
+    other = nn.Linear(24, 4)
+    other.load_state_dict(layer.state_dict())
+    batches = inputs_of(layer)
+    collected(layer, batches).fasterprune(0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        collected(other, batches).fasterprune(0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(layer.weight, other.weight)
+
+
 def test_peeking_changes_nothing():
     layer = nn.Linear(24, 4)
     batches = [torch.randn(3, 5, 24), torch.randn(4, 5, 24)]
@@ -292,7 +321,7 @@ def test_h_is_used_up():
 # ---- what is different on purpose ----------------------------------------------------------------
 
 
-def test_the_old_weight_tensor_is_left_and_the_new_one_can_be_saved():
+def test_the_old_weight_tensor_is_left_as_it_is():
     layer = KINDS["Conv1D"]()
     held, before = layer.weight.data, layer.weight.data.clone()
     collected(layer, inputs_of(layer)).fasterprune(0.5)
@@ -371,6 +400,28 @@ def test_layers_that_the_host_gets_wrong_are_refused(layer, message):
 def test_inputs_of_another_width_are_refused():
     with pytest.raises(lobs.ShapeError, match="24 inputs"):
         SparseGPT(nn.Linear(24, 4)).add_batch(torch.zeros(2, 3, 12), None)
+
+
+@pytest.mark.parametrize(
+    ("H", "error", "message"),
+    [
+        (torch.eye(12), lobs.ShapeError, r"H: \(12, 12\)"),
+        (torch.eye(24).double(), lobs.DtypeError, "H: dtype"),
+    ],
+)
+def test_an_h_that_does_not_fit_is_refused(H, error, message):
+    gpt = SparseGPT(nn.Linear(24, 4))
+    with pytest.raises(error, match=message):
+        gpt.H = H
+
+
+def test_a_layer_without_inputs_is_not_emptied():
+    """The published rule for dead inputs would set all its weights to zero."""
+    layer = nn.Linear(24, 4)
+    before = layer.weight.data.clone()
+    with pytest.raises(lobs.ArgumentError, match="no inputs"):
+        collected(layer, [torch.zeros(1, 5, 24)]).fasterprune(0.5)
+    assert torch.equal(layer.weight, before)
 
 
 def test_both_spellings_of_groups():
@@ -607,9 +658,56 @@ def test_wandas_ablation_gives_the_same(original, method, pattern):
     assert distance(layer.weight.detach(), other.weight.detach()) < 1e-4
 
 
+# What the host's own class does where ours is different on purpose; a change there shows here.
+
+
 @needs_hosts
 def test_the_host_fails_on_images(original):
-    """Why ours is not compared there."""
     layer = KINDS["Conv2d"]()
     with pytest.raises(RuntimeError):
         original.SparseGPT(layer).add_batch(inputs_of(layer)[0], None)
+
+
+@needs_hosts
+def test_the_host_loses_h_when_it_fails(original):
+    theirs = collected(nn.Linear(24, 4), [torch.randn(1, 3, 24)], original.SparseGPT)
+    with pytest.raises(torch.linalg.LinAlgError):
+        theirs.fasterprune(0.5, percdamp=0.0)
+    assert not hasattr(theirs, "H")
+
+
+@needs_hosts
+def test_the_host_empties_a_layer_without_inputs(original):
+    layer = nn.Linear(24, 4)
+    original.SparseGPT(layer).fasterprune(0.5)
+    assert not layer.weight.any()
+
+
+@needs_hosts
+def test_the_host_writes_infinities(original):
+    layer = nn.Linear(2, 1).half()
+    layer.weight.data = torch.tensor([[6e4, 6e4]]).half()
+    theirs = original.SparseGPT(layer)
+    theirs.H = torch.tensor([[1.0, 0.99], [0.99, 1.0]])
+    theirs.fasterprune(0.0, percdamp=0.0)
+    assert bool(torch.isinf(layer.weight).any())
+
+
+@needs_hosts
+def test_the_host_removes_at_sparsity_0_and_fails_at_1(original):
+    layer = nn.Linear(300, 4)
+    collected(layer, inputs_of(layer), original.SparseGPT).fasterprune(0.0)
+    assert int((layer.weight == 0).sum()) == 3  # one per block
+    with pytest.raises(IndexError):
+        collected(layer, inputs_of(layer), original.SparseGPT).fasterprune(1.0)
+
+
+def test_later_batches_count_less_in_the_row_scaler():
+    """The host divides by the samples seen twice: of equal batches, the k-th counts 1 / k."""
+    one, three = torch.ones(1, 5, 8), 3 * torch.ones(1, 5, 8)
+    rising, falling = (
+        collected(nn.Linear(8, 4), batches, AblateGPT).scaler_row
+        for batches in ([one, three], [three, one])
+    )
+    torch.testing.assert_close(rising, torch.full((8,), 27.5))
+    torch.testing.assert_close(falling, torch.full((8,), 47.5))

@@ -25,7 +25,7 @@ class AblateGPT(Collected):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        self.scaler_row = torch.zeros(self.columns, device=self.dev)
+        self.scaler_row = torch.zeros(self.columns, dtype=torch.float32, device=self.dev)
 
     @torch.no_grad()
     def add_batch(self, inp: Tensor, out: Any = None, blocksize: int = 1024) -> None:
@@ -94,7 +94,8 @@ class AblateGPT(Collected):
         if n:
             host_sweep.check_groups(self.columns, blocksize, n, m)
         choose = self._by_order(args, sparsity, n) if mask is None else _given(mask, self)
-        _, _, pruned = self._by_host_rules(choose, (n, m), blocksize, percdamp, m if n else None)
+        step = m if n else None
+        _, _, pruned = self._by_host_rules(choose, (n, m), blocksize, percdamp, step=step)
         self._finish(pruned)
 
     def _by_order(self, args: Any, sparsity: float, n: int) -> host_sweep.Choose:

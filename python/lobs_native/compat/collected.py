@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lobs_native import checks, ops
 from lobs_native.compat import host_sweep
 from lobs_native.compat.layout import Layout
-from lobs_native.errors import ArgumentError, NonFiniteError
+from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
 
 __all__ = ["Collected"]
 
@@ -39,8 +39,6 @@ class Collected:
         The layer, and its device.
     """
 
-    quantizer: Any
-
     def __init__(self, layer: nn.Module) -> None:
         self._layout = Layout(layer)
         self.layer = layer
@@ -49,7 +47,8 @@ class Collected:
         self.nsamples = 0
         # Either what the host calls H, or the lower triangle of sum(x x^T), which takes a chunk
         # without a pass over the whole matrix.
-        self._moment: Tensor | None = torch.zeros(self.columns, self.columns, device=self.dev)
+        C, kind = self.columns, torch.float32
+        self._moment: Tensor | None = torch.zeros(C, C, dtype=kind, device=self.dev)
         self._is_sum = True
         self._summed = 0  # nsamples when the sum was last touched
 
@@ -65,6 +64,13 @@ class Collected:
 
     @H.setter
     def H(self, value: Tensor | None) -> None:
+        if value is not None:
+            value = checks.tensor(value, "H", ndim=2, dtypes=(torch.float32,))
+            if value.shape != (self.columns, self.columns) or value.device != self.dev:
+                raise ShapeError(
+                    f"H: {tuple(value.shape)} on {value.device}, but the layer has {self.columns} "
+                    f"inputs and is on {self.dev}"
+                )
         self._moment = value
         self._is_sum = False
 
@@ -115,7 +121,7 @@ class Collected:
         if self._is_sum and self._summed != self.nsamples:
             self.H  # noqa: B018  (the caller has changed nsamples: H as a mean is what counts)
         if not self._is_sum:
-            held = self._moment = held.to(torch.float32).contiguous()
+            held = self._moment = held.contiguous()
             held.mul_(self.nsamples / 2)
             self._is_sum = True
             self._summed = self.nsamples
@@ -129,13 +135,14 @@ class Collected:
         groups: tuple[int, int],
         blocksize: int,
         percdamp: float,
+        *,
         step: int | None = None,
+        quantizer: Any = None,
     ) -> tuple[float, float, Tensor]:
         """(seconds, the host's error, pruned weights (R, C) float32)."""
         H = self._taken()
         W = self._layout.matrix().to(torch.float32, copy=True).contiguous()
         checks.check_finite(W, "layer.weight")
-        quantizer = getattr(self, "quantizer", None)
         if quantizer is not None and not quantizer.ready():
             quantizer.find_params(W, weight=True)
         begun = time.time()
@@ -152,11 +159,13 @@ class Collected:
         return time.time() - begun, error, W
 
     def _finish(self, pruned: Tensor) -> None:
-        if not bool(torch.isfinite(pruned.to(self._layout.matrix().dtype)).all()):
-            kind = str(self._layout.matrix().dtype).removeprefix("torch.")
+        """Store the new weight (R, C) in the layer's dtype; H is used up."""
+        kind = self._layout.weight.dtype
+        pruned = pruned.to(kind)
+        if not bool(torch.isfinite(pruned).all()):
             raise NonFiniteError(
-                f"layer.weight: a repaired weight outgrew {kind}; convert the layer to a wider "
-                "type, raise percdamp, or remove less"
+                f"layer.weight: a repaired weight outgrew {str(kind).removeprefix('torch.')}; "
+                "convert the layer to a wider type, raise percdamp, or remove less"
             )
         self._layout.store(pruned)
         del self.H

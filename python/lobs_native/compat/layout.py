@@ -49,8 +49,7 @@ class Layout:
     def store(self, W: Tensor) -> None:
         """Give the layer a new weight (R, C), in the dtype and shape of the old one.
 
-        The old tensor is left as it is, as the hosts leave it; the new one is contiguous, so that
-        it can be saved.
+        The old tensor is left as it is, as the hosts leave it.
         """
         weight = self.weight
         stored = W.T if self.transposed else W

@@ -90,6 +90,7 @@ class _Patcher:
         self.options = options
         self.record = Record()
         self.installed: list[_Installed] = []
+        self.active = False
         self.wanted: dict[str, list[tuple[str, Replacement]]] = {}  # by module; with the host
         for host in hosts:
             for replacement in host.replacements:
@@ -117,12 +118,15 @@ class _Patcher:
         for name, module in loaded.items():  # all of them before anything is written
             for _, replacement in self.wanted[name]:
                 _check_signatures(module, replacement)
+        self.active = True
         for name, module in loaded.items():
             self.install(name, module)
         sys.meta_path.insert(0, self.watcher)
 
     def __exit__(self, *exception: object) -> None:
-        sys.meta_path.remove(self.watcher)
+        self.active = False
+        if self.watcher in sys.meta_path:
+            sys.meta_path.remove(self.watcher)
         for done in reversed(self.installed):
             setattr(done.owner, done.name, done.original)
             for _, namespace, name in _holders(done.ours):
@@ -130,11 +134,15 @@ class _Patcher:
 
     def install(self, module_name: str, module: ModuleType) -> None:
         """Replace what ``module`` offers, there and wherever else it is held."""
-        for host, replacement in self.wanted[module_name]:
+        fresh = []
+        for host, replacement in self.wanted[module_name]:  # all of them before anything is written
+            _, _, original = _look_up(module, replacement.attribute)
+            # One module of a host may hold what another defines, which has been replaced by then.
+            if not any(done.ours is original for done in self.installed):
+                _check_signatures(module, replacement)
+                fresh.append((host, replacement))
+        for host, replacement in fresh:
             owner, name, original = _look_up(module, replacement.attribute)
-            if any(done.ours is original for done in self.installed):
-                continue  # one module of the host holds what another defines
-            _check_signatures(module, replacement)
             ours = self._stand_in(host, replacement, original)
             self.installed.append(_Installed(owner, name, original, ours))
             setattr(owner, name, ours)
@@ -188,7 +196,8 @@ class _Patcher:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             number = record.begin(line)
             compare = None
-            if self.verify and replacement.verify is not None and number % self.verify == 0:
+            due = self.active and self.verify and number % self.verify == 0
+            if due and replacement.verify is not None:
                 instance, rest = (args[0], args[1:]) if method else (None, args)
                 compare = replacement.verify(Call(original, instance, method, rest, kwargs))
             started = time.perf_counter()
@@ -329,6 +338,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, after: Callable[[ModuleType], None]) -> None:
         self.loader = loader
         self.after = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -5,9 +5,8 @@ sparsegpt at 147d215; github.com/locuslab/wanda at 8e8fc87, ``lib/sparsegpt.py``
 by our kernels. Also on machines without CUDA, where the host's own class ends in an error.
 
 Different on purpose: convolutions get their patches (the host's ``add_batch`` fails on images);
-inputs that are not finite, weights that outgrow their dtype and second moments that cannot be
-inverted are errors before anything is written; the weight of a transformers Conv1D stays
-contiguous, so that it can be saved.
+inputs that are not finite are refused at once, not as a failed factorisation later; a weight that
+outgrows its dtype is an error, not an infinity; after a failure ``H`` is still there.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ class SparseGPT(Collected):
     numerics = "host"
     method = "exact"
     prints = True  # the host's two lines; wanda's copy prints nothing
+    quantizer: Any
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
@@ -110,7 +110,11 @@ class SparseGPT(Collected):
             if n:
                 host_sweep.check_groups(self.columns, blocksize, n, m)
             seconds, error, pruned = self._by_host_rules(
-                None if n else _by_saliency(sparsity), (n, m), blocksize, percdamp
+                None if n else _by_saliency(sparsity),
+                (n, m),
+                blocksize,
+                percdamp,
+                quantizer=getattr(self, "quantizer", None),
             )
         self._finish(pruned)
         if self.prints:
