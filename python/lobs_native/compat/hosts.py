@@ -19,6 +19,7 @@ HOSTS: dict[str, str] = {
     "fisher": "lobs_native.compat.fisher",
     "obc": "lobs_native.compat.obc",
     "sparsegpt": "lobs_native.compat.sparsegpt",
+    "llmcompressor": "lobs_native.compat.llmcompressor",
 }
 
 
