@@ -34,7 +34,7 @@ LAYERS_OF_PYTHON = [
     {"manifest"},
     {"safefile"},
     {"checks"},
-    {"reference", "_core", "files", "html", "shelf"},
+    {"costs", "reference", "_core", "files", "html", "shelf"},
     {"errors", "fs"},
 ]
 

@@ -33,7 +33,7 @@ from lobs_native.ledger import Ledger, check_resume, fingerprints
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, plain
-from lobs_native.run_plan import Peak, RunPlan, keep_tight, plan_run
+from lobs_native.run_plan import LayerPeak, Peak, RunPlan, keep_tight, plan_run
 from lobs_native.running import Forward, Run, Source, batches_of, measure_change
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
@@ -616,6 +616,7 @@ def _prune_layer(
     plan: Plan, moments: Moments, means: _Means, calibrating: float
 ) -> tuple[LayerReport, PrunedWeight]:
     layer = plan.layer
+    peak = LayerPeak(layer.weight().device)
     notes = [*layer.notes, *moments.notes(layer)]
     drift, mask = moments.drift(layer), None
     if drift is not None and bool((zeros := layer.weight() == 0).any()):
@@ -671,6 +672,15 @@ def _prune_layer(
         seconds_calibrating=calibrating,
         seconds_pruning=out.seconds,
         inherited=None if drift is None else drift.inherited,
+        pattern=plan.pattern.name,
+        dtype=str(out.weight.dtype).removeprefix("torch."),
+        predicted=out.predicted,
+        energy=out.energy,
+        condition=out.condition,
+        curve_sparsity=out.curve_sparsity,
+        curve_error=out.curve_error,
+        peak_memory=peak.bytes(),
+        peak_memory_device=peak.device_bytes(),
     )
     return report, out
 

@@ -47,6 +47,18 @@ class LayerReport:
     seconds_calibrating: float
     seconds_pruning: float
     inherited: float | None = None  # error before correction and pruning, with inputs "corrected"
+    # Below, None is: not known to the method, or the run is older than the field.
+    pattern: str | None = None
+    dtype: str | None = None  # of the weight
+    predicted: float | None = None  # sum of removal costs, with damping: see PrunedWeight
+    energy: float | None = None  # what errors are relative to
+    condition: float | None = None  # of the damped H, estimated from below; of the worst group
+    curve_sparsity: tuple[float, ...] | None = None  # error against sparsity, as predicted, as far
+    curve_error: tuple[float, ...] | None = None  # as the removals were traced
+    # Highest while this layer was pruned (not calibrated), in bytes: of the process, above what it
+    # had when the run began; and of the layer's CUDA device, all that torch had allocated there.
+    peak_memory: int | None = None
+    peak_memory_device: int | None = None
 
 
 @dataclass(frozen=True)
