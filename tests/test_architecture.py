@@ -27,6 +27,8 @@ LAYERS_OF_PYTHON = [
     {"pairs"},
     {"bound", "masks", "running", "selection", "trace"},
     {"layers", "weight", "plan", "report"},
+    {"html"},
+    {"plots", "review", "runtimes"},
     {"greedy", "ranked", "sweep"},
     {"problem"},
     {"hessian", "patterns"},
@@ -34,7 +36,7 @@ LAYERS_OF_PYTHON = [
     {"manifest"},
     {"safefile"},
     {"checks"},
-    {"costs", "reference", "_core", "files", "html", "shelf"},
+    {"costs", "reference", "_core", "files", "page", "shelf"},
     {"errors", "fs"},
 ]
 

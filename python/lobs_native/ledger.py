@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import need_space
 from lobs_native.layers import Layer
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
+from lobs_native.report import ErrorBound, LayerReport, Report, plain
 from lobs_native.rundir import RunDirectory
 from lobs_native.weight import check_choice
 
@@ -283,12 +283,14 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         layers = tuple(_report(record.info) for record in run.records if record.kind == "layer")
     sizes = [math.prod(layer.shape) for layer in layers]
     removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
+    committed = {layer.name for layer in layers}
+    missing = tuple(name for name in names if name not in committed)
     done = f"{len(layers)} of {len(names)} layers"
-    if len(layers) < len(names):
+    if missing:
         done = f"unfinished: {done}"
     return Report(
         layers=layers,
-        skipped=tuple(Skipped(n, "not pruned yet") for n in names[len(layers) :]),
+        skipped=(),
         error_bound=ErrorBound(covered=False, reason=f"read from a run directory: {done}"),
         sparsity=removed / sum(sizes) if sizes else 0.0,
         removed=removed,
@@ -296,6 +298,7 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         seconds=sum(x.seconds_calibrating + x.seconds_pruning for x in layers),
         settings={**config, "run_dir": str(run.path), "done": done},
         versions=versions,
+        missing=missing,
     )
 
 

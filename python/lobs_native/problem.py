@@ -17,9 +17,10 @@ from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 from lobs_native.hessian import Inverse, invert
 
-__all__ = ["PIECE", "Drift", "Problem", "in_errors", "nearest_count"]
+__all__ = ["OPTIMAL", "PIECE", "Drift", "Problem", "in_errors", "nearest_count"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
+OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
 PIECE = 1 << 19  # elements of a float64 temporary
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
 

@@ -24,7 +24,7 @@ from lobs_native.patterns import (
     check_fit,
     pattern_of,
 )
-from lobs_native.problem import Drift, Problem
+from lobs_native.problem import OPTIMAL, Drift, Problem
 from lobs_native.ranked import Ranked
 from lobs_native.sweep import Sweep
 
@@ -33,7 +33,6 @@ __all__ = ["METHODS", "PrunedWeight", "Target", "prune_groups", "prune_weight"]
 METHODS = ("exact", "sweep", "lobs", "magnitude", "wanda")
 SCOPES = ("row", "layer")
 REFINES = ("solve", "exchange")
-_OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
 
 
 @dataclass(frozen=True)
@@ -413,7 +412,7 @@ def finished(
     """
     weight, new_bias = problem.rounded(after)
     error, optimality = problem.measured(weight, new_bias, gone)
-    if optimal and optimality > _OPTIMAL:
+    if optimal and optimality > OPTIMAL:
         problem.said.append(
             f"the kept weights were solved for again in float64: their optimality ratio was "
             f"{optimality:.3g}"
