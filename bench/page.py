@@ -190,7 +190,11 @@ def check_sorting(browser: Browser) -> dict[str, Any]:
                 for kind in ("mousePressed", "mouseReleased"):
                     browser.call(
                         *("Input.dispatchMouseEvent",),
-                        type=kind, x=x, y=y, button="left", clickCount=1,
+                        type=kind,
+                        x=x,
+                        y=y,
+                        button="left",
+                        clickCount=1,
                     )
             else:
                 key = {"key": way, "text": "\r" if way == "Enter" else way}

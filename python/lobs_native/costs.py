@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["POINTS", "Costs", "at_kept_shares", "curve_of"]
+__all__ = ["POINTS", "Costs", "along", "curve_of"]
 
 POINTS = 30  # of a curve
 
@@ -31,12 +31,16 @@ def curve_of(predicted: float, chosen: float, sparsity: Tensor, error: Tensor) -
     return Costs(predicted, tuple(across), tuple(points[x] for x in across))
 
 
-def at_kept_shares(length: int, share: float) -> Tensor:
+def along(length: int, share: float) -> Tensor:
     """(P,) int64, rising from 0 to ``length - 1``: places in a list of removals that begins at
-    nothing and ends at ``share`` of all weights, spaced evenly in the logarithm of what is kept."""
+    nothing and ends at ``share`` of all weights. Half of them are spaced evenly in what is removed,
+    half in the logarithm of what is kept."""
     if length < 2:
         return torch.zeros(1, dtype=torch.int64)
+    half = POINTS // 2
     last = max(1 - share, 1 / length)
-    kept = torch.exp(torch.linspace(0.0, math.log(last), POINTS, dtype=torch.float64))
-    place: Tensor = ((1 - kept) / (1 - last) * (length - 1)).round().long().unique()
+    kept = torch.exp(torch.linspace(0.0, math.log(last), half, dtype=torch.float64))
+    even = torch.linspace(0.0, 1.0, half, dtype=torch.float64)
+    shares = torch.cat([even, (1 - kept) / (1 - last)])
+    place: Tensor = (shares * (length - 1)).round().long().unique()
     return place

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.costs import Costs, at_kept_shares, curve_of
+from lobs_native.costs import Costs, along, curve_of
 from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
 from lobs_native.problem import Problem, in_errors, nearest_count
@@ -176,7 +176,7 @@ class Greedy:
         if self._spent is not None and int(self._gone.sum()) == int(gone.sum()):
             error = start + torch.nn.functional.pad(self._spent.cumsum(0), (1, 0)) * unit
             removed = torch.nn.functional.pad(self._gone.cumsum(0), (1, 0))[:: self.unit]
-            pick = at_kept_shares(len(removed), chosen)
+            pick = along(len(removed), chosen)
             sparsity = removed[pick].to(torch.float64) / problem.total
             return curve_of(float(error[-1]), chosen, sparsity, error[:: self.unit][pick])
         count = gone.sum(2).reshape(-1).cpu()
@@ -185,7 +185,7 @@ class Greedy:
         by_row = scope == "row" or bool(self.group)
         stops = None if by_row else self._stops()
         common = int(self.rows.count.min()) // self.unit
-        steps = at_kept_shares(common + 1, common * self.unit * len(count) / problem.total)
+        steps = along(common + 1, common * self.unit * len(count) / problem.total)
         spent = removed = torch.zeros((), dtype=torch.float64)
         for some in torch.arange(len(count)).split(_TOGETHER):
             units = self._unit_costs(some)
@@ -212,7 +212,7 @@ class Greedy:
         ranked = ceiling[torch.isfinite(ceiling) & (ceiling <= known)].sort().values
         share = len(ranked) * self.unit / (len(some) * self.problem.candidates)
         nothing = torch.tensor([-2.0], dtype=torch.float64)
-        return torch.cat([nothing, ranked])[at_kept_shares(len(ranked) + 1, share)]
+        return torch.cat([nothing, ranked])[along(len(ranked) + 1, share)]
 
     def cheapest(self, units: int) -> Tensor:
         """(units,) float64, ascending: what the cheapest removals of the layer cost, each as its

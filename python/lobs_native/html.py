@@ -135,7 +135,7 @@ def _figures(report: Report) -> str:
     finite = [x for x in layers if math.isfinite(x.relative_error)]
     if finite:
         worst = max(finite, key=lambda x: x.relative_error)
-        label = f'largest relative error of a layer: <span class="name">{text(worst.name)}</span>'
+        label = f"largest relative error of a layer: {page.name(worst.name)}"
         figures.append(page.figure(data(worst.relative_error), label))
     removed = f"of {data(report.weights)} weights removed"
     figures += [
@@ -208,16 +208,16 @@ def _curves(layers: Sequence[LayerReport]) -> str:
 
 _MEANINGS = {
     "Relative error": "the measured error over the output's own mean square; bars compare layers",
-    "Error measured": "tr(dW H dWᵀ) with the layer's own inputs, in float64, from the final weights",
+    "Error measured": "tr(dW H dWᵀ) with the layer's inputs, in float64, from the final weights",
     "inherited": "with corrected inputs, where errors are distances from the original network's "
     "output: what it was before the layer was touched",
-    "Error predicted": "what the costs of the removals add up to; it has the damping in it, so that "
-    "the measured one should not be above it",
+    "Error predicted": "what the costs of the removals add up to, with damping; the measured "
+    "one should not be above it",
     "Part of bound": "what the layer adds to the bound with spectral norms",
-    "Optimality": "how far the kept weights are from the best for their mask, in units of rounding; "
-    "below 30, they are it",
+    "Optimality": "how far the kept weights are from the best for their mask, in units of "
+    "rounding; below 30, they are it",
     "Condition": "of the damped second moments, estimated from below",
-    "Memory": "highest of the process while the layer was pruned, above what it had when the run "
+    "Memory, MB": "highest of the process while the layer was pruned, above what it had when the run "
     "began",
 }
 
@@ -243,7 +243,8 @@ def _layers(report: Report, notes: Sequence[Note]) -> str:
     how = {f"{x.method}, scope {x.scope}, backend {x.backend}" for x in layers}
     same = f"All of them: {how.pop()}. " if len(how) == 1 else ""
     caption = f"Layers, in the order they were pruned in. {same}A heading sorts by its column."
-    legend = page.definitions({name: text(said) for name, said in _MEANINGS.items()})
+    told = {*header, *(["inherited"] if any(x.inherited is not None for x in layers) else [])}
+    legend = page.definitions({k: text(said) for k, said in _MEANINGS.items() if k in told})
     return (
         f"<h2>Layers</h2>{page.table(header, bodies, caption, kind='layers')}"
         f'<details class="legend"><summary>What the columns mean</summary>{legend}</details>\n'
@@ -284,9 +285,7 @@ def _cells(
             f'<span class="ref" title="{text(told)}">note {", ".join(map(str, marks))}</span>'
         )
     return {
-        "Layer": (
-            f'<span class="name">{text(layer.name)}</span>' + _small(f"{layer.kind} {shape}"),
-        ),
+        "Layer": (page.name(layer.name) + _small(f"{layer.kind} {shape}"),),
         "Sparsity": (layer.sparsity, percent(layer.sparsity) + _small(_asked(layer))),
         "Relative error": (
             layer.relative_error,

@@ -20,6 +20,7 @@ __all__ = [
     "data",
     "definitions",
     "figure",
+    "name",
     "named",
     "number",
     "page",
@@ -45,6 +46,11 @@ def visible(value: object) -> str:
 def text(value: object) -> str:
     """``value`` as the text of a page, or of an attribute in double quotes."""
     return html.escape(visible(value), quote=True)
+
+
+def name(value: object) -> str:
+    """A layer's name, as markup; a line may end after its dots."""
+    return f'<span class="name">{text(value).replace(".", ".<wbr>")}</span>'
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -88,15 +94,15 @@ def figure(value: str, label: str) -> str:
 
 def definitions(pairs: Mapping[str, str]) -> str:
     """Names, and markup of what they stand for."""
-    items = (f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in pairs.items())
+    items = (f"<dt>{text(term)}</dt><dd>{value}</dd>" for term, value in pairs.items())
     return f"<dl>{''.join(items)}</dl>"
 
 
 def named(names: Sequence[str], shown: int = 4) -> str:
     """Names of layers; behind a mark that opens where they are many."""
+    listed = ", ".join(map(name, names))
     if len(names) <= shown:
-        return ", ".join(f'<span class="name">{text(name)}</span>' for name in names)
-    listed = ", ".join(f'<span class="name">{text(name)}</span>' for name in names)
+        return listed
     return f"<details><summary>{count(len(names), 'layer')}</summary>{listed}</details>"
 
 
@@ -119,10 +125,10 @@ def table(header: Sequence[str], bodies: str, caption: str = "", kind: str = "nu
     """A table in its box; ``bodies`` is markup. Of the kind "layers" it can be sorted."""
     sortable = kind == "layers"
     heads = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{text(name)}</button></th>'
+        f'<th scope="col" aria-sort="none"><button type="button">{text(term)}</button></th>'
         if sortable
-        else f'<th scope="col">{text(name)}</th>'
-        for name in header
+        else f'<th scope="col">{text(term)}</th>'
+        for term in header
     )
     said = f'<p class="caption">{text(caption)}</p>' if caption else ""
     inside = f'<table class="{kind}"><thead><tr>{heads}</tr></thead>\n{bodies}</table>'
@@ -154,7 +160,7 @@ p { max-width: 50rem; margin: .4rem 0; }
 .alert { max-width: none; background: var(--warn-band); color: var(--warn); padding: .7rem 1rem;
   border-left: 3px solid var(--warn); margin: 0 0 1.4rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.8rem; margin: 0 0 1.4rem; }
-.figures div { min-width: 6rem; max-width: 15rem; color: var(--soft); font-size: .87rem;
+.figures div { min-width: 6rem; max-width: 17rem; color: var(--soft); font-size: .87rem;
   line-height: 1.35; }
 .figures b { display: block; color: var(--ink); font-size: 1.55rem; font-weight: 600;
   line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -196,8 +202,8 @@ td small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.
 .of-layers { max-height: 88vh; border-bottom: 1px solid var(--line); }
 .layers th { position: sticky; top: 0; z-index: 1; padding: 0; white-space: normal;
   line-height: 1.2; box-shadow: 0 1px var(--line); }
-.layers th button { all: unset; display: block; width: 100%; box-sizing: border-box; cursor: pointer;
-  padding: .34rem .4rem; }
+.layers th button { all: unset; display: block; width: 100%; box-sizing: border-box;
+  cursor: pointer; padding: .34rem .4rem; }
 .layers th button:hover { color: var(--ink); }
 .layers th[aria-sort=ascending] button::after { content: " ↑"; color: var(--bar); }
 .layers th[aria-sort=descending] button::after { content: " ↓"; color: var(--bar); }
@@ -233,7 +239,9 @@ svg text { fill: var(--soft); font-size: 9px; }
 .series { stroke: var(--series); }
 .mark { fill: var(--series); }
 @media (max-width: 40rem) { main { padding: 1.4rem 1rem 3rem; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
+  dl { gap: .2rem 1rem; grid-template-columns: minmax(6rem, max-content) 1fr; }
+  dt { max-width: 9rem; overflow-wrap: anywhere; } .checks { grid-template-columns: 1fr; gap: 0; }
+  .checks dd { margin-bottom: .5rem; }
   .figures { gap: .9rem 1.6rem; } .figures div { min-width: 40%; max-width: 46%; }
   .layers :is(th, td):first-child { min-width: 7.5rem; max-width: 8.5rem; }
   .three, .three :is(tbody, tr, td) { display: block; } .three thead { display: none; }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lobs_native.page import number, percent, scroll, text
+from lobs_native.page import name, number, percent, scroll, text
 
 if TYPE_CHECKING:  # report imports html, which imports this module
     from lobs_native.report import LayerReport
@@ -75,7 +75,7 @@ def _panel(layer: LayerReport, lowest: int) -> str:
     error, share = number(layer.relative_error), percent(layer.sparsity)
     said = f"Relative error {error} at sparsity {share}" + ("" if line else "; no curve")
     return (
-        f'<figure><figcaption><span class="name">{text(layer.name)}</span>'
+        f"<figure><figcaption>{name(layer.name)}"
         f"<span>{error} at {share}{'' if line else ', no curve'}</span></figcaption>"
         f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{text(said)}">'
         f"{_axes(lowest)}{line}{at}</svg></figure>\n"
