@@ -31,8 +31,10 @@ def layer(name="fc1", **changes):
 
 
 OLD = dict.fromkeys(
-    ("pattern", "dtype", "predicted", "energy", "condition", "peak_memory")
-    + ("curve_sparsity", "curve_error")
+    (
+        *("pattern", "dtype", "predicted", "energy", "condition", "peak_memory"),
+        *("curve_sparsity", "curve_error"),
+    )
 )  # of a layer of a run that is older than these
 
 

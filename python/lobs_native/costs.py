@@ -3,7 +3,6 @@ measured."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +37,9 @@ def along(length: int, share: float) -> Tensor:
     if length < 2:
         return torch.zeros(1, dtype=torch.int64)
     half = POINTS // 2
-    last = max(1 - share, 1 / length)
-    kept = torch.exp(torch.linspace(0.0, math.log(last), half, dtype=torch.float64))
     even = torch.linspace(0.0, 1.0, half, dtype=torch.float64)
-    shares = torch.cat([even, (1 - kept) / (1 - last)])
+    last = max(1 - share, 1 / length)
+    kept = last**even
+    shares = torch.cat([even, (1 - kept) / (1 - last)]) if last < 1 else even
     place: Tensor = (shares * (length - 1)).round().long().unique()
     return place

@@ -211,14 +211,14 @@ _MEANINGS = {
     "Error measured": "tr(dW H dWᵀ) with the layer's inputs, in float64, from the final weights",
     "inherited": "with corrected inputs, where errors are distances from the original network's "
     "output: what it was before the layer was touched",
-    "Error predicted": "what the costs of the removals add up to, with damping; the measured "
-    "one should not be above it",
+    "Error predicted": "what the costs of the removals add up to, with damping; the measured one "
+    "should not be above it",
     "Part of bound": "what the layer adds to the bound with spectral norms",
     "Optimality": "how far the kept weights are from the best for their mask, in units of "
     "rounding; below 30, they are it",
     "Condition": "of the damped second moments, estimated from below",
-    "Memory, MB": "highest of the process while the layer was pruned, above what it had when the run "
-    "began",
+    "Memory, MB": "highest of the process while the layer was pruned, above what it had when the "
+    "run began",
 }
 
 

@@ -106,7 +106,7 @@ class Sweep:
                 part, u, code, E, group=group, per_group=per_group, backend=problem.backend
             )
             gone[:, block] = code == 1
-            spent += E.to(torch.float64).square_().sum()
+            spent += E.to(torch.float64).square().sum()
             if end < D:
                 W[:, end:].addmm_(E, U[block, end:], alpha=-1)
         return gone, float(spent)
