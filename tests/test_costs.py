@@ -141,13 +141,13 @@ def test_groups_and_a_drift_add_up_too(method, scope):
 @pytest.mark.parametrize("condition", [3.0, 1e3, 1e6])
 @pytest.mark.parametrize("columns", [5, 60])
 @pytest.mark.parametrize("method", ["exact", "sweep"])
-def test_the_condition_is_estimated_from_below_within_a_factor_of_three(condition, columns, method):
+def test_the_condition_is_estimated_from_below_within_a_factor_of_two(condition, columns, method):
     H = conditioned(columns, condition) * 1e-5
     W = layer(9, columns)[0]
     out = lobs.prune_weight(W, H, sparsity=0.5, method=method, damping=1e-8)
     damped = H + 1e-8 * H.diagonal().mean() * torch.eye(columns, dtype=F64)
     true = float(torch.linalg.cond(damped))
-    assert true / 3 < out.condition <= true * (1 + 1e-9)
+    assert true / 2 < out.condition <= true * (1 + 1e-9)
 
 
 def test_what_is_not_inverted_has_no_condition_and_nothing_has_the_best():

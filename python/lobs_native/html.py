@@ -150,7 +150,7 @@ def _change_label(bound: ErrorBound) -> str:
     said = "change of the network's output, relative to it"
     if bound.spectral is None or not bound.output_norm:
         return f"{said}; no bound"
-    return f"{said}; at most {number(bound.spectral / bound.output_norm)} by the bound"
+    return f"{said}; at most {data(bound.share(bound.spectral))} by the bound"
 
 
 def _checks(checks: Sequence[Check]) -> str:
@@ -194,7 +194,7 @@ def _curves(layers: Sequence[LayerReport]) -> str:
     said = (
         "Relative error of each layer's output against its sparsity, the same axes everywhere. "
         "Line: what the removals cost along the way, damping included, as far as they were "
-        "traced. Disc: where the layer was cut, as measured."
+        "traced. Disc: where the layer was cut, as measured without damping."
     )
     if not all(layer.curve_sparsity for layer in layers):
         said += (

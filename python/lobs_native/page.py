@@ -140,11 +140,13 @@ def table(header: Sequence[str], bodies: str, caption: str = "", kind: str = "nu
 _STYLE = """
 :root { --paper: #fff; --ink: #1c2228; --soft: #5a6570; --line: #dde2e6; --band: #f4f6f8;
   --bar: #2f6f9f; --warn: #8a4b00; --warn-band: #fdf3e3; --good: #23693f;
-  --series-0: #8c5a00; --series-1: #5b6670; --series-2: #1f5fae; --series-3: #7b3f98; }
+  --series-0: #8c5a00; --series-1: #5b6670; --series-2: #1f5fae; --series-3: #7b3f98;
+  --series-4: #1c2228; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e4e8eb; --soft: #9ba6af;
   --line: #333b42; --band: #1d2328; --bar: #6fb1e0; --warn: #f0b765; --warn-band: #30261a;
   --good: #7fc79a;
-  --series-0: #e0a84a; --series-1: #a9b4bd; --series-2: #74b3f2; --series-3: #c692e0; } }
+  --series-0: #e0a84a; --series-1: #a9b4bd; --series-2: #74b3f2; --series-3: #c692e0;
+  --series-4: #e4e8eb; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -236,6 +238,7 @@ svg text { fill: var(--soft); font-size: 9px; }
 .plot .series { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .s0 { --series: var(--series-0); } .s1 { --series: var(--series-1); }
 .s2 { --series: var(--series-2); } .s3 { --series: var(--series-3); }
+.s4 { --series: var(--series-4); }
 .series { stroke: var(--series); }
 .mark { fill: var(--series); }
 @media (max-width: 40rem) { main { padding: 1.4rem 1rem 3rem; }

@@ -101,7 +101,13 @@ def _axes(lowest: int) -> str:
 # ---- test error against sparsity -----------------------------------------------------------------
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 700.0, 16.0, 330.0  # the axes, in units of the drawing
-_DASHES = ("7 4", "2 3", "none", "10 3 2 3")  # with the marks, tells lines apart without colour
+_DASHES = (
+    "7 4",
+    "2 3",
+    "none",
+    "10 3 2 3",
+    "none",
+)  # with the marks, tells lines apart without colour
 
 
 def plot(curves: Sequence[Curve], before: float) -> str:
@@ -139,10 +145,11 @@ def plot(curves: Sequence[Curve], before: float) -> str:
     )
     names = ", ".join(curve.name for curve in curves)
     said = text(f"Test error against sparsity for {names}")
-    return (
+    drawn = (
         f'<svg class="plot" viewBox="0 0 720 380" role="img" aria-label="{said}">'
-        f"{''.join(parts)}</svg>\n"
+        f"{''.join(parts)}</svg>"
     )
+    return scroll(drawn, "Test error against sparsity")
 
 
 def _step(largest: float) -> float:
@@ -162,7 +169,7 @@ def _series(k: int, name: str, place: Sequence[tuple[float, float]]) -> str:
     key = f"M{_LEFT + 14} {legend:.1f}h34"
     marks = [*place, (_LEFT + 31, legend)]
     return (
-        f'<g class="s{k % 4}">'
+        f'<g class="s{k % 5}">'
         f'<path class="series" stroke-dasharray="{dash}" d="{line}{key}"></path>'
         + "".join(_mark(k, x, y) for x, y in marks)
         + "</g>"

@@ -305,7 +305,7 @@ class Problem:
     def condition(self) -> float | None:
         """An estimate of the largest 2-norm condition number of the damped second moments: the
         product of the norms of H and of its inverse, each by a few steps of the power method, so
-        from below. None where nothing was inverted.
+        from below, by less than a factor of two in tests. None where nothing was inverted.
 
         It takes a few products of a matrix and a vector: nothing beside the factorisation.
         """
