@@ -539,7 +539,14 @@ def test_a_layer_is_read_as_it_was_written_and_without_what_is_newer(tmp_path):
         info = json.loads(json.dumps(dataclasses.asdict(layer)))
         old = ledger._report({k: v for k, v in info.items() if k not in NEWER})
         assert old == dataclasses.replace(layer, **dict.fromkeys(NEWER))
-        for name, wrong in (("curve_error", [0.0, "x"]), ("curve_sparsity", 0.5), ("pattern", 3)):
+        for name, wrong in (
+            ("curve_error", [0.0, "x"]),
+            ("curve_error", [0.0]),
+            ("curve_error", None),
+            ("curve_sparsity", 0.5),
+            ("pattern", 3),
+            ("peak_memory", 1 << 63),
+        ):
             with pytest.raises(CheckpointError, match=name):
                 ledger._report({**info, name: wrong})
 

@@ -43,6 +43,7 @@ __all__ = [
     "stop",
 ]
 
+_LARGEST = (1 << 63) - 1  # of counts and sizes in a report
 RESUMES = ("auto", "never", "anyway")
 stop = threading.Event()  # set it, and pruning with a run directory ends after the present layer
 
@@ -181,7 +182,10 @@ def _report(info: Mapping[str, Any]) -> LayerReport:
     try:
         kinds = {field.name: field.type for field in dataclasses.fields(LayerReport)}
         values = {name: _value(str(kinds[name]), name, value) for name, value in info.items()}
-        return LayerReport(**values)
+        report = LayerReport(**values)
+        if len(report.curve_sparsity or ()) != len(report.curve_error or ()):
+            raise TypeError("curve_error and curve_sparsity are not of one length")
+        return report
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
 
@@ -196,6 +200,8 @@ def _value(kind: str, name: str, value: Any) -> Any:
         return tuple(_value(inner, name, part) for part in value)
     if kind == "float" and value in ("inf", "-inf", "nan"):
         return float(value)
+    if type(value) is int and abs(value) > _LARGEST:
+        raise TypeError(f"{name} is beyond 64 bits")
     if type(value).__name__ == kind or (kind == "float" and type(value) is int):
         return value
     raise TypeError(f"{name} is no {kind}")

@@ -49,7 +49,7 @@ def _power(decade: int) -> str:
 
 
 def _across(sparsity: float) -> float:
-    return _X0 + (_X1 - _X0) * sparsity
+    return _X0 + (_X1 - _X0) * min(1.0, max(0.0, sparsity))
 
 
 def _down(error: float, lowest: int) -> float:
