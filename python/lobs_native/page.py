@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "DASH",
+    "MANY",
     "count",
     "data",
     "definitions",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 DASH = "–"  # for what is not known
+MANY = 60  # layers that fill the page; more scroll in a box
 
 
 def visible(value: object) -> str:
@@ -132,7 +134,8 @@ def table(header: Sequence[str], bodies: str, caption: str = "", kind: str = "nu
     )
     said = f'<p class="caption">{text(caption)}</p>' if caption else ""
     inside = f'<table class="{kind}"><thead><tr>{heads}</tr></thead>\n{bodies}</table>'
-    return said + scroll(inside, caption.partition(".")[0] or header[0], f"of-{kind}")
+    box = f"of-{kind}" + (" many" if sortable and bodies.count("<tbody>") > MANY else "")
+    return said + scroll(inside, caption.partition(".")[0] or header[0], box)
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -161,8 +164,8 @@ p { max-width: 50rem; margin: .4rem 0; }
 .lead { margin: 0 0 1.4rem; overflow-wrap: anywhere; }
 .alert { max-width: none; background: var(--warn-band); color: var(--warn); padding: .7rem 1rem;
   border-left: 3px solid var(--warn); margin: 0 0 1.4rem; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.8rem; margin: 0 0 1.4rem; }
-.figures div { min-width: 6rem; max-width: 17rem; color: var(--soft); font-size: .87rem;
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 0 0 1.4rem; }
+.figures div { min-width: 5rem; max-width: 15rem; color: var(--soft); font-size: .87rem;
   line-height: 1.35; }
 .figures b { display: block; color: var(--ink); font-size: 1.55rem; font-weight: 600;
   line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -201,7 +204,7 @@ th:first-child, td:first-child, .words :is(th, td) { text-align: left; }
 .three td:nth-child(2) { width: 9rem; color: var(--ink); white-space: nowrap; }
 tbody tr:hover > * { background: var(--band); }
 td small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.3; }
-.of-layers { max-height: 88vh; border-bottom: 1px solid var(--line); }
+.of-layers.many { max-height: 88vh; border-bottom: 1px solid var(--line); }
 .layers th { position: sticky; top: 0; z-index: 1; padding: 0; white-space: normal;
   line-height: 1.2; box-shadow: 0 1px var(--line); }
 .layers th button { all: unset; display: block; width: 100%; box-sizing: border-box;
@@ -245,6 +248,7 @@ svg text { fill: var(--soft); font-size: 9px; }
   dl { gap: .2rem 1rem; grid-template-columns: minmax(6rem, max-content) 1fr; }
   dt { max-width: 9rem; overflow-wrap: anywhere; } .checks { grid-template-columns: 1fr; gap: 0; }
   .checks dd { margin-bottom: .5rem; }
+  .plot { min-width: 0; } .plot text { font-size: 19px; }
   .figures { gap: .9rem 1.6rem; } .figures div { min-width: 40%; max-width: 46%; }
   .layers :is(th, td):first-child { min-width: 7.5rem; max-width: 8.5rem; }
   .three, .three :is(tbody, tr, td) { display: block; } .three thead { display: none; }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lobs_native.page import name, number, percent, scroll, text
+from lobs_native.page import MANY, name, number, percent, scroll, text
 
 if TYPE_CHECKING:  # report imports html, which imports this module
     from lobs_native.report import LayerReport
@@ -27,7 +27,6 @@ class Curve:
 
 _WIDE, _HIGH = 170, 104  # of a panel, in units of the drawing, near pixels
 _X0, _X1, _Y0, _Y1 = 32.0, 164.0, 6.0, 88.0  # its axes
-_MANY = 60  # panels that fill the page; more scroll in a box
 
 
 def panels(layers: Sequence[LayerReport]) -> str:
@@ -38,7 +37,7 @@ def panels(layers: Sequence[LayerReport]) -> str:
     lowest = max(-9, min(-2, lowest))
     drawn = "".join(_panel(layer, lowest) for layer in layers)
     grid = f'<div class="panels">{drawn}</div>\n'
-    return grid if len(layers) <= _MANY else scroll(grid, "Error against sparsity", "of-panels")
+    return grid if len(layers) <= MANY else scroll(grid, "Error against sparsity", "of-panels")
 
 
 def _power(decade: int) -> str:
@@ -100,7 +99,7 @@ def _axes(lowest: int) -> str:
 
 # ---- test error against sparsity -----------------------------------------------------------------
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 700.0, 16.0, 330.0  # the axes, in units of the drawing
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 700.0, 16.0, 330.0  # the axes, in units of the drawing
 _DASHES = (
     "7 4",
     "2 3",
@@ -134,8 +133,8 @@ def plot(curves: Sequence[Curve], before: float) -> str:
     ]
     parts.append(_label((_LEFT + _RIGHT) / 2, _BOTTOM + 42, "sparsity of every layer (%)"))
     middle = (_TOP + _BOTTOM) / 2
-    turned = f' transform="rotate(-90 16 {middle})"'
-    parts.append(_label(16, middle, "test error (%)", extra=turned))
+    turned = f' transform="rotate(-90 12 {middle})"'
+    parts.append(_label(12, middle, "test error (%)", extra=turned))
     parts.append(f'<path class="before" d="M{_LEFT} {down(before):.1f}H{_RIGHT}"></path>')
     for k, curve in enumerate(curves):
         place = [(across(x), down(y)) for x, y in curve.points]
