@@ -19,7 +19,6 @@ LAYERS_OF_PYTHON = [
     {"cli", "run"},
     {"demo", "doctor", "job"},
     {"hf"},
-    {"compat"},
     {"__init__"},
     {"compat"},
     {"pruner"},
@@ -30,6 +29,8 @@ LAYERS_OF_PYTHON = [
     {"partial"},
     {"bound", "masks", "running", "selection", "trace"},
     {"layers", "weight", "plan", "report"},
+    {"html"},
+    {"plots", "review", "runtimes"},
     {"greedy", "ranked", "sweep"},
     {"problem"},
     {"hessian", "library", "patterns", "underway"},
@@ -41,7 +42,7 @@ LAYERS_OF_PYTHON = [
     {"manifest"},
     {"safefile"},
     {"checks"},
-    {"reference", "_core", "files", "html", "shelf"},
+    {"costs", "reference", "_core", "files", "page", "shelf"},
     {"errors", "fs"},
 ]
 

@@ -25,7 +25,7 @@ from test_blocks import made
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native import cli, fs, pruner
+from lobs_native import cli, fs, ledger, pruner
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.ledger import Ledger
 from lobs_native.rundir import RunDirectory
@@ -748,3 +748,44 @@ def test_another_way_to_run_the_model_is_another_run(tmp_path):
     lobs.prune(chain(), rows(), forward=plainly, **options)
     with pytest.raises(CheckpointError, match=r"forward: .*plainly.* in the run, .*doubled.* now"):
         lobs.prune(chain(), rows(), forward=doubled, **options)
+
+
+NEWER = (
+    *("pattern", "dtype", "predicted", "energy", "condition", "curve_sparsity", "curve_error"),
+    *("peak_memory", "peak_memory_device"),
+)  # fields of a layer that runs from before them have not
+
+
+def test_a_layer_is_read_as_it_was_written_and_without_what_is_newer(tmp_path):
+    made = lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    assert ledger.report_of(tmp_path / "run").layers == made.layers
+    assert made.layers[0].curve_error
+    for layer in made.layers:
+        info = json.loads(json.dumps(dataclasses.asdict(layer)))
+        old = ledger._report({k: v for k, v in info.items() if k not in NEWER})
+        assert old == dataclasses.replace(layer, **dict.fromkeys(NEWER))
+        for name, wrong in (
+            ("curve_error", [0.0, "x"]),
+            ("curve_error", [0.0]),
+            ("curve_error", None),
+            ("curve_sparsity", 0.5),
+            ("pattern", 3),
+            ("peak_memory", 1 << 63),
+        ):
+            with pytest.raises(CheckpointError, match=name):
+                ledger._report({**info, name: wrong})
+
+
+def test_a_report_of_a_run_names_the_layers_that_are_missing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        after(patched, 2)
+        with pytest.raises(EndError):
+            lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    report = ledger.report_of(tmp_path / "run")
+    assert report.missing == ("4",)
+    assert report.to_dict()["missing"] == ["4"]
+    assert report.to_dict()["checks"][0] == {
+        "name": "Layers", "good": False, "said": "unfinished: 2 of 3 are done", "layers": [],
+    }  # fmt: skip
+    lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
+    assert ledger.report_of(tmp_path / "run").missing == ()

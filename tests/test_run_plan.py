@@ -15,6 +15,7 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from lobs_native.run_plan import LayerPeak, Peak
 
 # Six layers whose second moments take 6 * 1153**2 * 8 = 64 MB together.
 CHILD = """
@@ -139,3 +140,29 @@ def test_the_plan_is_for_people_too():
         r"0 MB on disk; about \d+ s",
         text,
     )
+
+
+def test_the_peak_of_a_layer_is_its_own_and_the_run_s_is_the_highest():
+    size = 64 << 20
+    with Peak().measuring() as whole:
+        if whole.bytes() is None:
+            pytest.skip("this system has no /proc/self/clear_refs that can be written")
+        large = LayerPeak(torch.device("cpu"))
+        bytearray(size)[:] = bytes(1) * size
+        assert large.bytes() >= size
+        small = LayerPeak(torch.device("cpu"))
+        assert small.bytes() < size
+        assert small.device_bytes() is None
+        assert whole.bytes() >= size
+        whole.reset()
+        assert whole.before_reset >= size
+        assert whole.bytes() < size
+    assert LayerPeak(torch.device("cpu")).bytes() is None  # of no run
+
+
+def test_every_layer_of_a_report_has_its_peak():
+    report = lobs.prune(network(), data(), sparsity=0.5, progress=False)
+    whole = report.settings["peak memory"]
+    for layer in report.layers:
+        assert layer.peak_memory_device is None
+        assert whole is None or 0 <= layer.peak_memory <= whole

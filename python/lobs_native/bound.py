@@ -137,7 +137,18 @@ def theorem_bound(
     errors: Mapping[str, tuple[float, float]],
     output_rows: float,
 ) -> tuple[float, float]:
-    """(Frobenius, spectral) bound on the output's change.
+    """(Frobenius, spectral) bound on the output's change: the sums of :func:`theorem_parts`."""
+    parts = theorem_parts(chain, weight, errors, output_rows).values()
+    return sum(frobenius for frobenius, _ in parts), sum(spectral for _, spectral in parts)
+
+
+def theorem_parts(
+    chain: Sequence[str],
+    weight: Callable[[str], Tensor],
+    errors: Mapping[str, tuple[float, float]],
+    output_rows: float,
+) -> dict[str, tuple[float, float]]:
+    """name -> what each pruned layer adds to the (Frobenius, spectral) bound.
 
     chain : the layers' names, first to last.
     weight : name -> (R, C) of a layer: the pruned ones if layers were pruned on dense inputs, the
@@ -146,18 +157,17 @@ def theorem_bound(
     output_rows : rows of the network's output; a layer may see more of them where a flatten follows
     it.
     """
-    frobenius = spectral = 0.0
+    parts = {}
     later_frobenius = later_spectral = 1.0
     for name in reversed(chain):
         if name in errors:
             error, count = errors[name]
             step = math.sqrt(error * count / output_rows)
-            frobenius += later_frobenius * step
-            spectral += later_spectral * step
+            parts[name] = later_frobenius * step, later_spectral * step
         w = weight(name).detach().to(torch.float64)
         later_frobenius *= float(torch.linalg.matrix_norm(w))
         later_spectral *= float(torch.linalg.matrix_norm(w, ord=2))
-    return frobenius, spectral
+    return parts
 
 
 def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
+from lobs_native.costs import Costs, along, curve_of
 from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.patterns import Blocks, GroupsOf, Pattern
-from lobs_native.problem import Problem, nearest_count
+from lobs_native.problem import Problem, in_errors, nearest_count
 
 __all__ = ["Greedy", "rows_together"]
 
@@ -75,6 +76,8 @@ class Greedy:
         if importance is not None and float(importance.max()) > 0:
             relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
             self._factor = relative.sqrt().to(problem.before.device)
+        self._spent: Tensor | None = None  # (L,) float64, of the k-th removals of all rows together
+        self._gone = torch.zeros(0, dtype=torch.int64)  # (L,) how many rows have one
         # Costs are w**2 / A_qq times this, for working weights and the inverse of H / scale.
         common = max(i.scale for i in problem.inverses)
         self.scale = [i.scale / common for i in problem.inverses]
@@ -161,6 +164,56 @@ class Greedy:
         error = torch.nn.functional.pad(each.cumsum(0), (1, 0)) * self.unit_cost()
         return removed * self.unit / self.problem.total, error
 
+    def costs(self, gone: Tensor, scope: str) -> Costs | None:
+        """What the trace says about a cut (G, R, D) that :meth:`prune` made; None for another one
+        that it does not reach."""
+        problem = self.problem
+        chosen, start, unit = int(gone.sum()) / problem.total, problem.least(), self.unit_cost()
+        if not bool(gone.any()):
+            return Costs(start)
+        if unit == math.inf:
+            return Costs(unit)
+        if self._spent is not None and int(self._gone.sum()) == int(gone.sum()):
+            error = start + torch.nn.functional.pad(self._spent.cumsum(0), (1, 0)) * unit
+            removed = torch.nn.functional.pad(self._gone.cumsum(0), (1, 0))[:: self.unit]
+            pick = along(len(removed), chosen)
+            sparsity = removed[pick].to(torch.float64) / problem.total
+            return curve_of(float(error[-1]), chosen, sparsity, error[:: self.unit][pick])
+        count = gone.sum(2).reshape(-1).cpu()
+        if bool((count > self.rows.count).any()):
+            return None
+        by_row = scope == "row" or bool(self.group)
+        stops = None if by_row else self._stops()
+        common = int(self.rows.count.min()) // self.unit
+        steps = along(common + 1, common * self.unit * len(count) / problem.total)
+        spent = removed = torch.zeros((), dtype=torch.float64)
+        for some in torch.arange(len(count)).split(_TOGETHER):
+            units = self._unit_costs(some)
+            if self._factor is not None:
+                units /= self._factor.reshape(-1, 1).cpu()[some].to(torch.float64) ** 2
+            if stops is None:
+                place = steps.repeat(len(some), 1)
+            else:
+                within = stops.repeat(len(some), 1)
+                place = torch.searchsorted(self.ceilings(some), within, right=True)
+            place = torch.cat([place, count[some, None] // self.unit], 1)  # (n, P + 1)
+            upto = torch.nn.functional.pad(units.cumsum(1), (1, 0))
+            spent = spent + upto.gather(1, place).sum(0)
+            removed = removed + place.sum(0)
+        error, sparsity = start + spent * unit, removed * self.unit / problem.total
+        return curve_of(float(error[-1]), chosen, sparsity[:-1], error[:-1])
+
+    def _stops(self) -> Tensor:
+        """(P,) float64, rising: running maxima of costs, as far as every row was traced, which cut
+        the layer at points of a curve; by a sample of the rows."""
+        known = float(self.rows.complete.min())
+        some = torch.linspace(0, len(self.rows.count) - 1, 2 * _SAMPLE).round().long().unique()
+        ceiling = self.ceilings(some)
+        ranked = ceiling[torch.isfinite(ceiling) & (ceiling <= known)].sort().values
+        share = len(ranked) * self.unit / (len(some) * self.problem.candidates)
+        nothing = torch.tensor([-2.0], dtype=torch.float64)
+        return torch.cat([nothing, ranked])[along(len(ranked) + 1, share)]
+
     def cheapest(self, units: int) -> Tensor:
         """(units,) float64, ascending: what the cheapest removals of the layer cost, each as its
         row's running maximum."""
@@ -177,8 +230,8 @@ class Greedy:
         return rows
 
     def unit_cost(self) -> float:
-        """What one unit of ``rows.loss`` is in tr(dW H dW^T)."""
-        return math.ldexp(math.ldexp(self.common, self.problem.exponent), self.problem.exponent)
+        """What one unit of ``rows.loss`` is in tr(dW H dW^T); infinite beyond float64."""
+        return in_errors(self.common, self.problem.exponent)
 
     # ---- tracing ---------------------------------------------------------------------------------
 
@@ -190,11 +243,15 @@ class Greedy:
         G, R, _ = self.problem.before.shape
         after = torch.empty_like(self.problem.before, dtype=self.problem.dtype)
         gone = torch.zeros_like(after, dtype=torch.bool)
+        self._spent = torch.zeros(limit, dtype=torch.float64)
+        self._gone = torch.zeros(limit, dtype=torch.int64)
         for g in range(G):
             for within in torch.arange(R).split(self.together):
-                order, _, _, weights = self._run(g, within + g * R, limit, math.inf, update=True)
+                order, loss, _, weights = self._run(g, within + g * R, limit, math.inf, update=True)
                 gone[g, within] = self._marked(order)
                 after[g, within] = weights
+                self._spent += loss.sum(0, dtype=torch.float64) * self.scale[g]
+                self._gone += (order >= 0).sum(0)
         return gone, self.problem.restored(after, gone)
 
     def sample(self, limit: int) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import need_space
 from lobs_native.layers import Layer
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped, plain
+from lobs_native.report import ErrorBound, LayerReport, Report, plain
 from lobs_native.rundir import RunDirectory
 from lobs_native.underway import StoppedError, UnderWay, stop
 from lobs_native.weight import check_choice
@@ -43,6 +43,7 @@ __all__ = [
     "report_of",
 ]
 
+_LARGEST = (1 << 63) - 1  # of counts and sizes in a report
 RESUMES = ("auto", "never", "anyway")
 _BUDGET = "budget"  # the kind of what is decided for all layers together
 
@@ -189,7 +190,10 @@ def _report(info: Mapping[str, Any]) -> LayerReport:
     try:
         kinds = {field.name: field.type for field in dataclasses.fields(LayerReport)}
         values = {name: _value(str(kinds[name]), name, value) for name, value in info.items()}
-        return LayerReport(**values)
+        report = LayerReport(**values)
+        if len(report.curve_sparsity or ()) != len(report.curve_error or ()):
+            raise TypeError("curve_error and curve_sparsity are not of one length")
+        return report
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
 
@@ -204,6 +208,8 @@ def _value(kind: str, name: str, value: Any) -> Any:
         return tuple(_value(inner, name, part) for part in value)
     if kind == "float" and value in ("inf", "-inf", "nan"):
         return float(value)
+    if type(value) is int and abs(value) > _LARGEST:
+        raise TypeError(f"{name} is beyond 64 bits")
     if type(value).__name__ == kind or (kind == "float" and type(value) is int):
         return value
     raise TypeError(f"{name} is no {kind}")
@@ -300,12 +306,14 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         layers = tuple(_report(record.info) for record in run.records if record.kind == "layer")
     sizes = [math.prod(layer.shape) for layer in layers]
     removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
+    committed = {layer.name for layer in layers}
+    missing = tuple(name for name in names if name not in committed)
     done = f"{len(layers)} of {len(names)} layers"
-    if len(layers) < len(names):
+    if missing:
         done = f"unfinished: {done}"
     return Report(
         layers=layers,
-        skipped=tuple(Skipped(n, "not pruned yet") for n in names[len(layers) :]),
+        skipped=(),
         error_bound=ErrorBound(covered=False, reason=f"read from a run directory: {done}"),
         sparsity=removed / sum(sizes) if sizes else 0.0,
         removed=removed,
@@ -313,6 +321,7 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         seconds=sum(x.seconds_calibrating + x.seconds_pruning for x in layers),
         settings={**config, "run_dir": str(run.path), "done": done},
         versions=versions,
+        missing=missing,
     )
 
 

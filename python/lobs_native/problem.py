@@ -17,9 +17,10 @@ from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 from lobs_native.hessian import Inverse, invert
 
-__all__ = ["PIECE", "Drift", "Problem", "nearest_count"]
+__all__ = ["OPTIMAL", "PIECE", "Drift", "Problem", "in_errors", "nearest_count"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
+OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
 PIECE = 1 << 19  # elements of a float64 temporary
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
 
@@ -57,6 +58,7 @@ class Problem:
     drift: Drift | None = None
     said: list[str] = field(default_factory=list)  # what was done differently from what was asked
     widened: set[int] = field(default_factory=set)  # rows that float32 was too narrow for
+    norms: dict[int, float] = field(default_factory=dict)  # of second moments, once asked for
 
     @classmethod
     def of(
@@ -274,7 +276,7 @@ class Problem:
         eps = torch.finfo(self.weight_dtype).eps
         for g, H in enumerate(self.moments):
             shift = self._shift(g)
-            norm = _norm(H) + shift or 1.0
+            norm = self._norm(g) + shift or 1.0
             for rows in self._pieces():
                 dW = self._change(weight, bias, g, rows)
                 error, G = _error(dW, H)
@@ -290,6 +292,32 @@ class Problem:
                 size = torch.where(moved, dW / largest, 1.0).norm(dim=1) * (eps * H.shape[0])
                 worst = max(worst, float((residual / size).max()))
         return _finite(total), worst
+
+    def least(self) -> float:
+        """What the damped objective is with nothing removed: removals add their costs to it. 0
+        without a drift."""
+        if self.drift is None:
+            return 0.0
+        moved = self.before - self.original
+        gained = sum(float((p.T * d).sum()) for p, d in zip(self.drift.pull, moved, strict=True))
+        return self.drift.inherited - gained
+
+    def condition(self) -> float | None:
+        """An estimate of the largest 2-norm condition number of the damped second moments: the
+        product of the norms of H and of its inverse, each by a few steps of the power method, so
+        from below, by less than a factor of two in tests. None where nothing was inverted.
+
+        It takes a few products of a matrix and a vector: nothing beside the factorisation.
+        """
+        found = []
+        for g, inverse in enumerate(self.inverses):
+            found.append((self._norm(g) + self._shift(g)) / inverse.scale * inverse.norm())
+        return max(found, default=None)
+
+    def _norm(self, g: int) -> float:
+        if g not in self.norms:
+            self.norms[g] = _norm(self.moments[g])
+        return self.norms[g]
 
     def _pieces(self) -> Iterator[slice]:
         """Rows a few at a time, so that float64 temporaries stay small."""
@@ -340,6 +368,15 @@ def scaled_(x: Tensor, exponent: int) -> Tensor:
     """x times a power of two, in place, in two steps that both fit into x's type."""
     half = exponent // 2
     return x.mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
+
+
+def in_errors(cost: float, exponent: int) -> float:
+    """A cost of weights that a power of two was taken out of, in tr(dW H dW^T); infinite where that
+    is beyond float64."""
+    try:
+        return math.ldexp(math.ldexp(cost, exponent), exponent)
+    except OverflowError:
+        return math.inf
 
 
 def _error(dW: Tensor, H: Tensor) -> tuple[float, Tensor]:

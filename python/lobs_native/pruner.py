@@ -34,7 +34,7 @@ from lobs_native.partial import States, passed_before
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
 from lobs_native.report import ErrorBound, LayerReport, Report, plain
-from lobs_native.run_plan import Peak, RunPlan, keep_tight, plan_run
+from lobs_native.run_plan import LayerPeak, Peak, RunPlan, keep_tight, plan_run
 from lobs_native.running import Forward, Run, Source, batches_of, measure_change
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
@@ -655,6 +655,7 @@ def prune_layer(
     Errors name the layer.
     """
     layer = plan.layer
+    peak = LayerPeak(layer.weight().device)
     notes = [*layer.notes, *moments.notes(layer)]
     drift = moments.drift(layer)
     if drift is not None and bool((zeros := layer.weight() == 0).any()):
@@ -710,6 +711,15 @@ def prune_layer(
         seconds_calibrating=calibrating,
         seconds_pruning=out.seconds,
         inherited=None if drift is None else drift.inherited,
+        pattern=plan.pattern.name,
+        dtype=str(out.weight.dtype).removeprefix("torch."),
+        predicted=out.predicted,
+        energy=out.energy,
+        condition=out.condition,
+        curve_sparsity=out.curve_sparsity,
+        curve_error=out.curve_error,
+        peak_memory=peak.bytes(),
+        peak_memory_device=peak.device_bytes(),
     )
     return report, out
 

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lobs_native.errors import ArgumentError
 from lobs_native.files import write_file
+from lobs_native.review import review
+from lobs_native.runtimes import runtimes
+
+_DISTANCES = ("output_norm", "measured", "spectral", "frobenius")
 
 __all__ = ["ErrorBound", "LayerReport", "Report", "Skipped", "plain"]
 
@@ -47,6 +51,18 @@ class LayerReport:
     seconds_calibrating: float
     seconds_pruning: float
     inherited: float | None = None  # error before correction and pruning, with inputs "corrected"
+    # Below, None is: not known to the method, or the run is older than the field.
+    pattern: str | None = None
+    dtype: str | None = None  # of the weight
+    predicted: float | None = None  # sum of removal costs, with damping: see PrunedWeight
+    energy: float | None = None  # what errors are relative to
+    condition: float | None = None  # of the damped H, estimated from below; of the worst group
+    curve_sparsity: tuple[float, ...] | None = None  # error against sparsity, as predicted, as far
+    curve_error: tuple[float, ...] | None = None  # as the removals were traced
+    # Highest while this layer was pruned (not calibrated), in bytes: of the process, above what it
+    # had when the run began; and of the layer's CUDA device, all that torch had allocated there.
+    peak_memory: int | None = None
+    peak_memory_device: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,16 @@ class ErrorBound:
     spectral: float | None = None  # the same proof with spectral norms: valid and tighter
     measured: float | None = None
     output_norm: float | None = None  # ||original output||_F / sqrt(rows)
+    parts: dict[str, float] | None = None  # what each layer's error contributes to ``spectral``
+
+    @property
+    def relative(self) -> float | None:
+        """The measured distance over the original output's norm."""
+        return self.share(self.measured)
+
+    def share(self, value: float | None) -> float | None:
+        """``value`` over the original output's norm; None where one of them is not known."""
+        return None if value is None or not self.output_norm else value / self.output_norm
 
 
 @dataclass(frozen=True)
@@ -89,17 +115,25 @@ class Report:
     masks: dict[str, Tensor] = field(
         repr=False, compare=False, default_factory=dict
     )  # True = kept; not saved
+    missing: tuple[str, ...] = ()  # of an unfinished run: layers that are still to be pruned
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the masks, as plain JSON values; an infinity becomes the string "inf"."""
-        fields = {
+        """Everything but the masks, as plain JSON values; an infinity becomes the string "inf".
+
+        With what the page says about it: "checks", "runtimes", and in "error_bound" under
+        "relative" its numbers over the original output's norm.
+        """
+        values: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"
         }
-        values = {
-            k: [dataclasses.asdict(x) for x in v] if isinstance(v, tuple) else v
-            for k, v in fields.items()
+        bound = self.error_bound
+        values["error_bound"] = dataclasses.asdict(bound) | {
+            "relative": {k: bound.share(getattr(bound, k)) for k in _DISTANCES}
         }
-        values["error_bound"] = dataclasses.asdict(self.error_bound)
+        values["checks"] = review(self)
+        values["runtimes"] = runtimes(self.layers, str(self.settings.get("pattern")))
+        for name in ("layers", "skipped", "checks", "runtimes"):
+            values[name] = [dataclasses.asdict(x) for x in values[name]]
         return {"format": 1, **plain(values)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:

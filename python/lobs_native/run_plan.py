@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,7 +21,7 @@ from lobs_native.plan import plan_memory
 from lobs_native.problem import PIECE
 from lobs_native.selection import Plan
 
-__all__ = ["Peak", "RunPlan", "Workload", "keep_tight", "plan_run"]
+__all__ = ["LayerPeak", "Peak", "RunPlan", "Workload", "keep_tight", "plan_run"]
 
 STATISTICS = 4 << 30  # bytes of second moments in one pass over the data without a limit, at most
 _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -219,31 +219,70 @@ def _rate() -> float:
 
 class Peak:
     """The most memory that this process took since :meth:`measuring` began, above what it had then;
-    on Linux."""
+    on Linux, whose counter is one for the whole process."""
+
+    _now: ClassVar[list[Peak]] = []  # that are measuring
 
     def __init__(self) -> None:
         self._before: int | None = None
+        self._seen = 0  # before the counter was reset for a layer
         self.before_reset: int | None = None
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Peak]:
         """Start, and give itself."""
         with contextlib.suppress(OSError, LobsError):
-            Path("/proc/self/clear_refs").write_text("5")
+            _clear()
             self._before = _status("VmRSS")
-        yield self
+        Peak._now.append(self)
+        try:
+            yield self
+        finally:
+            Peak._now.remove(self)
 
     def reset(self) -> None:
         """Forget the peak so far, but for ``before_reset``."""
-        self.before_reset = self.bytes()
+        self.before_reset, self._seen = self.bytes(), 0
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            _clear()
 
     def bytes(self) -> int | None:
         """None where it cannot be known."""
         if self._before is None:
             return None
-        return max(0, _status("VmHWM") - self._before)
+        return max(0, self._seen, _status("VmHWM") - self._before)
+
+
+class LayerPeak:
+    """The most memory that was in use since this was made, while one layer is pruned: of the
+    process, above what it had when the run began; and of a CUDA device, all that torch had
+    allocated there.
+
+    It resets the counters of both (``torch.cuda.reset_peak_memory_stats``).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        for peak in Peak._now:
+            peak._seen = peak.bytes() or 0
+        with contextlib.suppress(OSError):
+            _clear()
+        self._device = device if device.type == "cuda" and torch.cuda.is_initialized() else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def bytes(self) -> int | None:
+        """Of the process; None where it cannot be known."""
+        before = Peak._now[-1]._before if Peak._now else None
+        return None if before is None else max(0, _status("VmHWM") - before)
+
+    def device_bytes(self) -> int | None:
+        """Of the device; None for the CPU."""
+        return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+
+
+def _clear() -> None:
+    """Reset the kernel's high-water mark of this process."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_tight() -> None:

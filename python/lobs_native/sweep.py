@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
+from lobs_native.costs import Costs
 from lobs_native.patterns import FORCED, ZERO, Blocks, GroupsOf, Pattern, Unstructured
-from lobs_native.problem import Problem, nearest_count
+from lobs_native.problem import Problem, in_errors, nearest_count
 
 __all__ = ["Sweep"]
 
@@ -24,6 +25,7 @@ class Sweep:
         self.pattern = pattern
         self.upper = [i.U.to(problem.dtype) for i in problem.inverses]
         self.unit = pattern.size if isinstance(pattern, Blocks) else 1
+        self._spent: dict[int, float] = {}  # what so many removals cost
         C, D = problem.columns, problem.before.shape[2]
         if isinstance(pattern, Unstructured):
             self.cuts = [*range(0, D, _WIDTH), D]
@@ -46,19 +48,28 @@ class Sweep:
         per_row = nearest_count(share, units)
         if not isinstance(self.pattern, GroupsOf) and (per_row if scope == "row" else total) == 0:
             return gone, problem.before.clone()
+        spent = 0.0
         for g in range(G):
             W = problem.working(g)
             if scope == "row":
                 budget = torch.full((R,), per_row)
             else:
                 budget = torch.tensor([total * (g + 1) // G - total * g // G])
-            gone[g] = self._sweep(g, W, budget)
+            gone[g], cost = self._sweep(g, W, budget)
             after[g] = W
+            spent += cost * problem.inverses[g].scale
+        self._spent[int(gone.sum())] = in_errors(spent, problem.exponent)
         return gone, problem.restored(after, gone)
 
-    def _sweep(self, g: int, W: Tensor, budget: Tensor) -> Tensor:
-        """Sweep W (R, D) in place. ``budget`` is the number of removals: one for all rows together,
-        or one for each."""
+    def costs(self, gone: Tensor) -> Costs | None:
+        """What the removals of :meth:`prune` cost together; there is no curve: the mask is chosen
+        for one number of removals."""
+        spent = self._spent.get(int(gone.sum()))
+        return None if spent is None else Costs(self.problem.least() + spent)
+
+    def _sweep(self, g: int, W: Tensor, budget: Tensor) -> tuple[Tensor, float]:
+        """Sweep W (R, D) in place; what goes, and what that cost in units of W. ``budget`` is the
+        number of removals: one for all rows together, or one for each."""
         problem, U, pattern = self.problem, self.upper[g], self.pattern
         (R, D), C = W.shape, problem.candidates
         zero = problem.before[g][:, :C] == 0
@@ -71,6 +82,7 @@ class Sweep:
         spread = _Spread(budget.to(W.device), forced[:, :: self.unit])
         if bool((spread.spare < 0).any()):
             raise problem.over_masked()
+        spent = torch.zeros((), dtype=torch.float64, device=W.device)
         for begin, end in itertools.pairwise(self.cuts):
             block, inside = slice(begin, end), slice(begin, min(end, C))
             part, u = W[:, block], U[block, block]
@@ -94,9 +106,10 @@ class Sweep:
                 part, u, code, E, group=group, per_group=per_group, backend=problem.backend
             )
             gone[:, block] = code == 1
+            spent += E.to(torch.float64).square().sum()
             if end < D:
                 W[:, end:].addmm_(E, U[block, end:], alpha=-1)
-        return gone
+        return gone, float(spent)
 
     def _choose(self, score: Tensor, count: Tensor) -> Tensor:
         """Bool like score (R, B): the ``count`` lowest of all, or of each row, in whole blocks."""

@@ -107,6 +107,7 @@ class WeightTrace:
                     after,
                     method="exact",
                     optimal=True,
+                    costs=greedy.costs(gone, scope),
                     notes=self._notes,
                     begun=begun,
                 )

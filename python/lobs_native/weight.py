@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks, ops
+from lobs_native.costs import Costs
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.greedy import Greedy
 from lobs_native.hessian import Hessian, second_moment
@@ -23,7 +24,7 @@ from lobs_native.patterns import (
     check_fit,
     pattern_of,
 )
-from lobs_native.problem import Drift, Problem
+from lobs_native.problem import OPTIMAL, Drift, Problem
 from lobs_native.ranked import Ranked
 from lobs_native.sweep import Sweep
 
@@ -32,7 +33,6 @@ __all__ = ["METHODS", "PrunedWeight", "Target", "prune_groups", "prune_weight"]
 METHODS = ("exact", "sweep", "lobs", "magnitude", "wanda")
 SCOPES = ("row", "layer")
 REFINES = ("solve", "exchange")
-_OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ class PrunedWeight:
     optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
     swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
     seconds: float = 0.0
+    # what the costs of the removals add up to in units of ``error`` with the damped H, so that it
+    # is not below ``error`` but for rounding; before ``refine``. None: the method does not know.
+    predicted: float | None = None
+    # the same for other sparsities: rising points of equal number, the chosen one among them
+    curve_sparsity: tuple[float, ...] | None = None
+    curve_error: tuple[float, ...] | None = None
+    energy: float | None = None  # tr(W H W^T): the unit of relative errors
+    condition: float | None = None  # estimate for the damped H, from below; None if not inverted
 
 
 @dataclass(frozen=True)
@@ -362,6 +370,7 @@ def prune_groups(
     check_fit(pattern, W.shape[2], mask, prune_bias)
     solver = _solver(problem, pattern, method, importance)
     gone, after = _removed(problem, solver, target, scope)
+    costs = _costs(solver, gone, scope)
     del solver  # and what it made for itself
     problem.check_mask(gone)
     swaps = 0
@@ -379,6 +388,7 @@ def prune_groups(
         method=method,
         optimal=optimal,
         swaps=swaps,
+        costs=costs,
         notes=notes,
         begun=begun,
     )
@@ -393,6 +403,7 @@ def finished(
     optimal: bool,
     begun: float,
     swaps: int = 0,
+    costs: Costs | None = None,
     notes: Sequence[str] = (),
 ) -> PrunedWeight:
     """Round the weights to their own types and measure what is left of them.
@@ -401,7 +412,7 @@ def finished(
     """
     weight, new_bias = problem.rounded(after)
     error, optimality = problem.measured(weight, new_bias, gone)
-    if optimal and optimality > _OPTIMAL:
+    if optimal and optimality > OPTIMAL:
         problem.said.append(
             f"the kept weights were solved for again in float64: their optimality ratio was "
             f"{optimality:.3g}"
@@ -427,6 +438,11 @@ def finished(
         dead_columns=sum(int(d.sum()) for d in problem.dead),
         optimality=optimality,
         swaps=swaps,
+        predicted=None if costs is None else max(0.0, costs.predicted),
+        curve_sparsity=None if costs is None else costs.sparsity,
+        curve_error=None if costs is None else costs.error,
+        energy=energy,
+        condition=problem.condition(),
         seconds=time.perf_counter() - begun,
     )
 
@@ -470,6 +486,13 @@ def _removed(
     if isinstance(solver, Sweep):
         return solver.prune(int(gone.sum()) / problem.total, "layer")
     return gone, problem.best(gone) if isinstance(solver, Greedy) else solver.removed(gone)
+
+
+def _costs(solver: Greedy | Sweep | Ranked, gone: Tensor, scope: str) -> Costs | None:
+    """What the solver says about a removal it made; rankings make no sum of their costs."""
+    if isinstance(solver, Greedy):
+        return solver.costs(gone, scope)
+    return solver.costs(gone) if isinstance(solver, Sweep) else None
 
 
 def _exchanged(problem: Problem, pattern: Pattern, gone: Tensor) -> tuple[Tensor, Tensor, int]:
