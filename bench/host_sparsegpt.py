@@ -1,6 +1,6 @@
 """Our classes under the hosts' names against the hosts' own files, in interleaved pairs.
 
-    python bench/host_sparsegpt.py --folder FOLDER [--only GROUP] [--quick] [--pairs N] [--threads N]
+    python bench/host_sparsegpt.py --folder FOLDER [--only GROUP] [--quick] [...]
 
 ``FOLDER`` holds clones of the hosts: ``sparsegpt`` (IST-DASLab/sparsegpt). They run unmodified;
 on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides
