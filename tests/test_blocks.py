@@ -105,9 +105,9 @@ def test_layers_that_read_one_tensor_are_calibrated_together(monkeypatch):
     passes: list[str] = []
     each = Run.each
 
-    def spy(self: Run, what: str) -> Any:
+    def spy(self: Run, what: str, start: int = 0) -> Any:
         passes.append(what)
-        return each(self, what)
+        return each(self, what, start)
 
     monkeypatch.setattr(Run, "each", spy)
     pruned(made(), batches())

@@ -9,22 +9,16 @@ each other, not by their names, and replaying them is checked against the model 
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lobs_native.errors import CheckpointError, LobsError
-from lobs_native.partial import States
-from lobs_native.running import Enough, Run, attached
-from lobs_native.safefile import MOST_MARKS, count_marks, parse_json
-from lobs_native.shelf import Shelf
+from lobs_native.calls import BlockCall
+from lobs_native.running import Run, attached
 
-__all__ = ["Stack", "find_stacks", "readers"]
+__all__ = ["NoStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
 
 _CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
 
@@ -56,7 +50,7 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in modules.items()
     ):
-        _first(run)
+        run_first(run)
     count: dict[str, int] = {}
     for name, _ in calls:
         count[name] = count.get(name, 0) + 1
@@ -80,7 +74,8 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _first(run: Run) -> None:
+def run_first(run: Run) -> None:
+    """Run the model on the first batch."""
     for batch in run.each("look"):
         run.call(run.model, batch)
         break
@@ -89,26 +84,7 @@ def _first(run: Run) -> None:
 # ---- stacks of blocks ----------------------------------------------------------------------------
 
 
-@dataclass
-class _Call:
-    """How a block was called; the hidden state stands at ``slot``."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    slot: int | str
-
-    @property
-    def hidden(self) -> Any:
-        return self.args[self.slot] if isinstance(self.slot, int) else self.kwargs[self.slot]
-
-    def with_hidden(self, value: Any) -> _Call:
-        if isinstance(self.slot, int):
-            args = (*self.args[: self.slot], value, *self.args[self.slot + 1 :])
-            return _Call(args, self.kwargs, self.slot)
-        return _Call(self.args, {**self.kwargs, self.slot: value}, self.slot)
-
-
-def _main(output: Any) -> Any:
+def hidden_of(output: Any) -> Any:
     """The hidden state in what a block returns: the tensor, or the first of several things."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
@@ -165,12 +141,12 @@ def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack],
         stack = Stack(name, [path for path, _ in children], [child for _, child in children])
         try:
             found.append((stack.look(run), stack))
-        except _NoStackError as why:
+        except NoStackError as why:
             reasons.append(f"{name}: {why}")
     return [stack for _, stack in sorted(found, key=lambda pair: pair[0])], reasons
 
 
-class _NoStackError(Exception):
+class NoStackError(Exception):
     """The message says why modules are no stack."""
 
 
@@ -198,7 +174,7 @@ class Stack:
     def look(self, run: Run) -> int:
         """Run the first batch and check that this is a stack that can be replayed.
 
-        Returns how many calls of any module came before it. Raises _NoStackError.
+        Returns how many calls of any module came before it. Raises NoStackError.
         """
         seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Any] = []
@@ -222,365 +198,71 @@ class Stack:
             handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         with attached(handles):
-            _first(run)
+            run_first(run)
         if [i for i, _, _ in seen] != list(range(len(self.modules))):
-            raise _NoStackError("its modules are not called once each, in their order")
+            raise NoStackError("its modules are not called once each, in their order")
         if len(outputs) != len(seen):
-            raise _NoStackError("a module of it did not return")
+            raise NoStackError("a module of it did not return")
         self.slot = self._slot(seen[1][1:], outputs[0])
         returned = {id(t) for output in outputs for t in _tensors(output)}
         for k, (i, args, kwargs) in enumerate(seen):
-            call = _Call(args, kwargs, self.slot)
+            call = BlockCall(args, kwargs, self.slot)
             try:
                 hidden = call.hidden
             except (IndexError, KeyError):
-                raise _NoStackError(f"{self.names[i]} is called in another way") from None
+                raise NoStackError(f"{self.names[i]} is called in another way") from None
             if not isinstance(hidden, Tensor):
-                raise _NoStackError(f"{self.names[i]} is not called on a tensor")
-            if k > 0 and hidden is not _main(outputs[k - 1]):
-                raise _NoStackError(f"{self.names[i]} is not called on what came before it")
+                raise NoStackError(f"{self.names[i]} is not called on a tensor")
+            if k > 0 and hidden is not hidden_of(outputs[k - 1]):
+                raise NoStackError(f"{self.names[i]} is not called on what came before it")
             others = call.with_hidden(None)
             for value in (*others.args, *others.kwargs.values()):
                 if not _plain(value):
-                    raise _NoStackError(
+                    raise NoStackError(
                         f"{self.names[i]} is handed a {type(value).__name__}, which may change "
                         "from call to call"
                     )
                 if any(id(t) in returned for t in _tensors(value)):
-                    raise _NoStackError(f"{self.names[i]} also reads other results of the stack")
-        call = _Call(*seen[0][1:], self.slot)
+                    raise NoStackError(f"{self.names[i]} also reads other results of the stack")
+        call = BlockCall(*seen[0][1:], self.slot)
         hidden = call.hidden
         self.hidden_bytes = hidden.numel() * hidden.element_size()
         around: dict[int, int] = {}
         for _, args, kwargs in seen:
-            for t in _tensors([_Call(args, kwargs, self.slot).with_hidden(None).args, kwargs]):
+            call = BlockCall(args, kwargs, self.slot)
+            for t in _tensors([call.with_hidden(None).args, kwargs]):
                 around[t.data_ptr()] = t.numel() * t.element_size()
         around.pop(hidden.data_ptr(), None)
         self.other_bytes = sum(around.values())
         for k, (_, args, kwargs) in enumerate(seen):
-            call = _Call(args, kwargs, self.slot)
-            hidden = _main(self._run(k, call, hidden))
-            if not _same(hidden, _main(outputs[k])):
-                raise _NoStackError(f"{self.names[k]} does not give the same when run again")
+            call = BlockCall(args, kwargs, self.slot)
+            hidden = hidden_of(self.run_block(k, call, hidden))
+            if not same(hidden, hidden_of(outputs[k])):
+                raise NoStackError(f"{self.names[k]} does not give the same when run again")
         return before
 
     def _slot(self, second: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> int | str:
         args, kwargs = second
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for place, value in places:
-            if value is _main(output):
+            if value is hidden_of(output):
                 return place
-        raise _NoStackError(f"{self.names[1]} is not called on what {self.names[0]} returns")
+        raise NoStackError(f"{self.names[1]} is not called on what {self.names[0]} returns")
 
-    def _run(self, i: int, call: _Call, hidden: Tensor) -> Any:
+    def run_block(self, i: int, call: BlockCall, hidden: Tensor) -> Any:
         """Block i on a copy of ``hidden``, which it may write to."""
         ready = call.with_hidden(hidden.clone())
         others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
         versions = [_version(t) for t in others]
         out = self.modules[i](*ready.args, **ready.kwargs)
         if [_version(t) for t in others] != versions:
-            raise _NoStackError(f"{self.names[i]} writes to what it is handed")
+            raise NoStackError(f"{self.names[i]} writes to what it is handed")
         return out
 
-    def replay(
-        self,
-        run: Run,
-        limit: int | None = None,
-        *,
-        corrected: bool = False,
-        states: States | None = None,
-    ) -> Replay:
-        """Start, or go on from ``states``: keep what every block is called with and the first one's
-        hidden states; ``corrected`` for the original network, too."""
-        return Replay(self, run, limit, corrected, states)
 
-
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether a replay gave what the model gave, up to rounding."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
         return False
     x, y = a.double(), b.double()
     return float((x - y).norm()) <= _CLOSE * float(y.norm())
-
-
-# ---- calls as tensors and plain values -----------------------------------------------------------
-
-
-_STRUCTURE = "structure"
-
-
-def packed(value: Any) -> dict[str, Tensor]:
-    """Tensors, each once, and JSON as bytes that says how ``value`` is made of them."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-    calls: dict[str, int] = {}  # blocks are mostly called alike
-
-    def pack(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            name = names.setdefault(id(x), f"{len(names)}")
-            tensors[name] = x
-            return {"tensor": name, "device": str(x.device)}
-        if isinstance(x, _Call):
-            text = json.dumps([pack(x.args), pack(x.kwargs)])
-            return {"call": calls.setdefault(text, len(calls))}
-        if isinstance(x, torch.Size):
-            return {"size": list(x)}
-        if isinstance(x, (torch.dtype, torch.device)):
-            return {type(x).__name__: str(x).removeprefix("torch.")}
-        if isinstance(x, (list, tuple)):
-            return [pack(part) for part in x]
-        if isinstance(x, dict):
-            return {"dict": [[key, pack(part)] for key, part in x.items()]}
-        if isinstance(x, float):
-            return {"float": x.hex()}
-        return x
-
-    told = pack(value)
-    text = f'{{"value": {json.dumps(told)}, "calls": [{", ".join(calls)}]}}'.encode()
-    return {**tensors, _STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-
-
-def unpacked(tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`packed` was given; lists and tuples come back as tuples."""
-    moved: dict[str, Tensor] = {}
-
-    def unpack(x: Any) -> Any:
-        if isinstance(x, list):
-            return tuple(unpack(part) for part in x)
-        if not isinstance(x, dict):
-            return x
-        if "tensor" in x:
-            name = x["tensor"]
-            if name not in moved:
-                moved[name] = tensors[name].clone().to(x["device"])
-            return moved[name]
-        if "call" in x:
-            return unpack(found["calls"][x["call"]])
-        if "size" in x:
-            return torch.Size(x["size"])
-        if "dtype" in x:
-            kind = getattr(torch, x["dtype"])
-            if not isinstance(kind, torch.dtype):
-                raise TypeError(f"{x['dtype']} is no dtype")
-            return kind
-        if "device" in x:
-            return torch.device(x["device"])
-        if "float" in x:
-            return float.fromhex(x["float"])
-        return {key: unpack(part) for key, part in x["dict"]}
-
-    found = parse_json(tensors[_STRUCTURE].numpy().tobytes(), _STRUCTURE)
-    return unpack(found["value"])
-
-
-class _Kept:
-    """What the blocks of one network are called with, by batch."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.hidden = Shelf(limit)  # of the present block
-        self.calls: list[list[_Call]] = []  # by batch, by block; without hidden states
-
-
-class Replay:
-    """A stack that is run block by block on kept hidden states. Use it as a context manager.
-
-    It takes the place of a ``Run`` in :func:`lobs_native.calibration.calibrate`: batches are those
-    of the model, and running one runs the present block alone.
-    """
-
-    def __init__(
-        self,
-        stack: Stack,
-        run: Run,
-        limit: int | None,
-        corrected: bool,
-        states: States | None = None,
-    ) -> None:
-        self.stack = stack
-        self.run = run
-        self.states = states
-        self.block = 0
-        share = limit // 2 if limit is not None and corrected else limit
-        self._pruned = _Kept(share)
-        self._original = _Kept(share) if corrected else None
-        self._next = 0
-        self._calls_saved = False
-
-    def __enter__(self) -> Replay:
-        if self._restore():
-            return self
-        for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
-            if self._original is not None:
-                with self.run.original():
-                    self._keep(self._original, number, batch)
-            self._keep(self._pruned, number, batch)
-        return self
-
-    def _keep(self, kept: _Kept, number: int, batch: Any) -> None:
-        last = len(self.stack.modules) - 1
-        seen: list[_Call] = []
-
-        def see(i: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.append(_Call(args, kwargs, self.stack.slot))
-                if i == last:
-                    raise Enough
-
-            return hook
-
-        handles = (
-            module.register_forward_pre_hook(see(i), with_kwargs=True)
-            for i, module in enumerate(self.stack.modules)
-        )
-        with attached(handles), contextlib.suppress(Enough):
-            self.run.call(self.run.model, batch)
-        if len(seen) != len(self.stack.modules):
-            raise LobsError(
-                f"blocks: {self.stack.name!r} is not called on every batch as on the first; pass "
-                "blocks=None"
-            )
-        kept.hidden.put(number, seen[0].hidden.detach())
-        kept.calls.append([call.with_hidden(None) for call in seen])
-
-    def __exit__(self, *_: Any) -> None:
-        for kept in (self._pruned, self._original):
-            if kept is not None:
-                kept.hidden.close()
-                kept.calls.clear()
-
-    @property
-    def model(self) -> nn.Module:
-        """The present block."""
-        return self.stack.modules[self.block]
-
-    @property
-    def batches(self) -> Sequence[Any]:
-        """The model's."""
-        return self.run.batches
-
-    def each(self, what: str, start: int = 0) -> Iterator[Any]:
-        """The batches of one pass without the first ``start``, seeded."""
-        self._next = start
-        yield from self.run.each(what, start)
-
-    def mask(self, batch: Any) -> Tensor | None:
-        """As the run has it."""
-        return self.run.mask(batch)
-
-    def call(self, model: nn.Module, batch: Any) -> Any:
-        """Run the present block on what it receives from the next batch."""
-        number, self._next = self._next, self._next + 1
-        return self._run(self._pruned, number)
-
-    def call_original(self, batch: Any) -> Any:
-        """Run the original block on what it received there from the next batch."""
-        assert self._original is not None
-        with self.run.original(self.model):
-            return self._run(self._original, self._next)
-
-    def _run(self, kept: _Kept, number: int) -> Any:
-        try:
-            return self.stack._run(self.block, kept.calls[number][self.block], kept.hidden[number])
-        except _NoStackError as why:
-            raise LobsError(f"blocks: {why}; pass blocks=None") from None
-
-    def advance(self) -> None:
-        """Run the present block, as it is now, on everything; its results are what the next one
-        receives."""
-        for batch in self.each(f"through {self.stack.names[self.block]}"):
-            number = self._next
-            if self._original is not None:
-                self._original.hidden.put(number, _main(self.call_original(batch)).detach())
-            self._pruned.hidden.put(number, _main(self.call(self.model, batch)).detach())
-        self.block += 1
-        self._save()
-
-    # ---- in a run directory ----------------------------------------------------------------------
-
-    def _networks(self) -> list[tuple[str, _Kept]]:
-        both = (("pruned", self._pruned), ("original", self._original))
-        return [(name, kept) for name, kept in both if kept is not None]
-
-    def _save(self) -> None:
-        """Keep what the present block receives, if that is worth its time. What does not fit into
-        memory is not kept, since it would have to be read at once."""
-        networks, states = self._networks(), self.states
-        if states is None or any(kept.hidden.on_disk for _, kept in networks):
-            return
-        key, size = f"inputs of {self.stack.name}", sum(k.hidden.in_memory for _, k in networks)
-        if not states.due(key, size):
-            return
-        if not self._calls_saved:
-            calls = packed({name: kept.calls for name, kept in networks})
-            if count_marks(calls[_STRUCTURE].numpy().tobytes()) > MOST_MARKS:
-                return  # many thousands of batches: more than would be read again
-            states.save(f"calls of {self.stack.name}", calls, {})
-            self._calls_saved = True
-        hidden = {f"{name}.{n}": x for name, kept in networks for n, x in kept.hidden.items()}
-        places = {name: str(kept.hidden[0].device) for name, kept in networks}
-        states.save(key, hidden, {"block": self.block, "devices": places})
-
-    def _restore(self) -> bool:
-        """Take over what :meth:`_save` kept; False if there is nothing."""
-        if self.states is None:
-            return False
-        calls = self.states.load(f"calls of {self.stack.name}")
-        inputs = self.states.load(f"inputs of {self.stack.name}")
-        if calls is None or inputs is None:
-            return False
-        tensors, info = inputs
-        try:
-            found = unpacked(calls[0])
-            for name, kept in self._networks():
-                kept.calls = [
-                    [_Call(tuple(args), kwargs, self.stack.slot) for args, kwargs in batch]
-                    for batch in found[name]
-                ]
-                for n in range(len(kept.calls)):
-                    key = f"{name}.{n}"
-                    kept.hidden.put(n, tensors[key].clone().to(info["devices"][name]))
-            block, batches = info["block"], {len(kept.calls) for _, kept in self._networks()}
-            if type(block) is not int or not 0 <= block < len(self.stack.modules):
-                raise ValueError(f"there is no block {block}")
-            if batches != {len(self.batches)}:
-                raise ValueError(f"they are of {sorted(batches)} batches")
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"run_dir: the inputs of {self.stack.name} that are kept there cannot be read: "
-                f"{error}; repair the run or begin a new one"
-            ) from error
-        self.block, self._calls_saved = block, True
-        return True
-
-    def finish(self) -> None:
-        """Run the remaining blocks and compare with what the model itself gives on the first batch.
-
-        LobsError if they differ: a layer would then have been calibrated on something else than
-        the network's inputs.
-        """
-        while self.block < len(self.stack.modules):
-            self.advance()
-        self._compare(self._pruned)
-        if self._original is not None:
-            with self.run.original():
-                self._compare(self._original)
-        if self.states is not None:
-            for what in ("inputs", "calls"):  # calls alone are of no use
-                self.states.drop(f"{what} of {self.stack.name}")
-
-    def _compare(self, replayed: _Kept) -> None:
-        kept: list[Any] = []
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(_main(output))
-            raise Enough
-
-        with (
-            attached([self.stack.modules[-1].register_forward_hook(leave)]),
-            contextlib.suppress(Enough),
-        ):
-            _first(self.run)
-        if not kept or not _same(replayed.hidden[0], kept[0]):
-            raise LobsError(
-                f"blocks: run by themselves, the blocks of {self.stack.name!r} do not give what "
-                "the model gives; pass blocks=None"
-            )

@@ -33,6 +33,7 @@ from lobs_native.ledger import Ledger, check_resume, fingerprints
 from lobs_native.partial import States, passed_before
 from lobs_native.patterns import GroupsOf, Unstructured
 from lobs_native.problem import nearest_count
+from lobs_native.replay import Replay
 from lobs_native.report import ErrorBound, LayerReport, Report, plain
 from lobs_native.run_plan import LayerPeak, Peak, RunPlan, keep_tight, plan_run
 from lobs_native.running import Forward, Run, Source, batches_of, measure_change
@@ -605,9 +606,7 @@ def _prune_layers(
                 missing = [plan for group in groups for plan in group if not kept(plan)]
                 if stack is not None and missing:
                     corrected = inputs == "corrected"
-                    replay = stack.replay(
-                        run, means.plan.states_limit, corrected=corrected, states=states
-                    )
+                    replay = Replay(stack, run, means.plan.states_limit, corrected, states)
                     source = scope.enter_context(replay)
                 for group in groups:
                     if all(map(kept, group)):
