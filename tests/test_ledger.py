@@ -74,7 +74,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def plain(report: lobs.Report) -> list[dict[str, Any]]:
     told = [dataclasses.asdict(layer) for layer in report.layers]
-    return [{k: v for k, v in layer.items() if not k.startswith("seconds")} for layer in told]
+    measured = ("seconds", "peak_memory")
+    return [{k: v for k, v in layer.items() if not k.startswith(measured)} for layer in told]
 
 
 def spying(calibrated: list[str]) -> Callable[..., Any]:
