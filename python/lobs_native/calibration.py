@@ -64,6 +64,18 @@ class Moments(list[Hessian]):
         found = self.differences.get(layer.name)
         return None if found is None or found.unlike else found.drift([h.rows for h in self])
 
+    def weights(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The weight of every row of inputs (..., C), 0 for padding; None: all count. ``mask``
+        (...,), nonzero for tokens, is used where it fits; both are recorded."""
+        if mask is None:
+            return None
+        if not self.layer.token_rows or x.shape[:-1] != mask.shape:
+            self.unmasked = True
+            return None
+        weights = mask.reshape(-1).to(device=x.device, dtype=torch.float64)
+        self.padding += int((weights == 0).sum())
+        return weights
+
     def notes(self, layer: Layer) -> list[str]:
         """What a report should say."""
         notes = []
@@ -123,12 +135,8 @@ def calibrate(
         if pairs is not None and pairs.original_runs:
             pairs.keep(layer, x, columns)
             return
-        mine, weights = moments[layer.name], None
-        if mask is not None and layer.token_rows and x.shape[:-1] == mask.shape:
-            weights = mask.reshape(-1).to(device=x.device, dtype=torch.float64)
-            mine.padding += int((weights == 0).sum())
-        elif mask is not None:
-            mine.unmasked = True
+        mine = moments[layer.name]
+        weights = mine.weights(x, mask)
         before = None if pairs is None else pairs.rows(layer)
         try:
             for group, rows in columns(x):

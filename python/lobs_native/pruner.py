@@ -47,7 +47,7 @@ from lobs_native.structure import (
 )
 from lobs_native.weight import PrunedWeight, Target, check_choice, prune_groups
 
-__all__ = ["INPUTS", "plan_prune", "prune"]
+__all__ = ["INPUTS", "plan_prune", "prune", "prune_layer"]
 
 INPUTS = ("pruned", "dense", "corrected")
 _TOLD = (  # arguments that the report repeats, besides those that overrides may change
@@ -532,7 +532,14 @@ def _prune_layers(
         return ledger is not None and plan.layer in ledger
 
     def prune(plan: Plan, moments: Moments, calibrating: float) -> tuple[Tensor, Tensor | None]:
-        report, out = _prune_layer(plan, moments, means, calibrating)
+        report, out = prune_layer(
+            plan,
+            moments,
+            calibrating=calibrating,
+            importance=means.sensitivity.get(plan.layer.name),
+            memory=means.plan.scratch,
+            backend=means.backend,
+        )
         if ledger is not None:
             ledger.keep(plan.layer, report, out.weight, out.bias, out.mask)
         done[plan.layer.name], masks[plan.layer.name] = report, out.mask
@@ -612,12 +619,24 @@ def _prune_layers(
     return done, masks
 
 
-def _prune_layer(
-    plan: Plan, moments: Moments, means: _Means, calibrating: float
+def prune_layer(
+    plan: Plan,
+    moments: Moments,
+    *,
+    calibrating: float,
+    mask: Tensor | None = None,
+    importance: Tensor | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
 ) -> tuple[LayerReport, PrunedWeight]:
+    """Prune one layer by what it has read; nothing is written to it.
+
+    ``mask`` (G, R, C) bool, True = may stay; ``calibrating`` is the time that its moments took.
+    Errors name the layer.
+    """
     layer = plan.layer
     notes = [*layer.notes, *moments.notes(layer)]
-    drift, mask = moments.drift(layer), None
+    drift = moments.drift(layer)
     if drift is not None and bool((zeros := layer.weight() == 0).any()):
         if _within(zeros, plan):
             mask = ~zeros
@@ -640,11 +659,11 @@ def _prune_layer(
             damping=plan.damping,
             refine=plan.refine,
             mask=mask,
-            memory=means.plan.scratch,
-            backend=means.backend,
+            memory=memory,
+            backend=backend,
             notes=notes,
             drift=drift,
-            importance=means.sensitivity.get(layer.name),
+            importance=importance,
         )
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error

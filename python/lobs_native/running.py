@@ -31,6 +31,7 @@ __all__ = [
     "ending",
     "hooked",
     "measure_change",
+    "reader",
 ]
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -240,23 +241,26 @@ Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
 See = Callable[[Layer, Tensor, Columns], Any]
 
 
+def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:
+    """A forward pre-hook, with keyword arguments, for ``site``, one of the uses of ``layer``: it
+    calls ``see(layer, inputs, columns)``."""
+    signature = inspect.signature(type(site.module).forward)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, *given = signature.bind(module, *args, **kwargs).args
+        if not given or not isinstance(given[0], Tensor):
+            what = type(given[0]).__name__ if given else "no argument"
+            raise DtypeError(f"layer {site.name!r}: called with {what} instead of a tensor")
+        x, *others = given
+        see(layer, x, lambda x: site.columns(x, *others))
+
+    return hook
+
+
 @contextlib.contextmanager
 def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
     """Call ``see(layer, inputs, columns)`` whenever the model gives inputs to a layer;
     ``columns(inputs)`` yields them as (group, X)."""
-
-    def hook_for(layer: Layer, site: Layer) -> Callable[..., None]:
-        signature = inspect.signature(type(site.module).forward)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _, *given = signature.bind(module, *args, **kwargs).args
-            if not given or not isinstance(given[0], Tensor):
-                what = type(given[0]).__name__ if given else "no argument"
-                raise DtypeError(f"layer {site.name!r}: called with {what} instead of a tensor")
-            x, *others = given
-            see(layer, x, lambda x: site.columns(x, *others))
-
-        return hook
 
     def seen(layer: Layer, group: int, x: Tensor) -> None:
         see(layer, x, lambda x: [(group, x)])
@@ -268,7 +272,7 @@ def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
         for layer in layers:
             scope.enter_context(layer.running())
             for site in layer.sites if not layer.watched else ():
-                hook = hook_for(layer, site)
+                hook = reader(layer, site, see)
                 handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
                 scope.callback(handle.remove)
         if watched := [layer for layer in layers if isinstance(layer, Matrix)]:

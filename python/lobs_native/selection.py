@@ -24,7 +24,7 @@ from lobs_native.weight import (
     check_refine,
 )
 
-__all__ = ["OVERRIDABLE", "Plan", "plan_layers"]
+__all__ = ["OVERRIDABLE", "Plan", "overridden", "plan_layer", "plan_layers", "tie"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def plan_layers(
     layers = [layer for layer in found if layer.name in wanted]
     for layer in layers:
         layer.check()
-    layers, skipped = _tie(model, layers, explicit=include is not None)
+    layers, skipped = tie(model, layers, explicit=include is not None)
     if not layers:
         raise ArgumentError(
             "model: no layer is left to prune (see include, exclude); linear and convolution "
@@ -145,23 +145,33 @@ def plan_layers(
     for layer in layers:
         settings = dict(defaults)
         for glob, changes in (overrides or {}).items():
-            if not fnmatchcase(layer.name, glob):
-                continue
-            unknown = set(changes) - set(OVERRIDABLE)
-            if unknown:
-                raise ArgumentError(
-                    f"overrides[{glob!r}]: {sorted(unknown)} unknown; known: "
-                    f"{', '.join(OVERRIDABLE)}"
-                )
-            grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
-            if grouped or any(key in changes for key in _TARGETS):
-                settings.update(dict.fromkeys(_TARGETS))
-            settings.update(changes)
-        plans.append(_plan_layer(layer, settings))
+            if fnmatchcase(layer.name, glob):
+                settings = overridden(settings, changes, glob)
+        plans.append(plan_layer(layer, settings))
     return plans, skipped
 
 
-def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
+def overridden(
+    settings: Mapping[str, Any], changes: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Settings with the changes of ``overrides[where]``. A target, or a pattern that says it
+    itself, takes the place of whatever target there was."""
+    unknown = set(changes) - set(OVERRIDABLE)
+    if unknown:
+        raise ArgumentError(
+            f"overrides[{where!r}]: {sorted(unknown)} unknown; known: {', '.join(OVERRIDABLE)}"
+        )
+    made = dict(settings)
+    grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
+    if grouped or any(key in changes for key in _TARGETS):
+        made.update(dict.fromkeys(_TARGETS))
+    made.update(changes)
+    return made
+
+
+def plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
+    """How one layer is to be pruned; ``settings`` has a value for each of OVERRIDABLE. Errors name
+    the setting, or the layer that does not fit."""
     method = check_choice(settings["method"], "method", METHODS)
     pattern = pattern_of(settings["pattern"])
     target = Target.of(
@@ -202,7 +212,7 @@ def _plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
     )
 
 
-def _tie(
+def tie(
     model: nn.Module, layers: Sequence[Layer], explicit: bool
 ) -> tuple[list[Layer], list[Skipped]]:
     """Layers that use one weight in the same way become one. A weight that something else uses
