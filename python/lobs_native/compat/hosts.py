@@ -17,6 +17,7 @@ __all__ = ["HOSTS", "Call", "Difference", "Host", "Replacement", "Tolerance", "f
 # Name of a host -> the module of ours whose HOST describes it; imported when asked for.
 HOSTS: dict[str, str] = {
     "sparsegpt": "lobs_native.compat.sparsegpt",
+    "llmcompressor": "lobs_native.compat.llmcompressor",
 }
 
 
