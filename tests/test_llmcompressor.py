@@ -366,7 +366,7 @@ def test_wrong_settings_are_refused_when_the_modifier_is_made(settings, message)
         ({"ignore": ["Linear"]}, lobs.ArgumentError, "leave no layer to prune"),
         ({"overrides": {"x": {"sparsity": 0.1}}}, lobs.ArgumentError, "overrides: 'x'"),
         ({"overrides": {"Linear": {"speed": 1}}}, lobs.ArgumentError, "'speed'.*unknown"),
-        ({"report": "/no/such/folder/r.json"}, lobs.ArgumentError, "report: there is no folder"),
+        ({"report": "/no/such/folder/r.json"}, lobs.ArgumentError, "report: the folder"),
         ({"sparsity": None, "pattern": "3:5"}, lobs.PatternError, r"layer 'model\.layers\.0"),
     ],
 )

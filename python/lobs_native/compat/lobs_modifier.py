@@ -6,11 +6,9 @@ Importing this module needs llm-compressor, and makes the modifier known to its 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,15 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lobs_native import __version__
 from lobs_native.calibration import Moments
 from lobs_native.compat.padding import Padding
+from lobs_native.compat.reporting import report_of
+from lobs_native.compat.targets import layers_of_targets
 from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
-from lobs_native.layers import Layer, layers_of
+from lobs_native.layers import Layer
 from lobs_native.patterns import pattern_of
 from lobs_native.pruner import prune_layer
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.report import LayerReport, Report, Skipped
 from lobs_native.running import Columns, reader
 from lobs_native.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
 from lobs_native.weight import METHODS, SCOPES, PrunedWeight, Target, check_choice, check_damping
@@ -188,6 +187,11 @@ class LOBSModifier(Modifier):
             )
         return f"{int(size) - int(zeros)}:{int(size)}" if int(zeros) else "unstructured"
 
+    def _said(self) -> dict[str, Any]:
+        """For the report: our names of settings, then those that only this modifier has."""
+        own = ("targets", "ignore", "overrides", "preserve_sparsity_mask", "backend")
+        return {**self._settings(), **{name: getattr(self, name) for name in own}}
+
     # ---- which layers ----------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -202,46 +206,21 @@ class LOBSModifier(Modifier):
                 f"report: the folder of {self.report!r} is not there; make it first"
             )
         model = state.model
-        found = self._selected(model)
+        found, hidden = layers_of_targets(model, self.targets, self.ignore)
         with disable_onloading():  # tied weights are one tensor only where they are stored
             layers, tied = tie(model, found, explicit=False)
-        for skipped in tied:
+        self._skipped = [*hidden, *tied]
+        for skipped in self._skipped:
             logger.warning(f"LOBSModifier leaves {skipped.name} as it is: {skipped.reason}")
-        self._skipped += tied
         if not layers:
-            some = "; ".join(f"{s.name}: {s.reason}" for s in self._skipped)
+            some = "".join(f"; {s.name}: {s.reason}" for s in self._skipped)
             raise ArgumentError(
-                f"targets: {_listed(self.targets)} without ignore {_listed(self.ignore)} leave no "
-                f"layer to prune{'; ' + some if some else ''}"
+                f"targets: {self.targets!r} without ignore {self.ignore!r} leave no layer to "
+                f"prune{some}"
             )
         self._plans = [self._planned(layer) for layer in layers]
         self._check_overrides()
         return True
-
-    def _selected(self, model: nn.Module) -> list[Layer]:
-        """The layers that ``targets`` and ``ignore`` leave, in module order."""
-        wanted: set[nn.Module] = set()
-        for target in _listed(self.targets):
-            hits = [m for name, m in model.named_modules() if is_match(name, m, target)]
-            if not hits:
-                raise ArgumentError(
-                    f"targets: {target!r} matches no module of {type(model).__name__}; give a "
-                    "module's name or class, or 're:' and a regular expression for names"
-                )
-            wanted.update(inner for module in hits for inner in module.modules())
-        ignored = {m for n, m in model.named_modules() if is_match(n, m, _listed(self.ignore))}
-        found = []
-        for layer in layers_of(model):
-            if layer.module not in wanted or {layer.module, layer.caller} & ignored:
-                continue
-            if layer.watched:
-                reason = "its inputs are hidden in another module's forward; use lobs_native.prune"
-                logger.warning(f"LOBSModifier leaves {layer.name} as it is: {reason}")
-                self._skipped.append(Skipped(layer.name, reason))
-                continue
-            _check_layer(layer)
-            found.append(layer)
-        return found
 
     def _planned(self, layer: Layer) -> Plan:
         settings = self._settings()
@@ -400,23 +379,18 @@ class LOBSModifier(Modifier):
             return True
         if not self._done:
             raise LobsError("LOBSModifier: no calibration has run; pass dataset= to oneshot")
-        weights = sum(plan.weights for plan in self._plans)
-        self._result = Report(
-            layers=tuple(self._done.values()),
-            skipped=tuple(self._skipped),
-            error_bound=ErrorBound(False, "llm-compressor shows the network part by part"),
-            sparsity=self._removed / weights if weights else math.nan,
+        self._result = report_of(
+            list(self._done.values()),
+            self._skipped,
             removed=self._removed,
-            weights=weights,
+            weights=sum(plan.weights for plan in self._plans),
             seconds=time.perf_counter() - self._begun,
-            settings=_said(self.model_dump(), self._settings()),
-            versions={
-                "lobs_native": __version__,
-                "torch": str(torch.__version__),
+            settings=self._said(),
+            host={
                 "llmcompressor": str(llmcompressor.__version__),
                 "compressed_tensors": str(compressed_tensors.__version__),
-                "python": platform.python_version(),
             },
+            bound="llm-compressor shows the network part by part",
         )
         self._plans = []
         if self.report is not None:
@@ -424,32 +398,8 @@ class LOBSModifier(Modifier):
         return True
 
 
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
 def _offloaded(module: nn.Module) -> bool:
     return isinstance(module._parameters, OffloadCache)
-
-
-def _check_layer(layer: Layer) -> None:
-    """``layer.check()``, with the forward that llm-compressor's offloading or quantisation has put
-    around the module's own, if any, out of the way."""
-    module = layer.caller
-    marks = ("_original_forward_func", "quantization_scheme")
-    wrapped = any(hasattr(module, mark) for mark in marks) and "forward" in vars(module)
-    around = vars(module).pop("forward") if wrapped else None
-    try:
-        layer.check()
-    finally:
-        if wrapped:
-            vars(module)["forward"] = around
-
-
-def _said(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked, for the report: our names, then what only this modifier has."""
-    own = ("targets", "ignore", "overrides", "preserve_sparsity_mask", "backend", "keep_originals")
-    return {**settings, **{name: fields[name] for name in own}}
 
 
 ModifierFactory.register("LOBSModifier", LOBSModifier)

@@ -1,0 +1,41 @@
+"""The report of a pruning whose layers a host calibrated."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+
+__all__ = ["report_of"]
+
+
+def report_of(
+    layers: Sequence[LayerReport],
+    skipped: Sequence[Skipped],
+    *,
+    removed: int,
+    weights: int,
+    seconds: float,
+    settings: dict[str, Any],
+    host: Mapping[str, str],
+    bound: str,
+) -> Report:
+    """A Report. ``host`` has the versions of its packages; ``bound`` says why there is no bound."""
+    from lobs_native import __version__
+
+    ours = {"lobs_native": __version__, "torch": str(torch.__version__)}
+    return Report(
+        layers=tuple(layers),
+        skipped=tuple(skipped),
+        error_bound=ErrorBound(covered=False, reason=bound),
+        sparsity=removed / weights if weights else 0.0,
+        removed=removed,
+        weights=weights,
+        seconds=seconds,
+        settings=settings,
+        versions={**ours, **host, "python": platform.python_version()},
+    )
