@@ -306,6 +306,35 @@ def test_a_layer_that_fails_is_named_and_all_weights_are_as_they_were(model):
     assert zeros(model.model.layers[0].mlp.up_proj) == 256
 
 
+def test_undo_after_a_failure_of_the_network_itself(model):
+    class BrokenError(Exception):
+        pass
+
+    def broken(*_: Any) -> None:
+        raise BrokenError
+
+    before = weights(model)
+    handle = model.model.norm.register_forward_hook(broken)  # after the last block
+    modifier = LOBSModifier(sparsity=0.5, method="wanda", ignore=["lm_head"])
+    with pytest.raises(BrokenError):
+        run(model, modifier)
+    assert zeros(model.model.layers[0].mlp.up_proj) == 256
+    modifier.undo()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    handle.remove()
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert modifier.result is None
+
+
+def test_zeros_that_a_pattern_has_no_room_for_are_an_error_that_names_the_layer(model):
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, :3] = 0
+    settings = {"mask_structure": "2:4", "targets": ["re:.*q_proj"], "method": "sweep"}
+    with pytest.raises(lobs.ArgumentError, match=r"layers\.1.*q_proj'.*removes 3 of 4"):
+        run(model, LOBSModifier(preserve_sparsity_mask=True, **settings))
+    run(model, LOBSModifier(**settings))  # two of the three stay zero, the third is repaired
+
+
 def test_without_originals_only_the_failing_part_is_undone(model):
     before = weights(model)
     model.model.layers[1].mlp.act_fn.register_forward_hook(lambda m, a, out: out * float("nan"))

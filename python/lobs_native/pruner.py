@@ -665,7 +665,7 @@ def prune_layer(
             drift=drift,
             importance=importance,
         )
-    except (NonFiniteError, NotPositiveDefiniteError) as error:
+    except (ArgumentError, NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
     report = LayerReport(
         name=layer.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class LOBSModifier(Modifier):
         Path, ``.json`` or ``.html``, to save the report to at the end; :attr:`result` has it too.
     keep_originals : bool
         Keep the original weights on the CPU until all layers are done, so that a failure leaves
-        the model as it was. Without it only the part that fails is left as it was.
+        the model as it was; :meth:`undo` does so after failures of the network itself. Without it
+        only the part that fails is left as it was.
 
     Raises
     ------
@@ -135,6 +136,14 @@ class LOBSModifier(Modifier):
     def result(self) -> Report | None:
         """The report, once ``oneshot`` is through."""
         return self._result
+
+    def undo(self) -> None:
+        """Give all weights their old values back, where ``oneshot`` was ended by something else
+        than this modifier (the network itself failed, or ran out of memory)."""
+        self._failed = True
+        self.remove_hooks()
+        self._moments.clear()
+        self._restore()
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -244,18 +253,21 @@ class LOBSModifier(Modifier):
             return int(state.current_batch_idx)
 
         def see(layer: Layer, x: Tensor, columns: Columns) -> None:
-            with self._all_or_nothing():
-                self._see(layer, x, columns, self._mask(state))
+            self._see(layer, x, columns, self._mask(state))
 
         self._padding = Padding.of(state.data.calib)
         if self._padding is not None:
-            embeddings = state.model.get_input_embeddings()
-            hook = self._padding.watching(running)
-            self.register_hook(embeddings, hook, "forward_pre", with_kwargs=True)
+            self._watch(state.model.get_input_embeddings(), self._padding.watching(running))
         for plan in self._plans:
             for site in plan.layer.sites:
-                hook = reader(plan.layer, site, see)
-                self.register_hook(site.module, hook, "forward_pre", with_kwargs=True)
+                self._watch(site.module, reader(plan.layer, site, see))
+
+    def _watch(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        def guarded(*arguments: Any) -> None:
+            with self._all_or_nothing():
+                hook(*arguments)
+
+        self.register_hook(module, guarded, "forward_pre", with_kwargs=True)
 
     def _mask(self, state: State) -> Tensor | None:
         """Of the running batch: (B, T) bool, True = counts."""
@@ -339,10 +351,7 @@ class LOBSModifier(Modifier):
         try:
             yield
         except BaseException:
-            self._failed = True
-            self.remove_hooks()
-            self._moments.clear()
-            self._restore()
+            self.undo()
             raise
 
     @torch.no_grad()
@@ -377,8 +386,13 @@ class LOBSModifier(Modifier):
         """Make the report, and save it where that was asked for."""
         if self._failed:  # llm-compressor ends what failed when its next run begins
             return True
-        if not self._done:
-            raise LobsError("LOBSModifier: no calibration has run; pass dataset= to oneshot")
+        missing = len(self._plans) - len(self._done)
+        if missing:
+            self.remove_hooks()
+            raise LobsError(
+                f"LOBSModifier: {missing} of {len(self._plans)} layers are not pruned: calibration "
+                "did not run to its end, or not at all (pass dataset= to oneshot)"
+            )
         self._result = report_of(
             list(self._done.values()),
             self._skipped,
