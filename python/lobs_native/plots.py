@@ -129,9 +129,9 @@ def plot(curves: Sequence[Curve], before: float) -> str:
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"></path>')
         parts.append(_label(_LEFT - 8, y + 4, f"{100 * k * step:g}", "end"))
     parts += [
-        _label(across(x), _BOTTOM + 20, f"{100 * x:g}") for x in sorted({x for x, _ in points})
+        _label(across(x), _BOTTOM + 24, f"{100 * x:g}") for x in sorted({x for x, _ in points})
     ]
-    parts.append(_label((_LEFT + _RIGHT) / 2, _BOTTOM + 42, "sparsity of every layer (%)"))
+    parts.append(_label((_LEFT + _RIGHT) / 2, _BOTTOM + 46, "sparsity of every layer (%)"))
     middle = (_TOP + _BOTTOM) / 2
     turned = f' transform="rotate(-90 12 {middle})"'
     parts.append(_label(12, middle, "test error (%)", extra=turned))
