@@ -16,9 +16,15 @@ from lobs_native.compat.record import Record
 
 __all__ = ["HOSTS", "Record", "patch"]
 
+_BY_NAME = {  # what a patch can put into hosts, and what is used by its name only
+    **HOSTS,
+    "modelopt": "lobs_native.compat.modelopt",
+    "torch_prune": "lobs_native.compat.torch_prune",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Load ``lobs_native.compat.sparsegpt`` and the like on first use."""
-    if name in HOSTS:
-        return importlib.import_module(HOSTS[name])
+    if name in _BY_NAME:
+        return importlib.import_module(_BY_NAME[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
