@@ -22,6 +22,7 @@ LAYERS_OF_PYTHON = [
     {"__init__"},
     {"compat"},
     {"pruner"},
+    {"layerwise"},
     {"structure"},
     {"allocation", "replay", "run_plan"},
     {"batch_norm", "blocks", "calibration", "ledger", "sensitivity"},

@@ -25,7 +25,7 @@ from test_blocks import made
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native import cli, fs, ledger, pruner
+from lobs_native import cli, fs, layerwise, ledger, pruner
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.ledger import Ledger
 from lobs_native.rundir import RunDirectory
@@ -80,7 +80,7 @@ def plain(report: lobs.Report) -> list[dict[str, Any]]:
 
 def spying(calibrated: list[str]) -> Callable[..., Any]:
     """The calibration of pruning, which also tells what it was for."""
-    calibrate = pruner.calibrate
+    calibrate = layerwise.calibrate
 
     def spy(layers: Any, *rest: Any, **named: Any) -> Any:
         calibrated.extend(layer.name for layer in layers)
@@ -119,7 +119,7 @@ def test_going_on_gives_what_an_uninterrupted_run_gives(tmp_path, monkeypatch, m
             assert f"{k} of {count} layers are kept in {folder}" in caught.value.__notes__[0]
         again, calibrated = make(), []
         with monkeypatch.context() as patched:
-            patched.setattr(pruner, "calibrate", spying(calibrated))
+            patched.setattr(layerwise, "calibrate", spying(calibrated))
             report = lobs.prune(again, data(), run_dir=folder, **options)
         assert same(again, whole)
         assert plain(report) == plain(expected)
@@ -325,7 +325,7 @@ def test_another_limit_on_memory_is_the_same_run(tmp_path):
 def test_a_finished_run_is_read_again_and_nothing_is_calibrated(tmp_path, monkeypatch):
     first, second = chain(), chain()
     lobs.prune(first, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
-    monkeypatch.setattr(pruner, "calibrate", None)
+    monkeypatch.setattr(layerwise, "calibrate", None)
     lobs.prune(second, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
     assert same(first, second)
 
@@ -383,8 +383,8 @@ def stopping() -> Iterator[None]:
 
 @pytest.mark.usefixtures("stopping")
 def test_asked_to_stop_while_it_prunes_it_ends_after_the_layer(tmp_path, monkeypatch):
-    prune = pruner.prune_groups
-    monkeypatch.setattr(pruner, "prune_groups", lambda *a, **k: (stop.set(), prune(*a, **k))[1])
+    prune = layerwise.prune_groups
+    monkeypatch.setattr(layerwise, "prune_groups", lambda *a, **k: (stop.set(), prune(*a, **k))[1])
     with pytest.raises(StoppedError):
         lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
     with RunDirectory.open(tmp_path / "run", write=False) as run:

@@ -12,8 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,35 +20,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import bound, checks, ops
-from lobs_native.allocation import passes, share_budget
-from lobs_native.calibration import Moments, calibrate
-from lobs_native.errors import (
-    ArgumentError,
-    DtypeError,
-    NonFiniteError,
-    NotPositiveDefiniteError,
-)
+from lobs_native.allocation import share_budget
+from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.layerwise import LayerLoop, Means
 from lobs_native.ledger import Ledger, check_resume, fingerprints
-from lobs_native.partial import States, passed_before
-from lobs_native.patterns import GroupsOf, Unstructured
-from lobs_native.problem import nearest_count
-from lobs_native.replay import Replay
+from lobs_native.partial import States
+from lobs_native.patterns import GroupsOf
 from lobs_native.report import ErrorBound, LayerReport, Report, plain
-from lobs_native.run_plan import LayerPeak, Peak, RunPlan, keep_tight, plan_run
-from lobs_native.running import Forward, Run, Source, batches_of, measure_change
+from lobs_native.run_plan import Peak, RunPlan, keep_tight, plan_run
+from lobs_native.running import Forward, Run, batches_of, measure_change
 from lobs_native.selection import OVERRIDABLE, Plan, plan_layers
 from lobs_native.sensitivity import sensitivities
 from lobs_native.shelf import Shelf
-from lobs_native.structure import (
-    Structure,
-    multiplications,
-    order_of,
-    structure_of,
-    workload,
-)
-from lobs_native.weight import PrunedWeight, Target, check_choice, prune_groups
+from lobs_native.structure import multiplications, order_of, structure_of, workload
+from lobs_native.weight import Target, check_choice
 
-__all__ = ["INPUTS", "plan_prune", "prune", "prune_layer"]
+__all__ = ["INPUTS", "plan_prune", "prune"]
 
 INPUTS = ("pruned", "dense", "corrected")
 _TOLD = (  # arguments that the report repeats, besides those that overrides may change
@@ -359,8 +345,10 @@ class _Pruning:
             try:
                 order, sensitivity = self._decided(planned, ledger, peak)
                 structure = self.structure.with_plans(order)
-                means = _Means(planned, self.given["backend"], sensitivity or {}, ledger)
-                done, masks = _prune_layers(run, self.inputs, structure, means)
+                means = Means(planned, self.given["backend"], sensitivity or {}, ledger)
+                loop = LayerLoop(run, self.inputs, structure, means)
+                loop.carry_out()
+                done, masks = loop.done, loop.masks
                 if ledger is not None:
                     ledger.states.clear()
                 error_bound = _bound(run.model, run, order, done, self.inputs)
@@ -517,221 +505,6 @@ def _versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-# ---- the layers, one after another ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Means:
-    """What the layers are pruned with."""
-
-    plan: RunPlan
-    backend: str | None
-    sensitivity: Mapping[str, Tensor]
-    ledger: Ledger | None
-
-
-def _prune_layers(
-    run: Run, inputs: str, structure: Structure, means: _Means
-) -> tuple[dict[str, LayerReport], dict[str, Tensor]]:
-    """Prune every layer. Reports, and masks (G, R, C), by name."""
-    done: dict[str, LayerReport] = {}
-    masks: dict[str, Tensor] = {}
-    total = sum(len(group) for _, groups in structure.parts for group in groups)
-    bar = tqdm(total=total, desc="layers", unit="layer", disable=None if run.progress else True)
-
-    ledger = means.ledger
-    states = None if ledger is None else ledger.states
-
-    def kept(plan: Plan) -> bool:
-        return ledger is not None and plan.layer in ledger
-
-    def prune(plan: Plan, moments: Moments, calibrating: float) -> tuple[Tensor, Tensor | None]:
-        report, out = prune_layer(
-            plan,
-            moments,
-            calibrating=calibrating,
-            importance=means.sensitivity.get(plan.layer.name),
-            memory=means.plan.scratch,
-            backend=means.backend,
-        )
-        if ledger is not None:
-            ledger.keep(plan.layer, report, out.weight, out.bias, out.mask)
-        done[plan.layer.name], masks[plan.layer.name] = report, out.mask
-        bar.update()
-        return out.weight, out.bias
-
-    def load(plan: Plan) -> tuple[Tensor, Tensor | None]:
-        assert ledger is not None
-        name = plan.layer.name
-        done[name], weight, bias, masks[name] = ledger.load(plan.layer)
-        bar.update()
-        return weight, bias
-
-    def write(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
-        run.changed.update(plan.layer.parameters)
-        plan.layer.write_back(weight, bias)
-
-    if inputs == "dense":  # every pass must see the original network
-        ((_, (order,)),) = structure.parts
-        with bar, Shelf(means.plan.kept_limit) as waiting:
-
-            def wait(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
-                waiting.put((plan.layer.name, "weight"), weight)
-                if bias is not None:
-                    waiting.put((plan.layer.name, "bias"), bias)
-
-            for plan in order:
-                if kept(plan):
-                    wait(plan, *load(plan))
-            rest = [plan for plan in order if plan.layer.name not in done]
-            begun_with = passed_before(states, "calibrate")
-            for piece in passes(rest, means.plan.statistics_limit, begun_with):
-                begun = time.perf_counter()
-                layers = [plan.layer for plan in piece]
-                what = f"calibrate {len(layers)} layers"
-                moments = calibrate(layers, run, what, states=states)
-                calibrating = (time.perf_counter() - begun) / len(piece)
-                for plan in piece:
-                    wait(plan, *prune(plan, moments.pop(plan.layer.name), calibrating))
-            for plan in order:
-                name = plan.layer.name
-                write(plan, waiting[name, "weight"], waiting.get((name, "bias")))
-        return {plan.layer.name: done[plan.layer.name] for plan in order}, masks
-    with bar:
-        for stack, groups in structure.parts:
-            with contextlib.ExitStack() as scope:
-                replay, source = None, cast(Source, run)
-                missing = [plan for group in groups for plan in group if not kept(plan)]
-                if stack is not None and missing:
-                    corrected = inputs == "corrected"
-                    replay = Replay(stack, run, means.plan.states_limit, corrected, states)
-                    source = scope.enter_context(replay)
-                for group in groups:
-                    if all(map(kept, group)):
-                        for plan in group:
-                            write(plan, *load(plan))
-                        continue
-                    leader = group[0].layer
-                    if stack is not None and replay is not None:
-                        while replay.block < (stack.block_of(leader.name) or 0):
-                            replay.advance()
-                    early = leader.name in structure.once and len(leader.sites) == 1
-                    readers = {leader.name: [plan.layer for plan in group]}
-                    begun = time.perf_counter()
-                    (moment,) = calibrate(
-                        [leader],
-                        source,
-                        f"calibrate {leader.name}",
-                        until=leader.caller if early else None,
-                        corrected=readers if inputs == "corrected" else None,
-                        states=states,
-                    ).values()
-                    calibrating = (time.perf_counter() - begun) / len(group)
-                    for plan in group:
-                        new = load(plan) if kept(plan) else prune(plan, moment, calibrating)
-                        write(plan, *new)
-                    del moment, new
-                if replay is not None:
-                    replay.finish()
-    return done, masks
-
-
-def prune_layer(
-    plan: Plan,
-    moments: Moments,
-    *,
-    calibrating: float,
-    mask: Tensor | None = None,
-    importance: Tensor | None = None,
-    memory: int | None = None,
-    backend: str | None = None,
-) -> tuple[LayerReport, PrunedWeight]:
-    """Prune one layer by what it has read; nothing is written to it.
-
-    ``mask`` (G, R, C) bool, True = may stay; ``calibrating`` is the time that its moments took.
-    Errors name the layer.
-    """
-    layer = plan.layer
-    peak = LayerPeak(layer.weight().device)
-    notes = [*layer.notes, *moments.notes(layer)]
-    drift = moments.drift(layer)
-    if drift is not None and bool((zeros := layer.weight() == 0).any()):
-        if _within(zeros, plan):
-            mask = ~zeros
-        else:
-            drift = None
-            notes.append(
-                "not corrected, only calibrated on pruned inputs: its weights have zeros already, "
-                "which would be filled"
-            )
-    try:
-        out = prune_groups(
-            layer.weight(),
-            moments.matrices(),
-            target=plan.target,
-            method=plan.method,
-            pattern=plan.pattern,
-            scope="layer" if plan.scope == "model" else plan.scope,
-            bias=layer.bias(),
-            prune_bias=plan.prune_bias,
-            damping=plan.damping,
-            refine=plan.refine,
-            mask=mask,
-            memory=memory,
-            backend=backend,
-            notes=notes,
-            drift=drift,
-            importance=importance,
-        )
-    except (ArgumentError, NonFiniteError, NotPositiveDefiniteError) as error:
-        raise type(error)(f"layer {layer.name!r}: {error}") from error
-    report = LayerReport(
-        name=layer.name,
-        kind=layer.kind,
-        shape=layer.shape,
-        method=plan.method,
-        scope=plan.scope,
-        asked=plan.asked,
-        sparsity=out.sparsity,
-        error=out.error,
-        relative_error=out.relative_error,
-        damping=out.damping,
-        damping_asked=plan.damping,
-        optimality=out.optimality,
-        swaps=out.swaps,
-        rows=moments.rows,
-        columns=layer.width,
-        dead_columns=out.dead_columns,
-        backend=out.backend,
-        status=out.status,
-        notes=out.notes,
-        seconds_calibrating=calibrating,
-        seconds_pruning=out.seconds,
-        inherited=None if drift is None else drift.inherited,
-        pattern=plan.pattern.name,
-        dtype=str(out.weight.dtype).removeprefix("torch."),
-        predicted=out.predicted,
-        energy=out.energy,
-        condition=out.condition,
-        curve_sparsity=out.curve_sparsity,
-        curve_error=out.curve_error,
-        peak_memory=peak.bytes(),
-        peak_memory_device=peak.device_bytes(),
-    )
-    return report, out
-
-
-def _within(zeros: Tensor, plan: Plan) -> bool:
-    """Whether what is asked for removes all of these weights (G, R, C) and no pattern is against
-    it."""
-    share = plan.target.sparsity
-    if share is None or not isinstance(plan.pattern, Unstructured):
-        return False
-    if plan.scope == "row":
-        return int(zeros.sum(2).max()) <= nearest_count(share, zeros.shape[2])
-    return int(zeros.sum()) <= nearest_count(share, plan.weights)
 
 
 @torch.no_grad()

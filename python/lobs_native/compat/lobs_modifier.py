@@ -31,8 +31,8 @@ from lobs_native.compat.reporting import report_of
 from lobs_native.compat.targets import layers_of_targets
 from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.layerwise import prune_layer
 from lobs_native.patterns import pattern_of
-from lobs_native.pruner import prune_layer
 from lobs_native.report import LayerReport, Report, Skipped
 from lobs_native.running import Columns, reader
 from lobs_native.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie

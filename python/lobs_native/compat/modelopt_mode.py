@@ -26,7 +26,7 @@ from lobs_native.calibration import Moments
 from lobs_native.compat.reporting import report_of
 from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
 from lobs_native.layers import Layer, layers_for
-from lobs_native.pruner import prune_layer
+from lobs_native.layerwise import prune_layer
 from lobs_native.report import LayerReport, Skipped
 from lobs_native.running import Columns, hooked
 from lobs_native.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
