@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import lobs_native as lobs
-from lobs_native.bound import NotAChainError, chain_of, theorem_bound
+from lobs_native.bound import NotAChainError, chain_of, theorem_parts
 
 
 def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -52,11 +52,11 @@ def test_the_formula_by_hand():
         "b": torch.diag(torch.tensor([3.0, 4.0])),
         "c": torch.diag(torch.tensor([1.0, 2.0])),
     }
-    frobenius, spectral = theorem_bound(
+    parts = theorem_parts(
         ["a", "b", "c"], weights.__getitem__, {"a": (4.0, 10.0), "b": (9.0, 10.0)}, 10.0
     )
-    assert frobenius == pytest.approx(5 * 5**0.5 * 2 + 5**0.5 * 3)
-    assert spectral == pytest.approx(4 * 2 * 2 + 2 * 3)
+    assert parts["a"] == pytest.approx((5 * 5**0.5 * 2, 4 * 2 * 2))
+    assert parts["b"] == pytest.approx((5**0.5 * 3, 2 * 3))
 
 
 def test_rows_may_differ_along_the_chain():

@@ -28,7 +28,10 @@ def test_json_holds_everything_but_the_masks(report, tmp_path):
     assert saved["sparsity"] == 0.5
     assert [x["name"] for x in saved["layers"]] == ["0", "2"]
     assert saved["layers"][0]["error"] == report.layers[0].error
-    assert saved["error_bound"]["spectral"] == report.error_bound.spectral
+    bound = saved["error_bound"]
+    assert bound["spectral"] == report.error_bound.spectral
+    assert sum(bound["parts"].values()) == pytest.approx(bound["spectral"])
+    assert bound["relative"]["measured"] == bound["measured"] / bound["output_norm"]
     assert saved["settings"]["inputs"] == "dense"
     assert saved["versions"]["torch"] == torch.__version__
     assert "masks" not in saved

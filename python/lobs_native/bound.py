@@ -25,7 +25,7 @@ from torch.nn import functional
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 
-__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_bound"]
+__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
 
 
 class NotAChainError(Exception):
@@ -129,17 +129,6 @@ def _check_step(
     raise NotAChainError(
         f"{getattr(what, '__name__', what)} ({node.name}) is not covered by the theorem"
     )
-
-
-def theorem_bound(
-    chain: Sequence[str],
-    weight: Callable[[str], Tensor],
-    errors: Mapping[str, tuple[float, float]],
-    output_rows: float,
-) -> tuple[float, float]:
-    """(Frobenius, spectral) bound on the output's change: the sums of :func:`theorem_parts`."""
-    parts = theorem_parts(chain, weight, errors, output_rows).values()
-    return sum(frobenius for frobenius, _ in parts), sum(spectral for _, spectral in parts)
 
 
 def theorem_parts(

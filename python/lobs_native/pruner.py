@@ -555,5 +555,7 @@ def _bound(
     elif inputs == "corrected":  # its error has those of all layers before it in it
         errors = {last: errors[last]}
         rule = f"the measured error of {last}, times the norms of the layers after it"
-    frobenius, spectral = bound.theorem_bound(chain, weight, errors, measured[2])
-    return ErrorBound(True, rule, frobenius, spectral, root, norm)
+    parts = bound.theorem_parts(chain, weight, errors, measured[2])
+    frobenius, spectral = (sum(part[k] for part in parts.values()) for k in (0, 1))
+    each = {name: part[1] for name, part in parts.items()}
+    return ErrorBound(True, rule, frobenius, spectral, root, norm, each)
