@@ -17,7 +17,7 @@ STEMS = sorted(p.stem for p in (ROOT / "csrc").glob("*.h") if p.stem not in SHAR
 LAYERS_OF_PYTHON = [
     {"__main__"},
     {"cli"},
-    {"demo", "doctor", "job"},
+    {"demo", "doctor", "experiments", "job"},
     {"hf"},
     {"__init__"},
     {"pruner"},
@@ -128,7 +128,7 @@ def test_python_imports_point_downward():
 
 def test_every_module_has_its_line():
     package = ROOT / "python/lobs_native"
-    modules = {p.stem for p in package.glob("*.py")} | {"layers", "_core"}
+    modules = {p.stem for p in package.glob("*.py")} | {"experiments", "layers", "_core"}
     assert set().union(*LAYERS_OF_PYTHON) == modules
 
 
