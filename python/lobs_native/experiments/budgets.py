@@ -14,7 +14,7 @@ from lobs_native.experiments.networks import Case, percent_wrong
 
 RELATIVE = (0.001, 0.01, 0.05)  # errors of layers
 LIMITS = (("measured", 0.1), ("measured", 0.2), ("spectral", 0.5))  # changes of outputs
-_STEPS = 10  # halvings of the range of shares: to a thousandth
+HALVINGS = 10  # of the range of sparsities: to a thousandth
 
 
 Pair = tuple[nn.Module, lobs.Report]
@@ -43,7 +43,7 @@ class Budgeted:
     pruned: float
 
 
-def budgets_of(case: Case) -> Iterator[Budgeted]:
+def budgets_of(case: Case, halvings: int = HALVINGS) -> Iterator[Budgeted]:
     """Every layer to each of ``RELATIVE``, and the whole network to each of ``LIMITS``; the bound
     only where Theorem 3.2 covers the network."""
     split = case.splits[0]
@@ -63,7 +63,7 @@ def budgets_of(case: Case) -> Iterator[Budgeted]:
         covered = found[1].error_bound.covered
     for measure, limit in LIMITS:
         if measure == "measured" or covered:
-            bounded = prune_network_to(case.model, batches, limit, measure)
+            bounded = prune_network_to(case.model, batches, limit, measure, halvings)
             pair = (bounded.model, bounded.report)
             yield row(f"change of the output, {measure}", limit, bounded.value, pair)
 
@@ -88,12 +88,15 @@ def prune_layers_to(
 
 
 def prune_network_to(
-    model: nn.Module, batches: Sequence[Tensor], limit: float, measure: str
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    limit: float,
+    measure: str,
+    halvings: int = HALVINGS,
 ) -> Bounded:
     """A copy with as few weights as keep the change of the network's output within a limit.
 
-    One budget for the model (scope "model"), whose size is found by bisection over the sparsity,
-    to a thousandth.
+    One budget for the model (scope "model"), whose size is found by bisection over the sparsity.
 
     Parameters
     ----------
@@ -107,15 +110,17 @@ def prune_network_to(
         What must stay within it: the bound of Theorem 3.2 with spectral norms, which holds for
         networks that the theorem covers and on the calibration inputs; or the change measured on
         them.
+    halvings : int
+        Of the range of sparsities, 0 to 1: so many networks are pruned.
 
     Raises
     ------
     ArgumentError
-        The theorem does not cover the network; the message says why.
+        The theorem does not cover the network, or no sparsity that was tried is within the limit.
     """
     low, high = 0.0, 1.0  # sparsities: within the limit, beyond it
     best: Bounded | None = None
-    for _ in range(_STEPS):
+    for _ in range(halvings):
         sparsity = (low + high) / 2
         pruned = copy.deepcopy(model)
         report = lobs.prune(
@@ -134,6 +139,6 @@ def prune_network_to(
             high = sparsity
     if best is None:
         raise ArgumentError(
-            f"limit: {limit:g}; not even {low + 2**-_STEPS:.4f} of the weights can go"
+            f"limit: {limit:g}; not even {low + 2**-halvings:.4f} of the weights can go"
         )
     return best

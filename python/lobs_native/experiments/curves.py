@@ -45,25 +45,28 @@ def inflection(points: Sequence[tuple[float, float]], dense: float) -> float:
     Parameters
     ----------
     points : sequence of (kept share, error)
-        Errors in any unit, at least three left of the bend, shares above 0. Zero errors count as a
-        tenth of the dense one.
+        Errors in any unit, at least three left of the bend, shares above 0.
     dense : float
-        The error before pruning, above 0.
+        The error before pruning. Errors of zero, this one included, count as half of the smallest
+        that is not.
 
     Returns
     -------
     float
-        A share between the smallest and the largest one given.
+        A share between the smallest and the largest one given; the smallest if no error is above
+        the dense one.
     """
+    floor = min((e for e in (dense, *(e for _, e in points)) if e > 0), default=1.0) / 2
+    dense = dense or floor
     ceiling = max(error for _, error in points) / 2
-    used = [(k, max(e, dense / 10)) for k, e in points if e <= max(ceiling, dense)]
+    used = [(k, e or floor) for k, e in points if e <= max(ceiling, dense)]
     x = torch.tensor([math.log(k) for k, _ in used], dtype=torch.float64)
     y = torch.tensor([math.log(e / dense) for _, e in used], dtype=torch.float64)
     grid = torch.linspace(float(x.min()), float(x.max()), 2000, dtype=torch.float64)
     rise = (grid[:, None] - x).clamp_min(0.0)  # (grid, points)
     slope = (rise @ y).clamp_min(0.0) / (rise**2).sum(1).clamp_min(1e-300)
     distance = ((y - slope[:, None] * rise) ** 2).sum(1)
-    return math.exp(float(grid[distance.argmin()]))
+    return math.exp(float(grid[distance.argmin()]))  # of equal ones the first, the smallest share
 
 
 def sensitivities(case: Case, layer: str, alpha: float = 1e6) -> Tensor:

@@ -8,20 +8,21 @@ from typing import Any
 
 from lobs_native.experiments import printed
 from lobs_native.experiments.aims import aims_of
-from lobs_native.experiments.budgets import Budgeted, budgets_of
+from lobs_native.experiments.budgets import Budgeted
 from lobs_native.experiments.networks import Case
 from lobs_native.experiments.page import spread, table
 from lobs_native.experiments.plots import ALONE, Picture
-from lobs_native.experiments.tables import BETWEEN, Row, Rows
+from lobs_native.experiments.tables import BETWEEN, FEW, TAUGHT, TAUGHT_RATE, Row, Rows
 from lobs_native.experiments.ways import WAYS
 
-_ONCE, _STAGES = "once", "stages"
+_ONCE, _STAGES, _TAUGHT = "once", "stages", "taught"
 
 
 def page(
     cases: Sequence[Case],
     rows: Rows,
     pictures: Sequence[Picture],
+    budgeted: Sequence[Budgeted],
     facts: Mapping[str, str],
     missing: Sequence[str],
 ) -> tuple[str, dict[str, Any]]:
@@ -35,20 +36,21 @@ def page(
         Of all networks.
     pictures : sequence of Picture
         Stand beside the page as ``<stem>.svg``.
+    budgeted : sequence of Budgeted
     facts : mapping
         Versions, threads, seconds.
     missing : sequence of str
         What was left out, and why.
     """
-    budgeted = [b for case in cases for b in budgets_of(case)]
     parts = [_HEAD, "".join(f"- {name}: {value}\n" for name, value in facts.items()), "\n"]
     parts += [f"- left out: {what}\n" for what in missing]
     parts += [_aims(rows, cases)]
     for case in cases:
         parts.append(f"\n## {case.name}\n\n{_setup(case)}\n")
         parts.append(_rows_table(case, _ONCE, rows))
-        if any(key[:2] == (_STAGES, case.name) for key in rows.rows):
-            parts.append(_rows_table(case, _STAGES, rows))
+        for which in (_STAGES, _TAUGHT):
+            if any(key[:2] == (which, case.name) for key in rows.rows):
+                parts.append(_rows_table(case, which, rows))
     parts.append(_budgets(budgeted))
     parts += ["\n## Figures\n"]
     for picture in pictures:
@@ -67,11 +69,11 @@ _HEAD = """# The paper's small networks
 
 Made by `python -m lobs_native.experiments small`. Errors in percent; where several networks were
 trained, the mean and, in brackets, the lowest and the highest. "kept": share of the weights that
-stay. Calibration never sees labels. Retraining is Adam at a rate of 0.001 on the kept weights, in
-batches of 128 images with labels, until the validation error is back at that of the network before
-pruning, which is looked at every 10 iterations; it ends without that at the limit, with the best
-weights it had. "reached" says in how many runs it got there. Validation images are never trained
-on, test images decide nothing.
+stay. Calibration never sees labels. Retraining is Adam on the kept weights, its rate falling from
+0.001 along half a cosine, in batches of 128 images with labels. It ends when the validation error,
+looked at every 10 iterations, is back at that of the network before pruning; at the limit it ends
+without that, with the best weights it had. "reached" says how often it got there. Validation
+images are never trained on, test images decide nothing.
 
 """
 
@@ -106,19 +108,19 @@ def _rows_table(case: Case, which: str, rows: Rows) -> str:
             lines.append(_line(way, found))
     for row in printed.TABLE1:
         iterated = "iterative" in row.method
-        if row.network == case.shape.title and iterated == (which == _STAGES):
+        if row.network == case.shape.title and iterated == (which != _ONCE):
             pruned = "-" if row.pruned is None else f"{row.pruned:.2f}"
             lines.append([
                 f"*{row.method}, printed*", "-", f"{row.kept:g}", f"{row.original:.2f}", pruned,
                 f"{row.retrained:.2f}", f"{row.iterations:,.0f}", "-", "-",
             ])  # fmt: skip
-    if which == _ONCE:
-        title = "Pruned once (table 1)"
-    else:
-        title = (
-            f"In two stages (tables 3 and 4), with at most {BETWEEN} iterations between them, "
-            "which count"
-        )
+    title = {
+        _ONCE: "Pruned once (table 1)",
+        _STAGES: f"In two stages (tables 3 and 4), with at most {BETWEEN} iterations between them",
+        _TAUGHT: f"Beyond the paper: four stages, each with at most {TAUGHT} iterations towards "
+        "the outputs of the network before pruning instead of labels (Adam, rate "
+        f"{TAUGHT_RATE:g}; images varied at random where there are fewer than {FEW:,})",
+    }[which]
     return f"\n{title}:\n\n{table(header, lines)}"
 
 
@@ -152,10 +154,10 @@ def _aims(rows: Rows, cases: Sequence[Case]) -> str:
 
 # ---- budgets -------------------------------------------------------------------------------------
 
-_BUDGETS = """Method exact, inputs of the original network, no retraining. A layer's relative error is
-that of its output, both mean squares (`max_error`, as a share of the output's); a network's is the
-root mean square change of its output over that of the output, on the calibration images: measured,
-or bounded by Theorem 3.2 with spectral norms (bisection over one budget for the model).
+_BUDGETS = """Method exact, inputs of the original network, no retraining. A layer's error is that
+of its output over the output, both mean squares (`max_error`); a network's is the root mean square
+change of its output over that of the output, on the calibration images: measured, or bounded by
+Theorem 3.2 with spectral norms (bisection over one budget for the model).
 """
 
 
@@ -174,8 +176,8 @@ def _budgets(found: Sequence[Budgeted]) -> str:
 
 # ---- what figures say ----------------------------------------------------------------------------
 
-_BEND = """The inflection point is the kept share where the hinge `log e = log dense + slope * max(0,
-log(k0 / k))` that is nearest to the points bends. The paper's text puts it at about 4% kept.
+_BEND = """The inflection point is the kept share k0 of the hinge that is nearest to the points,
+`log error = log dense + slope * max(0, log(k0 / kept))`. The paper's text puts it at about 4% kept.
 """
 _SHORT = "300: LeNet-300-100 (*: the authors' weights), L5: LeNet-5, C: CIFAR-Net.\n"
 

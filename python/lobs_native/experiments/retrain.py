@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,13 @@ def retrain(
     every: int = 10,
     seed: int = 0,
     rate: float = RATE,
+    teacher: nn.Module | None = None,
+    vary: Callable[[Tensor], Tensor] | None = None,
 ) -> Retrained:
-    """Train the kept weights with labels, until the validation error is back at ``target``.
+    """Train the kept weights, until the validation error is back at ``target``.
 
-    Adam in batches of 128 images, at one learning rate; weights that were removed stay zero.
+    Adam in batches of 128 images, its learning rate falling to zero along half a cosine over
+    ``limit`` iterations; weights that were removed stay zero.
 
     Parameters
     ----------
@@ -62,7 +66,12 @@ def retrain(
     seed : int
         Of the order of the images and of dropout; the caller's random state is kept.
     rate : float
-        Adam's learning rate.
+        Adam's learning rate at the start.
+    teacher : nn.Module, optional
+        Learn its outputs, by their mean squared distance, instead of the labels, which then only
+        the validation uses. In eval mode; not modified.
+    vary : callable, optional
+        Makes other images of a batch of images.
 
     Returns
     -------
@@ -72,6 +81,7 @@ def retrain(
     curve = [(0, percent_wrong(model, validation))]
     best = (curve[0][1], copy.deepcopy(model.state_dict()))
     optimiser = torch.optim.Adam(model.parameters(), rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, limit))
     done = 0
     with torch.random.fork_rng(devices=[]), lobs.keep_masks(model, masks):
         torch.manual_seed(seed)
@@ -80,9 +90,11 @@ def retrain(
             model.train()
             for _ in range(min(every, limit - done)):
                 rows = next(batches)
+                x = training.x[rows] if vary is None else vary(training.x[rows])
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(model(training.x[rows]), training.y[rows]).backward()
+                _loss(model(x), x, training.y[rows], teacher).backward()
                 optimiser.step()
+                falling.step()
                 done += 1
             curve.append((done, percent_wrong(model, validation)))
             if curve[-1][1] < best[0]:
@@ -92,6 +104,30 @@ def retrain(
         model.load_state_dict(best[1])
     model.eval()
     return Retrained(done, reached, tuple(curve), time.perf_counter() - begun)
+
+
+def _loss(out: Tensor, x: Tensor, y: Tensor, teacher: nn.Module | None) -> Tensor:
+    if teacher is None:
+        return nn.functional.cross_entropy(out, y)
+    with torch.no_grad():
+        wanted = teacher(x)
+    return nn.functional.mse_loss(out, wanted)
+
+
+def varied(images: Tensor) -> Tensor:
+    """Images (B, 1, H, W), each moved by up to 1.5 of 14 of its half width, turned by up to 10
+    degrees, scaled and sheared by up to 8%, at random."""
+
+    def up_to(limit: float) -> Tensor:
+        return (2 * torch.rand(len(images)) - 1) * limit
+
+    turn, scale, shear = up_to(math.radians(10)), 1 + up_to(0.08), up_to(0.08)
+    first = torch.stack([scale * turn.cos(), shear - scale * turn.sin(), up_to(1.5 / 14)], 1)
+    second = torch.stack([scale * turn.sin(), scale * turn.cos(), up_to(1.5 / 14)], 1)
+    grid = nn.functional.affine_grid(
+        torch.stack([first, second], 1), list(images.shape), align_corners=False
+    )
+    return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
 def _endless(count: int) -> Iterator[Tensor]:

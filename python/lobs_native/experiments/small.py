@@ -19,10 +19,11 @@ import torch
 import lobs_native
 from lobs_native.errors import ArgumentError
 from lobs_native.experiments import plots, report_small
+from lobs_native.experiments.budgets import HALVINGS, budgets_of
 from lobs_native.experiments.data import FASHION, has_idx
 from lobs_native.experiments.networks import SHAPES, Case, released, trained
 from lobs_native.experiments.page import save
-from lobs_native.experiments.tables import Row, Rows, in_stages, once
+from lobs_native.experiments.tables import Row, Rows, in_stages, once, taught
 from lobs_native.experiments.ways import ITERATED, WAYS
 from lobs_native.files import write_file
 
@@ -42,6 +43,7 @@ class Extent:
     limits: dict[str, int]  # iterations of a retraining at most, by title
     shares: tuple[float, ...]  # of the curves
     epochs: int | None = None  # of training; None: each network's own
+    halvings: int = HALVINGS
 
 
 FULL = Extent(
@@ -130,12 +132,13 @@ def experiment(
             _tables(case, extent, rows, alone=len(group) == 1)
     first = [group[0] for group in groups]
     pictures = plots.draw(first, extent.shares, rows)
+    budgeted = [b for case in first for b in budgets_of(case, extent.halvings)]
     facts = {
         **_versions(),
         "Seconds": f"{time.perf_counter() - begun:.0f} besides training, rows made earlier not "
         "counted",
     }
-    page, numbers = report_small.page(first, rows, pictures, facts, missing)
+    page, numbers = report_small.page(first, rows, pictures, budgeted, facts, missing)
     paths = [write_file(out / f"{p.stem}.svg", p.svg) for p in pictures]
     return [*paths, *save(out, NAME, page, numbers)]
 
@@ -150,6 +153,10 @@ def _tables(case: Case, extent: Extent, rows: Rows, *, alone: bool) -> None:
         wanted = way in ITERATED and bool(case.shape.stages)
         if wanted and ("stages", case.name, way, case.seed) not in rows.rows:
             _told(rows, in_stages(case, way, limit=limit, repetitions=repetitions))
+
+    key = ("taught", case.name, "exact, model, corrected", case.seed)
+    if case.shape.stages and key not in rows.rows:
+        _told(rows, taught(case, repetitions=repetitions))
 
 
 def _told(rows: Rows, row: Row) -> None:

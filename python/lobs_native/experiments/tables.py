@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 from torch import nn
 
 from lobs_native.experiments.networks import Case, Split, percent_wrong
-from lobs_native.experiments.retrain import retrain
-from lobs_native.experiments.ways import Pruned, prune_by
+from lobs_native.experiments.retrain import retrain, varied
+from lobs_native.experiments.ways import Pruned, prune_by, prune_to_share
 from lobs_native.files import write_file
 from lobs_native.report import plain
 
 BETWEEN = 200  # iterations between the two stages, at most
+TAUGHT, TAUGHT_RATE = 160, 3e-3  # iterations after each of four stages, and Adam's rate
+FEW = 10_000  # training images, below which they are varied
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Row:
     """One network pruned in one way. Errors in percent, over all splits; lists have one entry per
     repetition of the retraining."""
 
-    table: str  # "once" or "stages"
+    table: str  # "once", "stages" or "taught"
     network: str
     way: str
     seed: int
@@ -105,6 +107,53 @@ def in_stages(case: Case, way: str, *, limit: int, repetitions: int) -> Row:
         _retrain(row, case, pruned, limit, case.seed + k)
     row.iterations = [spent + count for count in row.iterations]
     return row
+
+
+def taught(case: Case, *, repetitions: int) -> Row:
+    """Beyond the paper: four stages at no more iterations in all than the paper's two, without a
+    share for every layer; between them the network learns the original one's outputs instead of
+    labels, on images varied at random where there are few."""
+    done = [_taught(case, case.seed + k) for k in range(repetitions)]
+    first = done[0]
+    for other in done[1:]:
+        first.retrained += other.retrained
+        first.iterations += other.iterations
+        first.reached += other.reached
+    return first
+
+
+def _taught(case: Case, seed: int) -> Row:
+    """One repetition of it."""
+    last = _share(case.shape.stages[-1], case.model)
+    pruned, ends, spent, seconds = [], [], [], 0.0
+    for split in case.splits:
+        target = percent_wrong(case.model, split.validation)
+        model, iterations = case.model, 0
+        for share in (5.0 * last, 2.6 * last, 1.6 * last, last):
+            stage = prune_to_share(model, share, split.calibration, seed)
+            model = copy.deepcopy(stage.model)
+            done = retrain(
+                model, stage.masks, split.training, split.validation, target=target, limit=TAUGHT,
+                seed=seed, rate=TAUGHT_RATE, teacher=case.model,
+                vary=varied if len(split.training) < FEW else None,
+            )  # fmt: skip
+            iterations += done.iterations
+            seconds += done.seconds / len(case.splits)
+        pruned.append(stage)
+        ends.append((percent_wrong(model, split.test), done.reached))
+        spent.append(iterations)
+    row = _row("taught", case, "exact, model, corrected", pruned)
+    row.retrained = [_mean(error for error, _ in ends)]
+    row.reached = [_mean(reached for _, reached in ends)]
+    row.iterations = [_mean(spent)]
+    row.seconds_retraining = seconds
+    return row
+
+
+def _share(kept: Mapping[str, float], model: nn.Module) -> float:
+    """Of all layers together, from the share of each."""
+    sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in kept}
+    return sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def _row(table: str, case: Case, way: str, pruned: list[Pruned]) -> Row:

@@ -77,5 +77,21 @@ def prune_by(
         seed=seed,
         **WAYS[way],
     )
+    return _done(pruned, report, begun)
+
+
+def prune_to_share(model: nn.Sequential, share: float, calibration: Images, seed: int) -> Pruned:
+    """Prune a copy to a share of kept weights in all, by the best way there is here ("exact, model,
+    corrected"), no layer bound to a share of its own."""
+    begun = time.perf_counter()
+    pruned = copy.deepcopy(model)
+    report = lobs.prune(
+        pruned, calibration.batches(), sparsity=1 - share, scope="model", spread=1.0,
+        inputs="corrected", progress=False, seed=seed,
+    )  # fmt: skip
+    return _done(pruned, report, begun)
+
+
+def _done(model: nn.Sequential, report: lobs.Report, begun: float) -> Pruned:
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]
-    return Pruned(pruned, report.masks, time.perf_counter() - begun, notes)
+    return Pruned(model, report.masks, time.perf_counter() - begun, notes)
