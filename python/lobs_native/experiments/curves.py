@@ -40,7 +40,8 @@ def inflection(points: Sequence[tuple[float, float]], dense: float) -> float:
     line. Of all hinges ``log e = log dense + slope * max(0, log(k0 / k))`` the one nearest to the
     points in least squares is found (``k0`` on a grid of 2,000 shares, the best slope for each in
     closed form), and its ``k0`` is the answer. Points whose error is above half of the largest one
-    are left out, since there the curve bends again, towards guessing.
+    are left out, since there the curve bends again, towards guessing; if that leaves fewer than
+    three, all count.
 
     Parameters
     ----------
@@ -60,6 +61,8 @@ def inflection(points: Sequence[tuple[float, float]], dense: float) -> float:
     dense = dense or floor
     ceiling = max(error for _, error in points) / 2
     used = [(k, e or floor) for k, e in points if e <= max(ceiling, dense)]
+    if len(used) < 3:
+        used = [(k, e or floor) for k, e in points]
     x = torch.tensor([math.log(k) for k, _ in used], dtype=torch.float64)
     y = torch.tensor([math.log(e / dense) for _, e in used], dtype=torch.float64)
     grid = torch.linspace(float(x.min()), float(x.max()), 2000, dtype=torch.float64)

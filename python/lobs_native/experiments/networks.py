@@ -65,12 +65,14 @@ class Shape:
     rate: float
     once: Mapping[str, float]  # kept, of every layer: table 1
     stages: tuple[Mapping[str, float], ...] = ()  # tables 3 and 4
+    every: int = 50  # iterations of a retraining between two looks at the validation error
 
 
 LENET300 = Shape(
     "LeNet-300-100", lenet300, 10, 0.05,
     {"fc1": 0.067, "fc2": 0.20, "fc3": 0.65},
     ({"fc1": 0.07, "fc2": 0.20, "fc3": 0.70}, {"fc1": 0.01, "fc2": 0.04, "fc3": 0.54}),
+    every=20,
 )  # fmt: skip
 LENET5 = Shape(
     "LeNet-5", lenet5, 3, 0.1,

@@ -71,9 +71,9 @@ Made by `python -m lobs_native.experiments small`. Errors in percent; where seve
 trained, the mean and, in brackets, the lowest and the highest. "kept": share of the weights that
 stay. Calibration never sees labels. Retraining is Adam on the kept weights, its rate falling from
 0.001 along half a cosine, in batches of 128 images with labels. It ends when the validation error,
-looked at every 10 iterations, is back at that of the network before pruning; at the limit it ends
-without that, with the best weights it had. "reached" says how often it got there. Validation
-images are never trained on, test images decide nothing.
+looked at every 20 iterations (convolutions: 50), is back at that of the network before pruning; at
+the limit it ends without that, with the best weights it had. "reached" says how often it got there.
+Validation images are never trained on, test images decide nothing.
 
 """
 

@@ -47,11 +47,11 @@ class Extent:
 
 
 FULL = Extent(
-    5, 5, tuple(WAYS), {"LeNet-300-100": 1000, "LeNet-5": 300, "CIFAR-Net": 300},
+    5, 5, tuple(WAYS), {"LeNet-300-100": 500, "LeNet-5": 200, "CIFAR-Net": 200},
     (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01),
 )  # fmt: skip
 SHORT = Extent(
-    2, 2, FEW_WAYS, {"LeNet-300-100": 500, "LeNet-5": 100, "CIFAR-Net": 100},
+    2, 2, FEW_WAYS, {"LeNet-300-100": 300, "LeNet-5": 100, "CIFAR-Net": 100},
     (0.5, 0.3, 0.15, 0.1, 0.067, 0.05, 0.03, 0.01),
 )  # fmt: skip
 

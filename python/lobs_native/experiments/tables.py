@@ -95,7 +95,8 @@ def in_stages(case: Case, way: str, *, limit: int, repetitions: int) -> Row:
         stage = prune_by(way, case.model, first, split.calibration, case.seed)
         done = retrain(
             stage.model, stage.masks, split.training, split.validation,
-            target=percent_wrong(case.model, split.validation), limit=BETWEEN, seed=case.seed,
+            target=percent_wrong(case.model, split.validation), limit=BETWEEN,
+            every=case.shape.every, seed=case.seed,
         )  # fmt: skip
         between += percent_wrong(stage.model, split.test) / len(case.splits)
         spent += done.iterations / len(case.splits)
@@ -134,7 +135,7 @@ def _taught(case: Case, seed: int) -> Row:
             model = copy.deepcopy(stage.model)
             done = retrain(
                 model, stage.masks, split.training, split.validation, target=target, limit=TAUGHT,
-                seed=seed, rate=TAUGHT_RATE, teacher=case.model,
+                every=case.shape.every, seed=seed, rate=TAUGHT_RATE, teacher=case.model,
                 vary=varied if len(split.training) < FEW else None,
             )  # fmt: skip
             iterations += done.iterations
@@ -174,8 +175,9 @@ def _retrain(row: Row, case: Case, pruned: list[Pruned], limit: int, seed: int) 
         model: nn.Module = copy.deepcopy(p.model)
         target = percent_wrong(case.model, split.validation)
         done = retrain(
-            model, p.masks, split.training, split.validation, target=target, limit=limit, seed=seed
-        )
+            model, p.masks, split.training, split.validation, target=target, limit=limit,
+            every=case.shape.every, seed=seed,
+        )  # fmt: skip
         errors.append(percent_wrong(model, split.test))
         iterations.append(done.iterations)
         reached.append(done.reached)
