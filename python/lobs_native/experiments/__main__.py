@@ -1,0 +1,83 @@
+"""``python -m lobs_native.experiments [COMMAND] [options]``: parses and calls a subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+# Threads that spin while they wait cost more than they give on shared cores. Before torch is used.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from lobs_native.errors import LobsError
+from lobs_native.experiments import small
+
+COMMANDS: tuple[ModuleType, ...] = (small,)
+DEFAULT = small.NAME
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one experiment and return the exit code: 0, 1 if it could not be carried out, 2 for
+    wrong usage. Without a command it is ``small``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, DEFAULT)
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        code: int = options.run(options)
+    except (LobsError, OSError) as error:
+        print(f"lobs_native.experiments: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lobs_native.experiments",
+        description="The experiments of Dong, Chen & Pan (NIPS 2017), and what goes beyond them.",
+        epilog=f"Without a COMMAND it is {DEFAULT}; COMMAND --help lists its options.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        command = commands.add_parser(
+            module.NAME,
+            help=module.SAID,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_common(command)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    """What every experiment has: where to write, how many networks, how long."""
+    add = command.add_argument
+    said = "folder for the page, the figures and the numbers (default: %(default)s)"
+    add("--out", type=Path, default=Path("lobs-experiments"), metavar="DIR", help=said)
+    said = "networks trained of each kind (default: what the experiment needs)"
+    add("--seeds", type=_positive, metavar="N", help=said)
+    add("--short", action="store_true", help="fewer seeds and settings, some minutes")
+    add("--threads", type=_positive, metavar="N", help="default: torch's")
+    said = "prefix of files that trained networks are kept in, and read from if they are there"
+    add("--cache", metavar="PREFIX", help=said)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; at least 1 is needed")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
