@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from lobs_native.errors import LobsError
-from lobs_native.experiments import large, small
+from lobs_native.experiments import bound_experiment, large, small
 
-COMMANDS: tuple[ModuleType, ...] = (small, large)
+COMMANDS: tuple[ModuleType, ...] = (small, large, bound_experiment)
 DEFAULT = small.NAME
 
 
