@@ -334,6 +334,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ArgumentError(
             f"weights: they are of one network, but --network is {' '.join(options.network)}"
         )
+    if options.weights and not options.weights.is_file():
+        raise ArgumentError(f"weights: there is no file {options.weights}")
     if options.kept is not None and not 0 < options.kept <= 1:
         raise ArgumentError(f"kept: {options.kept:g}; it is a share above 0 and at most 1")
     for name in ("count", "tests", "batch"):
