@@ -21,14 +21,15 @@ _OWN = """\
 ## With your own weights and images
 
 The networks have torchvision's names, so that its published weights load once they are a
-safetensors file; pickles are not read here. To convert one (`convert.py`):
+safetensors file; pickles are not read here. To make one, where torchvision is installed:
 
-    import sys, torch, safetensors.torch
-    tensors = torch.load(sys.argv[1], weights_only=True)
-    safetensors.torch.save_file(tensors, sys.argv[2])
+    import torchvision, safetensors.torch
+    model = torchvision.models.alexnet(weights="IMAGENET1K_V1")  # vgg16, resnet50
+    safetensors.torch.save_file(model.state_dict(), "alexnet.safetensors")
 
-`python convert.py alexnet-owt-7be5be79.pth alexnet.safetensors`. Then, with ImageNet's images in
-one folder for each class (`train/n01440764/...`; labels are not used for pruning):
+(A .pth file that you have is read by torch with `weights_only=True`; what comes out is what
+`save_file` takes.) Then, with ImageNet's images in one folder for each class
+(`train/n01440764/...`; labels are not used for pruning):
 
     python -m lobs_native.experiments large --network alexnet --weights alexnet.safetensors \\
         --images train --count 2000 --tested val --tests 5000
