@@ -230,7 +230,8 @@ def test_large_prunes_and_says_what_every_stage_took(tiny, tmp_path):
     for r in found["runs"]:
         assert r["sparsity"] == pytest.approx(0.7, abs=0.01)
         assert set(r["stages"]) == {"calibration", "inverse", "pruning", "check"}
-        assert sum(s["seconds"] for s in r["stages"].values()) < r["seconds"]
+        for unit in ("seconds", "core_seconds"):
+            assert 0 < sum(s[unit] for s in r["stages"].values()) < r[unit]
         assert [layer["patches"] for layer in r["layers"][-2:]] == [6, 6]
         assert r["after"]["relative distance"] > 0
     lobs_run, exact_run = found["runs"]
@@ -249,7 +250,7 @@ def test_exact_runs_on_some_rows_of_what_would_take_too_long(tiny, tmp_path):
     (r,) = json.loads((tmp_path / "paper-large.json").read_text())["runs"]
     for layer in r["layers"]:
         assert layer["method"] == "lobs"
-        assert layer["sampled"]["rows"] == min(16, layer["rows"])
+        assert layer["sampled"]["rows"] == min(8, layer["rows"])
         assert layer["sampled"]["exact"] <= layer["sampled"]["lobs"]
 
 

@@ -109,6 +109,7 @@ def _page(chains: dict[str, list[ChainRun]], lenet: Sequence[ChainRun], violated
     ]
     parts = [
         "# Theorem 3.2: how the bound compares with what happens\n",
+        "Made by `python -m lobs_native.experiments theorem --data DIR`.\n",
         f"Violations in {total} pruned networks: **{violated}**.\n",
         "Medians, and the lowest and the highest in brackets; of the random chains in float64. "
         "measured: ||output - original||_F / sqrt(rows) on the calibration inputs, which the "

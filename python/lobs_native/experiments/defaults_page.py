@@ -59,6 +59,8 @@ def defaults_page(said: Mapping[str, str], rows: Sequence[Row], default: float) 
     """Everything that was measured so far, as Markdown."""
     parts = [
         "# Calibration rows and damping\n",
+        "Made by `python -m lobs_native.experiments defaults --data DIR --encoder DIR --text FILE`."
+        "\n",
         "Layers are calibrated on the original network's inputs and pruned each by itself, bias "
         "updated, without retraining. Errors of layers are `tr(dW H dW^T) / tr(W H W^T)` with H of "
         "data that were **held out**, geometric means over the layers; in brackets on the data "

@@ -49,6 +49,7 @@ def large_page(
     """Everything that was measured so far, as Markdown."""
     parts = [
         "# AlexNet, VGG-16 and ResNet-50\n",
+        "Made by `python -m lobs_native.experiments large`.\n",
         _how(facts, rates),
         "## Time and memory by stages\n",
         _stages(runs),
@@ -79,19 +80,20 @@ def _how(facts: Mapping[str, Any], rates: Rates) -> str:
         f"every layer calibrated on the original network's activations, all positions of every "
         f"image, no labels, no retraining. {facts['threads']} threads ({backend}), torch "
         f"{facts['torch']}; pruning may take {facts['memory'] / 1e9:.1f} GB besides the network. "
-        f"Useful arithmetic in GFLOP/s, measured before the start on a layer of 2,048 columns "
-        f"(smaller in a short run): {speed}.\n"
+        f"Useful arithmetic in GFLOP per second of a core, measured before the start on a layer "
+        f"of 2,048 columns (smaller in a short run): {speed}.\n"
     )
 
 
 def _stages(runs: Sequence[NetworkRun]) -> str:
     header = ["network", "method", "images", "kept, %", "calibration", "inverse", "pruning"]
-    header += ["all, s", "peak, GB", "planned, GB", "output moved by"]
+    header += ["all", "peak, GB", "planned, GB", "output moved by"]
     header += ["top-1 / top-5 error before", "after"]
 
     def cell(run: NetworkRun, stage: str) -> str:
         spent = run.stages.get(stage, Spent())
-        return f"{spent.seconds:.1f} s, {(spent.peak - run.resident) / 1e9:.2f} GB"
+        memory = (spent.peak - run.resident) / 1e9
+        return f"{spent.seconds:.0f} s, {spent.core_seconds:.0f} core s, {memory:.2f} GB"
 
     rows = []
     for run in runs:
@@ -103,7 +105,7 @@ def _stages(runs: Sequence[NetworkRun]) -> str:
                 f"{run.images:,}",
                 f"{100 * (1 - run.sparsity):.1f}",
                 *(cell(run, stage) for stage in ("calibration", "inverse", "pruning")),
-                f"{run.seconds:.0f}",
+                f"{run.seconds:.0f} s, {run.core_seconds:.0f} core s",
                 f"{peak / 1e9:.2f}",
                 f"{run.planned / 1e9:.2f}",
                 f"{run.after['relative distance']:.3f}",
@@ -112,10 +114,11 @@ def _stages(runs: Sequence[NetworkRun]) -> str:
         )
     return (
         table(header, rows)
-        + "\nMemory is the most at any time in that stage, above what the program, the network "
-        "and a forward pass had taken before. Besides the stages, all contains a look at the "
-        "first batch and the comparison of the pruned network with the original one. output moved "
-        "by: distance of the logits from the original ones, relative to those, on images that "
+        + "\ns: seconds that passed; core s: what all threads used together, which other programs "
+        "on the machine hardly change. Memory is the most at any time in that stage, above what "
+        "the program, the network and a forward pass had taken before. Besides the stages, all "
+        "contains a look at the first batch and the comparison of the pruned network with the "
+        "original one. output moved by: distance of the logits from the original ones, relative to those, on images that "
         "were not calibrated on.\n"
     )
 
@@ -133,14 +136,14 @@ def _errors(found: Mapping[str, float]) -> str:
 
 
 def _beside(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]]) -> str:
-    header = ["network", "the paper", "its images", "here: images", "patches", "here"]
-    header += [f"estimated for {_PAPERS_IMAGES:,} images"]
+    header = ["network", "the paper", "in all, h of a CPU", "its images", "here: images", "patches"]
+    header += ["time of a core", f"estimated for {_PAPERS_IMAGES:,} images"]
     rows = []
     for run in runs:
         if run.method != "lobs":
             continue
         paper = PAPER[run.network]
-        spent = {k: run.stages.get(k, Spent()).seconds for k in ("calibration", "inverse")}
+        spent = {k: run.stages.get(k, Spent()).core_seconds for k in ("calibration", "inverse")}
         more = {k: sum(w.seconds[k] for w in wide.get(run.network, ())) for k in spent}
         seconds = sum(spent.values()) + sum(more.values())
         scaled = (spent["calibration"] + more["calibration"]) * _PAPERS_IMAGES / run.images
@@ -150,6 +153,7 @@ def _beside(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]])
             [
                 _NAMES[run.network],
                 f"{paper.hours:g} h, {paper.machine}",
+                f"{paper.hours * paper.processors:.0f}",
                 paper.images,
                 f"{run.images:,}",
                 f"{patches:,.0f} in {len(run.layers)} layers",
@@ -165,7 +169,8 @@ def _beside(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]])
     )
     return (
         "The paper gives hours for the inverse Hessians alone (calibration and inverse): those are "
-        "compared. Calibration grows with the number of images, the inverse does not.\n\n"
+        "compared, here as the time of one core. Calibration grows with the number of images, the "
+        "inverse does not.\n\n"
         + table(header, rows)
         + "\nErrors that the paper prints, for its own networks:\n\n"
         + printed
@@ -180,13 +185,18 @@ def _too_much(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]
         header += ["lobs", "exact"]
         text += (
             table(header, rows)
-            + "\nSeconds for the images above; (m) measured on 64 rows and multiplied, the others "
-            "estimated from the rates. The second moment and three more matrices of its size are "
+            + "\nTime of one core for the images above; (m) measured on 64 rows and multiplied, "
+            "the others estimated from the rates. The second moment and three more matrices of its size are "
             "needed at the same time.\n\n"
         )
     sampled = [(run, layer) for run in runs for layer in run.layers if layer.sampled]
     if sampled:
-        header = ["layer too slow for exact", "rows", "exact on them, s", "all rows, estimated"]
+        header = [
+            "layer too slow for exact",
+            "rows",
+            "exact on them, core s",
+            "all rows, estimated, time of a core",
+        ]
         header += ["error there: lobs", "exact"]
         text += table(header, (_sampled_row(run, layer) for run, layer in sampled))
     return text or "Nothing.\n"
@@ -218,7 +228,7 @@ def _sampled_row(run: NetworkRun, layer: LayerRun) -> list[str]:
 
 
 def _layers(run: NetworkRun) -> str:
-    header = ["layer", "size", "patches", "kept, %", "method", "inverse, s", "pruning, s"]
+    header = ["layer", "size", "patches", "kept, %", "method", "inverse, core s", "pruning, core s"]
     header += ["relative error"]
     rows = [
         [

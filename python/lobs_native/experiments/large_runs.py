@@ -20,7 +20,7 @@ class LayerRun:
     kept: float
     method: str
     error: float  # relative, on the calibration images
-    inverse: float  # seconds
+    inverse: float  # core seconds
     pruning: float
     sampled: dict[str, float] = field(default_factory=dict)  # "exact" on some rows only
 
@@ -34,7 +34,8 @@ class NetworkRun:
     images: int
     sparsity: float
     stages: dict[str, Spent]
-    seconds: float
+    seconds: float  # that passed
+    core_seconds: float  # of all threads
     resident: int  # bytes before pruning: program, network, and one forward pass
     planned: int  # bytes besides those, as planned before the start
     layers: list[LayerRun]

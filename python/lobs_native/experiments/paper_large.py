@@ -12,6 +12,7 @@ class PaperRun:
     """The authors' computation of the inverse Hessians, and the error that they print."""
 
     hours: float
+    processors: int
     machine: str
     images: str
     errors: str  # top-1 / top-5 in percent
@@ -20,18 +21,21 @@ class PaperRun:
 PAPER = {
     "alexnet": PaperRun(
         2.9,
+        48,
         "48 Intel Xeon E5-1650 CPUs",
         "not printed; 100,000 in the code of 2018, every 3rd position",
         "43.30 / 20.08, at 11 % kept 50.04 / 26.87, retrained 43.11 / 20.01",
     ),
     "vgg16": PaperRun(
         10.2,
+        48,
         "48 Intel Xeon E5-1650 CPUs",
         "not printed; 200 in the code of 2018 (with batch normalisation), every 5th position",
         "31.66 / 10.12, at 7.5 % kept 37.32 / 14.82, retrained 32.02 / 10.97 (two stages)",
     ),
     "resnet50": PaperRun(
         33.0,
+        64,
         "64 CPUs (Xeon E5-2697A v4)",
         "about 100,000 in the code (4,001 batches of 25), every position",
         "top-5 accuracy 91.96, at 50 % kept 89.71, not retrained (figure 2)",

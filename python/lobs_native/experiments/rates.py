@@ -3,7 +3,8 @@ large for it: an estimate, and only that.
 
 Counted as in the kernels' contracts: ``N C^2`` for a second moment of N rows (half a product,
 because it is symmetric), ``2 C^3`` for an inverse, ``2 R k C`` for the paper's order, and
-``R (C k^2 - 2/3 k^3)`` for exact removal, of k = C * sparsity weights in each of R rows.
+``R (C k^2 - 2/3 k^3)`` for exact removal, of k = C * sparsity weights in each of R rows. Seconds
+are those of a core: what all threads used, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second, counted as above."""
+    """Operations per second of a core, counted as above."""
 
     moment: float
     inverse: float
@@ -76,7 +77,7 @@ class Rates:
     exact: float
 
     def seconds(self, work: Work, images: int) -> dict[str, float]:
-        """Of each stage of a layer."""
+        """Of a core, for each stage of a layer."""
         return {
             "calibration": images * work.moment / self.moment,
             "inverse": work.inverse / self.inverse,
@@ -87,7 +88,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class WideLayer:
-    """Seconds of the stages of a layer that is too large for this machine."""
+    """Core seconds of the stages of a layer that is too large for this machine."""
 
     work: Work
     seconds: dict[str, float]
@@ -148,10 +149,10 @@ def wide_layer(work: Work, rates: Rates, memory: int, images: int) -> WideLayer:
 
 
 def _seconds(call: Callable[[], object], times: int = 2) -> float:
-    """The fastest of some calls."""
+    """Core seconds of the fastest of some calls."""
     best = float("inf")
     for _ in range(times):
-        begun = time.perf_counter()
+        begun = time.process_time()
         call()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.process_time() - begun)
     return best

@@ -23,12 +23,14 @@ __all__ = ["Spent", "Stages", "resident"]
 class Spent:
     """What one stage took, all its parts together."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # that passed
+    core_seconds: float = 0.0  # of all threads: other programs on the machine hardly change them
     peak: int = 0  # bytes resident, the most at any time
 
-    def add(self, seconds: float, peak: int) -> None:
+    def add(self, seconds: float, core_seconds: float, peak: int) -> None:
         """One more part."""
         self.seconds += seconds
+        self.core_seconds += core_seconds
         self.peak = max(self.peak, peak)
 
 
@@ -38,7 +40,7 @@ class Stages:
     def __init__(self) -> None:
         self.spent: dict[str, Spent] = {}
         self._open: list[str] = []
-        self._since = time.perf_counter()
+        self._since = _now()
         _forget_peak()
 
     @contextlib.contextmanager
@@ -65,12 +67,16 @@ class Stages:
 
     def _settle(self) -> None:
         """Give the time and the peak since the last change to the stage that is open."""
-        now = time.perf_counter()
+        now = _now()
         if self._open:
             spent = self.spent.setdefault(self._open[-1], Spent())
-            spent.add(now - self._since, resident("VmHWM"))
+            spent.add(now[0] - self._since[0], now[1] - self._since[1], resident("VmHWM"))
         self._since = now
         _forget_peak()
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def resident(what: str = "VmRSS") -> int:
