@@ -9,6 +9,7 @@ import importlib
 import json
 import time
 
+import hf_folders
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -399,6 +400,30 @@ def test_lenet_is_calibrated_on_as_many_rows_as_asked(shared_data):
         assert batches.shape == (count, 784)
     assert torch.equal(batches[:5000], torch.cat(list(subject.batches(5000))))
     assert subject.measure(subject.copy())["error, %"] == pytest.approx(1.04, abs=0.005)
+
+
+def test_an_encoder_is_calibrated_on_as_many_tokens_as_asked(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.setattr(defaults_subjects, "_HELDOUT_ROWS", 200)
+    folder = hf_folders.save(tmp_path / "encoder", max_position_embeddings=128)
+    (tmp_path / "text").write_text(hf_folders.text())
+    subject = defaults_subjects.encoder(folder, tmp_path / "text", [1], 0.5)
+    assert len(subject.kept) == 6
+    assert set(subject.layers(subject.model)) == set(subject.kept)
+    for count in (1, 30, 333, subject.largest):
+        seen = defaults._moments(subject, subject.batches(count))
+        assert {moment.rows for moment in seen.values()} == {count}
+    lines = {tuple(line) for batch in subject.heldout for line in batch["input_ids"].tolist()}
+    for batch in subject.batches(subject.largest):
+        assert not lines & {tuple(line) for line in batch["input_ids"].tolist()}
+    same = subject.measure(subject.copy())
+    assert same["output"] == 0
+    assert abs(same["1 - cosine"]) < 1e-12
+    with pytest.raises(ArgumentError, match="no linear layer"):
+        defaults_subjects.encoder(folder, tmp_path / "text", [7], 0.5)
+    monkeypatch.setattr(defaults_subjects, "_HELDOUT_ROWS", 100_000)
+    with pytest.raises(ArgumentError, match="more than 100,000 are needed"):
+        defaults_subjects.encoder(folder, tmp_path / "text", [1], 0.5)
 
 
 def test_defaults_writes_its_page(shared_data, tmp_path):

@@ -118,8 +118,8 @@ def _stages(runs: Sequence[NetworkRun]) -> str:
         "on the machine hardly change. Memory is the most at any time in that stage, above what "
         "the program, the network and a forward pass had taken before. Besides the stages, all "
         "contains a look at the first batch and the comparison of the pruned network with the "
-        "original one. output moved by: distance of the logits from the original ones, relative to those, on images that "
-        "were not calibrated on.\n"
+        "original one. output moved by: distance of the logits from the original ones, relative "
+        "to those, on images that were not calibrated on.\n"
     )
 
 
@@ -186,8 +186,8 @@ def _too_much(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]
         text += (
             table(header, rows)
             + "\nTime of one core for the images above; (m) measured on 64 rows and multiplied, "
-            "the others estimated from the rates. The second moment and three more matrices of its size are "
-            "needed at the same time.\n\n"
+            "the others estimated from the rates. The second moment and three more matrices of its "
+            "size are needed at the same time.\n\n"
         )
     sampled = [(run, layer) for run in runs for layer in run.layers if layer.sampled]
     if sampled:
