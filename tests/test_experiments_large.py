@@ -426,14 +426,21 @@ def test_an_encoder_is_calibrated_on_as_many_tokens_as_asked(tmp_path, monkeypat
         defaults_subjects.encoder(folder, tmp_path / "text", [1], 0.5)
 
 
-def test_defaults_writes_its_page(shared_data, tmp_path):
-    arguments = ["defaults", "--data", str(shared_data), "--short", "--method", "lobs"]
+def test_defaults_writes_its_page(monkeypatch, tmp_path):
+    monkeypatch.setattr(defaults, "lenet", lambda folder: small_subject()[0])
+    arguments = ["defaults", "--data", str(tmp_path), "--short", "--method", "exact", "lobs"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "paper-defaults.json").read_text())
-    assert [(r["rows"], r["damping"]) for r in found["rows"]] == [
-        (rows, damping) for rows in (100, 1000) for damping in (1e-4, 1e-2, 1.0)
+    dampings = (1e-4, 1e-2, 1.0)
+    assert [(r["rows"], r["method"], r["damping"]) for r in found["rows"]] == [
+        (40, method, damping) for method in ("exact", "lobs") for damping in dampings
     ]
-    assert "the default is 0.01" in (tmp_path / "paper-defaults.md").read_text()
+    assert [(r["rows"], r["inputs"], r["damping"]) for r in found["whole"]] == [
+        (40, inputs, damping) for inputs in ("pruned", "corrected") for damping in dampings
+    ]
+    page = (tmp_path / "paper-defaults.md").read_text()
+    assert "the default is 0.01" in page
+    assert page.count("| 40 |") == 7  # rows, the network as a whole twice, costs of two methods
 
 
 def test_defaults_needs_something_to_try(tmp_path, capsys):

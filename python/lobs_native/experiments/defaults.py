@@ -3,7 +3,8 @@
 Every linear layer is calibrated on the original network's inputs, on 10 rows and more, and pruned
 with a damping of 1e-6 to 1; errors are those on data that were held out, of each layer (with the
 held-out inputs' second moment) and of the network's output. At the end stands what each damping
-costs against the best one for the same network, method and number of rows.
+costs against the best one for the same network, method and number of rows. The networks are also
+pruned as a whole by "exact", on inputs of the pruned network and corrected.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
 from lobs_native.experiments import page
-from lobs_native.experiments.defaults_page import Row, defaults_page
+from lobs_native.experiments.defaults_page import Row, Whole, defaults_page
 from lobs_native.experiments.defaults_subjects import Batch, Subject, encoder, lenet
 from lobs_native.hessian import Hessian
 
@@ -34,6 +35,7 @@ NAME = "defaults"
 SAID = "how many calibration rows, and how much damping: errors on held-out data"
 STEM = "paper-defaults"
 METHODS = ("exact", "sweep", "lobs")
+INPUTS = ("pruned", "corrected")  # for networks pruned as a whole
 ROWS = (10, 30, 100, 300, 1000, 3000, 5000, 10_000, 30_000, 60_000)
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DEFAULT = 0.01
@@ -67,14 +69,17 @@ def run(options: argparse.Namespace) -> int:
     if options.encoder:
         subjects.append(encoder(options.encoder, options.text, options.blocks, options.kept))
     rows: list[Row] = []
+    whole: list[Whole] = []
     for subject in subjects:
         rows += _explore(subject, options)
+        whole += _explore_whole(subject, options)
         said = {s.name: s.said for s in subjects}
         threads = torch.get_num_threads()
         numbers: dict[str, Any] = {"torch": str(torch.__version__), "threads": threads}
         numbers |= {"lobs_native": lobs.__version__, "networks": said}
         numbers["rows"] = [dataclasses.asdict(row) for row in rows]
-        content = defaults_page(said, rows, DEFAULT)
+        numbers["whole"] = [dataclasses.asdict(row) for row in whole]
+        content = defaults_page(said, rows, whole, DEFAULT)
         page.save(options.out, STEM, content, numbers)  # after each: they are long
     print(content)
     return 0
@@ -82,9 +87,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _explore(subject: Subject, options: argparse.Namespace) -> list[Row]:
     """All settings for one network."""
-    wanted = SHORT_ROWS if options.short else ROWS
-    counts = sorted({min(n, subject.largest) for n in wanted})
-    swept = SHORT_ROWS if options.short else subject.swept
+    swept = _swept(subject, options)
+    wanted = swept if options.short else ROWS
+    counts = sorted({min(n, subject.largest) for n in (*wanted, *swept)})
     heldout = _moments(subject, subject.heldout)
     rows = []
     for count in counts:
@@ -99,6 +104,40 @@ def _explore(subject: Subject, options: argparse.Namespace) -> list[Row]:
                 flush=True,
             )
     return rows
+
+
+def _swept(subject: Subject, options: argparse.Namespace) -> list[int]:
+    """Numbers of rows that every damping is tried with."""
+    wanted = SHORT_ROWS if options.short else subject.swept
+    return sorted({min(count, subject.largest) for count in wanted})
+
+
+def _explore_whole(subject: Subject, options: argparse.Namespace) -> list[Whole]:
+    """The network as a whole, with every damping."""
+    counts = _swept(subject, options)
+    dampings = SHORT_DAMPINGS if options.short else DAMPINGS
+    found = []
+    for count, inputs, damping in itertools.product(counts, INPUTS, dampings):
+        model = subject.copy()
+        report = lobs.prune(
+            model,
+            list(subject.batches(count)),
+            sparsity=0.5,
+            damping=damping,
+            inputs=inputs,
+            include=list(subject.kept),
+            overrides={name: {"sparsity": 1 - kept} for name, kept in subject.kept.items()},
+            forward=subject.forward,
+            progress=False,
+        )
+        network = subject.measure(model)
+        found.append(Whole(subject.name, count, inputs, damping, network, report.seconds))
+        print(
+            f"{subject.name}, {count} rows, exact, {inputs}, damping {damping:g}: output "
+            f"{network['output']:.4g}, {report.seconds:.1f} s",
+            flush=True,
+        )
+    return found
 
 
 @dataclass(frozen=True)

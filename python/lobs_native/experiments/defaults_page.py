@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lobs_native.experiments.page import table
 
-__all__ = ["Row", "best_damping", "defaults_page", "regrets"]
+__all__ = ["Row", "Whole", "best_damping", "defaults_page", "regrets"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class Row:
     calibration: float  # error on the rows that were calibrated on
     heldout: float  # on others
     layers: Mapping[str, float]  # on others, by layer
+    network: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One network pruned as a whole by ``lobs.prune``, by method "exact"."""
+
+    subject: str
+    rows: int
+    inputs: str  # "dense", "pruned" or "corrected"
+    damping: float
     network: Mapping[str, float]
     seconds: float
 
@@ -55,7 +67,9 @@ def best_damping(rows: Sequence[Row], of: str = "heldout") -> float:
     return dampings[min(range(len(costs)), key=costs.__getitem__)]
 
 
-def defaults_page(said: Mapping[str, str], rows: Sequence[Row], default: float) -> str:
+def defaults_page(
+    said: Mapping[str, str], rows: Sequence[Row], whole: Sequence[Whole], default: float
+) -> str:
     """Everything that was measured so far, as Markdown."""
     parts = [
         "# Calibration rows and damping\n",
@@ -71,6 +85,7 @@ def defaults_page(said: Mapping[str, str], rows: Sequence[Row], default: float) 
         mine = [row for row in rows if row.subject == name]
         if mine:
             parts += [f"## {name}\n", f"{text[0].upper()}{text[1:]}.\n", *_network(mine, default)]
+        parts += _whole([row for row in whole if row.subject == name])
     if len(_swept(rows)) > 1:
         parts += ["## What a damping costs\n", _costs(rows, default)]
     return "\n".join(parts)
@@ -108,6 +123,27 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
             )
         parts += [f"### Damping, at {count:,.0f} rows\n", table(header, lines)]
     return parts
+
+
+def _whole(rows: Sequence[Whole]) -> list[str]:
+    if not rows:
+        return []
+    dampings = sorted({row.damping for row in rows})
+    header = ["rows", "inputs", "on held-out data", *(f"{d:g}" for d in dampings)]
+    lines = []
+    for count, inputs in dict.fromkeys((row.rows, row.inputs) for row in rows):
+        mine = {r.damping: r.network for r in rows if (r.rows, r.inputs) == (count, inputs)}
+        for name in rows[0].network:
+            values = [mine[d][name] for d in dampings]
+            best = min(values)
+            cells = (f"**{_number(v)}**" if v == best else _number(v) for v in values)
+            lines.append([f"{count:,}", inputs, name, *cells])
+    return [
+        "### The network as a whole, exact, by damping\n",
+        "`lobs.prune` with the same shares; inputs of the already pruned network, or of that with "
+        "the original's outputs as the aim (bold: the best of its line).\n",
+        table(header, lines),
+    ]
 
 
 def _costs(rows: Sequence[Row], default: float) -> str:
