@@ -10,6 +10,8 @@ from lobs_native.experiments.page import table
 
 __all__ = ["Row", "Whole", "best_damping", "defaults_page", "regrets"]
 
+_NEAR = 1.1
+
 
 @dataclass(frozen=True)
 class Row:
@@ -107,7 +109,15 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
                 *(_number(found[m].network[n]) for m in methods for n in ("output", *more)),
             ]
         )
-    parts = [f"### Rows, at damping {default:g}\n", table(header, lines)]
+    enough = ", ".join(
+        f"{m} from {_enough([row for row in at_default if row.method == m]):,.0f} rows"
+        for m in methods
+    )
+    parts = [
+        f"### Rows, at damping {default:g}\n",
+        table(header, lines),
+        f"Layers within {_NEAR - 1:.0%} of the lowest error of their column: {enough}.\n",
+    ]
     swept = [count for count in dict.fromkeys(r.rows for r in rows) if _dampings(rows, count) > 1]
     header = ["damping", *header[1:]]
     for count in swept:
@@ -123,6 +133,18 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
             )
         parts += [f"### Damping, at {count:,.0f} rows\n", table(header, lines)]
     return parts
+
+
+def _enough(rows: Sequence[Row]) -> float:
+    """The fewest rows whose held-out error, and that with more rows, is near the lowest."""
+    ordered = sorted(rows, key=lambda row: -row.rows)
+    most = _NEAR * min(row.heldout for row in rows)
+    enough = ordered[0].rows
+    for row in ordered:
+        if row.heldout > most:
+            break
+        enough = row.rows
+    return enough
 
 
 def _whole(rows: Sequence[Whole]) -> list[str]:
