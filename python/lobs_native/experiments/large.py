@@ -83,10 +83,12 @@ def run(options: argparse.Namespace) -> int:
     facts = _facts(options, memory, rates)
     for network, method in itertools.product(options.network, options.method):
         print(f"{network}, {method} ...", flush=True)
-        one = _Experiment(network, options, memory, rates)
-        runs.append(one.prune(method))
+        experiment = _Experiment(network, options, memory, rates)
+        runs.append(experiment.prune(method))
+        count, too_large = experiment.count, experiment.too_large
+        del experiment  # and its network
         if network not in wide:
-            wide[network] = [wide_layer(w, rates, memory, one.count) for w in one.too_large]
+            wide[network] = [wide_layer(work, rates, memory, count) for work in too_large]
         numbers = {
             "about": facts,
             "runs": [dataclasses.asdict(r) for r in runs],
@@ -115,19 +117,21 @@ class _Experiment:
         tests = min(options.tests, SHORT_IMAGES) if options.short else options.tests
         self.tested = _images(options.tested, tests, options.batch, seed=1 << 20)
         self.works = self._works()
-        fits = {w.name: self._fits(w) for w in self.works}
+        fits = {w.name: self._fits(w, "lobs") for w in self.works}
         self.too_large = [w for w in self.works if not fits[w.name]]
         self.pruned = [w for w in self.works if fits[w.name]]
 
     def prune(self, method: str) -> NetworkRun:
-        """Prune by one method; ``lobs`` where exact would take too long."""
-        too_long = set()
+        """Prune by one method; ``lobs`` where exact would take too long, or too much memory."""
+        too_long: set[str] = set()
+        too_wide: set[str] = set()
         if method == "exact":
             most = self.options.longest * self.rates.exact
             too_long = {w.name for w in self.pruned if w.exact > most}
+            too_wide = {w.name for w in self.pruned if not self._fits(w, "exact")}
+        used = {w.name: "lobs" if w.name in too_long | too_wide else method for w in self.pruned}
         overrides: dict[str, dict[str, Any]] = {
-            w.name: {"sparsity": 1 - w.kept, "method": "lobs" if w.name in too_long else method}
-            for w in self.pruned
+            w.name: {"sparsity": 1 - w.kept, "method": used[w.name]} for w in self.pruned
         }
         settings: dict[str, Any] = {
             "sparsity": 0.5,
@@ -140,11 +144,11 @@ class _Experiment:
         }
         reference = self._outputs()
         before = _measured(reference, reference, self.tested.labels)
-        watch = _Watch(too_long)
-        start, begun, used = resident(), time.perf_counter(), time.process_time()
+        watch = _Watch(too_long - too_wide)
+        start, begun, cores = resident(), time.perf_counter(), time.process_time()
         with watch.watching():
             report = lobs.prune(self.model, self.images, **settings)
-        seconds, used = time.perf_counter() - begun, time.process_time() - used
+        seconds, cores = time.perf_counter() - begun, time.process_time() - cores
         return NetworkRun(
             network=self.network,
             method=method,
@@ -152,7 +156,7 @@ class _Experiment:
             sparsity=report.sparsity,
             stages=watch.totals(),
             seconds=seconds,
-            core_seconds=used,
+            core_seconds=cores,
             resident=start,
             planned=report.settings["plan"]["memory"],
             layers=self._layer_runs(report, watch),
@@ -215,7 +219,7 @@ class _Experiment:
             for name, module in layers.items()
         ]
 
-    def _fits(self, work: Work) -> bool:
+    def _fits(self, work: Work, method: str) -> bool:
         """Whether a plan for this layer alone can be made."""
         if 10 * work.moment_bytes < self.memory:
             return True
@@ -225,7 +229,7 @@ class _Experiment:
                 self.model,
                 [first],
                 sparsity=1 - work.kept,
-                method="lobs",
+                method=method,
                 inputs="dense",
                 include=[work.name],
                 memory=self.memory,
