@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.multiprocessing
 from cases import features
 from safetensors.torch import load, save
 from tolerances import RELATIVE, distance
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lobs_native as lobs
 from lobs_native import ops, reference
@@ -192,6 +194,31 @@ def test_matrix_is_the_mean_and_symmetric():
     assert torch.equal(H, H.T)
     assert h.rows == 70
     assert distance(H, x.T @ x / 70) < 1e-14
+
+
+def test_a_wide_matrix_is_mirrored_in_pieces_without_a_second_copy():
+    """Of 8 (C + 1)^2 bytes there is the sum and the result, and nothing else of that size."""
+    X = features(40, 1100)
+    h = lobs.Hessian(1100, bias=True).update(X)
+    x = torch.cat([X, torch.ones(40, 1, dtype=X.dtype)], 1).double()
+    before = h._sum.clone()
+    H = h.matrix()
+    assert torch.equal(H, H.T)
+    assert torch.equal(h._sum, before)
+    assert distance(H, x.T @ x / 40) < RELATIVE[torch.float64]
+
+    class Large(TorchDispatchMode):
+        made: ClassVar[set[int]] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 1101**2:
+                self.made.add(out.untyped_storage().data_ptr())
+            return out
+
+    with Large():
+        H = h.matrix()
+    assert Large.made - {h._sum.untyped_storage().data_ptr()} == {H.untyped_storage().data_ptr()}
 
 
 def test_weights_count_as_rows():

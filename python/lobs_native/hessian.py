@@ -205,8 +205,14 @@ class Hessian:
                 "hessian: it has seen no rows (or only rows of weight 0); call update first"
             )
         mean = self._sum.to(torch.float64) / self._rows
-        mean = mean.tril() + mean.tril(-1).T
-        if not bool(torch.isfinite(mean).all()):
+        finite = True
+        for first in range(0, len(mean), _PIECE):  # in place: one more copy may be gigabytes
+            rows, rest = slice(first, first + _PIECE), slice(first + _PIECE, None)
+            square = mean[rows, rows].tril()
+            mean[rows, rows] = square + square.tril(-1).T
+            mean[rows, rest] = mean[rest, rows].T
+            finite = finite and bool(torch.isfinite(mean[rows]).all())
+        if not finite:
             raise NonFiniteError(
                 f"hessian: the sum overflowed {str(self.dtype).removeprefix('torch.')}; scale the "
                 "inputs down, or use a wider sum"

@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from lobs_native.errors import LobsError
-from lobs_native.experiments import small
+from lobs_native.experiments import bound_experiment, defaults, large, small
 
-COMMANDS: tuple[ModuleType, ...] = (small,)
+COMMANDS: tuple[ModuleType, ...] = (small, large, bound_experiment, defaults)
 DEFAULT = small.NAME
 
 
