@@ -529,7 +529,9 @@ def _bound(
     norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
     try:
         if run.forward is not None:
-            raise bound.NotAChainError("the model is run by a function (forward=), so its steps are not known")
+            raise bound.NotAChainError(
+                "the model is run by a function (forward=), so its steps are not known"
+            )
         if run.padded:
             raise bound.NotAChainError("padding was left out, of which the output also has rows")
         if measured is None:
