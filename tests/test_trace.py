@@ -338,7 +338,7 @@ def test_notes_of_one_cut_do_not_reach_the_next(monkeypatch):
     trace = lobs.trace_weight(W.float(), H)
     assert trace.at(0.5).notes == ()
     with monkeypatch.context() as patch:
-        patch.setattr(weight_module, "_OPTIMAL", 0.0)
+        patch.setattr(weight_module, "OPTIMAL", 0.0)
         first, second = trace.at(0.5).notes, trace.at(0.5).notes
     assert len(first) == 1
     assert first == second
