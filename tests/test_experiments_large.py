@@ -243,6 +243,19 @@ def test_large_prunes_and_says_what_every_stage_took(tiny, tmp_path):
     page = (tmp_path / "paper-large.md").read_text()
     assert "| ResNet-50 | lobs | 6 |" in page
     assert "33 h" in page
+    again = [*arguments, "--method", "lobs", "--kept", "0.6", "--out", str(tmp_path)]
+    assert main([*again, "--memory", "1"]) == 0  # beside what is there already, or in its place
+    page = (tmp_path / "paper-large.md").read_text()
+    assert page.count("| ResNet-50 | lobs | 6 | 60.") == 1
+    assert page.count("| ResNet-50 | exact | 6 | 30.") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"runs": [{}], "too large": {}}'])
+def test_a_file_of_something_else_is_refused(tiny, tmp_path, capsys, content):
+    (tmp_path / "paper-large.json").write_text(content)
+    assert main(["large", "--network", "resnet50", "--short", "--out", str(tmp_path)]) == 1
+    assert "not what this command writes" in capsys.readouterr().err
+    assert (tmp_path / "paper-large.json").read_text() == content
 
 
 def test_exact_runs_on_some_rows_of_what_would_take_too_long(tiny, tmp_path):
