@@ -20,7 +20,7 @@ from lobs_native.errors import ArgumentError
 from lobs_native.experiments import defaults, defaults_subjects, imagenet_networks, large
 from lobs_native.experiments.__main__ import main
 from lobs_native.experiments.chains import ChainRun, chain_run
-from lobs_native.experiments.defaults_page import Row, best_damping, regrets
+from lobs_native.experiments.defaults_page import Row, best_damping, defaults_page, regrets
 from lobs_native.experiments.imagenet_data import FolderImages, GeneratedImages
 from lobs_native.experiments.imagenet_networks import NETWORKS, load_weights
 from lobs_native.experiments.paper_large import kept_shares
@@ -359,6 +359,12 @@ def test_the_best_damping_is_the_one_with_the_least_regret():
         ("net", 20.0, "exact"): [1.0, 1.5, 9.0],
     }
     assert best_damping(rows) == 0.1
+
+
+def test_the_rows_that_are_enough_are_the_fewest_near_the_lowest_error():
+    rows = [row(0.01, e, rows=n) for n, e in ((10, 9.0), (100, 2.1), (1000, 2.0), (5000, 2.3))]
+    page = defaults_page({"net": "a network"}, rows, [], 0.01)
+    assert "lowest error of their column: exact from 100 rows" in page
 
 
 def small_subject():
