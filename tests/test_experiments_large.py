@@ -20,7 +20,7 @@ from lobs_native.errors import ArgumentError
 from lobs_native.experiments import defaults, defaults_subjects, imagenet_networks, large
 from lobs_native.experiments.__main__ import main
 from lobs_native.experiments.chains import ChainRun, chain_run
-from lobs_native.experiments.defaults_page import Row, best_damping, regrets
+from lobs_native.experiments.defaults_page import Row, best_damping, defaults_page, regrets
 from lobs_native.experiments.imagenet_data import FolderImages, GeneratedImages
 from lobs_native.experiments.imagenet_networks import NETWORKS, load_weights
 from lobs_native.experiments.paper_large import kept_shares
@@ -243,6 +243,19 @@ def test_large_prunes_and_says_what_every_stage_took(tiny, tmp_path):
     page = (tmp_path / "paper-large.md").read_text()
     assert "| ResNet-50 | lobs | 6 |" in page
     assert "33 h" in page
+    again = [*arguments, "--method", "lobs", "--kept", "0.6", "--out", str(tmp_path)]
+    assert main([*again, "--memory", "1"]) == 0  # beside what is there already, or in its place
+    page = (tmp_path / "paper-large.md").read_text()
+    assert page.count("| ResNet-50 | lobs | 6 | 60.") == 1
+    assert page.count("| ResNet-50 | exact | 6 | 30.") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"runs": [{}], "too large": {}}'])
+def test_a_file_of_something_else_is_refused(tiny, tmp_path, capsys, content):
+    (tmp_path / "paper-large.json").write_text(content)
+    assert main(["large", "--network", "resnet50", "--short", "--out", str(tmp_path)]) == 1
+    assert "not what this command writes" in capsys.readouterr().err
+    assert (tmp_path / "paper-large.json").read_text() == content
 
 
 def test_exact_runs_on_some_rows_of_what_would_take_too_long(tiny, tmp_path):
@@ -346,6 +359,12 @@ def test_the_best_damping_is_the_one_with_the_least_regret():
         ("net", 20.0, "exact"): [1.0, 1.5, 9.0],
     }
     assert best_damping(rows) == 0.1
+
+
+def test_the_rows_that_are_enough_are_the_fewest_near_the_lowest_error():
+    rows = [row(0.01, e, rows=n) for n, e in ((10, 9.0), (100, 2.1), (1000, 2.0), (5000, 2.3))]
+    page = defaults_page({"net": "a network"}, rows, [], 0.01)
+    assert "lowest error of their column: exact from 100 rows" in page
 
 
 def small_subject():

@@ -136,15 +136,9 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
 
 
 def _enough(rows: Sequence[Row]) -> float:
-    """The fewest rows whose held-out error, and that with more rows, is near the lowest."""
-    ordered = sorted(rows, key=lambda row: -row.rows)
+    """The fewest rows whose held-out error is near the lowest."""
     most = _NEAR * min(row.heldout for row in rows)
-    enough = ordered[0].rows
-    for row in ordered:
-        if row.heldout > most:
-            break
-        enough = row.rows
-    return enough
+    return min(row.rows for row in rows if row.heldout <= most)
 
 
 def _whole(rows: Sequence[Whole]) -> list[str]:

@@ -7,7 +7,8 @@ generated images show that it runs, how long and in what memory; their errors me
 
 Layers that --memory has no room for are left out, with an estimate of what they would take; a layer
 on which "exact" would take longer than --longest is pruned as the paper does instead, and exactly
-on a few of its rows, for the time and the error.
+on a few of its rows, for the time and the error. Runs of other networks and methods that lie in the
+folder of --out already are shown on the same page.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from lobs_native.experiments import page
 from lobs_native.experiments.imagenet_data import FolderImages, GeneratedImages, ImageBatches
 from lobs_native.experiments.imagenet_networks import NETWORKS, load_weights, random_weights
 from lobs_native.experiments.large_page import large_page
-from lobs_native.experiments.large_runs import LayerRun, NetworkRun
+from lobs_native.experiments.large_runs import LayerRun, NetworkRun, Results
 from lobs_native.experiments.paper_large import kept_shares
-from lobs_native.experiments.rates import Rates, WideLayer, Work, measured_rates, wide_layer
+from lobs_native.experiments.rates import Rates, Work, measured_rates, wide_layer
 from lobs_native.experiments.stages import Spent, Stages, resident
 from lobs_native.report import Report
 
@@ -77,24 +78,18 @@ def run(options: argparse.Namespace) -> int:
     """Carry the experiment out; returns the exit code."""
     _check(options)
     memory = round(1e9 * options.memory) if options.memory else _free() // 2
+    results = Results.read(options.out / f"{STEM}.json")
     rates = measured_rates(512 if options.short else 2048)
-    runs: list[NetworkRun] = []
-    wide: dict[str, list[WideLayer]] = {}
     facts = _facts(options, memory, rates)
     for network, method in itertools.product(options.network, options.method):
         print(f"{network}, {method} ...", flush=True)
         experiment = _Experiment(network, options, memory, rates)
-        runs.append(experiment.prune(method))
+        run = experiment.prune(method)
         count, too_large = experiment.count, experiment.too_large
         del experiment  # and its network
-        if network not in wide:
-            wide[network] = [wide_layer(work, rates, memory, count) for work in too_large]
-        numbers = {
-            "about": facts,
-            "runs": [dataclasses.asdict(r) for r in runs],
-            "too large": {k: [dataclasses.asdict(w) for w in v] for k, v in wide.items()},
-        }
-        content = large_page(facts, rates, runs, wide)
+        results.add(run, [wide_layer(work, rates, memory, count) for work in too_large])
+        content = large_page(facts, rates, results.runs, results.wide)
+        numbers = {"about": facts, **results.to_dict()}
         page.save(options.out, STEM, content, numbers)  # after every run: they are long
     print(content)
     return 0

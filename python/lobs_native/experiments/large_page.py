@@ -169,8 +169,9 @@ def _beside(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]])
     )
     return (
         "The paper gives hours for the inverse Hessians alone (calibration and inverse): those are "
-        "compared, here as the time of one core. Calibration grows with the number of images, the "
-        "inverse does not.\n\n"
+        "compared, here as the time of one core, with every position of every image. CPUs are "
+        "counted as printed, and theirs are of 2012 to 2016. Calibration grows with the number of "
+        "images, the inverse does not.\n\n"
         + table(header, rows)
         + "\nErrors that the paper prints, for its own networks:\n\n"
         + printed
@@ -199,6 +200,11 @@ def _too_much(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]
         ]
         header += ["error there: lobs", "exact"]
         text += table(header, (_sampled_row(run, layer) for run, layer in sampled))
+        text += (
+            "\nErrors are those on the rows that a layer was calibrated on. Where these are fewer "
+            "than the weights that a row keeps, exact removal fits them all, and an error near "
+            "zero says nothing of other images: more images are needed there.\n"
+        )
     return text or "Nothing.\n"
 
 
@@ -222,8 +228,8 @@ def _sampled_row(run: NetworkRun, layer: LayerRun) -> list[str]:
         f"{some['rows']:.0f}",
         f"{some['seconds']:.1f}",
         _time(some["seconds"] * layer.rows / some["rows"]),
-        f"{some['lobs']:.4f}",
-        f"{some['exact']:.4f}",
+        f"{some['lobs']:.2g}",
+        f"{some['exact']:.2g}",
     ]
 
 
