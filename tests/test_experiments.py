@@ -61,13 +61,26 @@ def narrow():
     )  # fmt: skip
 
 
+def narrow_convolutions():
+    """CIFAR-Net, likewise."""
+    return networks._named(
+        conv1=nn.Conv2d(1, 4, 3, padding=1), norm1=nn.BatchNorm2d(4), pool1=nn.MaxPool2d(4),
+        relu1=nn.ReLU(), conv2=nn.Conv2d(4, 6, 3, padding=1), norm2=nn.BatchNorm2d(6),
+        relu2=nn.ReLU(), conv3=nn.Conv2d(6, 6, 3, padding=1), pool3=nn.MaxPool2d(2),
+        flat=nn.Flatten(), drop=nn.Dropout(0.3), fc1=nn.Linear(54, 16), relu4=nn.ReLU(),
+        fc2=nn.Linear(16, 10),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _narrow():
     shape = dataclasses.replace(networks.LENET300, make=narrow)
+    convolutions = dataclasses.replace(networks.CIFARNET, make=narrow_convolutions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "lenet300", narrow)
         patch.setattr(networks, "LENET300", shape)
         patch.setitem(networks.SHAPES, "lenet300", shape)
+        patch.setitem(networks.SHAPES, "cifarnet", convolutions)
         yield
 
 
@@ -285,7 +298,7 @@ def test_a_limit_that_nothing_meets_is_an_error(images):
 
 
 def test_a_bound_is_refused_where_the_theorem_does_not_hold(images):
-    case = networks.trained("lenet5", images, "bars", 0, None, 1)
+    case = networks.trained("cifarnet", images, "bars", 0, None, 1)
     with pytest.raises(ArgumentError, match="measure: 'spectral' is not known of this network"):
         prune_network_to(case.model, case.splits[0].calibration.batches(), 0.5, "spectral")
 

@@ -138,7 +138,8 @@ def mean_error(model: nn.Module, splits: tuple[Split, ...]) -> float:
 
 def released(weights: Path, mnist: Path) -> Case:
     """The authors' LeNet-300-100 and the 10,000 MNIST test images, each half of which is measured
-    with the network that was pruned (and retrained) on the other half.
+    with the network that was pruned (and retrained) on the other half. The halves are every second
+    image, because the first 5,000 are harder than the last: 2.18% and 1.04% of them are wrong.
 
     Of the half that is not measured, retraining sees the labels of 4,000 images and is stopped by
     the other 1,000; calibration sees all 5,000, without labels.
@@ -159,8 +160,7 @@ def released(weights: Path, mnist: Path) -> Case:
                 )
             parameter.data.copy_(value)
     images = idx_images(mnist, "t10k")
-    half = len(images) // 2
-    first, second = images.part(0, half), images.part(half)
+    first, second = (Images(images.x[k::2], images.y[k::2]) for k in (0, 1))
     splits = (_halved(first, second), _halved(second, first))
     return Case(LENET300, "MNIST, the authors' weights", 0, model.eval(), splits)
 

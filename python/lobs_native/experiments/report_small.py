@@ -86,8 +86,9 @@ def _setup(case: Case) -> str:
     )
     if len(case.splits) == 2:
         text += (
-            " Only MNIST's 10,000 test images are at hand: each half is measured with the network "
-            "that was pruned and retrained on the other half, so that errors are over all of them "
+            " Only MNIST's 10,000 test images are at hand: each half (every second image) is "
+            "measured with the network that was pruned and retrained on the other half, so that "
+            "errors are over all of them "
             "and no image is measured by a network that has seen it. There is one network; the "
             "spread is that of the order of images in retraining."
         )
