@@ -234,8 +234,8 @@ def _sensitivity(n: Mapping[str, Any]) -> str:
         ["*printed*", *(str(c) for c in printed.FIGURE3), "5.8e-3"],
     ]
     below = ", ".join(
-        f"{share:g}%: {value:.3g} (printed {printed.FIGURE5[share]:.3g})"
-        for share, value in n["below"].items()
+        f"{share:g}%: {value:.3g} (printed {theirs:.3g})"
+        for (share, theirs), value in zip(printed.FIGURE5.items(), n["below"], strict=True)
     )
     return (
         f"{table(header, lines)}\nFigure 5, the L_q that so many lie at or below: {below}. Below "
