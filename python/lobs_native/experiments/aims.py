@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lobs_native.experiments import printed
 from lobs_native.experiments.networks import Case
 from lobs_native.experiments.page import spread
-from lobs_native.experiments.tables import Row, Rows
+from lobs_native.experiments.tables import STAGES, Row, Rows
 
 RISE = 0.3  # points over the dense error, without any retraining
 _BEST = "exact, model, corrected"
@@ -32,7 +32,7 @@ def aims_of(rows: Rows, cases: Sequence[Case]) -> Iterator[Aim]:
         for way in ("exact", _BEST):
             if found := rows.of("once", case.name, way):
                 yield _without_retraining(case, way, found)
-        for table, how in (("stages", "two stages"), ("taught", "four stages, taught")):
+        for table, how in (("stages", "two stages"), ("taught", f"{STAGES} stages, taught")):
             if found := rows.of(table, case.name, _BEST):
                 yield _in_stages(case, how, found)
 

@@ -109,7 +109,8 @@ def bar_plot(
     Along a logarithmic axis a bar of zero height is left out.
     """
     values = [v for series in bars.values() for v in series if v > 0 or not y.log] or [1.0]
-    down = _Scale(values, y, _BOTTOM, _TOP)
+    foot = [min(values) / 2] if y.log else []  # so that the smallest bar has a height
+    down = _Scale([*values, *foot], y, _BOTTOM, _TOP)
     parts = _axes(title, Axis(""), y, None, down)
     group = (_RIGHT - _LEFT) / len(labels)
     width = 0.8 * group / len(bars)

@@ -114,10 +114,7 @@ def _histogram(case: Case) -> Picture:
     bins = len(printed.FIGURE3)
     counts = torch.histc(L, bins, 0.0, float(L.max())).int().tolist()
     sorted_L = L.sort().values
-    below = {
-        share: float(sorted_L[min(len(L) - 1, round(share / 100 * len(L)) - 1)])
-        for share in printed.FIGURE5
-    }
+    below = [float(sorted_L[max(0, round(share / 100 * len(L)) - 1)]) for share in printed.FIGURE5]
     bars = {"here": [float(c) for c in counts]}
     if "authors" in case.data:
         bars["printed"] = [float(c) for c in printed.FIGURE3]

@@ -12,7 +12,16 @@ from lobs_native.experiments.budgets import Budgeted
 from lobs_native.experiments.networks import Case
 from lobs_native.experiments.page import spread, table
 from lobs_native.experiments.plots import ALONE, Picture
-from lobs_native.experiments.tables import BETWEEN, FEW, TAUGHT, TAUGHT_RATE, Row, Rows
+from lobs_native.experiments.tables import (
+    BETWEEN,
+    FEW,
+    STAGES,
+    TAUGHT,
+    TAUGHT_LAST,
+    TAUGHT_RATE,
+    Row,
+    Rows,
+)
 from lobs_native.experiments.ways import WAYS
 
 _ONCE, _STAGES, _TAUGHT = "once", "stages", "taught"
@@ -118,9 +127,9 @@ def _rows_table(case: Case, which: str, rows: Rows) -> str:
     title = {
         _ONCE: "Pruned once (table 1)",
         _STAGES: f"In two stages (tables 3 and 4), with at most {BETWEEN} iterations between them",
-        _TAUGHT: f"Beyond the paper: four stages, each with at most {TAUGHT} iterations towards "
-        "the outputs of the network before pruning instead of labels (Adam, rate "
-        f"{TAUGHT_RATE:g}; images varied at random where there are fewer than {FEW:,})",
+        _TAUGHT: f"Beyond the paper: {STAGES} stages, after each at most {TAUGHT} iterations (the "
+        f"last: {TAUGHT_LAST}) towards the outputs of the network before pruning instead of labels "
+        f"(Adam, rate {TAUGHT_RATE:g}; images varied at random where there are fewer than {FEW:,})",
     }[which]
     return f"\n{title}:\n\n{table(header, lines)}"
 
@@ -234,8 +243,8 @@ def _sensitivity(n: Mapping[str, Any]) -> str:
         ["*printed*", *(str(c) for c in printed.FIGURE3), "5.8e-3"],
     ]
     below = ", ".join(
-        f"{share:g}%: {value:.3g} (printed {printed.FIGURE5[share]:.3g})"
-        for share, value in n["below"].items()
+        f"{share:g}%: {value:.3g} (printed {theirs:.3g})"
+        for (share, theirs), value in zip(printed.FIGURE5.items(), n["below"], strict=True)
     )
     return (
         f"{table(header, lines)}\nFigure 5, the L_q that so many lie at or below: {below}. Below "

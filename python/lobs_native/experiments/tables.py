@@ -20,7 +20,9 @@ from lobs_native.files import write_file
 from lobs_native.report import plain
 
 BETWEEN = 200  # iterations between the two stages, at most
-TAUGHT, TAUGHT_RATE = 160, 3e-3  # iterations after each of four stages, and Adam's rate
+# Of the taught runs: stages, the share kept after the first (the others follow geometrically),
+# iterations after each and after the last at most, and Adam's rate.
+STAGES, FIRST, TAUGHT, TAUGHT_LAST, TAUGHT_RATE = 8, 0.1, 60, 220, 5e-3
 FEW = 10_000  # training images, below which they are varied
 
 
@@ -111,8 +113,8 @@ def in_stages(case: Case, way: str, *, limit: int, repetitions: int) -> Row:
 
 
 def taught(case: Case, *, repetitions: int) -> Row:
-    """Beyond the paper: four stages at no more iterations in all than the paper's two, without a
-    share for every layer; between them the network learns the original one's outputs instead of
+    """Beyond the paper: eight stages at no more iterations in all than the paper's two, without a
+    share for every layer; after each the network learns the original one's outputs instead of
     labels, on images varied at random where there are few."""
     done = [_taught(case, case.seed + k) for k in range(repetitions)]
     first = done[0]
@@ -130,11 +132,13 @@ def _taught(case: Case, seed: int) -> Row:
     for split in case.splits:
         target = percent_wrong(case.model, split.validation)
         model, iterations = case.model, 0
-        for share in (5.0 * last, 2.6 * last, 1.6 * last, last):
+        for k in range(STAGES):
+            share = FIRST * (last / FIRST) ** (k / (STAGES - 1))
+            limit = TAUGHT_LAST if k == STAGES - 1 else TAUGHT
             stage = prune_to_share(model, share, split.calibration, seed)
             model = copy.deepcopy(stage.model)
             done = retrain(
-                model, stage.masks, split.training, split.validation, target=target, limit=TAUGHT,
+                model, stage.masks, split.training, split.validation, target=target, limit=limit,
                 every=case.shape.every, seed=seed, rate=TAUGHT_RATE, teacher=case.model,
                 vary=varied if len(split.training) < FEW else None,
             )  # fmt: skip
