@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native import problem, pruner
+from lobs_native import layerwise, problem, pruner
 from lobs_native.errors import ArgumentError
 from lobs_native.experiments import page
 from lobs_native.experiments.imagenet_data import FolderImages, GeneratedImages, ImageBatches
@@ -249,9 +249,9 @@ class _Watch:
     def watching(self) -> Any:
         """Watch the functions that do the work."""
         return self.stages.replacing(
-            (pruner, "calibrate", self._calibrate),
-            (pruner, "_prune_layer", self._prune_layer),
-            (pruner, "prune_groups", self._prune_groups),
+            (layerwise, "calibrate", self._calibrate),
+            (layerwise, "prune_layer", self._prune_layer),
+            (layerwise, "prune_groups", self._prune_groups),
             (problem, "invert", self._invert),
             (pruner, "measure_change", self._measure_change),
         )
@@ -277,9 +277,9 @@ class _Watch:
         with self.stages("check"):
             return original(*args, **kwargs)
 
-    def _prune_layer(self, original: Any, plan: Any, *args: Any) -> Any:
+    def _prune_layer(self, original: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
         self.layer = plan.layer.name
-        return original(plan, *args)
+        return original(plan, *args, **kwargs)
 
     def _invert(self, original: Any, *args: Any) -> Any:
         H = id(args[0])
