@@ -6,14 +6,16 @@
 all-MiniLM-L6-v2 is pruned to 50% from the command line as in ``bench/whole_encoder.py``, with and
 without a run directory, in turns. Then runs are killed (SIGKILL) after given shares of that time
 and begun again by the same command. Time lost is how much longer the two parts take together than
-a run that nobody disturbed; without a run directory it is the whole time until the kill. The bytes
-of the weights are compared each time.
+a run that nobody disturbed; without a run directory it is the whole time until the kill. Both are
+given in seconds that passed and in CPU seconds, which other programs on the machine hardly change.
+The bytes of the weights are compared each time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,12 @@ KILLED_AFTER = (0.25, 0.5, 0.75, 0.95)  # shares of the time of prune itself
 WEIGHTS = "model.safetensors"
 
 
+def cpu() -> float:
+    """CPU seconds of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Popen[str], Path]:
     """The command, begun; and where it writes."""
     out = Path(tempfile.mkdtemp(dir=scratch)) / "pruned"
@@ -41,7 +49,7 @@ def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Pope
 
 def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
     """A run from its beginning, or where it was, to its end."""
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), cpu()
     process, out = start(scratch, inputs, run)
     said, _ = process.communicate()
     if process.returncode != 0:
@@ -50,6 +58,7 @@ def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
     return {
         "seconds": report["seconds"],
         "all": time.perf_counter() - begun,  # with imports, reading and writing
+        "cpu": cpu() - used,
         "keeping": report["settings"].get("seconds of keeping"),
         "resumed": report["settings"].get("resumed layers"),
         "layers": len(report["layers"]),
@@ -57,16 +66,16 @@ def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
     }
 
 
-def killed(scratch: Path, inputs: str, run: Path, seconds: float) -> float:
-    """Kill a run so long after it began; how long that was."""
-    begun = time.perf_counter()
+def killed(scratch: Path, inputs: str, run: Path, seconds: float) -> tuple[float, float]:
+    """Kill a run so long after it began; how long that was, and its CPU seconds."""
+    begun, used = time.perf_counter(), cpu()
     process, _ = start(scratch, inputs, run)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
     process.communicate()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, cpu() - used
 
 
 def main() -> None:
@@ -94,11 +103,12 @@ def compare(scratch: Path, inputs: str, pairs: int) -> dict[str, Any]:
             raise SystemExit("the weights differ")
     ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(without, kept, strict=True))
     undisturbed = statistics.median(run["all"] for run in kept)
+    undisturbed_cpu = statistics.median(run["cpu"] for run in kept)
     before = undisturbed - statistics.median(run["seconds"] for run in kept)  # imports, files
     kills = []
     for share in KILLED_AFTER:
         run = scratch / f"killed{share}"
-        until = killed(scratch, inputs, run, before + share * (undisturbed - before))
+        until, until_cpu = killed(scratch, inputs, run, before + share * (undisturbed - before))
         rest = whole(scratch, inputs, run)
         kills.append(
             {
@@ -107,6 +117,8 @@ def compare(scratch: Path, inputs: str, pairs: int) -> dict[str, Any]:
                 "rest": round(rest["all"], 1),
                 "lost": round(until + rest["all"] - undisturbed, 1),
                 "lost without": round(until, 1),
+                "CPU s lost": round(until_cpu + rest["cpu"] - undisturbed_cpu, 1),
+                "CPU s lost without": round(until_cpu, 1),
                 "same bytes": rest["bytes"] == right,
             }
         )
@@ -123,6 +135,8 @@ def compare(scratch: Path, inputs: str, pairs: int) -> dict[str, Any]:
             round(x, 4) for x in (ratios[0], statistics.median(ratios), ratios[-1])
         ],
         "seconds of keeping": [run["keeping"] for run in kept],
+        "CPU seconds without": [round(run["cpu"], 1) for run in without],
+        "CPU seconds with": [round(run["cpu"], 1) for run in kept],
         "undisturbed, with imports and files": round(undisturbed, 1),
         "of them before and after": round(before, 1),
         "kills": kills,
