@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.calibration import Moments, calibrate
-from lobs_native.errors import CheckpointError, NonFiniteError, NotPositiveDefiniteError
+from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.greedy import Greedy
-from lobs_native.partial import States, passed_before
+from lobs_native.partial import States, passed_before, readable
 from lobs_native.problem import Problem, nearest_count
 from lobs_native.running import Run
 from lobs_native.selection import Plan
@@ -84,13 +84,8 @@ def _costs_kept(states: States) -> dict[str, Costs]:
     if found is None:
         return {}
     tensors, told = found
-    try:
+    with readable("costs"):
         return {name: Costs(values=tensors[name].clone(), **told[name]) for name in told}
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"run_dir: the costs that are kept there cannot be read: {error}; repair the run or "
-            "begin a new one"
-        ) from error
 
 
 def passes(order: Sequence[Plan], most: int, begun_with: Collection[str] = ()) -> list[list[Plan]]:

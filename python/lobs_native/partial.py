@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from lobs_native.errors import CheckpointError
 from lobs_native.running import Source
 
-__all__ = ["Kept", "States", "Summing", "passed_before", "resumable"]
+__all__ = ["Kept", "States", "Summing", "passed_before", "readable", "resumable"]
 
 Kept = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors, and plain JSON values
 _KEY = "statistics"  # there is one pass at a time
@@ -106,6 +107,19 @@ def resumable(
             states.save(_KEY, {**tensors, **drawn}, told)
 
 
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """While what a run directory keeps is taken apart: wrong values are a CheckpointError. Their
+    hashes were right, so somebody has written them so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"run_dir: the {what} that are kept there cannot be read: {error}; repair the run or "
+            "begin a new one"
+        ) from error
+
+
 def _is_of(info: Mapping[str, Any], what: str, sums: Summing) -> bool:
     """Whether all the layers had a part in the pass that was kept."""
     layers = info.get("layers")
@@ -120,16 +134,11 @@ def _restored(
     tensors: Mapping[str, Tensor], info: Mapping[str, Any], sums: Summing
 ) -> tuple[int, dict[str, Tensor]]:
     """How many batches are in the sums, which are taken over, and the random state after them."""
-    try:
+    with readable("statistics"):
         done, told = info["batches"], info["sums"]
         if type(done) is not int or done < 1 or not isinstance(told, dict):
             raise TypeError("no number of batches")
         sums.restore(tensors, told)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"run_dir: the statistics that are kept there cannot be read: {error}; repair the run "
-            "or begin a new one"
-        ) from error
     begin = f"{_RANDOM}/"
     return done, {k.removeprefix(begin): x for k, x in tensors.items() if k.startswith(begin)}
 

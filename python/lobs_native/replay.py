@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lobs_native.blocks import NoStackError, Stack, hidden_of, run_first, same
 from lobs_native.calls import STRUCTURE, BlockCall, packed, unpacked
-from lobs_native.errors import CheckpointError, LobsError
-from lobs_native.partial import States
+from lobs_native.errors import LobsError
+from lobs_native.partial import States, readable
 from lobs_native.running import Enough, Run, attached
 from lobs_native.safefile import MOST_MARKS, count_marks
 from lobs_native.shelf import Shelf
@@ -177,7 +177,7 @@ class Replay:
         if calls is None or inputs is None:
             return False
         tensors, info = inputs
-        try:
+        with readable(f"inputs of {self.stack.name}"):
             found = unpacked(calls[0])
             for name, kept in self._networks():
                 kept.calls = [
@@ -192,11 +192,6 @@ class Replay:
                 raise ValueError(f"there is no block {block}")
             if batches != {len(self.batches)}:
                 raise ValueError(f"they are of {sorted(batches)} batches")
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"run_dir: the inputs of {self.stack.name} that are kept there cannot be read: "
-                f"{error}; repair the run or begin a new one"
-            ) from error
         self.block, self._calls_saved = block, True
         return True
 

@@ -38,7 +38,6 @@ class UnderWay:
         self.reserved = 0  # bytes that layers will take
         self.largest: int | None = None  # bytes that a copy may take in memory
         self.given_up: str | None = None  # why nothing is saved any more
-        self.saved = 0
         self.seconds = 0.0  # spent on writing, layers included
         self._rate = 100e6  # bytes/s
         self._last: dict[str, float] = {}
@@ -70,7 +69,6 @@ class UnderWay:
         begun = time.monotonic()
         try:
             self.run.put_state(key, tensors, info)
-            self.saved += 1
         except (CheckpointError, ArgumentError) as error:  # too large a description, as well
             self.given_up = str(error)
         self._last[key] = time.monotonic()

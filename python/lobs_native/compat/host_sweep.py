@@ -170,20 +170,27 @@ def _cuts(begin: int, end: int, m: int) -> Sequence[int]:
 
 
 def check_target(
-    sparsity: float, n: int = 0, m: int = 0, blocksize: int = 128, percdamp: float = 0.01
+    sparsity: float,
+    n: int = 0,
+    m: int = 0,
+    blocksize: int = 128,
+    percdamp: float = 0.01,
+    names: Sequence[str] = ("prunen", "prunem", "blocksize", "percdamp"),
 ) -> None:
-    """ArgumentError for what the host's rules cannot do."""
-    if n and not n <= m:
-        raise ArgumentError(f"prunen, prunem: {n} of every {m} weights cannot go")
+    """ArgumentError for what the host's rules cannot do; ``names``: what the host calls the
+    arguments after the first."""
+    n_name, m_name, size_name, damping_name = names
+    if checks.count(n, n_name) > checks.count(m, m_name):
+        raise ArgumentError(f"{n_name}, {m_name}: {n} of every {m} weights cannot go")
     if not n and not 0 <= checks.real(sparsity, "sparsity") < 1:
         raise ArgumentError(
             f"sparsity: {sparsity}; the host's rule needs 0 <= sparsity < 1 (a block loses "
             "int(numel * sparsity) + 1 weights)"
         )
-    if checks.count(blocksize, "blocksize") == 0:
-        raise ArgumentError("blocksize: 0; it is a number of columns, 128 as published")
-    if checks.real(percdamp, "percdamp") < 0:
-        raise ArgumentError(f"percdamp: {percdamp}; it must be >= 0")
+    if checks.count(blocksize, size_name) == 0:
+        raise ArgumentError(f"{size_name}: 0; it is a number of columns, 128 as published")
+    if checks.real(percdamp, damping_name) < 0:
+        raise ArgumentError(f"{damping_name}: {percdamp}; it must be >= 0")
 
 
 def check_groups(columns: int, blocksize: int, n: int, m: int) -> None:

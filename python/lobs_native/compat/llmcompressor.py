@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HOST", "LOBSModifier", "accumulate_hessian", "make_empty_hessian", "sparsify_weight"]
 
+_NAMES = ("prune_n", "prune_m", "block_size", "dampening_frac")
+
 
 def __getattr__(name: str) -> Any:
     """``LOBSModifier`` is a class of the host's, so it is made when it is first asked for."""
@@ -140,7 +142,7 @@ def sparsify_weight(
     H = hessians_dict[module]
     W = layout.matrix().to(torch.float32, copy=True).contiguous()
     checks.check_finite(W, "module.weight")
-    _check(sparsity, prune_n, prune_m, block_size, dampening_frac)
+    host_sweep.check_target(sparsity, prune_n, prune_m, block_size, dampening_frac, names=_NAMES)
     if prune_n:
         host_sweep.check_groups(layout.columns, block_size, prune_n, prune_m)
     W[:, H.diagonal() == 0] = 0.0
@@ -208,20 +210,6 @@ def _extending(
         return gone
 
     return choose
-
-
-def _check(sparsity: float, n: int, m: int, block_size: int, dampening: float) -> None:
-    if checks.count(n, "prune_n") > checks.count(m, "prune_m"):
-        raise ArgumentError(f"prune_n, prune_m: {n} of every {m} weights cannot go")
-    if not n and not 0 <= checks.real(sparsity, "sparsity") < 1:
-        raise ArgumentError(
-            f"sparsity: {sparsity}; the host's rule needs 0 <= sparsity < 1 (a block loses "
-            "int(numel * sparsity) + 1 weights)"
-        )
-    if checks.count(block_size, "block_size") == 0:
-        raise ArgumentError("block_size: 0; it is a number of columns, 128 as published")
-    if checks.real(dampening, "dampening_frac") < 0:
-        raise ArgumentError(f"dampening_frac: {dampening}; it must be >= 0")
 
 
 # ---- the host ------------------------------------------------------------------------------------
