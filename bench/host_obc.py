@@ -108,20 +108,29 @@ def unstructured_case(given: Problem) -> Case:
         unit="GFLOP/s",
         error=float,
         tolerance=1e-3,
-        ours=Side(
+        **sides(given, traced, answer),
+    )
+
+
+def sides(
+    given: Problem, job: Callable[[Any], Any], answer: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """Ours on the whole layer, the original on the first batch of its rows, at the same job."""
+    return {
+        "ours": Side(
             "lobs",
-            lambda: seconds(lambda: given.ours(given.layer), traced),
+            lambda: seconds(lambda: given.ours(given.layer), job),
             lambda: answer(given.ours),
         ),
-        rivals=[
+        "rivals": [
             Side(
                 "OBC",
-                lambda: seconds(lambda: given.original(given.part), traced, given.batches),
+                lambda: seconds(lambda: given.original(given.part), job, given.batches),
                 lambda: answer(given.original),
                 note=f"timed on {BATCH} of {given.shape.rows} rows",
             )
         ],
-    )
+    }
 
 
 def groups_case(given: Problem) -> Case:
@@ -150,19 +159,7 @@ def groups_case(given: Problem) -> Case:
         unit="GFLOP/s",
         error=error,
         tolerance=1e-3,
-        ours=Side(
-            "lobs",
-            lambda: seconds(lambda: given.ours(given.layer), prune),
-            lambda: answer(given.ours),
-        ),
-        rivals=[
-            Side(
-                "OBC",
-                lambda: seconds(lambda: given.original(given.part), prune, given.batches),
-                lambda: answer(given.original),
-                note=f"timed on {BATCH} of {given.shape.rows} rows",
-            )
-        ],
+        **sides(given, prune, answer),
     )
 
 

@@ -16,9 +16,10 @@ from lobs_native.allocation import passes
 from lobs_native.blocks import Stack
 from lobs_native.calibration import Moments, calibrate
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError
+from lobs_native.layers import Layer
 from lobs_native.ledger import Ledger
 from lobs_native.partial import passed_before
-from lobs_native.patterns import Unstructured
+from lobs_native.patterns import Pattern, Unstructured
 from lobs_native.problem import nearest_count
 from lobs_native.replay import Replay
 from lobs_native.report import LayerReport
@@ -29,7 +30,7 @@ from lobs_native.shelf import Shelf
 from lobs_native.structure import Structure
 from lobs_native.weight import PrunedWeight, prune_groups
 
-__all__ = ["LayerLoop", "Means", "prune_layer"]
+__all__ = ["LayerLoop", "Means", "layer_report", "prune_layer"]
 
 
 @dataclass(frozen=True)
@@ -228,21 +229,52 @@ def prune_layer(
         )
     except (ArgumentError, NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
-    report = LayerReport(
+    report = layer_report(
+        layer,
+        out,
+        method=plan.method,
+        pattern=plan.pattern,
+        scope=plan.scope,
+        asked=plan.asked,
+        damping=plan.damping,
+        rows=moments.rows,
+        calibrating=calibrating,
+        inherited=None if drift is None else drift.inherited,
+        peak=peak,
+    )
+    return report, out
+
+
+def layer_report(
+    layer: Layer,
+    out: PrunedWeight,
+    *,
+    method: str,
+    pattern: Pattern,
+    scope: str,
+    asked: str,
+    damping: float,
+    rows: float,
+    calibrating: float = 0.0,
+    inherited: float | None = None,
+    peak: LayerPeak | None = None,
+) -> LayerReport:
+    """What was asked of a layer beside what came of it."""
+    return LayerReport(
         name=layer.name,
         kind=layer.kind,
         shape=layer.shape,
-        method=plan.method,
-        scope=plan.scope,
-        asked=plan.asked,
+        method=method,
+        scope=scope,
+        asked=asked,
         sparsity=out.sparsity,
         error=out.error,
         relative_error=out.relative_error,
         damping=out.damping,
-        damping_asked=plan.damping,
+        damping_asked=damping,
         optimality=out.optimality,
         swaps=out.swaps,
-        rows=moments.rows,
+        rows=rows,
         columns=layer.width,
         dead_columns=out.dead_columns,
         backend=out.backend,
@@ -250,18 +282,17 @@ def prune_layer(
         notes=out.notes,
         seconds_calibrating=calibrating,
         seconds_pruning=out.seconds,
-        inherited=None if drift is None else drift.inherited,
-        pattern=plan.pattern.name,
+        inherited=inherited,
+        pattern=pattern.name,
         dtype=str(out.weight.dtype).removeprefix("torch."),
         predicted=out.predicted,
         energy=out.energy,
         condition=out.condition,
         curve_sparsity=out.curve_sparsity,
         curve_error=out.curve_error,
-        peak_memory=peak.bytes(),
-        peak_memory_device=peak.device_bytes(),
+        peak_memory=None if peak is None else peak.bytes(),
+        peak_memory_device=None if peak is None else peak.device_bytes(),
     )
-    return report, out
 
 
 def _within(zeros: Tensor, plan: Plan) -> bool:

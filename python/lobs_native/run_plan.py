@@ -21,7 +21,10 @@ from lobs_native.plan import plan_memory
 from lobs_native.problem import PIECE
 from lobs_native.selection import Plan
 
-__all__ = ["LayerPeak", "Peak", "RunPlan", "Workload", "keep_tight", "plan_run"]
+__all__ = [
+    *("LayerPeak", "Peak", "RunPlan", "Workload"),
+    *("forget_peak", "keep_tight", "plan_run", "resident"),
+]
 
 STATISTICS = 4 << 30  # bytes of second moments in one pass over the data without a limit, at most
 _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -232,8 +235,8 @@ class Peak:
     def measuring(self) -> Iterator[Peak]:
         """Start, and give itself."""
         with contextlib.suppress(OSError, LobsError):
-            _clear()
-            self._before = _status("VmRSS")
+            forget_peak()
+            self._before = resident("VmRSS")
         Peak._now.append(self)
         try:
             yield self
@@ -244,13 +247,13 @@ class Peak:
         """Forget the peak so far, but for ``before_reset``."""
         self.before_reset, self._seen = self.bytes(), 0
         with contextlib.suppress(OSError):
-            _clear()
+            forget_peak()
 
     def bytes(self) -> int | None:
         """None where it cannot be known."""
         if self._before is None:
             return None
-        return max(0, self._seen, _status("VmHWM") - self._before)
+        return max(0, self._seen, resident("VmHWM") - self._before)
 
 
 class LayerPeak:
@@ -265,7 +268,7 @@ class LayerPeak:
         for peak in Peak._now:
             peak._seen = peak.bytes() or 0
         with contextlib.suppress(OSError):
-            _clear()
+            forget_peak()
         self._device = device if device.type == "cuda" and torch.cuda.is_initialized() else None
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -273,14 +276,14 @@ class LayerPeak:
     def bytes(self) -> int | None:
         """Of the process; None where it cannot be known."""
         before = Peak._now[-1]._before if Peak._now else None
-        return None if before is None else max(0, _status("VmHWM") - before)
+        return None if before is None else max(0, resident("VmHWM") - before)
 
     def device_bytes(self) -> int | None:
         """Of the device; None for the CPU."""
         return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
 
 
-def _clear() -> None:
+def forget_peak() -> None:
     """Reset the kernel's high-water mark of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -297,7 +300,11 @@ def keep_tight() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _status(name: str) -> int:
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` the most since :func:`forget_peak`.
+
+    OSError or LobsError where the system does not say.
+    """
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise LobsError(f"/proc/self/status has no {name}")

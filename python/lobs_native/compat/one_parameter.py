@@ -21,10 +21,11 @@ from lobs_native.calibration import calibrate
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, ShapeError
 from lobs_native.hessian import Hessian, second_moment
 from lobs_native.layers import Layer, layers_for, layers_of
+from lobs_native.layerwise import layer_report
 from lobs_native.patterns import check_fit, pattern_of
 from lobs_native.report import LayerReport
 from lobs_native.running import Forward, Run, batches_of
-from lobs_native.weight import METHODS, PrunedWeight, Target, check_choice, few_rows, prune_groups
+from lobs_native.weight import METHODS, Target, check_choice, few_rows, prune_groups
 
 __all__ = ["How", "Pruned", "layer_of", "prune_parameter", "second_moments", "write_bias"]
 
@@ -212,7 +213,16 @@ def prune_parameter(
         weight=layer.unpack(out.weight),
         mask=layer.unpack(out.mask),
         bias=None if out.bias is None else out.bias.reshape(-1),
-        report=_report(layer, how, target, out, rows),
+        report=layer_report(
+            layer,
+            out,
+            method=how.method,
+            pattern=pattern,
+            scope=how.scope,
+            asked=_asked(target),
+            damping=how.damping,
+            rows=rows,
+        ),
     )
 
 
@@ -259,31 +269,9 @@ def _bias(layer: Layer, moments: Sequence[Tensor], wanted: bool) -> Tensor | Non
     return layer.bias()
 
 
-def _report(layer: Layer, how: How, target: Target, out: PrunedWeight, rows: float) -> LayerReport:
-    asked = (f"{k} {v:g}" for k, v in dataclasses.asdict(target).items() if v is not None)
-    return LayerReport(
-        name=layer.name,
-        kind=layer.kind,
-        shape=layer.shape,
-        method=how.method,
-        scope=how.scope,
-        asked=next(asked, "mask"),
-        sparsity=out.sparsity,
-        error=out.error,
-        relative_error=out.relative_error,
-        damping=out.damping,
-        damping_asked=how.damping,
-        optimality=out.optimality,
-        swaps=out.swaps,
-        rows=rows,
-        columns=layer.width,
-        dead_columns=out.dead_columns,
-        backend=out.backend,
-        status=out.status,
-        notes=out.notes,
-        seconds_calibrating=0.0,
-        seconds_pruning=out.seconds,
-    )
+def _asked(target: Target) -> str:
+    given = (f"{k} {v:g}" for k, v in dataclasses.asdict(target).items() if v is not None)
+    return next(given, "mask")
 
 
 @torch.no_grad()

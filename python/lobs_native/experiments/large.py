@@ -35,7 +35,7 @@ from lobs_native.experiments.large_page import large_page
 from lobs_native.experiments.large_runs import LayerRun, NetworkRun, Results
 from lobs_native.experiments.paper_large import kept_shares
 from lobs_native.experiments.rates import Rates, Work, measured_rates, wide_layer
-from lobs_native.experiments.stages import Spent, Stages, resident
+from lobs_native.experiments.stages import Spent, Stages, memory
 from lobs_native.report import Report
 
 __all__ = ["NAME", "SAID", "LayerRun", "NetworkRun", "add_arguments", "run"]
@@ -140,7 +140,7 @@ class _Experiment:
         reference = self._outputs()
         before = _measured(reference, reference, self.tested.labels)
         watch = _Watch(too_long - too_wide)
-        start, begun, cores = resident(), time.perf_counter(), time.process_time()
+        start, begun, cores = memory(), time.perf_counter(), time.process_time()
         with watch.watching():
             report = lobs.prune(self.model, self.images, **settings)
         seconds, cores = time.perf_counter() - begun, time.process_time() - cores

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Spent", "Stages", "resident"]
+from lobs_native import run_plan
+from lobs_native.errors import LobsError
+
+__all__ = ["Spent", "Stages", "memory"]
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Stages:
         now = _now()
         if self._open:
             spent = self.spent.setdefault(self._open[-1], Spent())
-            spent.add(now[0] - self._since[0], now[1] - self._since[1], resident("VmHWM"))
+            spent.add(now[0] - self._since[0], now[1] - self._since[1], memory("VmHWM"))
         self._since = now
         _forget_peak()
 
@@ -79,17 +80,13 @@ def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def resident(what: str = "VmRSS") -> int:
-    """Bytes of the process: ``VmRSS`` now, ``VmHWM`` the most since the peak was forgotten; 0 where
-    the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+def memory(what: str = "VmRSS") -> int:
+    """As :func:`lobs_native.run_plan.resident`; 0 where the system does not say."""
+    with contextlib.suppress(OSError, LobsError):
+        return run_plan.resident(what)
+    return 0
 
 
 def _forget_peak() -> None:
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        run_plan.forget_peak()
