@@ -34,7 +34,7 @@ LAYERS_OF_PYTHON = [
     {"plots", "review", "runtimes"},
     {"greedy", "ranked", "sweep"},
     {"problem"},
-    {"hessian", "library", "patterns", "underway"},
+    {"hessian", "inversion", "library", "patterns", "underway"},
     {"ops", "rundir"},
     {"upkeep"},
     {"state_store"},

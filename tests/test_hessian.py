@@ -22,7 +22,7 @@ from lobs_native.errors import (
     NotPositiveDefiniteError,
     ShapeError,
 )
-from lobs_native.hessian import invert
+from lobs_native.inversion import invert
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -321,6 +321,39 @@ def test_invert_multiplies_back_to_the_identity(damping):
     damped = H + damping * H.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     assert distance(found.A / found.scale @ damped, torch.eye(48, dtype=torch.float64)) < 1e-10
     assert (found.damping, found.raised) == (damping, False)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 255, 256, 257, 511, 600])
+def test_blocks_make_what_torch_makes_at_once(columns):
+    x = features(columns + 50, columns)
+    H = x.T @ x / len(x)
+    given = H.clone()
+    found = invert(H, 0.01, "H")
+    damped = H / found.scale
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
+    A = torch.linalg.inv(damped)
+    pull = torch.randn(columns, 3, dtype=torch.float64)
+    assert distance(found.times(pull), A @ pull) < 1e-10
+    U = found.U
+    assert torch.equal(U, U.triu())
+    assert distance(U, torch.linalg.cholesky(A, upper=True)) < 1e-10
+    kept = U.clone()
+    assert distance(found.A, A) < 1e-10
+    assert torch.equal(found.A, found.A.T)
+    assert torch.equal(U, kept)  # which a caller may still hold
+    assert distance(found.U, U) < 1e-10
+    assert distance(found.times(pull), A @ pull) < 1e-10
+    assert torch.equal(H, given)
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 400, 599])
+def test_a_pivot_that_fails_in_any_block_climbs_the_ladder(place):
+    H = torch.eye(600, dtype=torch.float64)
+    H[place, place] = -0.05
+    found = invert(H, 0.01, "H")  # mean is 0.998: 0.01 is too little, 0.1 is enough
+    assert (found.damping, found.raised) == (0.1, True)
+    with pytest.raises(NotPositiveDefiniteError, match="damping 0;"):
+        invert(H, 0.0, "H")
 
 
 def test_the_ladder_is_climbed_and_recorded():

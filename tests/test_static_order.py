@@ -9,7 +9,7 @@ from tolerances import RELATIVE, distance
 
 from lobs_native import ops
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError
-from lobs_native.hessian import invert
+from lobs_native.inversion import invert
 
 
 def random_orders(R: int, C: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

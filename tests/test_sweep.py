@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
-from lobs_native.hessian import invert
+from lobs_native.inversion import invert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,4 @@
-"""A layer's second moment: accumulating it, keeping its inverse up to date, and inverting it with a
-record.
+"""A layer's second moment: accumulating it, and keeping its inverse up to date.
 
 ``H = X^T X / N``, the mean over all rows the layer saw (Dong, Chen & Pan 2017, eq. 9).
 """
@@ -23,10 +22,9 @@ from lobs_native.errors import (
     ShapeError,
 )
 
-__all__ = ["Hessian", "Inverse", "StreamingInverse", "invert", "second_moment"]
+__all__ = ["Hessian", "StreamingInverse", "second_moment"]
 
 _PIECE = 512  # rows of a matrix in one temporary
-LADDER = (1.0, 10.0, 100.0)  # factors on the damping that was asked for, tried in turn
 
 
 class Hessian:
@@ -433,105 +431,3 @@ def second_moment(H: Any, name: str) -> Tensor:
 def _skew(moment: Tensor, first: int, rows: int = _PIECE) -> Tensor:
     """|M - M^T| for some rows of M."""
     return (moment[first : first + rows] - moment[:, first : first + rows].T).abs()
-
-
-class Inverse:
-    """``A = (H + damping * mean(diag H) * I)^-1`` up to a power of two, and how it was obtained.
-
-    Attributes
-    ----------
-    scale : float
-        A power of two near mean(diag H); A / scale is the inverse of the damped H.
-    damping : float
-        The fraction that was used.
-    raised : bool
-        True if that is more than was asked for.
-    """
-
-    def __init__(self, U: Tensor, scale: float, damping: float, *, raised: bool) -> None:
-        self.scale = scale
-        self.damping = damping
-        self.raised = raised
-        self._U: Tensor | None = U
-        self._A: Tensor | None = None
-
-    @property
-    def U(self) -> Tensor:
-        """(C, C) float64, upper, U^T U = A."""
-        if self._U is None:
-            assert self._A is not None
-            self._U = torch.linalg.cholesky(self._A, upper=True)
-        return self._U
-
-    def norm(self, steps: int = 4) -> float:
-        """The spectral norm of A by the power method, from below, low by a third at most in tests:
-        two products of U and a vector a step, or one of A where that has replaced it."""
-        U, A = self._U, self._A
-        matrix = A if U is None else U
-        assert matrix is not None
-        # Any start will do that favours no column; a sine needs no random numbers.
-        v = torch.arange(1.0, len(matrix) + 1, dtype=torch.float64, device=matrix.device).sin_()
-        norm = v.norm()
-        for _ in range(steps):
-            v = v / norm
-            v = matrix @ v if U is None else U.T @ (U @ v)
-            norm = v.norm()
-        return float(norm)
-
-    @property
-    def A(self) -> Tensor:
-        """(C, C) float64, exactly symmetric: the inverse of H / scale."""
-        if self._A is None:
-            A = torch.zeros(self.U.shape, dtype=torch.float64, device=self.U.device)
-            ops.hessian_accumulate_(A, self.U)  # half the arithmetic of a matrix product
-            for first in range(0, len(A), _PIECE):
-                rows = slice(first, first + _PIECE)
-                upper = A[first:, rows].T.clone()
-                square = upper[:, :_PIECE].triu()
-                A[rows, rows] = square + square.triu(1).T
-                A[rows, first + _PIECE :] = upper[:, _PIECE:]
-            self._A = A
-            self._U = None  # one of them is enough: they are large
-        return self._A
-
-
-def invert(H: Tensor, damping: float, what: str) -> Inverse:
-    """Invert a (C, C) float64 second moment, climbing the ladder damping, 10 x, 100 x where
-    Cholesky fails.
-
-    ``what`` names the matrix in the error that is raised when the ladder ends. A power of two is
-    taken out of H first, so that nothing over- or underflows and the result scales exactly with H.
-    Where H is zero throughout, A = I.
-    """
-    mean = float(H.diagonal().mean())
-    if mean == 0:
-        return Inverse(
-            torch.eye(len(H), dtype=H.dtype, device=H.device), 1.0, damping, raised=False
-        )
-    scale = math.ldexp(1.0, math.frexp(mean)[1])
-    mean /= scale
-    for factor in LADDER:
-        used = damping * factor
-        damped = H.flip(0, 1).div_(scale)
-        damped.diagonal().add_(used * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
-        del damped
-        if int(info) == 0:
-            # Turned around, L^-1 is the upper factor of the inverse: one factorisation for both.
-            # (cholesky_inverse is faster on an idle machine, but takes many times as long when
-            # another program wants one of the cores.)
-            unit = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            L = torch.linalg.solve_triangular(L, unit, upper=False)
-            del unit
-            U = L.flip(0, 1).contiguous()
-            del L
-            if bool(torch.isfinite(U).all()) and bool((U.diagonal() > 0).all()):
-                return Inverse(U, scale, used, raised=factor > 1)
-        if damping == 0:
-            break
-    tried = "0" if damping == 0 else ", ".join(f"{damping * factor:g}" for factor in LADDER)
-    raise NotPositiveDefiniteError(
-        f"{what}: the second moment ({len(H)} columns) is not positive definite with damping "
-        f"{tried}; "
-        f"pass a larger damping (0.01 is usual) or more calibration rows"
-    )

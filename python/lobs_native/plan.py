@@ -98,7 +98,7 @@ def plan_memory(
     longest = min(D, round(1.5 * share * D) + 1)  # rows of a layer differ in length
     trace = R * longest * (4 + size)
     square, weights = D * D, R * D
-    inverting = 3 * 8 * square
+    inverting = 8 * square + size * square  # and a copy of it for the kernels
     repairing = (8 + 2 * size) * square + 3 * size * weights + 2 * weights
     merging = 8 * square + 8 * R * longest + size * weights
     private: Any = min(R, 32) * size * square

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
-from lobs_native.hessian import Inverse, invert
+from lobs_native.inversion import Inverse, invert
 
 __all__ = ["OPTIMAL", "PIECE", "Drift", "Problem", "in_errors", "nearest_count"]
 
@@ -89,9 +89,7 @@ class Problem:
         if drift is not None:
             before = original.clone()
             for w, inverse, pull in zip(before, inverses, drift.pull, strict=True):
-                change = inverse.U @ pull
-                change = inverse.U.T @ change.div_(inverse.scale)
-                w += change.T
+                w += inverse.times(pull).div_(inverse.scale).T
             checks.check_finite(before, "weight, corrected for what came before it")
         little = any(i.damping < _FLOAT64_BELOW for i in inverses)
         made = cls(

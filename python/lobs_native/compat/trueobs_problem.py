@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native.errors import DtypeError, NotPositiveDefiniteError
-from lobs_native.hessian import Inverse
+from lobs_native.inversion import Inverse
 from lobs_native.layers.base import Layer
 from lobs_native.layers.conv import Conv
 from lobs_native.layers.linear import Linear

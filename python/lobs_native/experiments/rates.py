@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.hessian import Hessian, invert
+from lobs_native.hessian import Hessian
+from lobs_native.inversion import invert
 
 __all__ = ["Rates", "WideLayer", "Work", "measured_rates", "removed_in_order", "wide_layer"]
 
