@@ -14,7 +14,7 @@ written to it if not:
   convolutions, without biases, and one linear layer.
 
 Then every convolution and every linear layer, the first and the last included, is pruned to the
-same sparsity (with scope "model": on average, each within 0.2), calibrated on the first 2,000
+same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
 training images without labels, and not trained again. Printed are errors in percent on the 10,000
 test images and seconds of a call of ``prune``; for the residual network also the errors after its
 batch normalisation has been re-estimated on the same 2,000 images, and the seconds of that. With

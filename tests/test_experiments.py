@@ -16,7 +16,7 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
-from lobs_native.experiments import curves, data, figures, networks, small
+from lobs_native.experiments import curves, data, figures, networks, small, tables
 from lobs_native.experiments.__main__ import main
 from lobs_native.experiments.budgets import prune_layers_to, prune_network_to
 from lobs_native.experiments.data import Images
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = small.Extent(
     1, 1, ("L-OBS as printed", "exact, model, corrected"),
-    dict.fromkeys(("LeNet-300-100", "LeNet-5", "CIFAR-Net"), 10), (0.3, 0.05), epochs=1,
-    halvings=1,
+    dict.fromkeys(("LeNet-300-100", "LeNet-5", "CIFAR-Net"), 10), (0.3, 0.05), longer=True,
+    epochs=1, halvings=1,
 )  # fmt: skip
 
 
@@ -104,15 +104,28 @@ def released(tmp_path_factory, images):
     return folder
 
 
-def run_tiny(out, images, released, kinds):
+@pytest.fixture(scope="module")
+def test_images(tmp_path_factory, images):
+    """The same without images to train on."""
+    folder = tmp_path_factory.mktemp("tested")
+    for path in images.glob("t10k-*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def run_tiny(out, images, mnist, released, kinds):
     return small.experiment(
-        out, TINY, seeds=1, weights=released, mnist=images, images=images, data="bars",
+        out, TINY, seeds=1, weights=released, mnist=mnist, images=images, data="bars",
         kinds=kinds, cache=str(out / "net"),
     )  # fmt: skip
 
 
-def test_the_whole_experiment(tmp_path, images, released, capsys):
-    paths = run_tiny(tmp_path, images, released, ["cifarnet"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_whole_experiment(tmp_path, images, test_images, released, capsys, monkeypatch, whole):
+    shorter = dataclasses.replace(tables.LONGER, stages=2, between=20, last=20)
+    monkeypatch.setattr(small, "LONGER", shorter)
+    mnist = images if whole else test_images
+    paths = run_tiny(tmp_path, images, mnist, released, ["cifarnet"])
     page = (tmp_path / "small.md").read_text()
     numbers = json.loads((tmp_path / "small.json").read_text())
     for path in paths:
@@ -123,11 +136,12 @@ def test_the_whole_experiment(tmp_path, images, released, capsys):
     for said in ("LeNet-300-100, MNIST", "CIFAR-Net, bars", "L-OBS, printed"):
         assert said in page
     ways = {(r["table"], r["network"], r["way"]) for r in numbers["rows"]}
-    assert len(ways) == len(numbers["rows"]) == 2 * 2 + 1 + 1
+    assert len(ways) == len(numbers["rows"]) == 2 * 2 + 1 + 1 + whole
+    assert ("8 stages, taught, " in page, "16 stages, taught, longer" in page) == (True, whole)
     for row in numbers["rows"]:
         assert 0 <= min(row["retrained"]) <= 100
     capsys.readouterr()
-    run_tiny(tmp_path, images, released, ["cifarnet"])
+    run_tiny(tmp_path, images, mnist, released, ["cifarnet"])
     assert "seed" not in capsys.readouterr().out  # no network trained, no row made again
 
 
@@ -145,8 +159,13 @@ def test_a_seed_gives_the_same_network(images):
         assert torch.equal(x, y)
 
 
-def test_images_of_a_case_do_not_overlap(images, released):
-    both = networks.released(released, images).splits
+def test_images_of_a_case_do_not_overlap(images, test_images, released):
+    (only,) = networks.released(released, images).splits
+    seen = data.idx_images(images, "train")
+    assert (len(only.validation), len(only.training), len(only.test)) == (30, 270, 200)
+    assert torch.equal(torch.cat([only.validation.x, only.training.x]), seen.x)
+    assert torch.equal(only.calibration.x, only.training.x)  # of which there are fewer than 5,000
+    both = networks.released(released, test_images).splits
     assert len(both) == 2
     for split in both:
         assert len(split.training) + len(split.validation) == len(split.calibration) == 100
@@ -243,6 +262,22 @@ def test_retraining_that_does_not_arrive_keeps_its_best_weights():
     x = torch.randn(400, 3) + 3 * y[:, None]
     error = networks.percent_wrong(model, Images(x, y).part(300))
     assert error == min(e for _, e in done.curve)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 8.0])
+def test_a_teacher_replaces_labels(temperature):
+    torch.manual_seed(0)
+    x = torch.randn(300, 6)
+    teacher, student = nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 4))
+    y = teacher(x).argmax(1)
+    wrong = Images(x, (y + 1) % 4)
+    masks = {"0": torch.ones(4, 6, dtype=torch.bool)}
+    done = retrain(
+        student, masks, wrong, Images(x, y), target=2.0, limit=400, rate=0.05, at_once=50,
+        teacher=teacher, temperature=temperature,
+    )  # fmt: skip
+    assert done.reached
+    assert done.curve[0][1] > 20
 
 
 def test_retraining_does_not_start_where_the_target_is_met():

@@ -208,6 +208,21 @@ def test_a_layer_s_share_of_the_budget_is_bounded(spread):
         assert [x.sparsity for x in report.layers] == [x.sparsity for x in plain.layers]
 
 
+@pytest.mark.parametrize("spread", [0.2, 0.5, 0.999])
+def test_a_layer_keeps_at_least_half_of_what_was_asked(spread):
+    """The bound that matters at high sparsity, where a difference of 0.2 reaches to 1."""
+    options = {"sparsity": 0.9, "scope": "model", "sensitivity": None, "progress": False}
+    model = network()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)  # cheap to empty
+    free = lobs.prune(copy.deepcopy(model), batches(), spread=1.0, **options)
+    assert free.layers[0].sparsity > 0.96
+    report = lobs.prune(copy.deepcopy(model), batches(), spread=spread, **options)
+    assert report.removed == free.removed
+    weights = report.layers[0].shape[0] * report.layers[0].shape[1]
+    assert abs(report.layers[0].sparsity - 0.95) <= 0.5 / weights
+
+
 @pytest.mark.parametrize("stride", [1, 3])
 def test_shares_within_bounds_are_the_best_there_are(stride):
     """Against all ways to share a budget among three layers, by the costs of their removals."""

@@ -207,7 +207,7 @@ def _add_prune(commands: Any) -> None:
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--pattern", default="unstructured", help='"N:M", "1xB" or (default) %(default)s')
     add("--scope", choices=(*SCOPES, "model"), default="layer", help="default: %(default)s")
-    said = "with scope model, how far a layer may be from --sparsity; default: %(default)s"
+    said = "scope model: how far a layer may be from --sparsity (1: any); default: %(default)s"
     add("--spread", type=float, default=0.2, metavar="X", help=said)
     said = "weigh rows and layers by how much the output depends on them; auto: with scope model"
     add("--sensitivity", type=_choice, default="auto", metavar="auto|output|bound|none", help=said)

@@ -100,8 +100,8 @@ def prune(
         the share ``sparsity`` of all of them. It needs method "exact", single weights, and one more
         pass over the data.
     spread : float
-        With scope "model", how far a layer's sparsity may be from the one asked for; 1 sets no
-        bound.
+        With scope "model", how far a layer's sparsity may be from the one asked for. Every layer
+        also keeps at least half of the weights that it was asked to keep. 1 sets no bounds.
     sensitivity : "auto", "output", "bound" or None
         "output" multiplies what removals from a row cost by how much the network's output depends
         on it: the mean square, over the data and random directions v, of the gradient of ``v .

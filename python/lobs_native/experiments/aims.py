@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lobs_native.experiments import printed
 from lobs_native.experiments.networks import Case
 from lobs_native.experiments.page import spread
-from lobs_native.experiments.tables import STAGES, Row, Rows
+from lobs_native.experiments.tables import LIGHTLY, LONGER, Row, Rows
 
 RISE = 0.3  # points over the dense error, without any retraining
 _BEST = "exact, model, corrected"
@@ -32,7 +32,9 @@ def aims_of(rows: Rows, cases: Sequence[Case]) -> Iterator[Aim]:
         for way in ("exact", _BEST):
             if found := rows.of("once", case.name, way):
                 yield _without_retraining(case, way, found)
-        for table, how in (("stages", "two stages"), ("taught", f"{STAGES} stages, taught")):
+        tables = {"stages": "two stages"}
+        tables |= {how.table: f"{how.stages} stages, {how.table}" for how in (LIGHTLY, LONGER)}
+        for table, how in tables.items():
             if found := rows.of(table, case.name, _BEST):
                 yield _in_stages(case, how, found)
 

@@ -40,13 +40,15 @@ def retrain(
     every: int = 10,
     seed: int = 0,
     rate: float = RATE,
+    at_once: int = AT_ONCE,
     teacher: nn.Module | None = None,
+    temperature: float = 1.0,
     vary: Callable[[Tensor], Tensor] | None = None,
 ) -> Retrained:
     """Train the kept weights, until the validation error is back at ``target``.
 
-    Adam in batches of 128 images, its learning rate falling to zero along half a cosine over
-    ``limit`` iterations; weights that were removed stay zero.
+    Adam, its learning rate falling to zero along half a cosine over ``limit`` iterations; weights
+    that were removed stay zero.
 
     Parameters
     ----------
@@ -67,9 +69,13 @@ def retrain(
         Of the order of the images and of dropout; the caller's random state is kept.
     rate : float
         Adam's learning rate at the start.
+    at_once : int
+        Images of a batch.
     teacher : nn.Module, optional
-        Learn its outputs, by their mean squared distance, instead of the labels, which then only
-        the validation uses. In eval mode; not modified.
+        Learn its outputs instead of the labels, which then only the validation uses: their softmax
+        after division by the temperature (Hinton, Vinyals & Dean 2015). In eval mode; not modified.
+    temperature : float
+        1 or more; with a teacher only.
     vary : callable, optional
         Makes other images of a batch of images.
 
@@ -85,14 +91,19 @@ def retrain(
     done = 0
     with torch.random.fork_rng(devices=[]), lobs.keep_masks(model, masks):
         torch.manual_seed(seed)
-        batches = _endless(len(training))
+        batches = _endless(len(training), at_once)
         while curve[-1][1] > target and done < limit:
             model.train()
             for _ in range(min(every, limit - done)):
                 rows = next(batches)
                 x = training.x[rows] if vary is None else vary(training.x[rows])
                 optimiser.zero_grad()
-                _loss(model(x), x, training.y[rows], teacher).backward()
+                out = model(x)
+                if teacher is None:
+                    loss = nn.functional.cross_entropy(out, training.y[rows])
+                else:
+                    loss = _distance(out, x, teacher, temperature)
+                loss.backward()
                 optimiser.step()
                 falling.step()
                 done += 1
@@ -106,12 +117,13 @@ def retrain(
     return Retrained(done, reached, tuple(curve), time.perf_counter() - begun)
 
 
-def _loss(out: Tensor, x: Tensor, y: Tensor, teacher: nn.Module | None) -> Tensor:
-    if teacher is None:
-        return nn.functional.cross_entropy(out, y)
+def _distance(out: Tensor, x: Tensor, teacher: nn.Module, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's softened outputs, with gradients of the size
+    that they have without softening."""
     with torch.no_grad():
-        wanted = teacher(x)
-    return nn.functional.mse_loss(out, wanted)
+        wanted = (teacher(x) / temperature).softmax(1)
+    found = (out / temperature).log_softmax(1)
+    return nn.functional.kl_div(found, wanted, reduction="batchmean") * temperature**2
 
 
 def varied(images: Tensor) -> Tensor:
@@ -130,8 +142,8 @@ def varied(images: Tensor) -> Tensor:
     return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
-def _endless(count: int) -> Iterator[Tensor]:
+def _endless(count: int, at_once: int) -> Iterator[Tensor]:
     """Batches of indices, every image once before any comes again."""
     while True:
         order = torch.randperm(count)
-        yield from order.split(AT_ONCE)
+        yield from order.split(at_once)

@@ -23,7 +23,16 @@ from lobs_native.experiments.budgets import HALVINGS, budgets_of
 from lobs_native.experiments.data import FASHION, has_idx
 from lobs_native.experiments.networks import SHAPES, Case, released, trained
 from lobs_native.experiments.page import save
-from lobs_native.experiments.tables import Row, Rows, in_stages, once, taught
+from lobs_native.experiments.tables import (
+    LIGHTLY,
+    LONGER,
+    TAUGHT_WAY,
+    Row,
+    Rows,
+    in_stages,
+    once,
+    taught,
+)
 from lobs_native.experiments.ways import ITERATED, WAYS
 from lobs_native.files import write_file
 
@@ -42,17 +51,18 @@ class Extent:
     ways: tuple[str, ...]
     limits: dict[str, int]  # iterations of a retraining at most, by title
     shares: tuple[float, ...]  # of the curves
+    longer: bool  # whether the released network is also taught for longer
     epochs: int | None = None  # of training; None: each network's own
     halvings: int = HALVINGS
 
 
 FULL = Extent(
     5, 5, tuple(WAYS), {"LeNet-300-100": 500, "LeNet-5": 200, "CIFAR-Net": 200},
-    (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01),
+    (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01), longer=True,
 )  # fmt: skip
 SHORT = Extent(
     2, 2, FEW_WAYS, {"LeNet-300-100": 300, "LeNet-5": 100, "CIFAR-Net": 100},
-    (0.5, 0.3, 0.15, 0.1, 0.067, 0.05, 0.03, 0.01),
+    (0.5, 0.3, 0.15, 0.1, 0.067, 0.05, 0.03, 0.01), longer=False,
 )  # fmt: skip
 
 
@@ -154,9 +164,11 @@ def _tables(case: Case, extent: Extent, rows: Rows, *, alone: bool) -> None:
         if wanted and ("stages", case.name, way, case.seed) not in rows.rows:
             _told(rows, in_stages(case, way, limit=limit, repetitions=repetitions))
 
-    key = ("taught", case.name, "exact, model, corrected", case.seed)
-    if case.shape.stages and key not in rows.rows:
-        _told(rows, taught(case, repetitions=repetitions))
+    if case.shape.stages:
+        for how in (LIGHTLY, LONGER):
+            wanted = how is LIGHTLY or (extent.longer and alone and len(case.splits) == 1)
+            if wanted and (how.table, case.name, TAUGHT_WAY, case.seed) not in rows.rows:
+                _told(rows, taught(case, how, repetitions=repetitions))
 
 
 def _told(rows: Rows, row: Row) -> None:

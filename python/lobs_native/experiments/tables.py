@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,34 @@ from torch import nn
 
 from lobs_native.experiments.networks import Case, Split, percent_wrong
 from lobs_native.experiments.retrain import retrain, varied
-from lobs_native.experiments.ways import Pruned, prune_by, prune_to_share
+from lobs_native.experiments.ways import Pruned, prune_by
 from lobs_native.files import write_file
 from lobs_native.report import plain
 
 BETWEEN = 200  # iterations between the two stages, at most
-# Of the taught runs: stages, the share kept after the first (the others follow geometrically),
-# iterations after each and after the last at most, and Adam's rate.
-STAGES, FIRST, TAUGHT, TAUGHT_LAST, TAUGHT_RATE = 8, 0.1, 60, 220, 5e-3
 FEW = 10_000  # training images, below which they are varied
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A recipe beyond the paper: many stages, from the shares of the paper's first one to those of
+    its second in equal ratios, and after each the network learns the outputs of the one before
+    pruning instead of labels."""
+
+    table: str
+    stages: int
+    between: int  # iterations after a stage, at most
+    last: int  # after the last one
+    rate: float  # Adam's
+    temperature: float
+    vary: bool  # the images, also where there are many
+
+
+# No more iterations in all than the paper's two stages; and a twentieth of what magnitude needs
+# there.
+LIGHTLY = Taught("taught", 8, 60, 220, 2e-2, 8.0, vary=False)
+LONGER = Taught("taught, longer", 16, 300, 3000, 1e-2, 4.0, vary=True)
+TAUGHT_WAY, TAUGHT_AT_ONCE = "exact, model, corrected", 512
 
 
 @dataclass
@@ -31,7 +50,7 @@ class Row:
     """One network pruned in one way. Errors in percent, over all splits; lists have one entry per
     repetition of the retraining."""
 
-    table: str  # "once", "stages" or "taught"
+    table: str  # "once", "stages", or of a Taught
     network: str
     way: str
     seed: int
@@ -112,11 +131,9 @@ def in_stages(case: Case, way: str, *, limit: int, repetitions: int) -> Row:
     return row
 
 
-def taught(case: Case, *, repetitions: int) -> Row:
-    """Beyond the paper: eight stages at no more iterations in all than the paper's two, without a
-    share for every layer; after each the network learns the original one's outputs instead of
-    labels, on images varied at random where there are few."""
-    done = [_taught(case, case.seed + k) for k in range(repetitions)]
+def taught(case: Case, how: Taught, *, repetitions: int) -> Row:
+    """Pruned in stages to what is left of all weights after the paper's second one."""
+    done = [_taught(case, how, case.seed + k) for k in range(repetitions)]
     first = done[0]
     for other in done[1:]:
         first.retrained += other.retrained
@@ -125,40 +142,36 @@ def taught(case: Case, *, repetitions: int) -> Row:
     return first
 
 
-def _taught(case: Case, seed: int) -> Row:
+def _taught(case: Case, how: Taught, seed: int) -> Row:
     """One repetition of it."""
-    last = _share(case.shape.stages[-1], case.model)
+    first, last = case.shape.stages
     pruned, ends, spent, seconds = [], [], [], 0.0
     for split in case.splits:
         target = percent_wrong(case.model, split.validation)
         model, iterations = case.model, 0
-        for k in range(STAGES):
-            share = FIRST * (last / FIRST) ** (k / (STAGES - 1))
-            limit = TAUGHT_LAST if k == STAGES - 1 else TAUGHT
-            stage = prune_to_share(model, share, split.calibration, seed)
+        for k in range(how.stages):
+            part = k / (how.stages - 1)
+            kept = {name: first[name] ** (1 - part) * last[name] ** part for name in first}
+            limit = how.last if k == how.stages - 1 else how.between
+            stage = prune_by(TAUGHT_WAY, model, kept, split.calibration, seed)
             model = copy.deepcopy(stage.model)
             done = retrain(
                 model, stage.masks, split.training, split.validation, target=target, limit=limit,
-                every=case.shape.every, seed=seed, rate=TAUGHT_RATE, teacher=case.model,
-                vary=varied if len(split.training) < FEW else None,
+                every=case.shape.every, seed=seed, rate=how.rate, at_once=TAUGHT_AT_ONCE,
+                teacher=case.model, temperature=how.temperature,
+                vary=varied if how.vary or len(split.training) < FEW else None,
             )  # fmt: skip
             iterations += done.iterations
             seconds += done.seconds / len(case.splits)
         pruned.append(stage)
         ends.append((percent_wrong(model, split.test), done.reached))
         spent.append(iterations)
-    row = _row("taught", case, "exact, model, corrected", pruned)
+    row = _row(how.table, case, TAUGHT_WAY, pruned)
     row.retrained = [_mean(error for error, _ in ends)]
     row.reached = [_mean(reached for _, reached in ends)]
     row.iterations = [_mean(spent)]
     row.seconds_retraining = seconds
     return row
-
-
-def _share(kept: Mapping[str, float], model: nn.Module) -> float:
-    """Of all layers together, from the share of each."""
-    sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in kept}
-    return sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def _row(table: str, case: Case, way: str, pruned: list[Pruned]) -> Row:

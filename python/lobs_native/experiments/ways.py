@@ -57,7 +57,8 @@ def prune_by(
     way: str, model: nn.Sequential, kept: Mapping[str, float], calibration: Images, seed: int
 ) -> Pruned:
     """Prune a copy to the given shares of kept weights (with scope "model": to their total, each
-    layer within 0.2 of its own). Layers that ``kept`` does not name are left alone."""
+    layer within 0.2 of its own and with half of it at least). Layers that ``kept`` does not name
+    are left alone."""
     begun = time.perf_counter()
     pruned = copy.deepcopy(model)
     if way in ("random", "OBD"):
@@ -77,18 +78,6 @@ def prune_by(
         seed=seed,
         **WAYS[way],
     )
-    return _done(pruned, report, begun)
-
-
-def prune_to_share(model: nn.Sequential, share: float, calibration: Images, seed: int) -> Pruned:
-    """Prune a copy to a share of kept weights in all, by the best way there is here ("exact, model,
-    corrected"), no layer bound to a share of its own."""
-    begun = time.perf_counter()
-    pruned = copy.deepcopy(model)
-    report = lobs.prune(
-        pruned, calibration.batches(), sparsity=1 - share, scope="model", spread=1.0,
-        inputs="corrected", progress=False, seed=seed,
-    )  # fmt: skip
     return _done(pruned, report, begun)
 
 
