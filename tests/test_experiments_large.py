@@ -10,6 +10,7 @@ import json
 import time
 
 import hf_folders
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -419,6 +420,24 @@ def test_lenet_is_calibrated_on_as_many_rows_as_asked(shared_data):
         assert batches.shape == (count, 784)
     assert torch.equal(batches[:5000], torch.cat(list(subject.batches(5000))))
     assert subject.measure(subject.copy())["error, %"] == pytest.approx(1.04, abs=0.005)
+
+
+def test_lenet_is_calibrated_on_training_images_where_there_are_some(shared_data, tmp_path):
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "lenet300-100").symlink_to(shared_data / "lenet300-100")
+    for path in (shared_data / "mnist").glob("t10k-*"):
+        (tmp_path / "mnist" / path.name).symlink_to(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 28, 28))
+    for kind, values in (("images-idx3", pixels), ("labels-idx1", pixels[:, 0, 0] % 10)):
+        head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        path = tmp_path / "mnist" / f"train-{kind}-ubyte"
+        path.write_bytes(head + values.astype(np.uint8).tobytes())
+    subject = defaults_subjects.lenet(tmp_path)
+    seen = torch.cat(list(subject.batches(70)))
+    assert torch.equal((seen * 255).round().long(), torch.from_numpy(pixels.reshape(70, 784)))
+    assert sum(map(len, subject.heldout)) == 10_000
+    assert subject.measure(subject.copy())["error, %"] == pytest.approx(1.61, abs=0.005)
+    assert "training images" in subject.said
 
 
 def test_an_encoder_is_calibrated_on_as_many_tokens_as_asked(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The authors' LeNet-300-100 and MNIST's test images, from a folder that the user names."""
+"""The authors' LeNet-300-100 and MNIST, from a folder that the user names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native.errors import ArgumentError
-from lobs_native.experiments.data import Images, idx_images
+from lobs_native.experiments.data import Images, has_idx, idx_images
 
 __all__ = ["CALIBRATION", "Authors"]
 
@@ -18,17 +18,20 @@ _LAYERS = (1, 2, 3)
 
 
 class Authors:
-    """``folder`` holds ``mnist/`` (the 10,000 test images, IDX) and ``lenet300-100/`` (the released
-    weights, w_layer1.npy ...). Calibration is on the first 5,000 images; tests are on the others.
+    """``folder`` holds ``mnist/`` (IDX files) and ``lenet300-100/`` (the released weights,
+    w_layer1.npy ...). Calibration is on the training images and tests on all test images; without
+    training images, calibration is on the first 5,000 test images and tests are on the others.
 
     Raises ArgumentError, with the name, where a file is missing.
     """
 
     def __init__(self, folder: Path) -> None:
-        images = idx_images(folder / "mnist", "t10k")
-        images = Images(images.x.reshape(len(images), -1), images.y)
-        self.calibration: Tensor = images.x[:CALIBRATION]  # (5000, 784) in [0, 1]
-        self.tested = images.part(CALIBRATION)
+        mnist = folder / "mnist"
+        self.whole = has_idx(mnist, "train")  # whether there are training images
+        tested = _flat(idx_images(mnist, "t10k"))
+        seen = _flat(idx_images(mnist, "train")) if self.whole else tested.part(0, CALIBRATION)
+        self.calibration: Tensor = seen.x  # (N, 784) in [0, 1]
+        self.tested = tested if self.whole else tested.part(CALIBRATION)
         self._arrays = [
             _array(folder / "lenet300-100" / f"{kind}_layer{i}.npy")
             for i in _LAYERS
@@ -51,6 +54,10 @@ class Authors:
         """Error on the images to test on."""
         wrong = model(self.tested.x).argmax(1) != self.tested.y
         return 100 * float(wrong.double().mean())
+
+
+def _flat(images: Images) -> Images:
+    return Images(images.x.reshape(len(images), -1), images.y)
 
 
 def _array(path: Path) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 
 import lobs_native as lobs
 from lobs_native.experiments import page
-from lobs_native.experiments.authors import Authors
+from lobs_native.experiments.authors import CALIBRATION, Authors
 from lobs_native.experiments.chains import ChainRun, chain_run, compared
 from lobs_native.files import write_file
 
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _lenet(authors: Authors) -> list[ChainRun]:
     """The authors' network, in float64, calibrated on 5,000 images."""
-    seen, other = authors.calibration.double(), authors.tested.x.double()
+    seen, other = authors.calibration[:CALIBRATION].double(), authors.tested.x.double()
     runs = []
     for kept, method, inputs in itertools.product(KEPT, METHODS, INPUTS):
         model = authors.network().double()
