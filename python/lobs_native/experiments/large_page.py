@@ -187,7 +187,7 @@ def _too_much(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]
         text += (
             table(header, rows)
             + "\nTime of one core for the images above; (m) measured on 64 rows and multiplied, "
-            "the others estimated from the rates. The second moment and three more matrices of its "
+            "the others estimated from the rates. The second moment and two more matrices of its "
             "size are needed at the same time.\n\n"
         )
     sampled = [(run, layer) for run in runs for layer in run.layers if layer.sampled]

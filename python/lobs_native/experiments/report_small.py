@@ -141,8 +141,9 @@ def _taught(how: Taught) -> str:
     return (
         f"Beyond the paper: {how.stages} stages in equal ratios from the shares of the first to "
         f"those of the second, after each at most {how.between} iterations (the last: {how.last}) "
-        f"in batches of {TAUGHT_AT_ONCE} towards the outputs of the network before pruning instead "
-        f"of labels (softened by {how.temperature:g}; Adam, rate {how.rate:g}; images {varied})"
+        f"in batches of {TAUGHT_AT_ONCE} towards the outputs of the network before pruning, "
+        f"and towards the label where that network errs (softened by {how.temperature:g}; Adam, "
+        f"rate {how.rate:g}; images {varied})"
     )
 
 

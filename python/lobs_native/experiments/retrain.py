@@ -72,8 +72,9 @@ def retrain(
     at_once : int
         Images of a batch.
     teacher : nn.Module, optional
-        Learn its outputs instead of the labels, which then only the validation uses: their softmax
-        after division by the temperature (Hinton, Vinyals & Dean 2015). In eval mode; not modified.
+        Learn its outputs, their softmax after division by the temperature (Hinton, Vinyals & Dean
+        2015), and the label only where its answer is another one: of images that ``vary`` has made
+        it may know less than the labels do. In eval mode; not modified.
     temperature : float
         1 or more; with a teacher only.
     vary : callable, optional
@@ -99,11 +100,13 @@ def retrain(
                 x = training.x[rows] if vary is None else vary(training.x[rows])
                 optimiser.zero_grad()
                 out = model(x)
-                if teacher is None:
-                    loss = nn.functional.cross_entropy(out, training.y[rows])
-                else:
-                    loss = _distance(out, x, teacher, temperature)
-                loss.backward()
+                loss = nn.functional.cross_entropy(out, training.y[rows], reduction="none")
+                if teacher is not None:
+                    with torch.no_grad():
+                        wanted = teacher(x)
+                    right = wanted.argmax(1) == training.y[rows]
+                    loss = torch.where(right, _distance(out, wanted, temperature), loss)
+                loss.mean().backward()
                 optimiser.step()
                 falling.step()
                 done += 1
@@ -117,13 +120,12 @@ def retrain(
     return Retrained(done, reached, tuple(curve), time.perf_counter() - begun)
 
 
-def _distance(out: Tensor, x: Tensor, teacher: nn.Module, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's softened outputs, with gradients of the size
-    that they have without softening."""
-    with torch.no_grad():
-        wanted = (teacher(x) / temperature).softmax(1)
+def _distance(out: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """(B,) Kullback-Leibler divergences from softened outputs, with gradients of the size that they
+    have without softening."""
+    target = (wanted / temperature).softmax(1)
     found = (out / temperature).log_softmax(1)
-    return nn.functional.kl_div(found, wanted, reduction="batchmean") * temperature**2
+    return nn.functional.kl_div(found, target, reduction="none").sum(1) * temperature**2
 
 
 def varied(images: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ FEW = 10_000  # training images, below which they are varied
 class Taught:
     """A recipe beyond the paper: many stages, from the shares of the paper's first one to those of
     its second in equal ratios, and after each the network learns the outputs of the one before
-    pruning instead of labels."""
+    pruning, where that one is right."""
 
     table: str
     stages: int
