@@ -54,6 +54,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.files import write_file
 
 IMAGES = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of the training images' pixels
@@ -378,21 +379,29 @@ def main() -> None:
                 row = made.get((network, sparsity, method)) or Row(network, sparsity, method)
                 if not row.error:
                     measure(models, batches, tested, row)
+                    made[network, sparsity, method] = row
+                    save(arguments.out, arguments.seeds, made)  # a long run may be ended
                 rows.append(row)
                 print(row.line(), flush=True)
         print()
-    if arguments.out:
-        about = {
-            "torch": str(torch.__version__),
-            "lobs_native": lobs.__version__,
-            "backends": [detail for name, _, detail in lobs.backends() if name == "cpu"],
-            "threads": torch.get_num_threads(),
-            "seeds": arguments.seeds,
-            "calibration": CALIBRATION,
-            "epochs": EPOCHS,
-        }
-        result = {"about": about, "rows": [asdict(row) for row in rows]}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.out, arguments.seeds, {(r.network, r.sparsity, r.method): r for r in rows})
+
+
+def save(out: Path | None, seeds: int, rows: dict[tuple[str, float, str], Row]) -> None:
+    """Write the rows, if there is a file to write them to."""
+    if out is None:
+        return
+    about = {
+        "torch": str(torch.__version__),
+        "lobs_native": lobs.__version__,
+        "backends": [detail for name, _, detail in lobs.backends() if name == "cpu"],
+        "threads": torch.get_num_threads(),
+        "seeds": seeds,
+        "calibration": CALIBRATION,
+        "epochs": EPOCHS,
+    }
+    result = {"about": about, "rows": [asdict(row) for row in rows.values()]}
+    write_file(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
