@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -196,9 +197,7 @@ def trained(
     than 50,000); calibrated on the first 5,000 of them. Read from
     ``<cache>-<kind>-<seed>.safetensors`` if that is there, and written to it if not."""
     shape = SHAPES[kind]
-    images, test = idx_images(folder, "train"), idx_images(folder, "t10k")
-    mean, std = float(images.x.mean()), float(images.x.std())
-    images, test = standardised(images, mean, std), standardised(test, mean, std)
+    images, test = _standardised(folder)
     cut = len(images) - _held_back(images)
     split = Split(
         images.part(0, min(CALIBRATION, cut)), images.part(0, cut), images.part(cut), test
@@ -215,6 +214,14 @@ def trained(
         if path is not None:
             save_file(model.state_dict(), path)
     return Case(shape, data, seed, model.eval(), (split,))
+
+
+@functools.lru_cache(maxsize=1)
+def _standardised(folder: Path) -> tuple[Images, Images]:
+    """To train and to test on; all networks of a folder share them."""
+    images, test = idx_images(folder, "train"), idx_images(folder, "t10k")
+    mean, std = float(images.x.mean()), float(images.x.std())
+    return standardised(images, mean, std), standardised(test, mean, std)
 
 
 def train(shape: Shape, images: Images, seed: int, epochs: int) -> nn.Sequential:

@@ -61,8 +61,8 @@ FULL = Extent(
     (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01), longer=True,
 )  # fmt: skip
 SHORT = Extent(
-    2, 2, FEW_WAYS, {"LeNet-300-100": 300, "LeNet-5": 100, "CIFAR-Net": 100},
-    (0.5, 0.3, 0.15, 0.1, 0.067, 0.05, 0.03, 0.01), longer=False,
+    1, 1, FEW_WAYS, {"LeNet-300-100": 300, "LeNet-5": 100, "CIFAR-Net": 100},
+    (0.5, 0.2, 0.1, 0.067, 0.04, 0.02), longer=False, halvings=5,
 )  # fmt: skip
 
 

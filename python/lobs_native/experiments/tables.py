@@ -38,8 +38,8 @@ class Taught:
     vary: bool  # the images, also where there are many
 
 
-# No more iterations in all than the paper's two stages; and a twentieth of what magnitude needs
-# there.
+# No more iterations in all than the paper's iterative method; and a twentieth of what it prints for
+# magnitude.
 LIGHTLY = Taught("taught", 8, 60, 220, 2e-2, 8.0, vary=False)
 LONGER = Taught("taught, longer", 16, 300, 3000, 1e-2, 4.0, vary=True)
 TAUGHT_WAY, TAUGHT_AT_ONCE = "exact, model, corrected", 512
