@@ -212,7 +212,9 @@ def trained(
         seconds = time.perf_counter() - begun
         print(f"{shape.title}, {data}, seed {seed}: trained in {seconds:.0f} s", flush=True)
         if path is not None:
-            save_file(model.state_dict(), path)
+            save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+    # Convolutions take a third to a half of the time in this layout (one thread of a Xeon).
+    model = model.to(memory_format=torch.channels_last)
     return Case(shape, data, seed, model.eval(), (split,))
 
 
@@ -228,7 +230,7 @@ def train(shape: Shape, images: Images, seed: int, epochs: int) -> nn.Sequential
     """Train from scratch; one cycle of the learning rate. The caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = shape.make().train()
+        model = shape.make().to(memory_format=torch.channels_last).train()
         optimiser = torch.optim.SGD(
             model.parameters(), shape.rate, _MOMENTUM, weight_decay=_DECAY, nesterov=True
         )
