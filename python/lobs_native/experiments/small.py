@@ -164,7 +164,7 @@ def _tables(case: Case, extent: Extent, rows: Rows, *, alone: bool) -> None:
         if wanted and ("stages", case.name, way, case.seed) not in rows.rows:
             _told(rows, in_stages(case, way, limit=limit, repetitions=repetitions))
 
-    if case.shape.stages:
+    if case.shape.taught:
         for how in (LIGHTLY, LONGER):
             wanted = how is LIGHTLY or (extent.longer and alone and len(case.splits) == 1)
             if wanted and (how.table, case.name, TAUGHT_WAY, case.seed) not in rows.rows:
