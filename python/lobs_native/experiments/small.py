@@ -56,6 +56,7 @@ class Extent:
     halvings: int = HALVINGS
 
 
+SHORT_NETWORKS = ["lenet300"]
 FULL = Extent(
     5, 5, tuple(WAYS), {"LeNet-300-100": 500, "LeNet-5": 200, "CIFAR-Net": 200},
     (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01), longer=True,
@@ -77,7 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--images", type=Path, default=FASHION, metavar="DIR", help=said)
     said = "what to call them (default: %(default)s)"
     add("--images-name", default="Fashion-MNIST", metavar="NAME", help=said)
-    said = "trained networks: may be repeated (default: all three)"
+    said = "trained networks: may be repeated (default: all three; --short: lenet300)"
     add("--network", action="append", choices=list(SHAPES), help=said)
 
 
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         mnist=options.mnist,
         images=options.images,
         data=options.images_name,
-        kinds=options.network or list(SHAPES),
+        kinds=options.network or (SHORT_NETWORKS if options.short else list(SHAPES)),
         cache=options.cache,
     )
     print(f"wrote {', '.join(str(p) for p in result)} in {time.perf_counter() - begun:.0f} s")
@@ -127,7 +128,10 @@ def experiment(
     if not has_idx(images, "train"):
         missing.append(f"trained networks: no training images in {images} (--images)")
         kinds = []
-    if len(missing) == 2:
+    left = [SHAPES[kind].title for kind in SHAPES if kind not in kinds]
+    if kinds and left:
+        missing.append(f"{' and '.join(left)}: not asked for (--network)")
+    if weights is None and not kinds:
         raise ArgumentError("; ".join(missing))
     settings = {"extent": vars(extent), "data": data, "versions": _versions()}
     rows = Rows(out / "small-rows.json", settings)
