@@ -124,7 +124,8 @@ def test_where_cholesky_fails_the_next_damping_is_used_and_said(lowest, factor, 
     assert out.damping == pytest.approx(0.01 * factor, rel=1e-15)
     if factor == 1:
         assert out.status == "ok"
-        assert out.notes == ()
+        # Rounding, another one on every processor, may have the weights solved for again.
+        assert not [note for note in out.notes if "damping" in note]
     else:
         assert out.status == "damping raised"
         said = f"damping 0.01; {0.01 * factor:g} was used"

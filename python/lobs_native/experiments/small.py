@@ -5,6 +5,9 @@ LeNet-5 and CIFAR-Net trained from seeds on the training images of a folder (--i
 files, as MNIST and Fashion-MNIST come). Whatever is missing is left out, and the page says so.
 small.md holds the page, small.json the numbers; rows that small-rows.json has already, from a run
 with the same settings, are not made again.
+
+In full it takes some hours of a core, most of them for LeNet-5; --short, with LeNet-300-100 only,
+some minutes.
 """
 
 from __future__ import annotations
