@@ -7,7 +7,7 @@ small.md holds the page, small.json the numbers; rows that small-rows.json has a
 with the same settings, are not made again.
 
 In full it takes some hours of a core, most of them for LeNet-5; --short, with LeNet-300-100 only,
-some minutes.
+six minutes of one.
 """
 
 from __future__ import annotations
