@@ -146,7 +146,7 @@ def test_the_whole_experiment(tmp_path, images, test_images, released, capsys, m
 
 
 def test_without_any_data_it_says_what_to_name(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path / "out"), "--images", str(tmp_path)]
+    arguments = ["small", "--out", str(tmp_path / "out"), "--images", str(tmp_path)]
     assert main(arguments) == 1
     assert "--images" in capsys.readouterr().err
     assert main([*arguments, "--mnist", str(tmp_path)]) == 1

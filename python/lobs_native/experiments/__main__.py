@@ -15,15 +15,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from lobs_native.errors import LobsError
-from lobs_native.experiments import bound_experiment, defaults, large, small
+from lobs_native.experiments import bound_experiment, defaults, everything, large, small
 
-COMMANDS: tuple[ModuleType, ...] = (small, large, bound_experiment, defaults)
-DEFAULT = small.NAME
+COMMANDS: tuple[ModuleType, ...] = (everything, small, bound_experiment, defaults, large)
+DEFAULT = everything.NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one experiment and return the exit code: 0, 1 if it could not be carried out, 2 for
-    wrong usage. Without a command it is ``small``."""
+    wrong usage. Without a command it is ``all``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, DEFAULT)

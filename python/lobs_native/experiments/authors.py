@@ -1,20 +1,16 @@
-"""The authors' LeNet-300-100 and MNIST, from a folder that the user names."""
+"""The authors' LeNet-300-100 and MNIST, from one folder that the user names."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from lobs_native.errors import ArgumentError
 from lobs_native.experiments.data import Images, has_idx, idx_images
+from lobs_native.experiments.networks import CALIBRATION, percent_wrong, released_network
 
-__all__ = ["CALIBRATION", "Authors"]
-
-CALIBRATION = 5000
-_LAYERS = (1, 2, 3)
+__all__ = ["Authors"]
 
 
 class Authors:
@@ -32,35 +28,16 @@ class Authors:
         seen = _flat(idx_images(mnist, "train")) if self.whole else tested.part(0, CALIBRATION)
         self.calibration: Tensor = seen.x  # (N, 784) in [0, 1]
         self.tested = tested if self.whole else tested.part(CALIBRATION)
-        self._arrays = [
-            _array(folder / "lenet300-100" / f"{kind}_layer{i}.npy")
-            for i in _LAYERS
-            for kind in ("w", "b")
-        ]
+        self._model = released_network(folder / "lenet300-100")
 
     def network(self) -> nn.Sequential:
-        """A new copy, in float32; its layers are called 0, 2 and 4."""
-        steps: list[nn.Module] = []
-        for weight, bias in zip(self._arrays[::2], self._arrays[1::2], strict=True):
-            layer = nn.Linear(*weight.shape)
-            with torch.no_grad():
-                layer.weight.copy_(weight.T)
-                layer.bias.copy_(bias)
-            steps += [layer, nn.ReLU()]
-        return nn.Sequential(*steps[:-1])
+        """A new copy, in float32; its layers are called fc1, fc2 and fc3."""
+        return copy.deepcopy(self._model)
 
-    @torch.no_grad()
     def percent_wrong(self, model: nn.Module) -> float:
         """Error on the images to test on."""
-        wrong = model(self.tested.x).argmax(1) != self.tested.y
-        return 100 * float(wrong.double().mean())
+        return percent_wrong(model, self.tested)
 
 
 def _flat(images: Images) -> Images:
     return Images(images.x.reshape(len(images), -1), images.y)
-
-
-def _array(path: Path) -> Tensor:
-    if not path.is_file():
-        raise ArgumentError(f"data: there is no {path}; name the folder that holds lenet300-100/")
-    return torch.from_numpy(np.load(path))

@@ -22,8 +22,9 @@ import torch
 
 import lobs_native as lobs
 from lobs_native.experiments import page
-from lobs_native.experiments.authors import CALIBRATION, Authors
+from lobs_native.experiments.authors import Authors
 from lobs_native.experiments.chains import ChainRun, chain_run, compared
+from lobs_native.experiments.networks import CALIBRATION
 from lobs_native.files import write_file
 
 __all__ = ["NAME", "SAID", "add_arguments", "run"]
@@ -40,6 +41,7 @@ KEPT = (  # of fc1, fc2, fc3; the first is the paper's
     (0.02, 0.06, 0.20),
 )
 METHODS = ("lobs", "exact", "magnitude")
+_LAYERS = ("fc1", "fc2", "fc3")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ def _lenet(authors: Authors) -> list[ChainRun]:
             sparsity=0.5,
             method=method,
             inputs=inputs,
-            overrides={n: {"sparsity": 1 - k} for n, k in zip("024", kept, strict=True)},
+            overrides={n: {"sparsity": 1 - k} for n, k in zip(_LAYERS, kept, strict=True)},
             progress=False,
         )
         with torch.no_grad():

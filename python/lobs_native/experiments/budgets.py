@@ -61,9 +61,10 @@ def budgets_of(case: Case, halvings: int = HALVINGS) -> Iterator[Budgeted]:
         worst = max(layer.relative_error for layer in found[1].layers)
         yield row("error of each layer", relative, worst, found)
         covered = found[1].error_bound.covered
+    tried: dict[float, Pair] = {}
     for measure, limit in LIMITS:
         if measure == "measured" or covered:
-            bounded = prune_network_to(case.model, batches, limit, measure, halvings)
+            bounded = prune_network_to(case.model, batches, limit, measure, halvings, tried)
             pair = (bounded.model, bounded.report)
             yield row(f"change of the output, {measure}", limit, bounded.value, pair)
 
@@ -93,6 +94,7 @@ def prune_network_to(
     limit: float,
     measure: str,
     halvings: int = HALVINGS,
+    tried: dict[float, Pair] | None = None,
 ) -> Bounded:
     """A copy with as few weights as keep the change of the network's output within a limit.
 
@@ -112,20 +114,27 @@ def prune_network_to(
         them.
     halvings : int
         Of the range of sparsities, 0 to 1: so many networks are pruned.
+    tried : dict, optional
+        Sparsity -> what it led to. Sparsities that are in it are not pruned to again; others are
+        added. For several limits of one network.
 
     Raises
     ------
     ArgumentError
         The theorem does not cover the network, or no sparsity that was tried is within the limit.
     """
+    tried = {} if tried is None else tried
     low, high = 0.0, 1.0  # sparsities: within the limit, beyond it
     best: Bounded | None = None
     for _ in range(halvings):
         sparsity = (low + high) / 2
-        pruned = copy.deepcopy(model)
-        report = lobs.prune(
-            pruned, batches, sparsity=sparsity, scope="model", inputs="dense", progress=False
-        )
+        if sparsity not in tried:
+            pruned = copy.deepcopy(model)
+            found = lobs.prune(
+                pruned, batches, sparsity=sparsity, scope="model", inputs="dense", progress=False
+            )
+            tried[sparsity] = pruned, found
+        pruned, report = tried[sparsity]
         bound = report.error_bound
         value = bound.spectral if measure == "spectral" else bound.measured
         if value is None or bound.output_norm is None:

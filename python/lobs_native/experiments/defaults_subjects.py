@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from lobs_native import hf
 from lobs_native.errors import ArgumentError
-from lobs_native.experiments.authors import CALIBRATION, Authors
+from lobs_native.experiments.authors import Authors
+from lobs_native.experiments.networks import CALIBRATION, LENET300
 
 __all__ = ["Subject", "encoder", "lenet"]
 
@@ -81,7 +82,7 @@ def lenet(folder: Path) -> Subject:
     return Subject(
         name="LeNet-300-100",
         model=model,
-        kept={"0": 0.067, "2": 0.20, "4": 0.65},
+        kept=LENET300.once,
         largest=60_000,
         swept=(100, 1000, CALIBRATION),
         batches=batches,

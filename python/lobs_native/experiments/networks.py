@@ -66,7 +66,6 @@ class Shape:
     rate: float
     once: Mapping[str, float]  # kept, of every layer: table 1
     stages: tuple[Mapping[str, float], ...] = ()  # tables 3 and 4
-    taught: bool = False  # whether it is also retrained with a teacher
     every: int = 50  # iterations of a retraining between two looks at the validation error
 
 
@@ -74,7 +73,7 @@ LENET300 = Shape(
     "LeNet-300-100", lenet300, 10, 0.05,
     {"fc1": 0.067, "fc2": 0.20, "fc3": 0.65},
     ({"fc1": 0.07, "fc2": 0.20, "fc3": 0.70}, {"fc1": 0.01, "fc2": 0.04, "fc3": 0.54}),
-    taught=True, every=20,
+    every=20,
 )  # fmt: skip
 LENET5 = Shape(
     "LeNet-5", lenet5, 3, 0.1,
@@ -138,6 +137,30 @@ def mean_error(model: nn.Module, splits: tuple[Split, ...]) -> float:
     return sum(percent_wrong(model, s.test) for s in splits) / len(splits)
 
 
+def released_network(folder: Path) -> nn.Sequential:
+    """LeNet-300-100 with the weights that the paper's authors released: ``w_layer1.npy`` (inputs,
+    outputs) to ``b_layer3.npy``.
+
+    Raises ArgumentError, with the name, where a file is missing or of another size.
+    """
+    model = lenet300()
+    for i in (1, 2, 3):
+        layer = model.get_submodule(f"fc{i}")
+        for part, stem in (("weight", "w"), ("bias", "b")):
+            path = folder / f"{stem}_layer{i}.npy"
+            if not path.is_file():
+                raise ArgumentError(f"there is no {path}; name the folder that has it")
+            value = torch.from_numpy(np.ascontiguousarray(np.load(path).T))
+            parameter: Tensor = getattr(layer, part)
+            if value.shape != parameter.shape:
+                raise ArgumentError(
+                    f"{path}: {tuple(value.shape)} transposed, LeNet-300-100 has "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameter.data.copy_(value)
+    return model.eval()
+
+
 def released(weights: Path, mnist: Path) -> Case:
     """The authors' LeNet-300-100 and MNIST.
 
@@ -152,21 +175,7 @@ def released(weights: Path, mnist: Path) -> Case:
     measured, retraining sees the labels of 4,000 images and is stopped by the other 1,000;
     calibration sees all 5,000, without labels.
     """
-    model = lenet300()
-    for i in (1, 2, 3):
-        layer = model.get_submodule(f"fc{i}")
-        for part, stem in (("weight", "w"), ("bias", "b")):
-            path = weights / f"{stem}_layer{i}.npy"
-            if not path.is_file():
-                raise ArgumentError(f"there is no {path}; --released names the folder that has it")
-            value = torch.from_numpy(np.ascontiguousarray(np.load(path).T))
-            parameter: Tensor = getattr(layer, part)
-            if value.shape != parameter.shape:
-                raise ArgumentError(
-                    f"{path}: {tuple(value.shape)} transposed, LeNet-300-100 has "
-                    f"{tuple(parameter.shape)}"
-                )
-            parameter.data.copy_(value)
+    model = released_network(weights)
     test = idx_images(mnist, "t10k")
     if has_idx(mnist, "train"):
         images = idx_images(mnist, "train")
@@ -178,7 +187,7 @@ def released(weights: Path, mnist: Path) -> Case:
     else:
         first, second = (Images(test.x[k::2], test.y[k::2]) for k in (0, 1))
         splits = (_halved(first, second), _halved(second, first))
-    return Case(LENET300, "MNIST, the authors' weights", 0, model.eval(), splits)
+    return Case(LENET300, "MNIST, the authors' weights", 0, model, splits)
 
 
 def _held_back(images: Images) -> int:

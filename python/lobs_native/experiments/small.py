@@ -59,7 +59,7 @@ class Extent:
     halvings: int = HALVINGS
 
 
-SHORT_NETWORKS = ["lenet300"]
+SHORT_NETWORKS = ["lenet300", "lenet5"]
 FULL = Extent(
     5, 5, tuple(WAYS), {"LeNet-300-100": 500, "LeNet-5": 200, "CIFAR-Net": 200},
     (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.067, 0.05, 0.04, 0.03, 0.02, 0.01), longer=True,
@@ -81,7 +81,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--images", type=Path, default=FASHION, metavar="DIR", help=said)
     said = "what to call them (default: %(default)s)"
     add("--images-name", default="Fashion-MNIST", metavar="NAME", help=said)
-    said = "trained networks: may be repeated (default: all three; --short: lenet300)"
+    said = "trained networks: may be repeated (default: all three; --short: all but cifarnet)"
     add("--network", action="append", choices=list(SHAPES), help=said)
 
 
@@ -171,7 +171,7 @@ def _tables(case: Case, extent: Extent, rows: Rows, *, alone: bool) -> None:
         if wanted and ("stages", case.name, way, case.seed) not in rows.rows:
             _told(rows, in_stages(case, way, limit=limit, repetitions=repetitions))
 
-    if case.shape.taught:
+    if case.shape.stages:
         for how in (LIGHTLY, LONGER):
             wanted = how is LIGHTLY or (extent.longer and alone and len(case.splits) == 1)
             if wanted and (how.table, case.name, TAUGHT_WAY, case.seed) not in rows.rows:
