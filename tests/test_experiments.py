@@ -16,8 +16,8 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
-from lobs_native.experiments import curves, data, figures, networks, small, tables
-from lobs_native.experiments.__main__ import main
+from lobs_native.experiments import curves, data, everything, figures, networks, small, tables
+from lobs_native.experiments.__main__ import _parser, main
 from lobs_native.experiments.budgets import prune_layers_to, prune_network_to
 from lobs_native.experiments.data import Images
 from lobs_native.experiments.retrain import retrain
@@ -151,6 +151,68 @@ def test_without_any_data_it_says_what_to_name(tmp_path, capsys):
     assert "--images" in capsys.readouterr().err
     assert main([*arguments, "--mnist", str(tmp_path)]) == 1
     assert "--released and --mnist belong together" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The commands that "all" would have run."""
+    commands = []
+    monkeypatch.setattr(everything, "_run", lambda part: commands.append(part) or 0)
+    return commands
+
+
+def parsed(command):
+    options = _parser().parse_args(command)
+    return {name: value for name, value in vars(options).items() if name != "run"}
+
+
+def test_everything_is_run_with_the_data_that_are_there(tmp_path, images, ran):
+    given = ["--images", str(images), "--images-name", "Bars", "--short", "--threads", "1"]
+    given += ["--data", str(tmp_path), "--seeds", "3", "--cache", "net", "--out", str(tmp_path)]
+    assert main([*given, "--encoder", "e", "--text", "t"]) == 0
+    trained, released, defaults, theorem = map(parsed, ran)
+    assert [command[0] for command in ran] == ["small", "small", "defaults", "theorem"]
+    for options in (trained, released, defaults, theorem):
+        assert options["short"]
+        assert options["threads"] == 1
+    assert len({tuple(options["out"].parts) for options in (trained, released, defaults)}) == 3
+    assert (trained["images"], trained["images_name"], trained["network"]) == (images, "Bars", None)
+    assert (trained["released"], released["released"]) == (None, tmp_path / "lenet300-100")
+    assert released["mnist"] == released["images"] == tmp_path / "mnist"
+    assert released["network"] == ["lenet5"]
+    assert trained["seeds"] == released["seeds"] == 3
+    assert defaults["seeds"] is theorem["seeds"] is None  # there it would be the number of chains
+    assert trained["cache"] != released["cache"]  # networks of one name, trained on other images
+    assert (defaults["data"], theorem["data"]) == (tmp_path, tmp_path)
+    assert (defaults["encoder"].name, defaults["text"].name) == ("e", "t")
+
+
+def test_everything_without_data_is_the_theorem(tmp_path, ran, capsys):
+    assert main(["all", "--images", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert [command[0] for command in ran] == ["theorem"]
+    said = capsys.readouterr().out
+    assert "(--images)" in said
+    assert "(--data)" in said
+
+
+def test_everything_is_a_process_each_and_tells_which_failed(tmp_path, capfd):
+    folder = tmp_path / "nothing"
+    folder.mkdir()
+    arguments = ["--images", str(folder), "--data", str(folder), "--short", "--jobs", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    said = capfd.readouterr()
+    assert said.out.count("+ ") == 3  # the others are run nevertheless
+    assert "exit code 1: small --short --released" in said.err
+    assert "nothing/lenet300-100/w_layer1.npy" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--jobs", "0"], "jobs: 0"), (["--text", "t"], "encoder, text")]
+)
+def test_everything_refuses_what_does_not_fit(arguments, said, tmp_path, ran, capsys):
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+    assert not ran
 
 
 def test_a_seed_gives_the_same_network(images):
@@ -322,11 +384,13 @@ def test_budgets_are_kept_and_used(images):
     _, report = prune_layers_to(case.model, batches, 0.01, ["fc1", "fc2", "fc3"])
     for layer in report.layers:
         assert 0.005 < layer.relative_error <= 0.01
+    tried = {}
     for measure in ("measured", "spectral"):
-        found = prune_network_to(case.model, batches, 0.2, measure, 6)
+        found = prune_network_to(case.model, batches, 0.2, measure, 6, tried)
         assert found.value <= 0.2
         assert found.report.sparsity > 0.05
     assert found.report.error_bound.measured <= found.report.error_bound.spectral
+    assert 6 < len(tried) < 12  # the first halvings are shared
 
 
 def test_a_limit_that_nothing_meets_is_an_error(images):

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(part: list[str]) -> int:
-    print("+", *part, flush=True)
+    print(f"+ {' '.join(part)}\n", end="", flush=True)  # one write: there are several threads
     return subprocess.run([sys.executable, "-m", "lobs_native.experiments", *part]).returncode
 
 
