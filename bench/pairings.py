@@ -134,6 +134,48 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# ---- cases: inverse of the second moment -------------------------------------------------------
+
+
+def inversion_cases(quick: bool) -> Iterator[Case]:
+    """The damped inverse of a layer's second moment."""
+    for C in (256,) if quick else (1024, 4096):
+        yield _inversion_case(C)
+
+
+def _inversion_case(C: int) -> Case:
+    H = shapes.second_moment(shapes.LayerShape("layer", 1, C))
+    damped = shapes.damped(H)
+
+    def ours() -> Tensor:
+        found = invert(H, shapes.DAMPING, "H")
+        return found.A.div_(found.scale)
+
+    def published() -> Tensor:
+        return torch.linalg.inv(shapes.damped(H))
+
+    def tuned() -> Tensor:
+        return shapes.inverse(H)
+
+    def residual(A: Tensor) -> float:
+        product = A @ damped
+        product.diagonal().sub_(1.0)
+        return float(product.norm()) / C**0.5
+
+    return Case(
+        name=f"damped inverse of {C:,} columns, float64",
+        work=float(C) ** 3,
+        unit="GFLOP/s",
+        error=residual,
+        tolerance=1e-9,
+        ours=Side("lobs", clock(ours), ours),
+        rivals=[
+            Side("torch.linalg.inv, as published", clock(published), published),
+            Side("torch Cholesky and its inverse", clock(tuned), tuned),
+        ],
+    )
+
+
 # ---- cases: block inverse ----------------------------------------------------------------------
 
 
@@ -829,6 +871,7 @@ def solve_cases(quick: bool) -> Iterator[Case]:
 
 GROUPS = {
     "hessian": hessian_cases,
+    "inversion": inversion_cases,
     "inverse": inverse_cases,
     "saliency": saliency_cases,
     "static_order": static_order_cases,

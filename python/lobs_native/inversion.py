@@ -2,8 +2,8 @@
 
 Everything is made in the place of one copy of it, by blocks of columns: a matrix of 25,000 columns
 takes 5 GB in float64. Against torch's Cholesky factorisation and solve, which hold three more, it
-also takes half of the time (4,096 columns, one thread of an AMD EPYC: 1.9 s instead of 3.8 s for
-``A``), since nearly all of it is in matrix products and none of them is of zeros.
+also takes about half of the time (``bench/paired.py --only inversion``), since nearly all of it is
+in matrix products and none of them is of zeros.
 """
 
 from __future__ import annotations

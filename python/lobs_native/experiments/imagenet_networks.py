@@ -161,8 +161,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ArgumentError(
-            f"weights: {file} is no safetensors file ({error}); docs/paper-large.md says how to "
-            "convert a published .pth file"
+            f"weights: {file} is no safetensors file ({error}); docs/paper/paper-large.md says "
+            "how to convert a published .pth file"
         ) from error
     try:
         model.load_state_dict(tensors)
