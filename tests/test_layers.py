@@ -4,6 +4,7 @@ module itself multiplies each weight by, and weights survive the round trip."""
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -253,6 +254,19 @@ def test_one_image_without_a_batch_is_accepted(module):
         assert torch.equal(a, b)
     with pytest.raises(ShapeError, match=r"'m'.*expected \(B, 4, h, w\)"):
         next(layer.columns(torch.randn(3, 9, 9)))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 3), (64,), ()])  # the first would make whole rows
+def test_inputs_of_another_width_are_refused(shape):
+    (layer,) = layers_for("m", nn.Linear(4, 8))
+    said = re.escape(f"'m': input {shape}, expected (..., 4)")
+    with pytest.raises(ShapeError, match=said):
+        next(layer.columns(torch.zeros(shape)))
+    model = nn.Sequential(nn.Linear(4, 8))
+    before = model[0].weight.clone()
+    with pytest.raises(ShapeError, match=said.replace("'m'", "'0'")):
+        lobs.prune(model, [torch.zeros(shape)], sparsity=0.5)
+    assert torch.equal(model[0].weight, before)
 
 
 # ---- what may not be touched ---------------------------------------------------------------------

@@ -287,6 +287,14 @@ def test_a_run_is_created_once(filled):
     assert tree(filled) == before
 
 
+def test_a_run_is_not_created_in_the_place_of_a_file(tmp_path):
+    file = tmp_path / "thesis.txt"
+    file.write_text("years of work")
+    with pytest.raises(ArgumentError, match=r"thesis\.txt: not a folder; name one that is empty"):
+        RunDirectory.create(file, HEADER)
+    assert file.read_text() == "years of work"
+
+
 def test_a_run_is_not_created_among_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ArgumentError, match=r"holds other things \('thesis.txt'\)"):

@@ -110,6 +110,10 @@ class RunDirectory:
         """
         data, values, check = manifest.header_bytes(header)
         run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise ArgumentError(
+                f"{run._folder.what()}: not a folder; name one that is empty or not there yet"
+            )
         folder = run._folder
         try:
             with folder.writing("", None):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = ["Layer"]
 
@@ -238,6 +238,14 @@ class Layer(ABC):
 
         Called with what the module is called with.
         """
+
+    def _tokens(self, inputs: Tensor) -> Tensor:
+        """(n, C) of inputs (..., C)."""
+        if inputs.ndim == 0 or inputs.shape[-1] != self.width:
+            raise ShapeError(
+                f"layer {self.name!r}: input {tuple(inputs.shape)}, expected (..., {self.width})"
+            )
+        return inputs.reshape(-1, self.width)
 
 
 def _same(got: Tensor, wanted: Tensor) -> bool:

@@ -37,4 +37,4 @@ class TransformersConv1D(Layer):
         return packed[0].T
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield 0, inputs.reshape(-1, self.width)
+        yield 0, self._tokens(inputs)

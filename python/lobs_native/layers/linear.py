@@ -23,4 +23,4 @@ class Linear(Layer):
         self.groups, self.rows, self.width = 1, module.out_features, module.in_features
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield 0, inputs.reshape(-1, self.width)
+        yield 0, self._tokens(inputs)
