@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import moved
 import pytest
 import torch
-from emulated import build as build_emulated
+from helpers import moved
+from helpers.emulated import build as build_emulated
 
 from lobs_native import ops
 

@@ -13,39 +13,24 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_HEADERS = {"types", "errors", "parallel", "patterns", "dispatch"}
 STEMS = sorted(p.stem for p in (ROOT / "csrc").glob("*.h") if p.stem not in SHARED_HEADERS)
 
-# Downwards only: a module may import what stands on a lower line.
-LAYERS_OF_PYTHON = [
-    {"__main__"},
-    {"cli", "run"},
-    {"demo", "doctor", "experiments", "job"},
-    {"hf"},
-    {"__init__"},
-    {"compat"},
-    {"pruner"},
-    {"layerwise"},
-    {"structure"},
-    {"allocation", "replay", "run_plan"},
-    {"batch_norm", "blocks", "calibration", "ledger", "sensitivity"},
-    {"pairs"},
-    {"partial"},
-    {"bound", "masks", "running", "selection", "trace"},
-    {"layers", "weight", "plan", "report"},
-    {"html"},
-    {"plots", "review", "runtimes"},
-    {"greedy", "ranked", "sweep"},
-    {"problem"},
-    {"hessian", "inversion", "library", "patterns", "underway"},
-    {"ops", "rundir"},
-    {"upkeep"},
-    {"state_store"},
-    {"journal", "lock"},
-    {"run_folder"},
-    {"calls", "manifest"},
-    {"safefile"},
+# From the ground up. A wing may import its own files and wings that stand on an earlier line, and
+# a new file needs no entry.
+WINGS = [
+    {"errors", "version"},
     {"checks"},
-    {"costs", "reference", "_core", "files", "page", "shelf"},
-    {"errors", "fs"},
+    {"layers"},
+    {"ops", "files"},
+    {"solvers"},
+    {"report"},
+    {"rundir"},
+    {"calibration"},
+    {"network"},
+    {"huggingface", "compat"},
+    {"__init__"},
+    {"cli", "run"},
+    {"__main__"},
 ]
+PACKAGE = ROOT / "python/lobs_native"
 
 
 def native_files() -> list[Path]:
@@ -83,9 +68,14 @@ def test_there_are_operations():
 
 
 def test_every_operation_has_kernel_test_bench_and_reference():
-    reference = (ROOT / "python/lobs_native/reference.py").read_text()
+    reference = (ROOT / "python/lobs_native/ops/reference.py").read_text()
     for stem in STEMS:
-        for path in (f"csrc/cpu/{stem}.cpp", f"tests/test_{stem}.py", f"bench/bench_{stem}.py"):
+        for path in (
+            f"csrc/cpu/{stem}.cpp",
+            f"python/lobs_native/ops/{stem}.py",
+            f"tests/ops/test_{stem}.py",
+            f"bench/speed/bench_{stem}.py",
+        ):
             assert (ROOT / path).is_file(), path
         names = re.findall(r"using (\w+)Fn = ", (ROOT / f"csrc/{stem}.h").read_text())
         assert names, stem
@@ -113,38 +103,70 @@ def test_never_fast_math():
         assert not re.search(r"-ffast-math|-Ofast|use_fast_math|funsafe", path.read_text()), path
 
 
-def test_python_imports_point_downward():
-    rank = {name: i for i, names in enumerate(LAYERS_OF_PYTHON) for name in names}
-    package = ROOT / "python/lobs_native"
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        own = parts[0]
-        for node in imports_at_run_time(path):
-            modules = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-            for module in modules:
-                if not module.startswith("lobs_native"):
-                    continue
-                names = module.split(".")[1:] or [a.name for a in node.names]
-                for name in names[:1] if module != "lobs_native" else names:
-                    if name in rank and name != own:
-                        assert rank[name] > rank[own], f"{own} imports {name}"
+def module_of(path: Path) -> str:
+    """Dotted, without ``__init__``: ``lobs_native.ops.exact``."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_every_module_has_its_line():
-    package = ROOT / "python/lobs_native"
-    modules = {p.stem for p in package.glob("*.py")}
-    modules |= {"compat", "experiments", "layers", "_core"}
-    assert set().union(*LAYERS_OF_PYTHON) == modules
+def imports_of(path: Path) -> set[str]:
+    """The modules of this package that a file imports when it runs, dotted, down to the file."""
+    known = {module_of(p) for p in PACKAGE.rglob("*.py")} | {"lobs_native._core"}
+    found: set[str] = set()
+    for node in imports_at_run_time(path):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+            continue
+        module = node.module or ""
+        for alias in node.names:
+            whole = f"{module}.{alias.name}"
+            found.add(whole if whole in known else module)
+    return {name for name in found if name in known} - {"lobs_native._core"}
+
+
+def wing_of(module: str) -> str:
+    """The first part of its name below the package."""
+    return [*module.split("."), "__init__"][1]
+
+
+def test_there_are_few_wings_and_every_file_is_in_one():
+    wings = {wing for line in WINGS for wing in line} - {"__init__", "__main__"}
+    assert len(wings) <= 15
+    there = {p.stem for p in PACKAGE.glob("*.py")}
+    there |= {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
+    assert there == wings | {"__init__", "__main__"}
+    for folder in {p.parent for p in PACKAGE.rglob("*.py")}:
+        assert (folder / "__init__.py").is_file(), folder
+
+
+def test_imports_only_go_down():
+    rank = {wing: i for i, line in enumerate(WINGS) for wing in line}
+    for path in PACKAGE.rglob("*.py"):
+        own = wing_of(module_of(path))
+        for module in imports_of(path):
+            wing = wing_of(module)
+            assert wing == own or rank[wing] < rank[own], f"{path} imports {module}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    arrows = {module_of(path): imports_of(path) for path in PACKAGE.rglob("*.py")}
+    while leaves := {name for name, to in arrows.items() if not to}:
+        arrows = {name: to - leaves for name, to in arrows.items() if name not in leaves}
+    assert not arrows
+
+
+def test_the_package_imports_nothing_of_the_benches_and_experiments():
+    for path in PACKAGE.rglob("*.py"):
+        found = re.search(
+            r"^\s*(from|import) (paper|speed|quality|stress)\b", path.read_text(), re.M
+        )
+        assert not found, path
 
 
 def test_only_ops_imports_the_native_module():
     for path in (ROOT / "python/lobs_native").rglob("*.py"):
-        imports = re.search(r"import _core|from lobs_native\._core", path.read_text())
-        assert bool(imports) == (path.name == "ops.py"), path
+        imports = re.search(r"from lobs_native import _core|lobs_native\._core\b", path.read_text())
+        assert bool(imports) == (path == PACKAGE / "ops/native.py"), path
 
 
 def test_no_pickle_and_nothing_evaluated():

@@ -10,9 +10,7 @@
 
 import torch as _torch  # noqa: F401  (first: its OpenMP runtime is the one the kernels then share)
 
-import lobs_native.library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native import compat
-from lobs_native.batch_norm import reestimate_batch_norm
 from lobs_native.errors import (
     ArgumentError,
     BackendError,
@@ -25,18 +23,20 @@ from lobs_native.errors import (
     PatternError,
     ShapeError,
 )
-from lobs_native.hessian import Hessian, StreamingInverse
 from lobs_native.layers import Layer, register_layer
-from lobs_native.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
+from lobs_native.network.batch_norm import reestimate_batch_norm
+from lobs_native.network.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
+from lobs_native.network.pruner import plan_prune, prune
+from lobs_native.network.resources import RunPlan
 from lobs_native.ops import backends
-from lobs_native.plan import MemoryPlan, plan_memory
-from lobs_native.pruner import plan_prune, prune
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
-from lobs_native.run_plan import RunPlan
-from lobs_native.trace import WeightTrace, trace_weight
-from lobs_native.weight import PrunedWeight, prune_weight
-
-__version__ = "0.1.0"
+from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
+from lobs_native.report.records import ErrorBound, LayerReport, Skipped
+from lobs_native.report.report import Report
+from lobs_native.solvers.hessian import Hessian, StreamingInverse
+from lobs_native.solvers.memory import MemoryPlan, plan_memory
+from lobs_native.solvers.trace import WeightTrace, trace_weight
+from lobs_native.solvers.weight import PrunedWeight, prune_weight
+from lobs_native.version import __version__
 
 __all__ = [
     "ArgumentError",
@@ -61,6 +61,7 @@ __all__ = [
     "Skipped",
     "StreamingInverse",
     "WeightTrace",
+    "__version__",
     "apply_masks",
     "as_torch_prune",
     "backends",

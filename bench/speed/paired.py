@@ -1,0 +1,219 @@
+"""Native kernels against their rivals, in interleaved pairs.
+
+    python bench/speed/paired.py [--quick] [--json FILE] [--page FOLDER] [--pairs N] [--threads N]
+                           [--only OPERATION ...]
+
+A shared machine changes its speed from second to second, so two series taken one after the other
+cannot be compared. Here every ratio comes from one pair of runs taken back to back, in the order
+A, B, B, A, ...; reported is the median over the pairs with its bootstrap 95 % interval. The ratio
+is the rival's time over ours; where the rival does other work than ours, as its note then says, it
+is our rate over the rival's. No pair is discarded. Before anything is timed, all answers are
+checked against float64; a wrong one ends the program. ``host_*`` are whole jobs of other programs
+(hosts.py), the rest single operations (pairings.py). Both sides have the same number of threads
+and inputs of the same type. Cases that take long have fewer pairs than asked for.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Threads that spin while they wait would slow down whichever side runs next. torch reads this once,
+# when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hosts
+import numpy as np
+import pairings
+import results_page
+import torch
+from pairings import Case, Side
+
+import lobs_native as lobs
+
+GROUPS = {**pairings.GROUPS, **hosts.GROUPS}
+
+PAIRS = 15
+QUICK_PAIRS = 5
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one pairing gave."""
+
+    case: str
+    rival: str
+    pairs: int
+    ours_seconds: float  # medians
+    rival_seconds: float
+    ratio: float  # median over the pairs of our rate over the rival's: above 1, ours is faster
+    interval: tuple[float, float]
+    unit: str
+    ours_rate: float
+    rival_rate: float
+    ours_error: float
+    rival_error: float
+    note: str
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def interleave(ours: Side, rival: Side, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of both sides, measured in the order A, B, B, A, A, B, ..."""
+    taken: dict[str, list[float]] = {ours.name: [], rival.name: []}
+    for pair in range(pairs):
+        for side in (ours, rival) if pair % 2 == 0 else (rival, ours):
+            taken[side.name].append(side.seconds())
+    return taken[ours.name], taken[rival.name]
+
+
+def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median, by resampling the pairs; the same at every call."""
+    generator = np.random.default_rng(0)
+    drawn = generator.choice(np.asarray(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def run_case(case: Case, pairs: int) -> Iterator[Row]:
+    """Check all sides of a case, which also warms them up, then pair ours with each rival."""
+    sides = (case.ours, *case.rivals)
+    errors = {side.name: (side.error or case.error)(side.answer()) for side in sides}
+    pairs = min(pairs, case.most_pairs or pairs)
+    for name, error in errors.items():
+        if not error <= case.tolerance or math.isinf(error):
+            raise SystemExit(
+                f"{case.name}: {name} is wrong: error {error:.3g}, above {case.tolerance:g}"
+            )
+    for rival in case.rivals:
+        ours_seconds, rival_seconds = interleave(case.ours, rival, pairs)
+        work = rival.work or case.work
+        each = zip(ours_seconds, rival_seconds, strict=True)
+        ratios = [(case.work / a) / (work / b) for a, b in each]
+        ours, theirs = statistics.median(ours_seconds), statistics.median(rival_seconds)
+        yield Row(
+            case=case.name,
+            rival=rival.name,
+            pairs=pairs,
+            ours_seconds=ours,
+            rival_seconds=theirs,
+            ratio=statistics.median(ratios),
+            interval=bootstrap_interval(ratios),
+            unit=case.unit,
+            ours_rate=case.work / ours / 1e9,
+            rival_rate=work / theirs / 1e9,
+            ours_error=errors[case.ours.name],
+            rival_error=errors[rival.name],
+            note=rival.note,
+        )
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+HEADINGS = (
+    "case",
+    "rival",
+    "ours, ms",
+    "rival, ms",
+    "ratio [95 %]",
+    "error ours",
+    "error rival",
+    "rate ours",
+    "rate rival",
+    "note",
+)
+
+
+def machine() -> dict[str, Any]:
+    """Everything about this machine that a time depends on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "lobs_native": lobs.__version__,
+        "backends": lobs.backends(),
+        "date": datetime.date.today().isoformat(),
+        "load_at_start": os.getloadavg(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table_row(row: Row) -> str:
+    """One line of the markdown table."""
+    low, high = row.interval
+    cells = (
+        row.case,
+        row.rival,
+        f"{row.ours_seconds * 1e3:,.2f}",
+        f"{row.rival_seconds * 1e3:,.2f}",
+        f"{row.ratio:.3g} [{low:.3g}, {high:.3g}]",
+        f"{row.ours_error:.1e}",
+        f"{row.rival_error:.1e}",
+        f"{row.ours_rate:.3g} {row.unit}",
+        f"{row.rival_rate:.3g} {row.unit}",
+        row.note,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Run the cases, print the table as it grows, and write the JSON."""
+    parser = argparse.ArgumentParser(description="Native kernels against their rivals, in pairs.")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few pairs")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
+    parser.add_argument("--threads", type=int, help="for both sides; default torch's")
+    parser.add_argument("--page", type=Path, help="write benchmarks.md and its picture there")
+    parser.add_argument("--only", choices=GROUPS, nargs="+", help="some of the operations")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    pairs = arguments.pairs or (QUICK_PAIRS if arguments.quick else PAIRS)
+
+    about = machine()
+    level = next(detail for name, _, detail in about["backends"] if name == "cpu")
+    print(f"{about['cpu']}: {level}; torch {about['torch']}; {pairs} pairs\n")
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|" + " --- |" * len(HEADINGS))
+    rows = []
+    for name in arguments.only or GROUPS:
+        for case in GROUPS[name](arguments.quick):
+            for row in run_case(case, pairs):
+                print(table_row(row), flush=True)
+                rows.append(row)
+    about["load_at_end"] = os.getloadavg()
+    result = {"machine": about, "quick": arguments.quick, "rows": [asdict(row) for row in rows]}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.page:
+        title = arguments.json.name if arguments.json else "measured now"
+        results_page.write_page(arguments.page, [(title, result)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Killing ``lobs.prune`` again and again: is every finished layer kept, and are the weights in the
+end those of a run that nobody disturbed, bit for bit?
+
+    python bench/stress/crash_prune.py [--kills 20] [--network lenet] [--folder DIR] [--out FILE]
+
+A child process prunes a network with a run directory, going on where the last one stopped, and
+prints a line after each layer that is committed; it is killed (SIGKILL) at a random moment.
+"lenet" is the authors' LeNet-300-100 on MNIST, as in ``bench/quality/lenet.py``; "chain" needs no
+data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))  # run as a script
+
+import torch
+from crash import acknowledged_are_there, finish
+from lenet import CALIBRATION, DEFAULT_FOLDER, lenet, mnist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.network import pruner
+from lobs_native.rundir import ledger
+
+RESULT = "pruned.safetensors"
+
+
+def chain() -> tuple[nn.Module, Iterable[Tensor]]:
+    """Ten small layers, for tests."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(10) for part in (nn.Linear(128, 128), nn.ReLU())]
+    return nn.Sequential(*layers), [torch.randn(64, 128) for _ in range(4)]
+
+
+def released() -> tuple[nn.Module, Iterable[Tensor]]:
+    """LeNet-300-100 and the images it is calibrated on."""
+    images, _ = mnist(DEFAULT_FOLDER)
+    return lenet(DEFAULT_FOLDER), images[:CALIBRATION].split(500)
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Iterable[Tensor]]]] = {
+    "chain": chain,
+    "lenet": released,
+}
+
+
+# ---- the child -----------------------------------------------------------------------------------
+
+
+class Acknowledging(ledger.Ledger):
+    """Prints the name of each layer when it has been committed."""
+
+    def keep(self, layer: Any, *rest: Any) -> None:
+        super().keep(layer, *rest)
+        print(layer.name, flush=True)
+
+
+def child(network: str, folder: Path, kept: bool) -> None:
+    """Prune, and write the weights; with a run directory if ``kept``."""
+    torch.set_num_threads(1)
+    pruner.Ledger = Acknowledging
+    model, batches = NETWORKS[network]()
+    print("begun", flush=True)
+    run = folder / "run" if kept else None
+    lobs.prune(
+        model, batches, sparsity=0.8, scope="model", inputs="corrected", run_dir=run, progress=False
+    )
+    save_file(model.state_dict(), folder / RESULT)
+
+
+def run_child(
+    network: str, folder: Path, *, kept: bool = True, seconds: float | None = None
+) -> tuple[int, list[str], float]:
+    """Start a child and kill it so many seconds after it has begun, unless it ends before. Its exit
+    code, the layers it acknowledged, and how long it took from its beginning."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "--child", str(folder), "--network", network]
+    process = subprocess.Popen(
+        command if kept else [*command, "--undisturbed"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(lobs.__file__).parents[1])},
+        text=True,
+    )
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    if said != "begun\n":
+        process.kill()
+        raise SystemExit(f"a child said {said!r} and ended with {process.wait()}")
+    since = time.perf_counter()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    said, _ = process.communicate()
+    # A kill may tear the last line.
+    names = [line[:-1] for line in said.splitlines(keepends=True) if line.endswith("\n")]
+    return process.returncode, names, time.perf_counter() - since
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str, Any]:
+    """Kill children at random moments until ``count`` have been, and let the last run complete;
+    what was found."""
+    generator = random.Random(seed)
+    found = {
+        "kills": 0,
+        "runs completed": 0,
+        "children with layers to go on from": 0,
+        "layers acknowledged": 0,
+        "layers lost": 0,
+        "layers pruned twice": 0,
+        "damaged files": 0,
+        "other bytes than undisturbed": 0,
+    }
+    begun = time.perf_counter()
+    code, _, whole = run_child(network, folder / "undisturbed", kept=False)
+    if code != 0:
+        raise SystemExit(f"the undisturbed run ended with {code}")
+    right = (folder / "undisturbed" / RESULT).read_bytes()
+    path, acknowledged = folder / "disturbed", list[str]()
+    while found["kills"] < count or path.exists():
+        last = found["kills"] >= count
+        moment = None if last else generator.uniform(0, 0.8 * whole)
+        code, names, _ = run_child(network, path, seconds=moment)
+        found["children with layers to go on from"] += bool(acknowledged)
+        found["layers acknowledged"] += len(names)
+        found["layers pruned twice"] += len(set(names) & set(acknowledged))
+        acknowledged += names
+        lost, damaged = acknowledged_are_there(path / "run", acknowledged)
+        found["layers lost"] += lost
+        found["damaged files"] += damaged
+        if code == -signal.SIGKILL:
+            found["kills"] += 1
+        elif code == 0:
+            found["runs completed"] += 1
+            found["other bytes than undisturbed"] += (path / RESULT).read_bytes() != right
+            shutil.rmtree(path)
+            acknowledged.clear()
+        else:
+            raise SystemExit(f"a child ended with {code}")
+    found["seconds"] = round(time.perf_counter() - begun, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--network", choices=NETWORKS, default="lenet")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--out", type=Path, help="where to write the result, as JSON")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--undisturbed", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.network, arguments.child, not arguments.undisturbed)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = kills(arguments.kills, Path(folder), arguments.network)
+    losses = ("layers lost", "damaged files", "other bytes than undisturbed")
+    finish(found, losses, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Calibrating a model block by block: what a block receives is kept, and only that block is run.
+
+To calibrate a layer on what the already pruned layers feed it, the model has to be run again for
+every layer. Most models have a stack of blocks, each fed with what the one before it returned:
+then it is enough to run one block on its kept inputs, once for every tensor that its layers read,
+and once more, pruned, for the inputs of the next one. Stacks are found by what the modules hand to
+each other, not by their names, and replaying them is checked against the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.calibration.calls import BlockCall
+from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.run import Run
+
+__all__ = ["NoStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
+
+_CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
+
+
+# ---- what reads the same tensor ------------------------------------------------------------------
+
+
+def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
+    """Run the first batch and see which modules are called on the very same tensor.
+
+    Returns
+    -------
+    groups : list of lists of names
+        In the order of their first calls; those next to each other that read one tensor together.
+    once : set of names
+        Modules that were called exactly once.
+    """
+    calls: list[tuple[str, Any]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            version = _version(first) if isinstance(first, Tensor) else None
+            calls.append((name, (first, version)))
+
+        return see
+
+    with attached(
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ):
+        run_first(run)
+    count: dict[str, int] = {}
+    for name, _ in calls:
+        count[name] = count.get(name, 0) + 1
+    groups: list[list[str]] = []
+    last: tuple[Any, Any] = (None, None)
+    for name, seen in calls:
+        if any(name in group for group in groups):
+            last = (None, None)
+            continue
+        alone = count[name] > 1 or not isinstance(seen[0], Tensor)
+        if groups and not alone and seen[0] is last[0] and seen[1] == last[1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last = (None, None) if alone else seen
+    return groups, {name for name, times in count.items() if times == 1}
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` has been written to; inference tensors do not count that."""
+    return 0 if x.is_inference() else x._version
+
+
+def run_first(run: Run) -> None:
+    """Run the model on the first batch."""
+    for batch in run.each("look"):
+        run.call(run.model, batch)
+        break
+
+
+# ---- stacks of blocks ----------------------------------------------------------------------------
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden state in what a block returns: the tensor, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _plain(value: Any) -> bool:
+    """Whether handing a value to a block twice is the same as handing it over once; lists and
+    other objects may collect things."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(
+        value, (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
+    """Look for stacks of blocks that hold some of ``layers`` (name -> module).
+
+    Returns
+    -------
+    stacks : list of Stack
+        In the order of their calls, none inside another.
+    reasons : list of str
+        Why containers that might have been stacks are none, a line for each.
+    """
+    candidates: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in run.model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        children = [
+            (f"{name}.{key}" if name else key, child) for key, child in module.named_children()
+        ]
+        holding = [
+            child
+            for path, child in children
+            if any(layer == path or layer.startswith(path + ".") for layer in layers)
+        ]
+        deep = all(next(child.children(), None) is not None for _, child in children)
+        inside = any(name.startswith(other + ".") for other in candidates)
+        if len(holding) >= 2 and deep and not inside:
+            candidates[name] = children
+    found: list[tuple[int, Stack]] = []
+    reasons = []
+    for name, children in candidates.items():
+        stack = Stack(name, [path for path, _ in children], [child for _, child in children])
+        try:
+            found.append((stack.look(run), stack))
+        except NoStackError as why:
+            reasons.append(f"{name}: {why}")
+    return [stack for _, stack in sorted(found, key=lambda pair: pair[0])], reasons
+
+
+class NoStackError(Exception):
+    """The message says why modules are no stack."""
+
+
+class Stack:
+    """Modules that a model calls one after another, each once, on what the one before returned."""
+
+    def __init__(self, name: str, names: list[str], modules: list[nn.Module]) -> None:
+        self.name = name
+        self.names = names
+        self.modules = modules
+        self.slot: int | str = 0
+        self.hidden_bytes = 0  # of what a block receives from the first batch
+        self.other_bytes = 0  # of everything else that the blocks are called with then
+
+    def __contains__(self, layer: str) -> bool:
+        return self.block_of(layer) is not None
+
+    def block_of(self, layer: str) -> int | None:
+        """The number of the block that holds a layer."""
+        for i, name in enumerate(self.names):
+            if layer == name or layer.startswith(name + "."):
+                return i
+        return None
+
+    def look(self, run: Run) -> int:
+        """Run the first batch and check that this is a stack that can be replayed.
+
+        Returns how many calls of any module came before it. Raises NoStackError.
+        """
+        seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
+        outputs: list[Any] = []
+        before = 0
+
+        def count(*_: Any) -> None:
+            nonlocal before
+            before += not seen
+
+        def see(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen.append((i, args, kwargs))
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+
+        handles = [m.register_forward_pre_hook(count) for m in run.model.modules()]
+        for i, module in enumerate(self.modules):
+            handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        with attached(handles):
+            run_first(run)
+        if [i for i, _, _ in seen] != list(range(len(self.modules))):
+            raise NoStackError("its modules are not called once each, in their order")
+        if len(outputs) != len(seen):
+            raise NoStackError("a module of it did not return")
+        self.slot = self._slot(seen[1][1:], outputs[0])
+        returned = {id(t) for output in outputs for t in _tensors(output)}
+        for k, (i, args, kwargs) in enumerate(seen):
+            call = BlockCall(args, kwargs, self.slot)
+            try:
+                hidden = call.hidden
+            except (IndexError, KeyError):
+                raise NoStackError(f"{self.names[i]} is called in another way") from None
+            if not isinstance(hidden, Tensor):
+                raise NoStackError(f"{self.names[i]} is not called on a tensor")
+            if k > 0 and hidden is not hidden_of(outputs[k - 1]):
+                raise NoStackError(f"{self.names[i]} is not called on what came before it")
+            others = call.with_hidden(None)
+            for value in (*others.args, *others.kwargs.values()):
+                if not _plain(value):
+                    raise NoStackError(
+                        f"{self.names[i]} is handed a {type(value).__name__}, which may change "
+                        "from call to call"
+                    )
+                if any(id(t) in returned for t in _tensors(value)):
+                    raise NoStackError(f"{self.names[i]} also reads other results of the stack")
+        call = BlockCall(*seen[0][1:], self.slot)
+        hidden = call.hidden
+        self.hidden_bytes = hidden.numel() * hidden.element_size()
+        around: dict[int, int] = {}
+        for _, args, kwargs in seen:
+            call = BlockCall(args, kwargs, self.slot)
+            for t in _tensors([call.with_hidden(None).args, kwargs]):
+                around[t.data_ptr()] = t.numel() * t.element_size()
+        around.pop(hidden.data_ptr(), None)
+        self.other_bytes = sum(around.values())
+        for k, (_, args, kwargs) in enumerate(seen):
+            call = BlockCall(args, kwargs, self.slot)
+            hidden = hidden_of(self.run_block(k, call, hidden))
+            if not same(hidden, hidden_of(outputs[k])):
+                raise NoStackError(f"{self.names[k]} does not give the same when run again")
+        return before
+
+    def _slot(self, second: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> int | str:
+        args, kwargs = second
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
+            if value is hidden_of(output):
+                return place
+        raise NoStackError(f"{self.names[1]} is not called on what {self.names[0]} returns")
+
+    def run_block(self, i: int, call: BlockCall, hidden: Tensor) -> Any:
+        """Block i on a copy of ``hidden``, which it may write to."""
+        ready = call.with_hidden(hidden.clone())
+        others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
+        versions = [_version(t) for t in others]
+        out = self.modules[i](*ready.args, **ready.kwargs)
+        if [_version(t) for t in others] != versions:
+            raise NoStackError(f"{self.names[i]} writes to what it is handed")
+        return out
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether a replay gave what the model gave, up to rounding."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    x, y = a.double(), b.double()
+    return float((x - y).norm()) <= _CLOSE * float(y.norm())

@@ -1,0 +1,94 @@
+"""Hooks that see what layers read, and forward passes that end early."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.calibration.watch import Watch
+from lobs_native.errors import DtypeError
+from lobs_native.layers import Layer, Matrix
+
+__all__ = ["Columns", "Enough", "See", "attached", "ending", "hooked", "reader"]
+
+
+class Enough(BaseException):
+    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
+    catches those lets it through."""
+
+
+@contextlib.contextmanager
+def attached(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that are removed at the end."""
+    made: list[Any] = []
+    try:
+        made.extend(handles)
+        yield
+    finally:
+        for handle in made:
+            handle.remove()
+
+
+Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
+
+
+See = Callable[[Layer, Tensor, Columns], Any]
+
+
+def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:
+    """A forward pre-hook, with keyword arguments, for ``site``, one of the uses of ``layer``: it
+    calls ``see(layer, inputs, columns)``."""
+    signature = inspect.signature(type(site.module).forward)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, *given = signature.bind(module, *args, **kwargs).args
+        if not given or not isinstance(given[0], Tensor):
+            what = type(given[0]).__name__ if given else "no argument"
+            raise DtypeError(f"layer {site.name!r}: called with {what} instead of a tensor")
+        x, *others = given
+        see(layer, x, lambda x: site.columns(x, *others))
+
+    return hook
+
+
+@contextlib.contextmanager
+def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
+    """Call ``see(layer, inputs, columns)`` whenever the model gives inputs to a layer;
+    ``columns(inputs)`` yields them as (group, X)."""
+
+    def seen(layer: Layer, group: int, x: Tensor) -> None:
+        see(layer, x, lambda x: [(group, x)])
+
+    with contextlib.ExitStack() as scope:
+        # torch's fused attention would hide the inputs of its output projection
+        scope.callback(torch.backends.mha.set_fastpath_enabled, _fast_path())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for layer in layers:
+            scope.enter_context(layer.running())
+            for site in layer.sites if not layer.watched else ():
+                hook = reader(layer, site, see)
+                handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
+                scope.callback(handle.remove)
+        if watched := [layer for layer in layers if isinstance(layer, Matrix)]:
+            scope.enter_context(Watch(watched, seen))
+        yield
+
+
+def _fast_path() -> bool:
+    return bool(torch.backends.mha.get_fastpath_enabled())
+
+
+@contextlib.contextmanager
+def ending(until: nn.Module | None) -> Iterator[None]:
+    """Ends a forward pass, by Enough, when ``until`` has returned."""
+
+    def stop(*_: Any) -> None:
+        raise Enough
+
+    with attached([] if until is None else [until.register_forward_hook(stop)]):
+        yield

@@ -1,0 +1,162 @@
+"""How much the network's output changes when a layer's output does.
+
+For an output unit of a layer it is the mean square, over calibration rows and random directions v,
+of the gradient of ``v . output``: the diagonal of the Gauss-Newton matrix of the squared change of
+the output. A removal that costs ``e`` in a row of the layer changes the network's output by about
+that times ``e``, which makes rows and layers comparable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.partial import Kept, States, resumable
+from lobs_native.calibration.run import Run
+from lobs_native.errors import ArgumentError, NonFiniteError
+from lobs_native.layers import Layer
+
+__all__ = ["sensitivities"]
+
+_AWAY = "; pass sensitivity=None"
+
+
+def sensitivities(
+    run: Run, layers: Sequence[Layer], states: States | None = None
+) -> dict[str, Tensor]:
+    """One pass with a backward pass for each batch, no labels needed; weights get no gradients. The
+    sums are kept in ``states`` on the way.
+
+    Returns
+    -------
+    {name: (G, R) float64}
+        Of the layers that the output depends on and whose outputs are a module's outputs (those of
+        attention and experts are not).
+
+    Raises
+    ------
+    ArgumentError
+        The output cannot be differentiated.
+    NonFiniteError
+        A gradient is NaN or infinite.
+    """
+    meters = [_Meter(layer) for layer in layers if not layer.watched]
+    with _no_weight_gradients(run.model), torch.enable_grad():
+        for batch in resumable(run, "sensitivity", "sensitivity", _Meters(meters), states):
+            mask = run.mask(batch)
+            with attached([handle for meter in meters for handle in meter.handles(mask)]):
+                projected = _projected(run.call(run.model, batch), mask)
+            try:
+                projected.backward()
+            except RuntimeError as error:
+                text = " ".join(str(error).split())
+                raise ArgumentError(
+                    f"sensitivity: the model's output cannot be differentiated: {text}{_AWAY}"
+                ) from error
+    found = {}
+    for meter in meters:
+        if not meter.seen:
+            continue
+        value = meter.sum / max(1, meter.rows)
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"layer {meter.layer.name!r}: NaN or infinity in the gradient of the output{_AWAY}"
+            )
+        found[meter.layer.name] = value.reshape(meter.layer.groups, meter.layer.rows)
+    return found
+
+
+@contextlib.contextmanager
+def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanting:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
+
+
+def _projected(output: Any, mask: Tensor | None) -> Tensor:
+    """A random projection of everything that the model returns, padding left out."""
+    total: Tensor | None = None
+    for x in tree_leaves(list(output.values()) if isinstance(output, Mapping) else output):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.requires_grad:
+            continue
+        v = torch.randn(x.shape, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
+        if mask is not None and x.shape[: mask.ndim] == mask.shape:
+            v *= mask.to(x.device).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        part = (x * v).sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        total = part if total is None else total + part
+    if total is None:
+        raise ArgumentError(
+            f"sensitivity: the model returns no tensor that can be differentiated{_AWAY}"
+        )
+    return total
+
+
+class _Meter:
+    """Sums the squares of the gradients at a layer's outputs."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        device = layer.weight().device
+        self.sum = torch.zeros(layer.groups * layer.rows, dtype=torch.float64, device=device)
+        self.probe = torch.zeros((), device=device, requires_grad=True)
+        self.rows = 0
+        self.seen = False
+
+    def handles(self, mask: Tensor | None) -> list[Any]:
+        """Hooks for one forward."""
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            units = self.layer.units(output) if isinstance(output, Tensor) else None
+            if units is None:
+                return output
+            wanting = output + self.probe.to(output.dtype)  # a gradient, whatever came before
+            if not wanting.requires_grad:  # under the model's own no_grad
+                return output
+            kept = mask if mask is not None and output.shape[:-1] == mask.shape else None
+            self.rows += len(units) if kept is None else int(kept.sum())
+            wanting.register_hook(self._see)
+            return wanting
+
+        return [site.caller.register_forward_hook(leave) for site in self.layer.sites]
+
+    def _see(self, gradient: Tensor) -> None:
+        units = self.layer.units(gradient)
+        assert units is not None
+        self.seen = True
+        self.sum += units.square().sum(0, dtype=torch.float64)
+
+
+class _Meters:
+    """Meters as sums that can be kept."""
+
+    def __init__(self, meters: Sequence[_Meter]) -> None:
+        self.meters = meters
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [meter.layer.name for meter in self.meters]
+
+    def size(self) -> int:
+        return sum(meter.sum.numel() * 8 for meter in self.meters)
+
+    def kept(self) -> Kept:
+        tensors = {meter.layer.name: meter.sum for meter in self.meters}
+        info = {meter.layer.name: [meter.rows, meter.seen] for meter in self.meters}
+        return tensors, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        for meter in self.meters:
+            meter.sum.copy_(tensors[meter.layer.name])
+            rows, seen = info[meter.layer.name]
+            meter.rows, meter.seen = int(rows), bool(seen)

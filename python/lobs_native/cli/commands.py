@@ -1,0 +1,287 @@
+"""The command line: ``lobs-native`` and ``python -m lobs_native``. Parses and prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lobs_native
+from lobs_native.cli import demo, doctor, job
+from lobs_native.cli.arguments import ARGUMENTS, TEXT, add_prune
+from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
+from lobs_native.errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    LobsError,
+    PatternError,
+)
+from lobs_native.files.atomic import check_new_folder
+from lobs_native.report.html import visible
+from lobs_native.rundir import inspection, ledger
+from lobs_native.rundir.underway import StoppedError, stop
+
+__all__ = ["main"]
+
+OK, FAILED, USAGE, IO_FAILED, STOPPED = 0, 1, 2, 74, 75
+INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
+
+
+_EPILOG = """exit codes:
+  0    done
+  1    a check failed, or the command could not be carried out (one line on standard error)
+  2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
+  74   with a run directory: a file could not be read or written, or is damaged; finished layers
+       are kept
+  75   with a run directory: ended by SIGTERM after the layer or the calibration batch it was at,
+       and can be resumed
+  130  interrupted by Ctrl-C, in the middle of a layer; with a run directory finished ones are kept
+  141  whatever read the output went away
+  143  without a run directory: ended by SIGTERM at once; nothing is written
+"""
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came. No Exception, like KeyboardInterrupt."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, without the program's name. Default: those of the process.
+
+    Returns
+    -------
+    int
+        As listed by ``lobs-native --help``. A LobsError, OSError or MemoryError becomes one line on
+        standard error.
+    """
+    kept = False
+    try:
+        options = _parser().parse_args(argv)
+        options.arguments = list(sys.argv[1:] if argv is None else argv)
+        kept = getattr(options, "run_dir", None) is not None
+        code: int = options.run_command(options)
+        sys.stdout.flush()  # here, so that a reader who is gone is noticed here
+    except SystemExit as end:  # argparse: --help, --version, wrong usage
+        return end.code if isinstance(end.code, int) else FAILED
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (LobsError, OSError, MemoryError) as error:
+        _complain(str(error), error)
+        if isinstance(error, (ArgumentError, BackendError, PatternError)):
+            return USAGE
+        return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
+    except KeyboardInterrupt as error:
+        _complain("interrupted", error)
+        return INTERRUPTED
+    except (StoppedError, _TerminatedError) as error:
+        _complain("ended by SIGTERM", error)
+        return STOPPED if isinstance(error, StoppedError) else TERMINATED
+    return code
+
+
+def _complain(said: str, error: BaseException) -> None:
+    """One line on standard error, with what was added to the error on its way."""
+    notes = "; ".join([said, *getattr(error, "__notes__", [])])
+    print(f"lobs-native: {visible(notes)}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lobs-native",
+        description=(lobs_native.__doc__ or "").splitlines()[0],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"lobs-native {lobs_native.__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    said = "train a small network on real digits, prune it five ways and compare"
+    command = commands.add_parser("demo", help=said, description=said)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lobs-demo"),
+        metavar="DIR",
+        help="folder for demo.json, report.html and demo.png (default: %(default)s)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    command.add_argument("--quiet", action="store_true", help="no progress bars, no table")
+    command.set_defaults(run_command=_demo)
+
+    add_prune(commands).set_defaults(run_command=_prune)
+
+    said = "go on with a run that lobs-native prune --run-dir began, by the same command"
+    more = "A MODEL of the form module:function is imported again; resume only runs you trust."
+    command = commands.add_parser("resume", help=said, description=f"{said}. {more}")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    said = "also if model, data, versions or threads are no longer the same"
+    command.add_argument("--anyway", action="store_true", help=said)
+    command.set_defaults(run_command=_resume)
+
+    said = (
+        "show the state of a run directory, of a run that goes on as well; exit code 1 if damaged"
+    )
+    command = commands.add_parser("inspect", help=said, description=said)
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    said = "drop what is damaged and all that follows it, and go on from there later; says what"
+    command.add_argument("--repair", action="store_true", help=said)
+    command.set_defaults(run_command=_inspect)
+
+    said = "write the report of a run directory, finished or not"
+    command = commands.add_parser("report", help=said, description=said)
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    said = "the page to write; or FILE.json"
+    command.add_argument("--html", type=Path, metavar="FILE", required=True, help=said)
+    command.set_defaults(run_command=_report)
+
+    said = "show versions, processor level, threads and devices, and check the kernels"
+    command = commands.add_parser("doctor", help=said, description=said)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run_command=_doctor)
+    return parser
+
+
+def _prune(options: argparse.Namespace) -> int:
+    given = vars(options)
+    arguments = {name: given[name] for name in ARGUMENTS}
+    text = {name: given[name] for name in TEXT}
+    # What the model's code prints must not get between the lines of a result.
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here():
+        if not options.plan:
+            out = _check_out(options)
+        found = job.find(options.model, options.calibration, text, planning=options.plan)
+        if options.plan:
+            planned = job.plan(found, arguments)
+        else:
+            arguments["progress"] = not options.no_progress
+            with _heeding_sigterm(options.run_dir is not None), _remembered(options.arguments):
+                report = job.run(
+                    found, arguments, out, overwrite=options.overwrite, masks=options.masks
+                )
+    if options.plan:
+        print(json.dumps(planned, indent=1) if options.json else plan_table(planned))
+        return OK
+    for what in ("tensors left out", "tensors converted", "files left out"):
+        if some := report.settings.get(what):
+            print(f"lobs-native: {what}: {visible(', '.join(some))}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report.to_dict(), "out": str(out)}, indent=1, allow_nan=False))
+    else:
+        print(report_table(report))
+        print(f"wrote {visible(out)}")
+    return OK
+
+
+def _resume(options: argparse.Namespace) -> int:
+    arguments = inspection.command_of(options.run_dir)
+    again = _parser().parse_args(["prune", *arguments])
+    again.arguments = ["prune", *arguments]
+    again.run_dir = options.run_dir  # it may have been moved
+    again.resume = "anyway" if options.anyway else "auto"
+    return _prune(again)
+
+
+@contextlib.contextmanager
+def _remembered(arguments: Sequence[str]) -> Iterator[None]:
+    """A run that begins keeps the command, for :func:`_resume`."""
+    told = {"folder": os.getcwd(), "arguments": list(arguments[1:])}
+    token = ledger.command.set(told)
+    try:
+        yield
+    finally:
+        ledger.command.reset(token)
+
+
+@contextlib.contextmanager
+def _heeding_sigterm(kept: bool) -> Iterator[None]:
+    """With a run directory, SIGTERM lets the present layer or batch finish; without one it ends the
+    run in an orderly way, so that no half-written folder stays."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+
+    def heed(*_: object) -> None:
+        if not kept:
+            raise _TerminatedError
+        stop.set()
+
+    stop.clear()
+    before = signal.signal(signal.SIGTERM, heed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stop.clear()
+
+
+def _check_out(options: argparse.Namespace) -> Path:
+    if options.out is None:
+        raise ArgumentError("--out: it is missing; name a folder to write, or ask for a --plan")
+    out = check_new_folder(options.out, overwrite=options.overwrite)
+    source = Path(options.model).resolve()
+    if source.is_dir() and (source in (out, *out.parents) or out in source.parents):
+        raise ArgumentError(f"--out: {out} and the model's folder {source} must lie apart")
+    return out
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    repaired = inspection.repair(options.run) if options.repair else []
+    found = {
+        **inspection.inspect(options.run),
+        **({"repaired": repaired} if options.repair else {}),
+    }
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return FAILED if found["problems"] else OK
+    rows = [("layer", "sparsity", "relative error")]
+    for layer in found["done"]:
+        error = f"{float(layer['relative_error']):.4g}"
+        rows.append((visible(layer["name"]), f"{layer['sparsity']:.4f}", error))
+    print(aligned(rows))
+    print(visible(in_short(found["config"], found["versions"])))
+    print(f"{len(found['done'])} of {found['layers']} layers are done in {visible(found['path'])}")
+    for line in (*repaired, *found["problems"]):
+        print(visible(line))
+    return FAILED if found["problems"] else OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(f"wrote {visible(inspection.report_of(options.run).save(options.html))}")
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo.check_folder(options.out)
+    result = demo.compare(progress=not options.quiet)
+    paths = demo.save(result, options.out)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    elif not options.quiet:
+        print(demo.table(result))
+        print(f"\nwrote {', '.join(map(str, paths))} after {result.seconds:.1f} s")
+    return OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    rows = doctor.examine()
+    good, said = doctor.self_check()
+    rows.append(("self-check", said))
+    print(json.dumps({"ok": good, **dict(rows)}, indent=1) if options.json else doctor.table(rows))
+    return OK if good else FAILED

@@ -1,0 +1,285 @@
+"""What ``lobs-native prune`` does: find the network, prune it, and write a folder, whole or not at
+all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import operator
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file, save_model
+from torch import Tensor, nn
+
+from lobs_native.calibration.run import Forward
+from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
+from lobs_native.files.atomic import new_folder, writing
+from lobs_native.huggingface import checkpoint as hf
+from lobs_native.huggingface.text import text_batches
+from lobs_native.network import pruner, selection
+from lobs_native.report.records import Skipped
+from lobs_native.report.report import Report
+from lobs_native.solvers.memory import plan_memory
+
+__all__ = ["Job", "find", "importable_here", "plan", "run"]
+
+SHARD_BYTES = 5_000_000_000
+HEAD = "it makes the logits, and is left alone unless include names it"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, the data to run it on, and how to write it."""
+
+    model: nn.Module
+    batches: Any  # None if only planning
+    forward: Forward | None
+    head: str | None  # layer that is left alone unless it is included
+    save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # what is to be said of it
+    settings: dict[str, Any] = field(default_factory=dict)  # for the report
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+def find(
+    source: str, calibration: Path | None, text: Mapping[str, Any], *, planning: bool = False
+) -> Job:
+    """The network that the command line names.
+
+    Parameters
+    ----------
+    source : str
+        A folder, or ``module:function``, which is called without arguments and returns (model,
+        batches) or (model, batches, forward).
+    calibration : Path or None
+        A text file, for a folder.
+    text : mapping
+        Options of :func:`~lobs_native.huggingface.text.text_batches`, and ``shard_size`` in bytes;
+        for a folder.
+    planning : bool
+        Batches are not needed.
+
+    Raises
+    ------
+    LobsError
+        Of the kind that fits, with the way out.
+    """
+    if Path(source).is_dir():
+        return _folder(Path(source), calibration, dict(text), planning)
+    if not _FUNCTION.fullmatch(source):
+        raise ArgumentError(
+            f"MODEL: {source!r} is no folder here, and not of the form module:function"
+        )
+    options = {"calibration": calibration, **text}
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ArgumentError(
+            f"--{given[0].replace('_', '-')}: it is for folders; the function {source} brings its "
+            "own batches"
+        )
+    model, batches, forward = _call(source)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise DtypeError(
+                f"MODEL: {name!r} in the state of {source}'s model is a {type(value).__name__}; "
+                "only tensors can be written"
+            )
+    return Job(model, batches, forward, None, functools.partial(_save_state, model))
+
+
+def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planning: bool) -> Job:
+    shard_bytes = text.pop("shard_size", None) or SHARD_BYTES
+    if calibration is None and not planning:
+        raise ArgumentError("--calibration: it is missing; give a text file to calibrate on")
+    checkpoint = hf.examine(folder)
+    model = hf.load(checkpoint)
+    settings = {
+        "model": str(folder),
+        "model class": type(model).__name__,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+    }
+    batches = None
+    if calibration is not None:
+        chosen = {name: value for name, value in text.items() if value is not None}
+        found = text_batches(checkpoint, model, calibration, **chosen)
+        batches = found.batches
+        settings |= found.settings
+
+    def save(out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+        return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes)
+
+    return Job(model, batches, hf.first_output, hf.output_layer(model), save, settings)
+
+
+@contextlib.contextmanager
+def importable_here() -> Iterator[None]:
+    """Modules of the current folder can be imported, as with ``python -m``."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _call(source: str) -> tuple[nn.Module, Any, Forward | None]:
+    module, _, name = source.partition(":")
+    try:
+        function = operator.attrgetter(name)(importlib.import_module(module))
+    except Exception as error:  # whatever a module of the user's raises
+        raise ArgumentError(f"MODEL: {source} cannot be imported: {_raised(error)}") from error
+    if not callable(function):
+        raise ArgumentError(f"MODEL: {source} is a {type(function).__name__}, not a function")
+    try:
+        found = function()
+    except Exception as error:
+        raise LobsError(f"MODEL: {source}() raised {_raised(error)}") from error
+    if (
+        not isinstance(found, tuple)
+        or len(found) not in {2, 3}
+        or not isinstance(found[0], nn.Module)
+    ):
+        what = type(found).__name__
+        if isinstance(found, tuple):
+            what = f"({', '.join(type(part).__name__ for part in found)})"
+        raise DtypeError(
+            f"MODEL: {source}() returned {what}, expected (model, batches) or (model, batches, "
+            "forward) with an nn.Module first"
+        )
+    return found[0], found[1], found[2] if len(found) == 3 else None
+
+
+def _raised(error: Exception) -> str:
+    """The error in one line, with the place it comes from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def _save_state(model: nn.Module, out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state dict as one file; a tensor that has several names is in it once."""
+    hf.check_zeros(model, masks)
+    path = out / hf.WEIGHTS
+    try:
+        with writing(path):
+            save_model(model, str(path), metadata={"format": "pt"})
+            again = load_file(path)
+    except RuntimeError as error:  # tensors that share a part of their memory
+        raise CheckpointError(f"{path}: safetensors cannot write this model: {error}") from error
+    state = model.state_dict()
+    for name, value in again.items():
+        if not hf.same_bits(state[name].detach().cpu(), value):
+            raise CheckpointError(f"{path}: {name} is not what was written when it is read again")
+    return {}
+
+
+# ---- the work ------------------------------------------------------------------------------------
+
+
+def _without_head(job: Job, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Skipped]]:
+    """The arguments of prune, with the layer that makes the logits excluded if nothing includes
+    it."""
+    excluded = list(arguments.get("exclude") or [])
+    if job.head is None or arguments.get("include") or job.head in excluded:
+        return dict(arguments), []
+    return {**arguments, "exclude": [*excluded, job.head]}, [Skipped(job.head, HEAD)]
+
+
+def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What would be pruned, as plain JSON values: layers in order, with the memory that method
+    "exact" takes for each, in bytes; and, where there is data, what the whole run will take in
+    memory, disk and time. Changes nothing.
+
+    Raises as :func:`lobs_native.prune` does before it starts.
+    """
+    settings, skipped = _without_head(job, arguments)
+    plans, tied = selection.plan_layers(
+        job.model,
+        {name: settings[name] for name in selection.OVERRIDABLE},
+        settings["include"],
+        settings["exclude"],
+        None,
+    )
+    layers = []
+    for planned in plans:
+        layer = planned.layer
+        size = None
+        if planned.method == "exact":
+            size = plan_memory(
+                layer.rows,
+                layer.width,
+                sparsity=1.0 if planned.target.sparsity is None else planned.target.sparsity,
+                dtype=layer.weight().dtype,
+                bias=layer.bias() is not None,
+                backend=settings["backend"],
+            ).total
+        layers.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "weights": planned.weights,
+                "asked": planned.asked,
+                "method": planned.method,
+                "bytes": size,
+            }
+        )
+    whole = None
+    if job.batches is not None:
+        whole = pruner.plan_prune(job.model, job.batches, forward=job.forward, **settings)
+    return {
+        "format": 1,
+        "run": None if whole is None else {**whole.to_dict(), "text": str(whole)},
+        "layers": layers,
+        "skipped": [dataclasses.asdict(layer) for layer in (*skipped, *tied)],
+        "settings": job.settings,
+    }
+
+
+def run(
+    job: Job, arguments: Mapping[str, Any], out: Path, *, overwrite: bool, masks: bool
+) -> Report:
+    """Prune the network and write it with its report into a new folder.
+
+    Parameters
+    ----------
+    job : Job
+        Its model is pruned in place.
+    arguments : mapping
+        Of :func:`lobs_native.prune`.
+    out : Path
+        Gets the weights, report.json, report.html, and masks.safetensors (layer name -> bool, True
+        = kept) if ``masks`` says so.
+
+    Raises
+    ------
+    LobsError
+        There is no folder then, or still the old one.
+    """
+    settings, skipped = _without_head(job, arguments)
+    with new_folder(out, overwrite=overwrite) as folder:
+        report = pruner.prune(job.model, job.batches, forward=job.forward, **settings)
+        said = job.save(folder, report.masks)
+        report = dataclasses.replace(
+            report,
+            skipped=(*report.skipped, *skipped),
+            settings={**report.settings, **job.settings, **said},
+        )
+        if masks:
+            path = folder / "masks.safetensors"
+            with writing(path):
+                tensors = {name: mask.cpu().contiguous() for name, mask in report.masks.items()}
+                save_file(tensors, path)
+        report.save(folder / "report.json")
+        report.save(folder / "report.html")
+    return report

@@ -1,0 +1,53 @@
+"""Plain-text tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lobs_native.report.html import visible
+from lobs_native.report.report import Report
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def plan_table(planned: dict[str, Any]) -> str:
+    rows = [("layer", "kind", "shape", "asked", "memory of exact")]
+    for layer in planned["layers"]:
+        size = "-" if layer["bytes"] is None else f"{layer['bytes'] / 1e6:,.1f} MB"
+        shape = " x ".join(map(str, layer["shape"]))
+        rows.append((visible(layer["name"]), layer["kind"], shape, layer["asked"], size))
+    skipped = [f"skipped {visible(s['name'])}: {s['reason']}" for s in planned["skipped"]]
+    weights = sum(layer["weights"] for layer in planned["layers"])
+    last = [f"{len(planned['layers'])} layers with {weights:,} weights"]
+    if planned["run"] is not None:
+        last.append(visible(planned["run"]["text"]))
+    return "\n".join([aligned(rows), *skipped, *last])
+
+
+def report_table(report: Report) -> str:
+    rows = [("layer", "sparsity", "relative error", "damping")]
+    for layer in report.layers:
+        error, damping = f"{layer.relative_error:.4g}", f"{layer.damping:g}"
+        rows.append((visible(layer.name), f"{layer.sparsity:.4f}", error, damping))
+    notes = [f"{visible(r.name)}: {visible(note)}" for r in report.layers for note in r.notes]
+    notes += [f"skipped {visible(s.name)}: {visible(s.reason)}" for s in report.skipped]
+    last = (
+        f"removed {report.removed:,} of {report.weights:,} weights ({report.sparsity:.4f}) in "
+        f"{report.seconds:.1f} s"
+    )
+    return "\n".join([aligned(rows), *notes, last])
+
+
+def in_short(config: dict[str, Any], versions: dict[str, Any]) -> str:
+    """What a run is, in one line."""
+    targets = ("sparsity", "threshold", "max_error", "pattern", "inputs")
+    told = [f"{name} {config[name]}" for name in targets if config.get(name) is not None]
+    made_by = [f"{name} {version}" for name, version in versions.items()]
+    return f"{', '.join([str(config.get('method')), *told])}; {', '.join(made_by)}"

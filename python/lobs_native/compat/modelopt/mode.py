@@ -1,0 +1,285 @@
+"""The sparsity mode ``"lobs"`` of NVIDIA Model-Optimizer and its searcher.
+
+Importing this module needs Model-Optimizer; :func:`lobs_native.compat.modelopt.register` does it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import modelopt
+import torch
+from modelopt.torch.opt.searcher import BaseSearcher
+from modelopt.torch.sparsity.weight_sparsity.mode import SparseGPTModeDescriptor
+from modelopt.torch.sparsity.weight_sparsity.searcher import BaseSparseSearcher
+from modelopt.torch.utils import print_rank_0
+from torch import Tensor, nn
+
+from lobs_native import checks
+from lobs_native.calibration.hooks import Columns, hooked
+from lobs_native.calibration.moments import Moments
+from lobs_native.compat.reporting import report_of
+from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
+from lobs_native.layers import Layer, layers_for
+from lobs_native.network.allocation import passes
+from lobs_native.network.layerwise import prune_layer
+from lobs_native.network.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
+from lobs_native.report.records import LayerReport, Skipped
+from lobs_native.solvers.weight import PrunedWeight
+
+__all__ = ["LOBSModeDescriptor", "LOBSSearcher"]
+
+_TARGETS = ("sparsity", "threshold", "max_error")
+
+
+class LOBSSearcher(BaseSparseSearcher):
+    """Prunes the layers of a sparse meta-model, writes the repaired weights into it and sets masks.
+
+    Keys of ``config``, besides those of all searchers (``data_loader`` with ``collect_func``, or
+    ``forward_loop``: one of them is needed):
+
+    sparsity, threshold, max_error, method, scope, damping, prune_bias, refine
+        As in :func:`lobs_native.prune`; there is no scope "model".
+    pattern
+        As in :func:`lobs_native.prune`, or the host's ``"2:4 sparsity"``. By default 2:4, as in the
+        host, unless one of the three targets is given.
+    overrides
+        {name of a module: {key: value}}, the host's way of leaving layers out being the mode's own
+        configuration, ``("lobs", {"nn.Linear": {"*head*": None}})``.
+    memory
+        Bytes of second moments at most. What does not fit is calibrated in further passes of the
+        data, and sees the layers before it already pruned. By default all layers are calibrated in
+        one pass of the original network.
+    backend
+        A name from :func:`lobs_native.backends`.
+    report
+        Path, ``.json`` or ``.html``, to save the report to.
+
+    Raises
+    ------
+    ArgumentError, PatternError
+        A setting does not fit; before anything runs.
+    NonFiniteError, NotPositiveDefiniteError, LobsError
+        A layer cannot be pruned or was never called. The message names it; all weights and masks
+        are as they were.
+
+    Notes
+    -----
+    The network runs in evaluation mode. Convolutions see their padding. Not for several processes.
+    """
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    @property
+    def default_search_config(self) -> dict[str, Any]:
+        """The keys of ``config`` and their defaults."""
+        return {
+            **super().default_search_config,
+            "pattern": None,
+            "sparsity": None,
+            "threshold": None,
+            "max_error": None,
+            "method": "exact",
+            "scope": "layer",
+            "damping": 0.01,
+            "prune_bias": False,
+            "refine": None,
+            "overrides": {},
+            "memory": None,
+            "backend": None,
+            "report": None,
+        }
+
+    def sanitize_search_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """``config`` with defaults; unknown keys are refused by name."""
+        known = self.default_search_config
+        if unknown := set(config or {}) - set(known):
+            raise ArgumentError(
+                f"config: {sorted(unknown)} unknown; known: {', '.join(sorted(known))}"
+            )
+        made = BaseSearcher.sanitize_search_config(self, dict(config or {}))
+        pattern = made["pattern"]
+        if pattern is None:
+            targeted = any(made[name] is not None for name in _TARGETS)
+            pattern = "unstructured" if targeted else "2:4"
+        made["pattern"] = _pattern(pattern)
+        if made["scope"] == "model":
+            raise ArgumentError("scope: 'model' is for lobs_native.prune; use 'layer' or 'row'")
+        if made["memory"] is not None:
+            made["memory"] = checks.positive_int(made["memory"], "memory")
+        if made["report"] is not None and Path(made["report"]).suffix not in (".json", ".html"):
+            raise ArgumentError(f"report: {made['report']!r} must end in .json or .html")
+        return dict(made)
+
+    def _check_weight_size(self, weight: Tensor, mod_name: str) -> bool:
+        return True  # what does not fit is an error of the plan, which names the layer
+
+    def _compute_mask(self, module: nn.Module) -> Tensor:
+        raise NotImplementedError("masks come with the weights, see run_search")
+
+    # ---- the search ------------------------------------------------------------------------------
+
+    def before_search(self) -> None:
+        """Decide how each layer is to be pruned; nothing has run yet."""
+        super().before_search()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise LobsError("lobs: torch.distributed is initialised; prune in one process")
+        if self.forward_loop is None:
+            raise ArgumentError(
+                "config: calibration is needed; give 'forward_loop', or 'data_loader' with "
+                "'collect_func'"
+            )
+        found = [
+            layer
+            for name, module in self._named_sparsifiable_modules()
+            for layer in layers_for(name, module)
+        ]
+        for layer in found:
+            layer.check()
+        layers, self.skipped = tie(self.model, found, explicit=False)
+        if not layers:
+            raise ArgumentError("model: it has no layer to prune that the mode's rules leave")
+        for target in self.config["overrides"]:
+            if target not in {layer.name for layer in layers}:
+                raise ArgumentError(f"overrides: {target!r} is no layer that is to be pruned")
+        self.plans = [self._planned(layer) for layer in layers]
+        self.begun = time.perf_counter()
+
+    def _planned(self, layer: Layer) -> Plan:
+        settings = {name: self.config[name] for name in OVERRIDABLE}
+        changes = self.config["overrides"].get(layer.name)
+        if changes is not None:
+            settings = overridden(settings, changes, layer.name)
+        return plan_layer(layer, settings)
+
+    @torch.no_grad()
+    def run_search(self) -> None:
+        """Calibrate, prune, write and mask; on any exception all is as it was."""
+        self.model.eval()  # the search puts its mode back
+        most = self.config["memory"]
+        pieces = [self.plans] if most is None else passes(self.plans, most)
+        originals: list[tuple[Layer, dict[str, Tensor], Tensor]] = []
+        self.done: list[LayerReport] = []
+        self.removed = 0
+        try:
+            for piece in pieces:
+                for plan, report, out in self._pruned(piece):
+                    kept = {part: p.clone() for part, p in _parameters(plan.layer)}
+                    originals.append((plan.layer, kept, _sparse(plan.layer)._weight_mask.clone()))
+                    self._write(plan.layer, out)
+                    self.done.append(report)
+                    self.removed += int((~out.mask).sum())
+        except BaseException:
+            for layer, kept, mask in originals:
+                for part, parameter in _parameters(layer):
+                    parameter.copy_(kept[part])
+                _sparse(layer).set_mask(mask)
+            raise
+
+    def _pruned(self, plans: list[Plan]) -> Iterator[tuple[Plan, LayerReport, PrunedWeight]]:
+        begun = time.perf_counter()
+        moments = self._calibrated(plans)
+        each = (time.perf_counter() - begun) / len(plans)
+        for plan in plans:
+            report, out = prune_layer(
+                plan,
+                moments.pop(plan.layer.name),
+                calibrating=each,
+                backend=self.config["backend"],
+            )
+            print_rank_0(
+                f"{report.name}: {report.sparsity:.4f} removed by {report.method}, relative error "
+                f"{report.relative_error:.4g}"
+            )
+            yield plan, report, out
+
+    def _calibrated(self, plans: list[Plan]) -> dict[str, Moments]:
+        moments = {plan.layer.name: Moments(plan.layer) for plan in plans}
+
+        def see(layer: Layer, x: Tensor, columns: Columns) -> None:
+            try:
+                for group, rows in columns(x.detach()):
+                    moments[layer.name][group].update(rows)
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"layer {layer.name!r}: its input on the calibration data: {error}"
+                ) from error
+
+        with hooked([plan.layer for plan in plans], see):
+            self.forward_loop(self.model)
+        missing = [name for name, mine in moments.items() if not mine.rows > 0]
+        if missing:
+            raise LobsError(
+                f"{len(missing)} of {len(plans)} layers were never called during calibration: "
+                f"{', '.join(missing[:8])}; leave them out by the mode's rules, or give data that "
+                "reaches them"
+            )
+        return moments
+
+    def _write(self, layer: Layer, out: PrunedWeight) -> None:
+        """Into the parameters themselves: reading ``module.weight`` gives a product with a mask."""
+        for part, parameter in _parameters(layer):
+            if part == layer.weight_part:
+                parameter.copy_(layer.unpack(out.weight))
+            elif out.bias is not None:
+                parameter.copy_(out.bias.reshape(parameter.shape))
+        _sparse(layer).set_mask(layer.unpack(out.mask))
+
+    def after_search(self) -> None:
+        """Make the report."""
+        super().after_search()
+        skipped: list[Skipped] = self.skipped
+        for one in skipped:
+            print_rank_0(f"{one.name}: left as it was: {one.reason}")
+        told = (*OVERRIDABLE, "overrides", "memory", "backend")
+        self.report = report_of(
+            self.done,
+            skipped,
+            removed=self.removed,
+            weights=sum(plan.weights for plan in self.plans),
+            seconds=time.perf_counter() - self.begun,
+            settings={name: self.config[name] for name in told},
+            host={"modelopt": str(modelopt.__version__)},
+            bound="Model-Optimizer's forward loop does not show what the network returns",
+        )
+        if self.config["report"] is not None:
+            self.report.save(os.fspath(self.config["report"]))
+
+
+class LOBSModeDescriptor(SparseGPTModeDescriptor):
+    """The mode ``"lobs"``; its configuration is that of ``"sparsegpt"``."""
+
+    @property
+    def name(self) -> str:
+        """The mode's name."""
+        return "lobs"
+
+    @property
+    def search_algorithm(self) -> type[BaseSearcher]:
+        """What prunes."""
+        return LOBSSearcher
+
+
+def _pattern(pattern: Any) -> Any:
+    """Without the host's word "sparsity"."""
+    if isinstance(pattern, str) and (found := re.fullmatch(r"(\d+:\d+) sparsity", pattern)):
+        return found[1]
+    return pattern
+
+
+def _sparse(layer: Layer) -> Any:
+    """The module as the host's SparseModule."""
+    return layer.module
+
+
+def _parameters(layer: Layer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The module's own weight and bias."""
+    for part in (layer.weight_part, layer.bias_part):
+        parameter = layer.module._parameters.get(part)
+        if parameter is not None:
+            yield part, parameter

@@ -1,0 +1,104 @@
+"""The weights after every removal of a trace, made when they are looked at.
+
+All of them together are rows x removals x columns numbers: 256 GB for a layer of 4096 x 4096.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.solvers.exact import Greedy
+
+__all__ = ["Snapshots"]
+
+_BYTES = 256 << 20  # of factors and differences that are made together
+
+
+class Snapshots(Sequence[Tensor]):
+    """Like a list of (K + 1, n, C) float32 tensors on the CPU, n rows each, fewer in the last.
+
+    Entry [k, i] is a row after k removals (of weights or blocks); [0] is the row as it was. The
+    last entry that was made is kept, so that looking at it twice costs nothing. The tensors are not
+    to be written to.
+
+    Parameters
+    ----------
+    greedy : Greedy
+        Traced to the end.
+    parallel : int
+        n.
+    back : (C,) int64, optional
+        Where the columns of the trace are to stand: entry c is column back[c] of the trace.
+    """
+
+    def __init__(self, greedy: Greedy, parallel: int, back: Tensor | None = None) -> None:
+        self._greedy = greedy
+        self._parallel = parallel
+        self._back = None if back is None else back.cpu()
+        self.unit = greedy.unit
+        self._last: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self._greedy.rows.count) // self._parallel)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        """One entry, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if self._last is None or self._last[0] != place:
+            self._last = None  # before the next one is made
+            self._last = (place, self._made(place))
+        return self._last[1]
+
+    def _made(self, place: int) -> Tensor:
+        problem = self._greedy.problem
+        _, R, C = problem.before.shape
+        rows = torch.arange(len(self._greedy.rows.count))
+        rows = rows[place * self._parallel : (place + 1) * self._parallel]
+        out = torch.empty(C // self.unit + 1, len(rows), C)
+        together = max(1, _BYTES // (24 * C * C))
+        for g in (rows // R).unique().tolist():
+            mine = (rows // R == g).nonzero()[:, 0]
+            for some in mine.split(together):
+                out[:, some] = self._levels(g, rows[some]).to(torch.float32).cpu()
+        return out if self._back is None else out[:, :, self._back]
+
+    def _levels(self, g: int, rows: Tensor) -> Tensor:
+        """(K + 1, n, C) float64.
+
+        With the columns in their order of removal, A = L L^T and c = L^-1 w: the k-th removal takes
+        c_k L[:, k] off a row, and leaves zeros up to k.
+        """
+        greedy = self._greedy
+        problem = greedy.problem
+        A = problem.inverses[g].A
+        C = len(A)
+        order = greedy.rows.order[rows].long().to(A.device)  # (n, C)
+        w = problem.before[g][(rows % problem.before.shape[1]).to(A.device)].to(A.dtype)
+        factor, info = torch.linalg.cholesky_ex(A[order[:, :, None], order[:, None, :]])
+        if bool(info.any()):
+            raise NotPositiveDefiniteError(
+                "Traces: rounding in float64 left no positive pivot; raise rel_damp"
+            )
+        ordered = w.gather(1, order)[:, :, None]
+        steps = factor.mul_(
+            torch.linalg.solve_triangular(factor, ordered, upper=False).mT
+        )  # (n, C, C): [i, p, k] leaves column p at removal k
+        left = ordered - steps.cumsum_(2)
+        left = left[:, :, self.unit - 1 :: self.unit]
+        count = torch.arange(1, left.shape[2] + 1, device=A.device) * self.unit
+        left.masked_fill_(torch.arange(C, device=A.device)[:, None] < count, 0.0)
+        levels = torch.cat([ordered, left], 2).permute(2, 0, 1)  # (K + 1, n, C), as removed
+        return torch.empty_like(levels).scatter_(2, order.expand_as(levels), levels)

@@ -1,0 +1,342 @@
+"""PyTorch's own two pruning packages: ``torch.nn.utils.prune`` and ``torch.ao.pruning``.
+
+Both know masks only: a weight is a parameter times a mask. Optimal Brain Surgeon also changes what
+is kept. Both adapters therefore write the repaired weights, with exact zeros where something was
+removed, into the parameter behind the mask (``weight_orig``; ``parametrizations.weight.original``)
+and the bias into the module's, in place, so that optimizers keep what they hold. The values from
+before are not kept: copy the model first if they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+
+from lobs_native.calibration.run import Forward
+from lobs_native.compat.torch_prune.one_parameter import (
+    How,
+    Pruned,
+    layer_of,
+    prune_parameter,
+    second_moments,
+    write_bias,
+)
+from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.layers import Layer
+from lobs_native.report.records import LayerReport
+
+__all__ = ["LOBSSparsifier", "LOBSUnstructured", "lobs_unstructured", "second_moments"]
+
+
+# ---- torch.nn.utils.prune ------------------------------------------------------------------------
+
+
+class LOBSUnstructured(BasePruningMethod):
+    """Prune a layer's weight by second-order information, as a method of ``torch.nn.utils.prune``.
+
+    Call :meth:`apply`; an instance is what stays in the module's hooks. ``mask`` is the mask that
+    was found, ``report`` a ``LayerReport`` of what it cost; its ``rows`` are nan where ``hessian``
+    was a matrix, which does not tell.
+    """
+
+    PRUNING_TYPE = "global"  # compute_mask is then given whole tensors, in their own shape
+
+    def __init__(self, mask: Tensor, report: LayerReport) -> None:
+        self.mask = mask
+        self.report = report
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The mask that was found, on top of the one before."""
+        return default_mask * self.mask.to(device=default_mask.device, dtype=default_mask.dtype)
+
+    @classmethod
+    def apply(  # type: ignore[override]
+        cls,
+        module: nn.Module,
+        name: str,
+        hessian: Any = None,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        max_error: float | None = None,
+        method: str = "exact",
+        pattern: Any = "unstructured",
+        scope: str = "layer",
+        damping: float = 0.01,
+        refine: str | None = None,
+        update_bias: bool = True,
+        backend: str | None = None,
+    ) -> BasePruningMethod:
+        """Prune the tensor ``name`` of ``module``, repair the rest, and attach the mask.
+
+        The repaired values are written into the parameter, which becomes ``<name>_orig``, before
+        ``<name>_mask`` is attached: without the mask the weights are those of the pruned layer, not
+        those from before.
+
+        Parameters
+        ----------
+        module : nn.Module
+            Linear, Conv1d to 3d (groups as well), their transposes, transformers' Conv1D, or a
+            type made known by ``register_layer``. Its weight may have been pruned before, by any
+            method of ``torch.nn.utils.prune``.
+        name : str
+            The weight's name, mostly ``"weight"``.
+        hessian : Hessian, (C, C) tensor, or a list of these, one for each group
+            Mean second moment of the layer's inputs, not modified; :func:`second_moments` collects
+            it. Columns of convolutions are in the order (kernel position, input channel).
+        sparsity : float in [0, 1]
+            Share of the whole weight that is zero afterwards, what was pruned before included
+            (``amount`` of torch's own methods is a share of what is left). It may not be lower
+            than what the mask removes already. Without any target, on a weight that has a mask,
+            nothing more is removed and the kept weights are repaired for that mask.
+        threshold, max_error, method, pattern, scope, damping, refine, backend
+            As in :func:`lobs_native.prune_weight`.
+        update_bias : bool
+            Update ``module.bias`` together with the weights where ``hessian`` has a last column of
+            ones; without one, or with False, the bias stays as it is.
+
+        Returns
+        -------
+        LOBSUnstructured, or PruningContainer
+            The hook, as torch's own methods return it; a container, whose last member is ours, if
+            the weight was pruned before.
+
+        Raises
+        ------
+        ArgumentError, DtypeError, ShapeError, PatternError, BackendError
+            An argument does not fit. Nothing has been changed.
+        NonFiniteError, NotPositiveDefiniteError
+            As in :func:`lobs_native.prune_weight`. Nothing has been changed.
+
+        Warns
+        -----
+        RuntimeWarning
+            More damping was needed than was asked for; ``report`` says how much.
+
+        Notes
+        -----
+        ``prune.remove``, ``prune.is_pruned``, containers and ``state_dict`` work as with torch's
+        own methods. A budget for several layers is ``lobs_native.prune(model, scope="model")``;
+        ``as_torch_prune`` then makes the same buffers. A weight that several modules share has to
+        be pruned by ``lobs_native.prune`` as well.
+        """
+        how = How(
+            sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias,
+            backend,
+        )  # fmt: skip
+        layer = layer_of(module, name, type(module).__name__)
+        parameter, mask = _parameter(module, name)
+        found = prune_parameter(layer, _effective(parameter, mask), mask, hessian, how)
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(found.weight)
+        try:
+            made = super().apply(  # type: ignore[no-untyped-call]
+                module, name, found.mask, found.report
+            )
+        except BaseException:
+            with torch.no_grad():
+                parameter.copy_(before)
+            raise
+        write_bias(layer, found.bias)
+        assert isinstance(made, BasePruningMethod)
+        return made
+
+
+def lobs_unstructured(module: nn.Module, name: str, hessian: Any = None, **how: Any) -> nn.Module:
+    """:meth:`LOBSUnstructured.apply` in the style of ``prune.l1_unstructured``: returns the module.
+
+    Parameters
+    ----------
+    module, name, hessian, **how
+        As there. The module is changed in place.
+
+    Returns
+    -------
+    nn.Module
+        The same module.
+    """
+    LOBSUnstructured.apply(module, name, hessian, **how)
+    return module
+
+
+def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter, Tensor | None]:
+    """The parameter behind a weight and its mask (bool), None where it has none."""
+    own, original = module._parameters.get(name), module._parameters.get(f"{name}_orig")
+    hooks = [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name
+    ]
+    if own is not None and not hooks:
+        return own, None
+    mask = module._buffers.get(f"{name}_mask")
+    if original is None or mask is None or len(hooks) != 1:
+        raise ArgumentError(
+            f"name: {name!r} of {type(module).__name__} is computed from other parameters, but not "
+            "by torch.nn.utils.prune; use LOBSSparsifier for the parametrizations of "
+            "torch.ao.pruning, or make it permanent first (remove_parametrizations)"
+        )
+    return original, mask != 0
+
+
+def _effective(parameter: Tensor, mask: Tensor | None) -> Tensor:
+    """The weight as the next forward would see it."""
+    value = parameter.detach()
+    return value if mask is None else value.masked_fill(~mask, 0)
+
+
+# ---- torch.ao.pruning ----------------------------------------------------------------------------
+
+
+class LOBSSparsifier(BaseSparsifier):
+    """Prune a model's layers by second-order information, as ``torch.ao.pruning`` has it.
+
+    ``prepare(model, config)`` puts masks of ones on the weights, ``step()`` prunes, and
+    ``squash_mask()`` makes the result permanent. Repaired values go into
+    ``parametrizations.<name>.original`` and masks into ``parametrizations.<name>[0].mask``, in
+    place, and only after all layers have been computed: a failure changes nothing. A later step
+    with a higher sparsity goes on from there and never brings a weight back.
+
+    Parameters
+    ----------
+    hessians : {module name: Hessian, (C, C) tensor, or a list of these, one for each group}
+        What :func:`second_moments` returns. Not modified.
+    calibration : iterable of batches
+        Instead of ``hessians``: the model is run on them at every step, and its second moments are
+        those of the weights as they are then. ``forward`` as in :func:`second_moments`.
+    sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias, backend
+        As in :meth:`LOBSUnstructured.apply`, for every layer; an entry of ``config`` may have its
+        own, next to its ``tensor_fqn``.
+
+    Attributes
+    ----------
+    reports : {tensor_fqn: LayerReport}
+        What the last step did to each layer.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        Not exactly one of ``hessians`` and ``calibration``, or they are not what they should be.
+
+    Notes
+    -----
+    As in every BaseSparsifier, a config of None means all nn.Linear, and the model's state_dict
+    holds no masks; the zeros are in the weights themselves.
+    """
+
+    def __init__(
+        self,
+        hessians: Mapping[str, Any] | None = None,
+        *,
+        calibration: Any = None,
+        forward: Forward | None = None,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        max_error: float | None = None,
+        method: str = "exact",
+        pattern: Any = "unstructured",
+        scope: str = "layer",
+        damping: float = 0.01,
+        refine: str | None = None,
+        update_bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        if (hessians is None) == (calibration is None):
+            raise ArgumentError("hessians, calibration: give exactly one of them")
+        if hessians is not None and not isinstance(hessians, Mapping):
+            raise DtypeError(
+                f"hessians: expected {{module name: Hessian}}, got {type(hessians).__name__}"
+            )
+        how = How(
+            sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias,
+            backend,
+        )  # fmt: skip
+        super().__init__(defaults=dict(vars(how)))
+        self.hessians = hessians
+        self.calibration = calibration
+        self.forward = forward
+        self.reports: dict[str, LayerReport] = {}
+
+    def step(self, use_path: bool = True) -> None:
+        """Prune every layer of the config to its target, all or none of them.
+
+        Raises
+        ------
+        ArgumentError
+            A layer has no second moment, or is none that can be pruned.
+        LobsError
+            As in :func:`lobs_native.prune_weight`, with the layer's name. Nothing has been changed.
+        """
+        if not self.enable_mask_update:
+            return
+        hessians = self._hessians([group["module_fqn"] for group in self.groups])
+        done = [(group, *self._pruned(hessians, **group)) for group in self.groups]
+        for group, layer, found in done:
+            _write(group["module"], group["tensor_name"], layer, found)
+            self.reports[group["tensor_fqn"]] = found.report
+
+    def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
+        """Prune one tensor of the config; ``step`` does all of them."""
+        hessians = self._hessians([kwargs["module_fqn"]])
+        layer, found = self._pruned(hessians, module, tensor_name, **kwargs)
+        _write(module, tensor_name, layer, found)
+        self.reports[kwargs["tensor_fqn"]] = found.report
+
+    def _hessians(self, names: list[str]) -> Mapping[str, Any]:
+        if self.hessians is not None:
+            return self.hessians
+        return second_moments(self.model, self.calibration, names=names, forward=self.forward)
+
+    def _pruned(
+        self,
+        hessians: Mapping[str, Any],
+        module: nn.Module,
+        tensor_name: str,
+        module_fqn: str,
+        **config: Any,
+    ) -> tuple[Layer, Pruned]:
+        layer = layer_of(module, tensor_name, module_fqn or type(module).__name__)
+        original, mask = _parametrized(module, tensor_name, layer.name)
+        how = How(**{key: config[key] for key in How.__dataclass_fields__})
+        value, kept = original.detach(), mask != 0
+        found = prune_parameter(
+            layer,
+            value.masked_fill(~kept, 0),
+            None if bool(kept.all()) else kept,
+            hessians.get(module_fqn),
+            how,
+        )
+        return layer, found
+
+
+def _parametrized(module: nn.Module, name: str, called: str) -> tuple[Tensor, Tensor]:
+    """The parameter behind a weight and the mask of its one parametrization."""
+    chain: Any = ()
+    if parametrize.is_parametrized(module, name):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        chain = module.parametrizations[name]
+    kinds = [type(member).__name__ for member in chain]
+    if len(kinds) != 1 or not isinstance(chain[0], FakeSparsity):
+        raise ArgumentError(
+            f"layer {called!r}: its {name} must have one parametrization, FakeSparsity, which "
+            f"prepare() puts there; it has {', '.join(kinds) or 'none'}"
+        )
+    mask = chain[0].mask
+    assert isinstance(mask, Tensor)
+    return chain.original, mask
+
+
+@torch.no_grad()
+def _write(module: nn.Module, name: str, layer: Layer, found: Pruned) -> None:
+    original, mask = _parametrized(module, name, layer.name)
+    original.copy_(found.weight)
+    mask.copy_(found.mask)
+    write_bias(layer, found.bias)

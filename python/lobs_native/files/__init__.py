@@ -1,0 +1,1 @@
+"""Files: written atomically, and read as if they were hostile."""

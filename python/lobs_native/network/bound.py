@@ -1,0 +1,233 @@
+"""Theorem 3.2 of the paper for a whole network, where it holds.
+
+For a feed-forward chain of linear layers with 1-Lipschitz activations (the paper: ReLU), with E_k
+the error that pruning layer k incurred on its inputs,
+
+    ||output - original||_F / sqrt(n)  <=  sum_k ( prod_{l > k} ||What_l|| ) sqrt(E_k)
+
+with Frobenius norms as printed, or with spectral norms, which the same proof allows and which are
+far smaller. Biases cancel. If layers were pruned against the inputs of the already pruned network,
+the telescoping goes the other way round and the same holds with the norms of the ORIGINAL later
+layers (our remark).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from lobs_native.calibration.run import Run, measure_change
+from lobs_native.errors import ArgumentError
+from lobs_native.layers import Layer
+from lobs_native.network.selection import Plan
+from lobs_native.report.records import ErrorBound, LayerReport
+
+__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
+
+
+class NotAChainError(Exception):
+    """The network is not one that the theorem covers; the message says why."""
+
+
+_LIPSCHITZ_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.AlphaDropout,
+)  # fmt: skip
+_LIPSCHITZ_FUNCTIONS = {
+    torch.relu, functional.relu, functional.relu6, functional.hardtanh,
+    torch.tanh, torch.sigmoid, torch.flatten,
+}  # fmt: skip
+_LIPSCHITZ_METHODS = {
+    "relu",
+    "relu_",
+    "tanh",
+    "sigmoid",
+    "flatten",
+    "view",
+    "reshape",
+    "contiguous",
+}
+_SHAPE_METHODS = {"size", "dim"}
+
+
+def chain_of(model: nn.Module, holding: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers, first to last, if ``model`` is a chain of them, those of
+    ``holding`` included.
+
+    Raises NotAChainError with the reason if it is not.
+    """
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception as error:  # tracing runs the user's forward: anything can come out of it
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NotAChainError(f"the model could not be traced: {first_line}") from error
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    current: fx.Node | None = None
+    shapes: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if current is not None and node.users:
+                raise NotAChainError(f"it has more than one input ({node.name})")
+            current = current or node
+        elif node.op == "output":
+            if node.args[0] is not current:
+                raise NotAChainError("its output is not the last layer's output alone")
+        elif _is_shape(node, shapes):
+            shapes.add(node)
+        else:
+            _check_step(node, current, modules, names)
+            current = node
+    if not names:
+        raise NotAChainError("it has no linear layer")
+    for name in holding:
+        if name not in names:
+            raise NotAChainError(f"layer {name} is not part of the chain")
+    return names
+
+
+def _is_shape(node: fx.Node, shapes: set[fx.Node]) -> bool:
+    """Whether a node yields sizes, which carry no values of the network."""
+    if node.op == "call_method" and node.target in _SHAPE_METHODS:
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_function" and node.target is operator.getitem and node.args[0] in shapes
+
+
+def _check_step(
+    node: fx.Node, current: fx.Node | None, modules: Mapping[str, nn.Module], names: list[str]
+) -> None:
+    if not node.args or node.args[0] is not current:
+        raise NotAChainError(f"{node.name} reads something else than the step before it")
+    what: Any = node.target
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) is nn.Linear:
+            if str(node.target) in names:
+                raise NotAChainError(f"layer {node.target} is used twice")
+            names.append(str(node.target))
+            return
+        if isinstance(module, _LIPSCHITZ_MODULES):
+            return
+        if isinstance(module, nn.LeakyReLU) and abs(module.negative_slope) <= 1:
+            return
+        if isinstance(module, nn.ELU) and abs(module.alpha) <= 1:
+            return
+        what = type(module).__name__
+    elif node.op == "call_function" and node.target is functional.dropout:
+        if node.kwargs.get("training", True) is False:
+            return
+        what = "dropout that is always on"
+    elif (node.op == "call_function" and node.target in _LIPSCHITZ_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _LIPSCHITZ_METHODS
+    ):
+        return
+    raise NotAChainError(
+        f"{getattr(what, '__name__', what)} ({node.name}) is not covered by the theorem"
+    )
+
+
+def theorem_parts(
+    chain: Sequence[str],
+    weight: Callable[[str], Tensor],
+    errors: Mapping[str, tuple[float, float]],
+    output_rows: float,
+) -> dict[str, tuple[float, float]]:
+    """name -> what each pruned layer adds to the (Frobenius, spectral) bound.
+
+    chain : the layers' names, first to last.
+    weight : name -> (R, C) of a layer: the pruned ones if layers were pruned on dense inputs, the
+    original ones otherwise.
+    errors : name -> (E_k, rows), for the pruned layers.
+    output_rows : rows of the network's output; a layer may see more of them where a flatten follows
+    it.
+    """
+    parts = {}
+    later_frobenius = later_spectral = 1.0
+    for name in reversed(chain):
+        if name in errors:
+            error, count = errors[name]
+            step = math.sqrt(error * count / output_rows)
+            parts[name] = later_frobenius * step, later_spectral * step
+        w = weight(name).detach().to(torch.float64)
+        later_frobenius *= float(torch.linalg.matrix_norm(w))
+        later_spectral *= float(torch.linalg.matrix_norm(w, ord=2))
+    return parts
+
+
+def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """name -> (1, R) of the square of the spectral norms of the layers after it.
+
+    Their sum over the layers, each times its error, is within a factor of the number of layers of
+    the square of the bound. ArgumentError if the theorem does not cover the network.
+    """
+    try:
+        chain = chain_of(model, [layer.name for layer in layers])
+    except NotAChainError as why:
+        raise ArgumentError(
+            f"sensitivity: 'bound' needs a network that Theorem 3.2 covers: {why}; use 'output'"
+        ) from why
+    modules = dict(model.named_modules())
+    later, found = 1.0, {}
+    for name in reversed(chain):
+        found[name] = later
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        later *= float(torch.linalg.matrix_norm(weight.detach().double(), ord=2)) ** 2
+    return {
+        layer.name: torch.full((layer.groups, layer.rows), found[layer.name], dtype=torch.float64)
+        for layer in layers
+    }
+
+
+def error_bound_of(
+    model: nn.Module,
+    run: Run,
+    order: Sequence[Plan],
+    done: Mapping[str, LayerReport],
+    inputs: str,
+) -> ErrorBound:
+    measured = measure_change(run)
+    root = None if measured is None else (measured[0] / measured[2]) ** 0.5
+    norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
+    try:
+        if run.forward is not None:
+            raise NotAChainError(
+                "the model is run by a function (forward=), so its steps are not known"
+            )
+        if run.padded:
+            raise NotAChainError("padding was left out, of which the output also has rows")
+        if measured is None:
+            raise NotAChainError("the output is not one floating-point tensor")
+        chain = chain_of(model, [plan.layer.name for plan in order])
+        last = max(done, key=chain.index)
+        if inputs == "corrected" and done[last].inherited is None:
+            raise NotAChainError(f"layer {last}, the last one pruned, was not corrected")
+    except NotAChainError as why:
+        return ErrorBound(covered=False, reason=str(why), measured=root, output_norm=norm)
+    modules = dict(model.named_modules())
+
+    def weight(name: str) -> Tensor:
+        now = modules[name].weight
+        assert isinstance(now, Tensor)
+        full = f"{name}.weight" if name else "weight"
+        return now.detach() if inputs == "dense" else run.originals.get(full, now.detach())
+
+    errors = {name: (report.error, report.rows) for name, report in done.items()}
+    rule = "Theorem 3.2"
+    if inputs == "pruned":
+        rule = "Theorem 3.2 for pruned inputs: norms of the original later layers"
+    elif inputs == "corrected":  # its error has those of all layers before it in it
+        errors = {last: errors[last]}
+        rule = f"the measured error of {last}, times the norms of the layers after it"
+    parts = theorem_parts(chain, weight, errors, measured[2])
+    frobenius, spectral = (sum(part[k] for part in parts.values()) for k in (0, 1))
+    each = {name: part[1] for name, part in parts.items()}
+    return ErrorBound(True, rule, frobenius, spectral, root, norm, each)

@@ -1,0 +1,211 @@
+"""What pruning a network will take in memory, disk and time, before it starts; and how a limit on
+memory is divided."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lobs_native import ops
+from lobs_native.network.selection import Plan
+from lobs_native.solvers.memory import plan_memory
+from lobs_native.solvers.problem import PIECE
+
+__all__ = ["RunPlan", "Workload", "plan_run"]
+
+STATISTICS = 4 << 30  # bytes of second moments in one pass over the data without a limit, at most
+_EXACT, _DOUBLE = 0.4, 0.4  # rates of exact removal and of float64, over torch's float32 product
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What was seen of the model and the data: a forward pass, and what flows between blocks."""
+
+    batches: float  # how many there are, in units of the first
+    forward: float  # seconds of one forward pass over all of them
+    rows: dict[str, float]  # of each layer, from the first
+    states: int = 0  # bytes of hidden states between blocks, of all batches
+    others: int = 0  # and of what else blocks are called with
+    passes: float = 0.0  # forward passes over all batches
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Bytes besides the network, its data, and its own forward pass (with sensitivities, backward
+    pass); ``str()`` of it is for people."""
+
+    largest: str  # the layer that needs most
+    layer: int  # what pruning it takes: second moment, inverse, trace, scratch
+    statistics: int  # second moments of other layers at the same time
+    states: int  # hidden states between blocks
+    kept: int  # masks, original weights, results that have to wait or weights that are swapped
+    disk: int  # of states and weights that do not fit
+    seconds: float  # an estimate; half or twice as long is no surprise
+    limit: int | None
+    scratch: int | None  # limit on the scratch of one layer
+    statistics_limit: int  # limits for what can be shared out
+    states_limit: int | None
+    kept_limit: int | None  # of original weights; of results that wait, or weights swapped, again
+    swapped_limit: int | None
+
+    @property
+    def memory(self) -> int:
+        """All of it that is in memory."""
+        return self.layer + self.statistics + self.states + self.kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"memory": self.memory, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        def mb(size: int) -> str:
+            return f"{size / 1e6:,.0f} MB"
+
+        limit = "" if self.limit is None else f" of {mb(self.limit)} allowed"
+        minutes, seconds = divmod(round(self.seconds), 60)
+        about = f"{minutes} min {seconds} s" if minutes else f"{max(1, seconds)} s"
+        return (
+            f"plan: {mb(self.memory)}{limit} besides the model, the data and a forward pass "
+            f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
+            f"{mb(self.states)} states, {mb(self.kept)} weights and masks); {mb(self.disk)} on "
+            f"disk; about {about}"
+        )
+
+
+def _scratch_limit(plans: Sequence[Plan], memory: int | None, backend: str | None) -> int | None:
+    """What kernels may take of ``memory`` for one layer: a quarter, but at least what one thread
+    needs."""
+    if memory is None:
+        return None
+    least = [
+        ops.exact_bytes(plan.columns, _kernel(plan), backend=backend)
+        for plan in plans
+        if plan.method == "exact"
+    ]
+    return max([memory // 4, *least])
+
+
+def _layer_memory(
+    plan: Plan, scratch: int | None, backend: str | None, *, corrected: bool = False
+) -> int:
+    """Bytes that pruning one layer takes: its second moments, inverses, trace and scratch."""
+    layer, D = plan.layer, plan.columns
+    rows, square = layer.groups * layer.rows, 8 * D * D
+    share = plan.target.sparsity
+    work = plan_memory(
+        rows,
+        layer.width,
+        sparsity=1.0 if share is None else min(1.0, share),
+        dtype=layer.weight().dtype,
+        bias=layer.bias() is not None,
+        memory=scratch if plan.method == "exact" else None,
+        backend=backend,
+    )
+    parts = work.matrices + (work.scratch + work.trace if plan.method == "exact" else 0)
+    others = (layer.groups - 1) * square  # inverses
+    pull = rows * D * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
+    measuring = 5 * 8 * min(rows * D, PIECE)
+    return plan.moment_bytes + parts + others + pull + measuring
+
+
+def plan_run(
+    plans: Sequence[Plan],
+    work: Workload,
+    *,
+    inputs: str,
+    memory: int | None,
+    backend: str | None,
+) -> RunPlan:
+    """Divide ``memory`` among what pruning takes.
+
+    Raises MemoryError, with the layer and the bytes that are needed, if it cannot be kept to.
+    """
+    scratch = _scratch_limit(plans, memory, backend)
+    corrected = inputs == "corrected"
+    needs = {p.layer.name: _layer_memory(p, scratch, backend, corrected=corrected) for p in plans}
+    largest = max(needs, key=lambda name: needs[name])
+    weights = sum(
+        p.numel() * p.element_size() for plan in plans for p in plan.layer.parameters.values()
+    )
+    masks = sum(plan.layer.groups * plan.layer.rows * plan.layer.width for plan in plans)
+    fixed = needs[largest] + masks + work.others
+    if memory is not None and fixed > memory:
+        raise MemoryError(
+            f"memory: layer {largest!r} needs {needs[largest]:,} bytes, and masks and what blocks "
+            f"are called with {masks + work.others:,}: {fixed:,} together, more than the "
+            f"{memory:,} allowed; allow more, or exclude it"
+        )
+    moments = {plan.layer.name: plan.moment_bytes for plan in plans}
+    together = inputs == "dense" or any(plan.scope == "model" for plan in plans)
+    more = max(0, sum(moments.values()) - moments[largest]) if together else 0
+    more = min(more, STATISTICS)
+    times = 1 if inputs == "pruned" else 2  # results wait until the end, or weights are swapped
+    keeping = weights * times
+    states_limit = kept_limit = swapped_limit = None
+    states, kept, statistics = work.states, keeping, more
+    if memory is not None:
+        left = memory - fixed
+        statistics = min(more, left // 2)
+        left -= statistics
+        states_limit = states = min(work.states, max(left // 2, left - keeping))
+        kept = min(keeping, left - states)
+        kept_limit = kept // times
+        swapped_limit = kept_limit if corrected else needs[largest]
+    return RunPlan(
+        largest=largest,
+        layer=needs[largest],
+        statistics=statistics,
+        states=states + work.others,
+        kept=kept + masks,
+        disk=work.states + keeping - states - kept,
+        seconds=_seconds(plans, work, corrected),
+        limit=memory,
+        scratch=scratch,
+        statistics_limit=statistics + moments[largest],
+        states_limit=states_limit,
+        kept_limit=kept_limit,
+        swapped_limit=swapped_limit,
+    )
+
+
+def _kernel(plan: Plan) -> torch.dtype:
+    wide = plan.layer.weight().dtype == torch.float64
+    return torch.float64 if wide else torch.float32
+
+
+def _seconds(plans: Sequence[Plan], work: Workload, corrected: bool) -> float:
+    """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
+    products = doubles = exact = 0.0
+    for plan in plans:
+        layer, D = plan.layer, float(plan.columns)
+        R, N = float(layer.groups * layer.rows), work.rows.get(layer.name, 0.0) * work.batches
+        products += N * D * D * layer.groups
+        if corrected:
+            products += 6 * N * R * D
+        gone = D * (1.0 if plan.target.sparsity is None else plan.target.sparsity)
+        doubles += 4 * R * D * D
+        if plan.method not in ("magnitude", "wanda"):
+            doubles += 2 * layer.groups * D**3
+        if plan.method == "exact":
+            times = 2 if plan.scope == "model" else 1
+            exact += times * R * (D * gone**2 - 2 * gone**3 / 3)
+            products += R * 2 * min(gone, D - gone) ** 3 / 3
+    rate = _rate()
+    spent = products / rate + doubles / (_DOUBLE * rate) + exact / (_EXACT * rate)
+    return spent + work.forward * work.passes
+
+
+def _rate() -> float:
+    """Floating-point operations per second of torch's float32 product here."""
+    x = torch.ones(384, 384)
+    best = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 384**3 / best

@@ -1,0 +1,44 @@
+"""The operations: check the tensors, choose a backend, call it, turn a status into an exception."""
+
+from lobs_native.ops.dispatch import backends, levels, select_backend
+from lobs_native.ops.exact import MAX_BLOCK, Trace, affordable_threads, exact_bytes, exact_trace
+from lobs_native.ops.exchange import exchange_
+from lobs_native.ops.hessian import hessian_accumulate_
+from lobs_native.ops.inverse import inverse_update_
+from lobs_native.ops.native import (
+    _core,
+    full_precision,
+    on_device,
+    parallel_runtime,
+    threads,
+)
+from lobs_native.ops.ranking import rank_lowest, rank_rows
+from lobs_native.ops.saliency import saliency_argmin
+from lobs_native.ops.solve import support_solve_
+from lobs_native.ops.static_order import static_order_prune_
+from lobs_native.ops.sweep import sweep_block_
+
+__all__ = [
+    "MAX_BLOCK",
+    "Trace",
+    "_core",
+    "affordable_threads",
+    "backends",
+    "exact_bytes",
+    "exact_trace",
+    "exchange_",
+    "full_precision",
+    "hessian_accumulate_",
+    "inverse_update_",
+    "levels",
+    "on_device",
+    "parallel_runtime",
+    "rank_lowest",
+    "rank_rows",
+    "saliency_argmin",
+    "select_backend",
+    "static_order_prune_",
+    "support_solve_",
+    "sweep_block_",
+    "threads",
+]

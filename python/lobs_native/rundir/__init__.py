@@ -1,0 +1,1 @@
+"""The run directory: what keeps a long run from being lost."""

@@ -1,0 +1,46 @@
+"""Fingerprints of a model and its data, by which a resumed run is recognised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["fingerprints"]
+
+
+def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+    """sha256 of the model's parameters and buffers (of those that are not saved as well, which
+    the output may depend on) and of the calibration data, and how many batches there are."""
+    state = hashlib.sha256()
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
+        _add(state, name, value)
+    data, count = hashlib.sha256(), 0
+    for batch in batches:
+        count += 1
+        for path, value in _leaves("", batch):
+            if isinstance(value, Tensor):
+                _add(data, path, value)
+            else:
+                told = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
+                data.update(f"{path} {told!r}\n".encode())
+    return {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
+
+
+def _add(digest: Any, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{path}.{key}", part)
+    else:
+        for i, part in enumerate(tree_leaves(value)):
+            yield f"{path}.{i}", part

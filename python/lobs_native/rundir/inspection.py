@@ -1,0 +1,123 @@
+"""Looking at a run directory from outside: its state, its repair, its command, its report."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, cast
+
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.report.records import ErrorBound, plain, report_of_layer
+from lobs_native.report.report import Report
+from lobs_native.rundir.directory import RunDirectory
+
+__all__ = ["command_of", "inspect", "repair", "report_of"]
+
+
+def _told(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Names of the layers, config and versions from the header of a run."""
+    header = run.header
+    names, config, versions = (header.get(key) for key in ("layers", "config", "versions"))
+    right = {
+        "layers": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "config": isinstance(config, dict),
+        "versions": isinstance(versions, dict),
+    }
+    # What is there and wrong says more than what is missing.
+    for key in sorted(right, key=lambda key: key not in header):
+        if not right[key]:
+            raise CheckpointError(f"{run.path}: its header has no {key} that can be read")
+    return cast(list[str], names), cast(dict[str, Any], config), cast(dict[str, Any], versions)
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state of a run, finished or not, as plain JSON values: what it is, the layers that are
+    committed of all, their errors, and what is wrong with its files. Changes nothing.
+
+    Raises CheckpointError if there is no run, or its header or list of records is damaged.
+    """
+    with RunDirectory.open(path, write=False) as run:
+        names, config, versions = _told(run)
+        layers = [report_of_layer(record.info) for record in run.records if record.kind == "layer"]
+        return {
+            "format": 1,
+            "path": str(run.path),
+            "layers": len(names),
+            "done": [
+                {"name": x.name, "sparsity": x.sparsity, "relative_error": plain(x.relative_error)}
+                for x in layers
+            ],
+            "missing": [name for name in names if name not in {x.name for x in layers}],
+            "config": config,
+            "versions": versions,
+            "problems": [str(problem) for problem in run.check()],
+        }
+
+
+def repair(path: str | os.PathLike[str]) -> list[str]:
+    """Drop from a run what is damaged and all that follows it; what was done, one line each.
+
+    Raises CheckpointError if there is no run, its header is damaged, or it is being written to.
+    """
+    with RunDirectory.open(path, write=True, repair=True) as run:
+        return run.messages
+
+
+def command_of(path: str | os.PathLike[str]) -> list[str]:
+    """The arguments of the command that began a run, if it was begun in the current folder.
+
+    Only there: its paths may be relative, and a folder that a file names is none to import from.
+
+    Raises
+    ------
+    ArgumentError
+        The run was begun by a call of ``prune``, or in another folder.
+    CheckpointError
+        There is no run, or it is damaged.
+    """
+    with RunDirectory.open(path, write=False) as run:
+        told = run.header.get("command")
+    if told is None:
+        raise ArgumentError(
+            f"RUN_DIR: {os.fspath(path)} was not begun by this command; call prune with run_dir "
+            "and the same arguments again"
+        )
+    folder = told.get("folder") if isinstance(told, dict) else None
+    arguments = told.get("arguments") if isinstance(told, dict) else None
+    if not (
+        isinstance(folder, str)
+        and isinstance(arguments, list)
+        and all(isinstance(x, str) for x in arguments)
+    ):
+        raise CheckpointError(f"{os.fspath(path)}: holds no command that could be run again")
+    if os.path.realpath(folder) != os.path.realpath(os.curdir):
+        raise ArgumentError(f"RUN_DIR: {os.fspath(path)} was begun in {folder}; change to it first")
+    return arguments
+
+
+def report_of(path: str | os.PathLike[str]) -> Report:
+    """A report of the layers that a run has committed. Raises as :func:`inspect` does."""
+    with RunDirectory.open(path, write=False) as run:
+        names, config, versions = _told(run)
+        layers = tuple(
+            report_of_layer(record.info) for record in run.records if record.kind == "layer"
+        )
+    sizes = [math.prod(layer.shape) for layer in layers]
+    removed = sum(round(x.sparsity * n) for x, n in zip(layers, sizes, strict=True))
+    committed = {layer.name for layer in layers}
+    missing = tuple(name for name in names if name not in committed)
+    done = f"{len(layers)} of {len(names)} layers"
+    if missing:
+        done = f"unfinished: {done}"
+    return Report(
+        layers=layers,
+        skipped=(),
+        error_bound=ErrorBound(covered=False, reason=f"read from a run directory: {done}"),
+        sparsity=removed / sum(sizes) if sizes else 0.0,
+        removed=removed,
+        weights=sum(sizes),
+        seconds=sum(x.seconds_calibrating + x.seconds_pruning for x in layers),
+        settings={**config, "run_dir": str(run.path), "done": done},
+        versions=versions,
+        missing=missing,
+    )

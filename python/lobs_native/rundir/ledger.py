@@ -1,0 +1,179 @@
+"""What a run directory keeps of pruning a network, so that it can go on after any end.
+
+A layer is committed when it has wholly succeeded and before its weights are replaced. Going on, the
+committed layers are written into the model as they were, and only the others are calibrated and
+pruned: the network has the same bits in the end, on the same machine with the same number of
+threads. That model, data, arguments, versions and threads are the same is checked first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobs_native.checks import check_choice
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.files.atomic import need_space
+from lobs_native.layers import Layer
+from lobs_native.report.records import LayerReport, plain, report_of_layer
+from lobs_native.rundir.directory import RunDirectory
+from lobs_native.rundir.underway import StoppedError, UnderWay, stop
+
+__all__ = ["RESUMES", "AnotherRunError", "Ledger", "check_resume", "command"]
+
+RESUMES = ("auto", "never", "anyway")
+_BUDGET = "budget"  # the kind of what is decided for all layers together
+
+# What is kept beside a new run, for whoever goes on with it: see command_of. Not compared.
+command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
+
+
+class AnotherRunError(CheckpointError, ArgumentError):
+    """The folder holds a run of another model, data, arguments, versions or threads."""
+
+
+class Ledger:
+    """The layers of one call of ``prune`` that are committed in a run directory."""
+
+    def __init__(self, run: RunDirectory, differences: list[str]) -> None:
+        self.run = run
+        self.differences = differences  # that were gone over because of resume="anyway"
+        self.states = UnderWay(run, trusted=not differences)
+        self.found = len([r for r in run.records if r.kind == "layer"])
+
+    @classmethod
+    def open(cls, path: Any, header: Mapping[str, Any], resume: str) -> Ledger:
+        """Begin a run at ``path``, or go on with the one that is there.
+
+        Raises
+        ------
+        ArgumentError
+            There is a run and ``resume`` is "never", or something else is there.
+        AnotherRunError
+            The run is another one than ``header`` says; all differences are listed.
+        CheckpointError
+            The run is damaged, or is being written to by another process.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArgumentError(f"run_dir: expected a path, got {type(path).__name__}")
+        if not (Path(path) / "run.json").exists():
+            told = command.get()
+            whole = header if told is None else {**header, "command": told}
+            return cls(RunDirectory.create(path, whole), [])
+        if resume == "never":
+            raise ArgumentError(
+                f"run_dir: {os.fspath(path)} holds a run, and resume is 'never'; name another "
+                "folder, or pass resume='auto'"
+            )
+        run = RunDirectory.open(path, write=True)
+        try:
+            before = {k: v for k, v in run.header.items() if k == "command"}
+            differences = run.differences({**header, **before})
+            if differences and resume != "anyway":
+                raise AnotherRunError(
+                    f"{os.fspath(path)}: this is another run: {'; '.join(differences)}. Name "
+                    "another folder, or pass resume='anyway' to go on nevertheless"
+                )
+            return cls(run, differences)
+        except BaseException:
+            run.close()
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.run.close()
+
+    def __len__(self) -> int:
+        """Layers that are committed."""
+        return len([r for r in self.run.records if r.kind == "layer"])
+
+    def check_space(self, layers: Iterable[Layer]) -> None:
+        """CheckpointError if the disk has no room for the layers that are not committed yet."""
+        needed = 0
+        for layer in layers:
+            if self.run.find(layer.name) is None:
+                values = layer.weight().numel()
+                needed += values + sum(
+                    p.numel() * p.element_size() for p in layer.parameters.values()
+                )
+        need_space(self.run.path, needed)
+        self.states.reserved = needed
+
+    # ---- layers ----------------------------------------------------------------------------------
+
+    def __contains__(self, layer: Layer) -> bool:
+        return self.run.find(layer.name) is not None
+
+    def keep(
+        self, layer: Layer, report: LayerReport, weight: Tensor, bias: Tensor | None, mask: Tensor
+    ) -> None:
+        """Commit a layer that has been pruned."""
+        tensors = {"weight": weight, "mask": mask}
+        if bias is not None:
+            tensors["bias"] = bias
+        begun = time.monotonic()
+        self.run.commit(layer.name, tensors, plain(dataclasses.asdict(report)))
+        self.states.seconds += time.monotonic() - begun
+        if stop.is_set():
+            raise StoppedError
+
+    def load(self, layer: Layer) -> tuple[LayerReport, Tensor, Tensor | None, Tensor]:
+        """Report, weight (G, R, C), bias (G, R) and mask of a committed layer, on its device."""
+        record = self.run.find(layer.name)
+        assert record is not None
+        W, b = layer.weight(), layer.bias()
+        expected = {"weight": (tuple(W.shape), W.dtype), "mask": (tuple(W.shape), torch.bool)}
+        if b is not None:
+            expected["bias"] = (tuple(b.shape), b.dtype)
+        tensors = {name: x.to(W.device) for name, x in self.run.load(record, expected).items()}
+        return report_of_layer(record.info), tensors["weight"], tensors.get("bias"), tensors["mask"]
+
+    # ---- the budget ------------------------------------------------------------------------------
+
+    def keep_sensitivity(self, sensitivity: Mapping[str, Tensor] | None) -> None:
+        """Commit how much the output depends on layers; None where nothing was measured."""
+        info = {"measured": sensitivity is not None}
+        self.run.commit("sensitivity", dict(sensitivity or {}), info, kind=_BUDGET)
+        self.states.clear()
+
+    def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
+        """What :meth:`keep_sensitivity` was given, in a tuple, if it was."""
+        record = self.run.find("sensitivity", kind=_BUDGET)
+        if record is None:
+            return None
+        return (self.run.load(record) if record.info.get("measured") is True else None,)
+
+    def keep_shares(self, shares: Mapping[str, float]) -> None:
+        """Commit how a common budget is shared out."""
+        self.run.commit("shares", {}, {"shares": dict(shares)}, kind=_BUDGET)
+        self.states.clear()
+
+    def shares(self) -> dict[str, float] | None:
+        """What :meth:`keep_shares` was given, if it was."""
+        record = self.run.find("shares", kind=_BUDGET)
+        if record is None:
+            return None
+        shares = record.info.get("shares")
+        if not isinstance(shares, dict) or not all(
+            type(share) in (int, float) and 0 <= share <= 1 for share in shares.values()
+        ):
+            raise CheckpointError(f"{self.run.path}: the budget cannot be read; begin a new run")
+        return shares
+
+
+# ---- what the run is -----------------------------------------------------------------------------
+
+
+def check_resume(resume: Any) -> str:
+    """``resume`` if it is one of RESUMES."""
+    return check_choice(resume, "resume", RESUMES)

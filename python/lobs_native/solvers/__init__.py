@@ -1,0 +1,1 @@
+"""One matrix: choose which weights to remove and repair the rest."""

@@ -1,0 +1,203 @@
+"""One pass that answers for every sparsity: the order of exact removals and what each cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobs_native import checks, ops
+from lobs_native.checks import check_choice
+from lobs_native.errors import ArgumentError
+from lobs_native.solvers.exact import Greedy
+from lobs_native.solvers.patterns import check_fit, pattern_of
+from lobs_native.solvers.problem import Problem, nearest_count
+from lobs_native.solvers.settings import SCOPES, check_damping
+from lobs_native.solvers.weight import PrunedWeight, finished, first_group, one_layer
+
+__all__ = ["WeightTrace", "trace_weight"]
+
+_POINTS = 1001
+
+
+class WeightTrace:
+    """What :func:`trace_weight` returns.
+
+    Attributes
+    ----------
+    order : (R, K) int32
+        Columns of each row in the order of removal; -1 where nothing more was traced. A bias that
+        may be removed is column C.
+    loss : (R, K) float32, or float64 for a float64 weight
+        What each removal cost, in units of ``error`` with the damped H (the sum over a row's first
+        k is what is lost there); 0 where nothing more was traced. A block's cost is spread over its
+        columns.
+    """
+
+    def __init__(self, greedy: Greedy, notes: Sequence[str], seconds: float) -> None:
+        self._greedy = greedy
+        self._notes = tuple(notes)
+        self.seconds = seconds
+
+    @property
+    def order(self) -> Tensor:
+        """See the class."""
+        return self._greedy.rows.order.to(self._greedy.problem.before.device, copy=True)
+
+    @property
+    def loss(self) -> Tensor:
+        """See the class."""
+        problem = self._greedy.problem
+        wide = problem.weight_dtype == torch.float64
+        unit = self._greedy.row_scale * self._greedy.unit_cost()
+        loss = self._greedy.rows.loss.to(torch.float64) * unit
+        return loss.to(problem.before.device, torch.float64 if wide else torch.float32)
+
+    @ops.full_precision()
+    def at(self, sparsity: float, scope: str = "layer") -> PrunedWeight:
+        """The layer at one sparsity, as :func:`lobs_native.prune_weight` gives it.
+
+        Rows that were not traced far enough are traced further first.
+
+        Parameters
+        ----------
+        sparsity : float in [0, 1]
+            Share of the weights that are zero afterwards. With an N:M pattern, the pattern's.
+        scope : "layer" or "row"
+            The cheapest removals of the whole layer, or the same number in every row.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            An argument does not fit, or the mask already removes more than that.
+        """
+        begun = time.perf_counter()
+        sparsity = checks.real(sparsity, "sparsity")
+        if not 0 <= sparsity <= 1:
+            raise ArgumentError(f"sparsity: {sparsity:g}; it is a fraction from 0 to 1")
+        check_choice(scope, "scope", SCOPES)
+        greedy = self._greedy
+        if greedy.group and not math.isclose(sparsity, greedy.sparsity, abs_tol=1e-9):
+            raise ArgumentError(
+                f"sparsity: {sparsity:g}; pattern {greedy.pattern.name!r} removes "
+                f"{greedy.sparsity:g} of the weights"
+            )
+        if scope == "row" and not greedy.group:
+            units = nearest_count(sparsity, greedy.problem.candidates // greedy.unit)
+            greedy.trace_all(units * greedy.unit)
+        problem = greedy.problem
+        before = len(problem.said)
+        try:
+            gone, after = greedy.prune(sparsity, scope)
+            problem.check_mask(gone)
+            return first_group(
+                finished(
+                    problem,
+                    gone,
+                    after,
+                    method="exact",
+                    optimal=True,
+                    costs=greedy.costs(gone, scope),
+                    notes=self._notes,
+                    begun=begun,
+                )
+            )
+        finally:
+            del problem.said[before:]  # what was noted about this cut is not about the next
+
+    def curve(self, scope: str = "layer", points: int = _POINTS) -> tuple[Tensor, Tensor]:
+        """Error against sparsity, as the trace predicts it.
+
+        The error is that of the damped H, which is never below the incurred one.
+
+        Parameters
+        ----------
+        scope : "layer" or "row"
+        points : int
+            At most this many, evenly spaced over what was traced of every row.
+
+        Returns
+        -------
+        sparsity, error : (P,) float64
+            Rising from 0 removals; ``error`` in units of ``PrunedWeight.error``.
+        """
+        check_choice(scope, "scope", SCOPES)
+        points = checks.positive_int(points, "points")
+        greedy = self._greedy
+        sparsity, error = greedy.curve(scope)
+        if len(sparsity) > points:
+            pick = torch.linspace(0, len(sparsity) - 1, points).round().long()
+            sparsity, error = sparsity[pick], error[pick]
+        return sparsity, error
+
+
+@ops.full_precision()
+def trace_weight(
+    weight: Any,
+    hessian: Any,
+    *,
+    method: str = "exact",
+    pattern: Any = "unstructured",
+    until: float = 1.0,
+    bias: Any = None,
+    prune_bias: bool = False,
+    mask: Any = None,
+    damping: float = 0.01,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> WeightTrace:
+    """Remove the weights of a layer one by one, exactly, and keep the order and the costs.
+
+    One trace gives the layer at every sparsity (:meth:`WeightTrace.at`) and the curve of error
+    against sparsity (:meth:`WeightTrace.curve`).
+
+    Parameters
+    ----------
+    weight, hessian, pattern, bias, prune_bias, mask, damping, memory, backend
+        As in :func:`lobs_native.prune_weight`. Not modified.
+    method : "exact"
+    until : float in (0, 1]
+        Share of each row's weights to trace; rows are traced further when ``at`` needs it.
+
+    Returns
+    -------
+    WeightTrace
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError, PatternError, BackendError, NonFiniteError
+        An argument does not fit; the message names it.
+    NotPositiveDefiniteError
+        The second moment cannot be inverted, or rounding in float64 ate a pivot.
+
+    Notes
+    -----
+    Source: Hassibi & Stork 1993; Frantar, Singh & Alistarh 2022 (ExactOBS).
+    """
+    begun = time.perf_counter()
+    W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
+    check_choice(method, "method", ("exact",))
+    chosen = pattern_of(pattern)
+    until = checks.real(until, "until")
+    if not 0 < until <= 1:
+        raise ArgumentError(f"until: {until:g}; it is a share of each row, above 0 and at most 1")
+    checks.flag(prune_bias, "prune_bias")
+    problem = Problem.of(  # of copies: the trace outlives this call, its inputs may change
+        W.clone(),
+        b,
+        [H.clone()],
+        damping=check_damping(damping),
+        inverted=True,
+        prune_bias=prune_bias,
+        mask=None if allowed is None else allowed.clone(),
+        backend=ops.select_backend(backend, W.device),
+        memory=None if memory is None else checks.positive_int(memory, "memory"),
+    )
+    check_fit(chosen, W.shape[2], allowed, prune_bias)
+    greedy = Greedy(problem, chosen)
+    greedy.trace_all(max(greedy.unit, nearest_count(until, problem.candidates)))
+    return WeightTrace(greedy, notes, time.perf_counter() - begun)

@@ -1,0 +1,299 @@
+"""``lobs-native prune module:function``: networks that a function of the user's returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from torch import nn
+
+import lobs_native as lobs
+from lobs_native.cli import commands as cli
+from lobs_native.cli import job
+from lobs_native.network import pruner, selection
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODULE = """
+import torch
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
+
+batches = [torch.randn(30, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+def pair():
+    print("a word from the user's code")
+    return network(), batches
+
+def triple():
+    return network(), [{"x": x} for x in batches], lambda model, batch: model(batch["x"])
+
+def shared():
+    model = network()
+    model.alias = model[2].bias
+    return model, batches, lambda model, x: model[2](model[1](model[0](x)))
+
+class makers:
+    pair = pair
+
+number = 3
+
+def nothing():
+    pass
+
+def alone():
+    return network()
+
+def swapped():
+    return batches, network()
+
+def four():
+    return network(), batches, None, None
+
+def raises():
+    raise KeyError("no such data")
+
+def empty():
+    return network(), []
+
+def one_tensor():
+    return network(), batches[0]
+
+def not_callable():
+    return network(), batches, 3
+
+def unfit():
+    return network(), [torch.zeros(3, 5)]
+
+def poisoned():
+    return network(), [torch.full((3, 6), float("nan"))]
+
+def text_in_state():
+    class Odd(torch.nn.Linear):
+        def get_extra_state(self):
+            return "words"
+        def set_extra_state(self, state):
+            pass
+    return Odd(6, 4), batches
+
+def overlapping():
+    model = network()
+    memory = torch.randn(60)
+    model.register_buffer("a", memory[:40])
+    model.register_buffer("b", memory[20:])
+    return model, batches
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with MODULE in it."""
+    (tmp_path / "made_here.py").write_text(MODULE)
+    (tmp_path / "broken_here.py").write_text("import not_there_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield tmp_path
+    for name in ("made_here", "broken_here"):
+        sys.modules.pop(name, None)
+    assert sys.path == before
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
+
+
+def batches() -> list[torch.Tensor]:
+    return [torch.randn(30, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+
+@pytest.mark.parametrize("name", ["pair", "triple", "makers.pair"])
+def test_the_weights_are_those_of_pruning_in_python(here, name):
+    arguments = ["--sparsity", "0.5", "--method", "sweep", "--scope", "row", "--damping", "0.02"]
+    code = cli.main(["prune", f"made_here:{name}", *arguments, "--out", "out", "--masks"])
+    assert code == cli.OK
+    model = network()
+    report = lobs.prune(
+        model,
+        batches(),
+        sparsity=0.5,
+        method="sweep",
+        scope="row",
+        damping=0.02,
+        progress=False,
+    )
+    written = load_file(here / "out" / "model.safetensors")
+    assert set(written) == set(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(written[key], value)
+    masks = load_file(here / "out" / "masks.safetensors")
+    assert all(torch.equal(masks[key], mask) for key, mask in report.masks.items())
+    assert len(masks) == 2
+    saved = json.loads((here / "out" / "report.json").read_text())
+    assert saved["removed"] == report.removed
+    assert (here / "out" / "report.html").is_file()
+
+
+def test_every_argument_reaches_prune(here, monkeypatch):
+    seen = {}
+
+    def stop(model, batches, **arguments):
+        seen.update(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruner, "prune", stop)
+    line = (
+        "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
+        "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
+        "--refine solve --inputs dense --include 0 --include 2 --exclude 2 "
+        "--damping 0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 "
+        "--run-dir kept --resume never --no-progress"
+    )
+    assert cli.main(line.split()) == cli.INTERRUPTED
+    assert seen == {
+        "sparsity": None,
+        "threshold": None,
+        "max_error": 0.25,
+        "method": "lobs",
+        "pattern": "1x4",
+        "scope": "row",
+        "spread": 0.3,
+        "sensitivity": None,
+        "budget": "flops",
+        "blocks": None,
+        "token_mask": None,
+        "refine": "solve",
+        "inputs": "dense",
+        "include": ["0", "2"],
+        "exclude": ["2"],
+        "damping": 0.5,
+        "prune_bias": True,
+        "device": "cpu",
+        "memory": 3 << 19,
+        "backend": "reference",
+        "run_dir": Path("kept"),
+        "resume": "never",
+        "seed": 7,
+        "progress": False,
+        "forward": None,
+    }
+
+
+def test_tensors_with_several_names_are_written_once_and_load_again(here):
+    assert (
+        cli.main(
+            ["prune", "made_here:shared", "--sparsity", "0.5", "--include", "0", "--out", "out"]
+        )
+        == cli.OK
+    )
+    sys.path.insert(0, str(here))
+    import made_here
+
+    sys.path.remove(str(here))
+    model = made_here.shared()[0]
+    missing, unexpected = load_model(model, here / "out" / "model.safetensors")
+    assert not missing
+    assert not unexpected
+    assert int((model[0].weight == 0).sum()) == 27
+    assert set(load_file(here / "out" / "model.safetensors")) == set(network().state_dict())
+
+
+def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
+    before = sorted(here.rglob("*"))
+    arguments = ["prune", "made_here:pair", "--plan"]
+    assert cli.main([*arguments, "--sparsity", "0.5", "--exclude", "2"]) == cli.OK
+    captured = capsys.readouterr()
+    lines = [line.split() for line in captured.out.splitlines()]
+    assert lines[1][:7] == ["0", "Linear", "9", "x", "6", "sparsity", "0.5"]
+    *_, count, plan = captured.out.splitlines()
+    assert count == "1 layers with 54 weights"
+    assert plan.startswith("plan: 0 MB besides the model, the data and a forward pass (0 MB for 0,")
+    assert captured.err == "a word from the user's code\n"
+    assert cli.main([*arguments, "--json", "--pattern", "2:3"]) == cli.OK
+    planned = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in planned["layers"]] == ["0", "2"]
+    expected = lobs.plan_memory(9, 6, sparsity=1 / 3, bias=True).total
+    assert planned["layers"][0]["bytes"] == expected
+    assert planned["run"]["memory"] > expected
+    assert {p for p in here.rglob("*") if "__pycache__" not in p.parts} == set(before)
+
+
+def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
+    found = job.Job(network(), batches(), None, "2", lambda *_: {})
+    arguments = dict.fromkeys((*selection.OVERRIDABLE, "include", "exclude", "memory", "backend"))
+    arguments |= {"sparsity": 0.5, "method": "exact", "scope": "layer", "damping": 0.01}
+    arguments |= {"pattern": "unstructured", "prune_bias": False, "progress": False}
+    planned = job.plan(found, arguments)
+    assert [layer["name"] for layer in planned["layers"]] == ["0"]
+    assert [layer["name"] for layer in planned["skipped"]] == ["2"]
+    report = job.run(found, arguments, tmp_path / "out", overwrite=False, masks=False)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert [layer.name for layer in report.skipped] == ["2"]
+
+
+def test_a_network_that_is_not_zero_where_its_report_says_so_is_not_written(
+    here, monkeypatch, capsys
+):
+    prune = pruner.prune
+
+    def losing(model, *rest, **arguments):
+        report = prune(model, *rest, **arguments)
+        with torch.no_grad():
+            model[2].weight[~report.masks["2"]] = 1.0
+        return report
+
+    monkeypatch.setattr(pruner, "prune", losing)
+    code = cli.main(["prune", "made_here:pair", "--sparsity", "0.5", "--out", "out"])
+    assert code == cli.FAILED
+    assert "layer '2' would be written with 18 weights that were removed" in capsys.readouterr().err
+    assert not (here / "out").exists()
+
+
+WRONG: dict[str, tuple[str, int, str]] = {
+    "no such module": (
+        "nowhere:pair",
+        cli.USAGE,
+        "MODEL: nowhere:pair cannot be imported: ModuleNotFoundError: No module named 'nowhere'",
+    ),
+    "no such function": ("made_here:x", cli.USAGE, "AttributeError: module 'made_here' has no"),
+    "its import fails": (
+        "broken_here:pair",
+        cli.USAGE,
+        "No module named 'not_there_at_all' (broken_here.py, line 1)",
+    ),
+    "no function": ("made_here:number", cli.USAGE, "made_here:number is a int, not a function"),
+    "raises": (
+        "made_here:raises",
+        cli.FAILED,
+        "made_here:raises() raised KeyError: 'no such data' (made_here.py, line ",
+    ),
+    "returns None": ("made_here:nothing", cli.FAILED, "returned NoneType, expected (model, batch"),
+    "returns a model": ("made_here:alone", cli.FAILED, "returned Sequential, expected (model, ba"),
+    "in the wrong order": ("made_here:swapped", cli.FAILED, "returned (list, Sequential), expect"),
+    "returns four": ("made_here:four", cli.FAILED, "(Sequential, list, NoneType, NoneType), exp"),
+    "no batches": ("made_here:empty", cli.USAGE, "calibration: it is empty"),
+    "one tensor": ("made_here:one_tensor", cli.FAILED, "calibration: expected an iterable of"),
+    "forward a number": ("made_here:not_callable", cli.FAILED, "forward: expected callable"),
+    "NaN in a batch": ("made_here:poisoned", cli.FAILED, "layer '0': its input on the calibration"),
+    "text in its state": ("made_here:text_in_state", cli.FAILED, "'_extra_state' in the state of"),
+    "overlapping memory": ("made_here:overlapping", cli.FAILED, "safetensors cannot write this"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(here, wrong, capsys):
+    source, code, said = WRONG[wrong]
+    assert cli.main(["prune", source, "--sparsity", "0.5", "--out", "deep/out"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lobs-native: ")
+    assert said in line
+    assert not (here / "deep").exists()

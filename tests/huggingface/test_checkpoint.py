@@ -1,0 +1,518 @@
+"""Folders in the style of Hugging Face: what is pruned in memory is what is read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import hf_folders
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.cli import commands as cli
+from lobs_native.errors import ArgumentError, CheckpointError, LobsError
+from lobs_native.huggingface import checkpoint as hf
+from lobs_native.huggingface.text import text_batches
+
+transformers = pytest.importorskip(
+    "transformers", reason='transformers is not installed: pip install "lobs-native[hf]"'
+)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Python's own, from packages that transformers imports.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+KINDS = (
+    "BertModel",
+    "BertForMaskedLM",
+    "LlamaForCausalLM",
+    "GPT2LMHeadModel",
+    "MixtralForCausalLM",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(hf_folders.text())
+    return path
+
+
+def prune(source: Path, text: Path, *more: str, code: int = cli.OK) -> Path:
+    """Prune a folder by the command line into one beside it."""
+    out = source.parent / "out"
+    arguments = ["--sparsity", "0.5", "--length", "32", "--out", str(out), *more]
+    assert cli.main(["prune", str(source), "--calibration", str(text), *arguments]) == code
+    return out
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(4, 24).reshape(2, 10)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids)[0]
+
+
+def headers(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {k: file.get_slice(k).get_dtype() for k in file.keys()}  # noqa: SIM118
+    return found
+
+
+# ---- all the way ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_holds_what_was_pruned_in_memory(tmp_path, text, kind, dtype, monkeypatch):
+    source = hf_folders.save(tmp_path / "in", kind, dtype=dtype)
+    kept: list[nn.Module] = []
+    load = hf.load
+    monkeypatch.setattr(hf, "load", lambda c: kept.append(load(c)) or kept[0])
+    out = prune(source, text, "--masks")
+    again, info = getattr(transformers, kind).from_pretrained(
+        out, dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert again.dtype == dtype
+    assert torch.equal(logits(again), logits(kept[0])), "bit by bit"
+    assert not torch.equal(logits(again), logits(hf_folders.network(kind).to(dtype)))
+    assert headers(out) == headers(source)
+
+    report = json.loads((out / "report.json").read_text())
+    masks = load_file(out / "masks.safetensors")
+    assert [layer["name"] for layer in report["layers"]] == list(masks) or set(masks) == {
+        layer["name"] for layer in report["layers"]
+    }
+    weights = dict(again.named_parameters())
+    zeros = 0
+    for layer in report["layers"]:
+        name = layer["name"]
+        mask = masks[name]
+        weight = weights[name] if name in weights else weights[f"{name}.weight"]  # or experts
+        assert mask.dtype == torch.bool
+        assert list(mask.shape) == layer["shape"] == list(weight.shape)
+        assert torch.equal(weight == 0, ~mask)
+        assert int((~mask).sum()) == round(layer["sparsity"] * mask.numel()) == mask.numel() // 2
+        zeros += int((weight == 0).sum())
+    assert zeros == report["removed"] > 0
+    lobs.keep_masks(again, masks).remove()  # they are masks of this network
+
+
+def test_the_same_as_pruning_in_python(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM")
+    out = prune(source, text)
+    model = transformers.LlamaForCausalLM.from_pretrained(source)
+    found = text_batches(hf.examine(source), model, text, length=32)
+    lobs.prune(
+        model,
+        found.batches,
+        sparsity=0.5,
+        exclude="lm_head",
+        forward=lambda m, batch: m(**batch, use_cache=False)[0],
+        progress=False,
+    )
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_everything_but_the_weights_is_copied_as_it_was(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in")
+    (source / "LICENSE").write_text("do as you like")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    save_file({"weight": torch.ones(2)}, source / "1_Pooling" / "model.safetensors")
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_text("the dense network")
+    (source / "pytorch_model.bin").write_text("a pickle, never opened")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "x").write_text("hidden")
+    for name in ("report.json", "masks.safetensors"):
+        (source / name).write_text("of an earlier run")
+    out = prune(source, text)
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        same = (out / name).is_file() and (out / name).read_bytes() == path.read_bytes()
+        left_out = {"model.safetensors", "report.json", "masks.safetensors", "pytorch_model.bin"}
+        if path.is_file():
+            expected = str(name) not in left_out and name.parts[0] not in {".cache", "onnx"}
+            assert same == expected, name
+    assert not (out / "masks.safetensors").exists()
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert settings["files left out"] == ["onnx/model.onnx", "pytorch_model.bin"]
+
+
+def test_large_weights_are_written_in_shards_with_an_index(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM", shard="20KB")
+    assert len(list(source.glob("model-*.safetensors"))) > 3
+    out = prune(source, text, "--shard-size", "30kB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {path.name for path in out.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+    assert len(files) > 2
+    assert files.isdisjoint({"model.safetensors"})
+    assert set(index["weight_map"]) == set(headers(source))
+    whole = prune(source, text, "--overwrite")
+    assert {path.name for path in whole.glob("*.safetensors")} == {"model.safetensors"}
+    assert not (whole / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"])
+def test_the_layer_of_the_logits_is_left_alone_and_that_is_said(tmp_path, text, kind):
+    source = hf_folders.save(tmp_path / "in", kind)
+    dense = hf_folders.network(kind).get_output_embeddings()
+    out = prune(source, text)
+    again = getattr(transformers, kind).from_pretrained(out)
+    assert torch.equal(again.get_output_embeddings().weight, dense.weight)
+    report = json.loads((out / "report.json").read_text())
+    name = "cls.predictions.decoder" if kind == "BertForMaskedLM" else "lm_head"
+    assert [s["name"] for s in report["skipped"]] == [name]
+
+
+def test_tied_embeddings_stay_tied(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM", tie_word_embeddings=True)
+    out = prune(source, text)
+    assert "lm_head.weight" not in headers(out)
+    again = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    prune(source, text, "--include", "lm_head", "--overwrite", code=cli.USAGE)
+
+
+def test_the_head_is_pruned_where_it_is_included(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM")
+    out = prune(source, text, "--include", "lm_*")
+    again = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert int((again.lm_head.weight == 0).sum()) == again.lm_head.weight.numel() // 2
+
+
+def test_a_second_run_replaces_the_first_only_if_asked_and_only_a_result(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "in")
+    out = prune(source, text)
+    first = (out / "model.safetensors").read_bytes()
+    prune(source, text, code=cli.USAGE)
+    assert "not empty" in capsys.readouterr().err
+    prune(source, text, "--overwrite", "--method", "magnitude")
+    assert (out / "model.safetensors").read_bytes() != first
+    (out / "report.json").unlink()
+    prune(source, text, "--overwrite", code=cli.USAGE)
+    assert "no earlier result" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "text.txt"]
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, text, monkeypatch, capsys):
+    source = hf_folders.save(tmp_path / "in")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf, "_compare", interrupt)  # everything has been written by then
+    prune(source, text, code=cli.INTERRUPTED)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
+
+
+def test_files_that_do_not_give_the_same_network_are_an_error(tmp_path, text, monkeypatch, capsys):
+    source = hf_folders.save(tmp_path / "in")
+    load = hf._from_pretrained
+
+    def change(transformers: Any, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+        for path in folder.glob("model.safetensors") if folder != source else ():
+            tensors = load_file(path)
+            tensors["encoder.layer.1.output.dense.weight"][3, 4] += 1e-3
+            save_file(tensors, path, metadata={"format": "pt"})
+        return load(transformers, kind, folder, dtype)
+
+    monkeypatch.setattr(hf, "_from_pretrained", change)
+    prune(source, text, code=cli.FAILED)
+    assert "encoder.layer.1.output.dense.weight is not what was written" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
+
+
+def test_a_tensor_in_another_dtype_is_converted_and_that_is_said(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "in", dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    name = "encoder.layer.0.output.LayerNorm.bias"
+    tensors[name] = tensors[name].float()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    out = prune(source, text)
+    assert headers(out)[name] == "BF16"
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert settings["dtype"] == "bfloat16"
+    assert settings["tensors converted"] == [name]
+    assert f"lobs-native: tensors converted: {name}\n" in capsys.readouterr().err
+
+
+def test_without_architectures_the_network_is_what_automodel_makes_of_it(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    settings = json.loads((prune(source, text) / "report.json").read_text())["settings"]
+    assert settings["model class"] == "BertModel"
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def test_an_encoder_reads_lines_and_no_batch_is_padded(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "BertModel")
+    found = text_batches(
+        hf.examine(source), hf_folders.network("BertModel"), text, lines=10, length=27, batch_size=3
+    )
+    sizes = [tuple(batch["input_ids"].shape) for batch in found.batches]
+    assert sizes == [(3, 26), (1, 26), (3, 27), (3, 27)]  # 24, 25, 26 words, 2 tokens more, cut
+    for batch in found.batches:
+        assert batch["input_ids"][:, 0].tolist() == [2] * len(batch["input_ids"])
+        assert batch["input_ids"].min() > 0, "no padding, no unknown words"
+        assert bool(batch["attention_mask"].all())
+    assert found.settings["lines"] == 10
+    assert found.settings["tokens"] == 4 * 26 + 6 * 27
+    assert found.settings["text as"] == "lines of at most 27 tokens"
+
+
+def test_a_causal_language_model_reads_blocks(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", "GPT2LMHeadModel")
+    model = hf_folders.network("GPT2LMHeadModel")
+    found = text_batches(hf.examine(source), model, text, lines=5, length=30, batch_size=3)
+    assert [tuple(b["input_ids"].shape) for b in found.batches] == [(3, 30), (1, 30)]
+    rows = torch.cat([b["input_ids"] for b in found.batches]).flatten().tolist()
+    words = [line.split() for line in text.read_text().splitlines()[3:8]]
+    expected = [2, *(4 + int(w[1:]) for line in words for w in line), 3]
+    assert rows == expected[:120]
+    assert found.settings["text as"] == "blocks of 30 tokens"
+
+
+# ---- what is wrong with a folder -----------------------------------------------------------------
+
+
+def without(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def configured(**changed: Any) -> Any:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changed}))
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def index_of_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"pooler.dense.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def index_of(text: str) -> Any:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def twice(folder: Path) -> None:
+    """Two entries of the same name: which of them counts depends on who reads."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"pooler.dense.bias"') == 1
+    again = data.replace(b'"embeddings.LayerNorm.bias"', b'"pooler.dense.bias"        ')
+    path.write_bytes(again)
+
+
+def long_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((17 << 20).to_bytes(8, "little"))
+    os.truncate(path, 18 << 20)
+
+
+def changed_tensors(change: Any) -> Any:
+    def run(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return run
+
+
+def lacking(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    del tensors["pooler.dense.weight"]
+    return tensors
+
+
+def not_a_number(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors["pooler.dense.weight"][2, 3] = float("nan")
+    return tensors
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+WRONG: dict[str, tuple[Any, type[LobsError], str]] = {
+    "no config": (without("config.json"), ArgumentError, "has no config.json; name a folder"),
+    "config cut": (
+        lambda f: (f / "config.json").write_text('{"a":'),
+        CheckpointError,
+        "config.json cannot be read as JSON",
+    ),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        CheckpointError,
+        "config.json holds a list",
+    ),
+    "no weights": (without("model.safetensors"), ArgumentError, "has no model.safetensors"),
+    "pickle": (
+        pickled,
+        ArgumentError,
+        "pytorch_model.bin, one of the pickles.*save it as safetensors",
+    ),
+    "cut": (cut, CheckpointError, "model.safetensors: is no whole safetensors file"),
+    "empty": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        CheckpointError,
+        "no whole safetensors file",
+    ),
+    "tensor twice": (twice, CheckpointError, "'pooler.dense.bias' occurs twice"),
+    "header of 17 MB": (long_header, CheckpointError, "header has 17825792 bytes; more than"),
+    "index key twice": (index_of('{"weight_map":{},"weight_map":{}}'), CheckpointError, "twice"),
+    "shard elsewhere": (
+        index_of('{"weight_map":{"a":"../in/model.safetensors"}}'),
+        CheckpointError,
+        "lists '../in/model.safetensors'",
+    ),
+    "shard missing": (index_of_nothing, CheckpointError, "lists 'model-00001-of-00002"),
+    "quantised": (
+        configured(quantization_config={"quant_method": "gptq"}),
+        ArgumentError,
+        "quantised.*floating-point checkpoint",
+    ),
+    "float8": (
+        changed_tensors(lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}),
+        ArgumentError,
+        "F8_E4M3, which is quantised",
+    ),
+    "integers": (
+        changed_tensors(lambda t: {k: v.to(torch.int8) for k, v in t.items()}),
+        CheckpointError,
+        "no floating-point weights",
+    ),
+    "adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        ArgumentError,
+        "adapter.*merge it",
+    ),
+    "weights missing": (
+        changed_tensors(lacking),
+        CheckpointError,
+        "lacks 1 weights of BertModel, which would be random: pooler.dense.weight",
+    ),
+    "unknown type": (
+        configured(model_type="never_heard_of", architectures=["NeverHeardOf"]),
+        CheckpointError,
+        "transformers cannot load",
+    ),
+    "shapes differ": (configured(intermediate_size=47), CheckpointError, "cannot load"),
+    "not a number": (changed_tensors(not_a_number), lobs.NonFiniteError, r"nan at \(2, 3\)"),
+    "no tokenizer": (no_tokenizer, ArgumentError, "has no tokenizer.*copy its files there"),
+    "tokenizer cut": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        CheckpointError,
+        "transformers cannot load the tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_a_folder_is_said_and_nothing_is_written(tmp_path, text, wrong, capsys):
+    change, error, said = WRONG[wrong]
+    source = hf_folders.save(tmp_path / "in")
+    change(source)
+    capsys.readouterr()  # what transformers says while it saves
+    code = cli.USAGE if error is ArgumentError else cli.FAILED
+    prune(source, text, code=code)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    with pytest.raises(error, match=said):
+        _raise_again(source, text)
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lobs-native: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
+
+
+def _raise_again(source: Path, text: Path) -> None:
+    checkpoint = hf.examine(source)
+    model = hf.load(checkpoint)
+    found = text_batches(checkpoint, model, text, length=32)
+    lobs.prune(model, found.batches, sparsity=0.5, forward=hf.first_output, progress=False)
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in", vocab_size=30)
+    with pytest.raises(CheckpointError, match=r"gives token 6\d, but the network knows 30"):
+        _raise_again(source, text)
+
+
+def test_a_text_of_words_that_the_tokenizer_does_not_know_is_refused(tmp_path, text):
+    source = hf_folders.save(tmp_path / "in")
+    text.write_text(hf_folders.text().replace("w", "v"))
+    with pytest.raises(ArgumentError, match=r"9\d % of its tokens are unknown to the tokenizer"):
+        _raise_again(source, text)
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(ArgumentError, match=r"an encoder and a decoder.*module:function"):
+        hf.load(hf.examine(tmp_path / "in"))
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
+    source = hf_folders.save(tmp_path / "in")
+    checkpoint = hf.examine(source)  # needs only safetensors
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(LobsError, match=r'pip install "lobs-native\[hf\]"'):
+        hf.load(checkpoint)
+
+
+def test_the_oldest_transformers_is_the_one_of_the_extra():
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert 'hf = ["transformers>={}.{}"]'.format(*hf.OLDEST) in project
+
+
+def test_an_old_transformers_is_refused(tmp_path, monkeypatch):
+    source = hf_folders.save(tmp_path / "in")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.55.4")
+    with pytest.raises(LobsError, match=r"4\.55\.4 is too old: pip install .transformers>=4\.56"):
+        hf.load(hf.examine(source))

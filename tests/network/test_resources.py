@@ -1,0 +1,168 @@
+"""A plan before the start, and a limit on memory that is kept to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError
+from lobs_native.network.peak import LayerPeak, Peak
+
+# Six layers whose second moments take 6 * 1153**2 * 8 = 64 MB together.
+CHILD = """
+import json, sys
+import torch, lobs_native as lobs
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(1152, 1152), nn.ReLU())])
+data = [torch.randn(64, 1152) for _ in range(4)]
+options = json.loads(sys.argv[1])
+for method in ("sweep", "exact"):  # libraries allocate their own at first use
+    small = nn.Sequential(nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 8))
+    lobs.prune(small, data, sparsity=0.05, method=method, progress=False)
+model(data[0])
+report = lobs.prune(model, data, progress=False, **options)
+print(json.dumps({
+    "plan": report.settings["plan"], "peak": report.settings["peak memory"],
+    "weights": [float(m.weight.double().abs().sum()) for m in model[::2]],
+}))
+"""
+
+
+def run(**options: Any) -> dict[str, Any]:
+    # With a limit prune sees to this itself; without one, what glibc keeps differs from run to run.
+    tight = {} if "memory" in options else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, **tight},
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("inputs", ["dense", "corrected"])
+def test_a_model_whose_second_moments_exceed_the_limit_is_pruned_within_it(inputs):
+    options = {"sparsity": 0.5, "method": "sweep", "inputs": inputs}
+    free = run(**options)
+    limit = round(free["plan"]["layer"] + 8e6) + 6 * 1152 * 1152  # masks, and a little
+    bound = run(**options, memory=limit)
+    moments = 6 * 1153 * 1153 * 8
+    if inputs == "dense":
+        assert free["plan"]["memory"] > moments
+    assert bound["plan"]["memory"] <= limit
+    assert bound["plan"]["disk"] > 6 * 1152 * 1152 * 4 - 8e6  # weights that had to go there
+    assert bound["weights"] == free["weights"]
+    for result in (free, bound):
+        assert result["peak"] <= 1.1 * result["plan"]["memory"] + 64e6
+    assert bound["peak"] < free["peak"]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30))
+
+
+def data() -> list[torch.Tensor]:
+    return [torch.randn(50, 20, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def test_the_plan_is_that_of_the_run():
+    before = [p.clone() for p in network().parameters()]
+    model = network()
+    plan = lobs.plan_prune(model, data(), sparsity=0.5, inputs="dense")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    report = lobs.prune(model, data(), sparsity=0.5, inputs="dense", progress=False)
+    planned = {**report.settings["plan"], "seconds": plan.seconds}
+    assert planned == plan.to_dict()
+    assert plan.largest == "2"
+    assert plan.seconds > 0
+    masks, weights = 20 * 30 + 30 * 30, 4 * (21 * 30 + 31 * 30)
+    assert plan.kept == masks + 2 * weights
+    assert plan.statistics == 8 * 21**2
+
+
+def test_a_limit_that_cannot_be_kept_says_what_is_needed_and_that_is_enough():
+    with pytest.raises(MemoryError, match="memory: layer '2' needs") as caught:
+        lobs.plan_prune(network(), data(), sparsity=0.5, memory=1000)
+    (needed,) = re.findall(r": ([\d,]+) together", str(caught.value))
+    enough = int(needed.replace(",", ""))
+    plan = lobs.plan_prune(network(), data(), sparsity=0.5, memory=enough)
+    assert plan.memory == enough
+    assert plan.disk > 0
+    with pytest.raises(MemoryError):
+        lobs.plan_prune(network(), data(), sparsity=0.5, memory=enough - 1)
+    free, within = network(), network()
+    lobs.prune(free, data(), sparsity=0.5, progress=False)
+    lobs.prune(within, data(), sparsity=0.5, memory=enough, progress=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(free.parameters(), within.parameters(), strict=True)
+    )
+
+
+def test_one_budget_within_a_limit_is_the_same_budget():
+    options = {"sparsity": 0.6, "scope": "model", "progress": False}
+    free, within = network(), network()
+    lobs.prune(free, data(), **options)
+    with pytest.raises(MemoryError) as caught:
+        lobs.plan_prune(network(), data(), sparsity=0.6, scope="model", memory=1000)
+    (needed,) = re.findall(r": ([\d,]+) together", str(caught.value))
+    report = lobs.prune(within, data(), memory=int(needed.replace(",", "")), **options)
+    assert report.settings["plan"]["statistics"] == 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(free.parameters(), within.parameters(), strict=True)
+    )
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(ArgumentError, match="sparsty: prune has no such argument"):
+        lobs.plan_prune(network(), data(), sparsty=0.5)
+
+
+def test_the_plan_is_for_people_too():
+    text = str(lobs.plan_prune(network(), data(), sparsity=0.5, memory=10**9))
+    assert re.fullmatch(
+        r"plan: \d+ MB of 1,000 MB allowed besides the model, the data and a forward pass "
+        r"\(\d+ MB for 2, \d+ MB other second moments, \d+ MB states, \d+ MB weights and masks\); "
+        r"0 MB on disk; about \d+ s",
+        text,
+    )
+
+
+def test_the_peak_of_a_layer_is_its_own_and_the_run_s_is_the_highest():
+    size = 64 << 20
+    with Peak().measuring() as whole:
+        if whole.bytes() is None:
+            pytest.skip("this system has no /proc/self/clear_refs that can be written")
+        large = LayerPeak(torch.device("cpu"))
+        bytearray(size)[:] = bytes(1) * size
+        assert large.bytes() >= size
+        small = LayerPeak(torch.device("cpu"))
+        assert small.bytes() < size
+        assert small.device_bytes() is None
+        assert whole.bytes() >= size
+        whole.reset()
+        assert whole.before_reset >= size
+        assert whole.bytes() < size
+    assert LayerPeak(torch.device("cpu")).bytes() is None  # of no run
+
+
+def test_every_layer_of_a_report_has_its_peak():
+    report = lobs.prune(network(), data(), sparsity=0.5, progress=False)
+    whole = report.settings["peak memory"]
+    for layer in report.layers:
+        assert layer.peak_memory_device is None
+        assert whole is None or 0 <= layer.peak_memory <= whole

@@ -1,0 +1,487 @@
+"""A run that is killed, or whose disk fails, is full or loses power, goes on to the same end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import crash
+import pytest
+import torch
+from helpers.faults import Counter, failing, installed, refusal
+
+from lobs_native.errors import CheckpointError
+from lobs_native.files import fs
+from lobs_native.rundir import directory as rundir
+from lobs_native.rundir.directory import RunDirectory
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[crash.Server]:
+    with crash.Server() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nobody disturbed."""
+    path = tmp_path_factory.mktemp("right") / "run"
+    crash.work(path, LAYERS, lambda name: None)
+    return crash.files(path)
+
+
+def finish(path: Path) -> list[str]:
+    """Go on with a run to its end; the layers that were made."""
+    made: list[str] = []
+    crash.work(path, LAYERS, made.append)
+    with RunDirectory.open(path, write=False) as run:
+        assert run.check() == []
+    return made
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+def test_nothing_acknowledged_is_lost_by_kills(in_memory, record_property):
+    count = int(os.environ.get("LOBS_KILLS", "200"))
+    found = crash.kills(count, in_memory)
+    record_property("found", found)
+    print(found)
+    assert found["kills"] == count
+    assert found["runs completed"] > 0
+    assert found["lost"] == found["damaged"] == found["other bytes than undisturbed"] == 0
+
+
+def test_an_end_at_any_call_is_recovered_from(in_memory, server, right):
+    for k in range(1, 1000):
+        path = in_memory / f"run {k}"
+        code = server.run(path=path, layers=LAYERS, exit_at=k)
+        assert code in {0, crash.KILLED}
+        assert crash.acknowledged_are_there(path, server.said) == (0, 0)
+        made = finish(path)
+        assert set(server.said) & set(made) == set(), "nothing is made twice"
+        assert crash.files(path) == right
+        if code == 0:
+            break
+        shutil.rmtree(path)
+    print(f"{k - 1} calls at which the process ended")
+    assert 100 < k < 999
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EDQUOT, None], ids=str)
+def test_a_failure_of_any_call_is_a_clean_error_and_the_run_goes_on(in_memory, right, fault):
+    """None: a write takes half of what it is given, which is no failure at all."""
+    errors = 0
+    for k in range(1, 1000):
+        path = in_memory / f"run {k}"
+        counter = Counter(k, None if fault is None else failing(fault))
+        acknowledged: list[str] = []
+        with installed(counter):
+            said = refusal(lambda: crash.work(path, LAYERS, acknowledged.append))  # noqa: B023
+        if said is not None:
+            errors += 1
+            assert fault is not None
+            assert f"run {k}" in said
+            assert os.strerror(fault) in said
+            if fault in {errno.ENOSPC, errno.EDQUOT} and "written" in said:
+                assert "make room" in said
+        left = [str(p) for p in in_memory.rglob(".*.tmp")]
+        assert not left or counter.calls[k - 1] == "unlink"
+        assert crash.acknowledged_are_there(path, acknowledged) == (0, 0)
+        finish(path)
+        assert crash.files(path) == right
+        if not counter.fired:
+            break
+        shutil.rmtree(path)
+    print(f"{k - 1} calls that failed, {errors} errors")
+    assert 100 < k < 999
+    assert errors == 0 if fault is None else errors > k / 2
+
+
+def test_the_same_object_can_go_on_after_a_failure(in_memory):
+    """Whatever the failed commit has left in the manifest does not stand before the next line."""
+    for k in range(1, 100):
+        path = in_memory / f"run {k}"
+        with RunDirectory.create(path, {}) as run:
+            run.commit("first", crash.tensors(0))
+            counter = Counter(k, failing(errno.EIO))
+            with installed(counter):
+                said = refusal(lambda: run.commit("x" * 1000, crash.tensors(1)))
+            assert [r.seq for r in run.records] == ([0] if said else [0, 1])
+            run.commit("y", crash.tensors(2))
+        with RunDirectory.open(path, write=False) as run:
+            assert run.find("y") is not None
+            assert run.messages == []
+            assert all(p.seq is None for p in run.check())
+        if not counter.fired:
+            break
+    assert 10 < k < 99
+
+
+# ---- a disk that is full -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_after_making_room_the_run_goes_on(small_disk):
+    path = small_disk / "run"
+    weights = {"w": torch.ones(1 << 18)}  # 1 MB
+    with RunDirectory.create(path, {}) as run:
+        said = None
+        for i in range(5):
+            said = said or refusal(lambda: run.commit(f"layer.{i}", weights))  # noqa: B023
+        assert said is not None
+        done = len(run.records)
+        assert 2 <= done <= 3
+        size = run.records[0].size
+        found = re.search(r"run/(\w+)/.* \((\d+) bytes\): No space .*\((\d+) bytes are free", said)
+        assert found is not None, said
+        assert found[1] == rundir.LAYERS
+        assert int(found[2]) == size > int(found[3])
+        assert not list(path.rglob(".*.tmp"))
+        assert run.check() == []
+        for record in run.records:
+            assert torch.equal(run.load(record)["w"], weights["w"])
+        subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+        for i in range(done, 5):
+            run.commit(f"layer.{i}", weights)
+        assert run.check() == []
+
+
+def test_a_disk_that_is_mounted_to_read_only_can_be_read(small_disk):
+    path = small_disk / "run"
+    with RunDirectory.create(path, {}) as run:
+        run.commit("a", crash.tensors(0))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match="LOCK: could not be written: Read-only file system"):
+        RunDirectory.open(path, write=True)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        RunDirectory.create(small_disk / "other", {})
+    with RunDirectory.open(path, write=False) as run:
+        assert run.check() == []
+
+
+def test_a_limit_on_the_size_of_files_is_a_clean_error(in_memory, server, right):
+    path = in_memory / "run"
+    assert server.run(path=path, layers=LAYERS, largest_file=400) == crash.FAILED
+    assert "layers/00000" in server.said[-1] or "state/" in server.said[-1]
+    assert os.strerror(errno.EFBIG) in server.said[-1]
+    assert not list(path.rglob(".*.tmp"))
+    finish(path)
+    assert crash.files(path) == right
+
+
+# ---- another process -----------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(in_memory, server):
+    path = in_memory / "run"
+    RunDirectory.create(path, {}).close()
+    server.start(path=path, hold=60)
+    while not (server.pid and "held" in server.said):
+        server.next()
+    with pytest.raises(CheckpointError, match=f"process {server.pid} on {os.uname().nodename}"):
+        RunDirectory.open(path, write=True)
+    RunDirectory.open(path, write=False).close()
+    os.kill(server.pid, 9)
+    assert server.wait() == -9
+    with RunDirectory.open(path, write=True) as run:
+        (message,) = run.messages
+        assert f"process {server.pid} on {os.uname().nodename}" in message
+        assert "taken over" in message
+
+
+# ---- loss of power -------------------------------------------------------------------------------
+
+
+class Inode:
+    """A file or folder: what the system sees, what the disk holds for certain, and the changes in
+    between, of which it may hold any."""
+
+    def __init__(self) -> None:
+        self.data = self.synced_data = b""
+        self.names: dict[str, Inode] = {}
+        self.synced_names: dict[str, Inode] = {}
+        self.pending: list[tuple[Any, ...]] = []
+
+    def change(self, *what: Any) -> None:
+        self.pending.append(what)
+
+    def sync(self) -> None:
+        self.synced_data, self.synced_names = self.data, dict(self.names)
+        self.pending = []
+
+    def on_disk(self, keep: Callable[[], str]) -> tuple[bytes, dict[str, Inode]]:
+        """What a power cut leaves; ``keep`` says of each change "yes", "no" or "half"."""
+        data, names = self.synced_data, dict(self.synced_names)
+        for what, *more in self.pending:
+            kept = keep()
+            if kept == "no":
+                continue
+            if what == "write":
+                place, piece = more
+                piece = piece if kept == "yes" else piece[: len(piece) // 2]
+                data = data.ljust(place, b"\0")[:place] + piece + data[place + len(piece) :]
+            elif what == "truncate":
+                data = data[: more[0]]
+            else:
+                names.pop(more[0], None)
+                if what != "unlink":
+                    names[more[-2]] = more[-1]
+        return data, names
+
+
+class Ended(BaseException):
+    """The process is gone: nothing it would have cleaned up is done."""
+
+
+class Recorder:
+    """Stands in for ``fs.call``: does every call, and knows what a power cut would leave.
+
+    The harshest reading of the standard: content is on the disk after fsync of the file, a name
+    after fsync of the folder; until then every single change may be there or not, whatever the
+    others are, and a write by half.
+    """
+
+    WRITING = frozenset({"write", "truncate", "fsync", "fsync_folder", "rename", "unlink", "open"})
+
+    def __init__(self, top: Path, generator: random.Random) -> None:
+        self.top, self.root, self.generator = top, Inode(), generator
+        self.open: dict[int, Inode] = {}
+        self.left = -1  # calls until the process ends
+        self.acknowledged: list[str] = []
+        self.cuts: dict[tuple[tuple[str, bytes | None], ...], tuple[list[str], bool]] = {}
+
+    def __call__(self, operation: str, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if operation == "close":
+            self.open.pop(args[0], None)
+            return function(*args, **kw)
+        if self.left == 0:
+            raise Ended
+        self.left -= 1
+        if operation in self.WRITING:
+            self.cut_the_power()
+        result = function(*args, **kw)
+        known = getattr(self, f"on_{operation}", None)
+        if operation == "make_folder":
+            where = getattr(function, "__self__", None)  # of Path.mkdir
+            name = where if isinstance(where, Path) else args[0]
+            self.on_open(None, name, dir_fd=kw.get("dir_fd"))
+        elif known is not None:
+            known(result, *args, **kw)
+        return result
+
+    def folder(self, name: Any, dir_fd: int | None) -> Inode | None:
+        """The folder that a name is in, where it is below ``top``."""
+        if dir_fd is not None:
+            return self.open[dir_fd]
+        return self.root if Path(name).parent == self.top else None
+
+    def on_open(self, handle: int | None, name: Any, *_: Any, dir_fd: int | None) -> None:
+        folder, last = self.folder(name, dir_fd), Path(name).name
+        inode = self.root if name == self.top else folder and folder.names.get(last)
+        if inode is None and folder is not None:
+            inode = folder.names[last] = Inode()
+            folder.change("enter", last, last, inode)
+        if handle is not None and inode is not None:
+            self.open[handle] = inode
+
+    def on_write(self, count: int, handle: int, data: memoryview) -> None:
+        inode, piece = self.open[handle], bytes(data[:count])
+        inode.change("write", len(inode.data), piece)  # all files are written to at their end
+        inode.data += piece
+
+    def on_truncate(self, _: None, handle: int, size: int) -> None:
+        self.open[handle].change("truncate", size)
+        self.open[handle].data = self.open[handle].data[:size]
+
+    def on_fsync(self, _: None, handle: int) -> None:
+        self.open[handle].sync()
+
+    on_fsync_folder = on_fsync
+
+    def on_rename(self, _: None, old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        folder = self.open[src_dir_fd]
+        folder.names[new] = folder.names.pop(old)
+        folder.change("rename", old, new, folder.names[new])
+
+    def on_unlink(self, _: None, name: str, *, dir_fd: int) -> None:
+        del self.open[dir_fd].names[name]
+        self.open[dir_fd].change("unlink", name)
+
+    def cut_the_power(self) -> None:
+        """Write down what could be left now: nothing and everything of what is not synced; all
+        choices where there are up to six changes, and 16 at random where there are more."""
+        asked: list[None] = []
+        self.note(lambda: asked.append(None) or "yes", True)
+        self.note(lambda: "no", True)
+        if len(asked) <= 6:
+            for choice in range(1 << len(asked)):
+                bits = iter(f"{choice:0{len(asked) + 1}b}")
+                self.note(lambda: "yes" if next(bits, "0") == "1" else "no", False)  # noqa: B023
+        for _ in range(16):
+            self.note(lambda: self.generator.choice(["yes", "no", "half"]), False)
+
+    def note(self, keep: Callable[[], str], extreme: bool) -> None:
+        found: list[tuple[str, bytes | None]] = []
+
+        def visit(inode: Inode, place: str) -> None:
+            data, names = inode.on_disk(keep)
+            if not place or ("." not in place.rpartition("/")[2] and place[-4:] != "LOCK"):
+                found.append((place, None))  # folders here have no dot in their names, files have
+            else:
+                found.append((place, data))
+            for name in sorted(names):
+                visit(names[name], f"{place}/{name}")
+
+        visit(self.root, "")
+        known = self.cuts.get(tuple(found))
+        # What is there must satisfy whoever has been told the most.
+        told = max(self.acknowledged, known[0] if known else [], key=len)
+        self.cuts[tuple(found)] = list(told), extreme or bool(known and known[1])
+
+
+def restore(folder: Path, tree: tuple[tuple[str, bytes | None], ...]) -> None:
+    for place, data in tree:
+        if data is None:
+            (folder / place[1:]).mkdir(exist_ok=True)
+        else:
+            (folder / place[1:]).write_bytes(data)
+
+
+def recorded(top: Path, generator: random.Random, killed_at: int) -> Recorder:
+    """A run of which every moment is known; killed once and gone on with, unless ``killed_at`` is
+    beyond its end."""
+    recorder = Recorder(top, generator)
+    recorder.left = killed_at
+    with installed(recorder):
+        try:
+            crash.work(top / "run", LAYERS, recorder.acknowledged.append)
+        except Ended:
+            recorder.left = -1
+            for handle in list(recorder.open):
+                fs.close(handle)
+            crash.work(top / "run", LAYERS, recorder.acknowledged.append)
+    return recorder
+
+
+def test_power_may_be_lost_at_any_moment(in_memory, right):
+    generator = random.Random(0)
+    cuts: dict[Any, tuple[list[str], bool]] = {}
+    for trial, killed_at in enumerate([10_000, *generator.sample(range(40, 250), 12)]):
+        top = in_memory / f"recorded {trial}"
+        top.mkdir()
+        recorder = recorded(top, generator, killed_at)
+        assert crash.files(top / "run") == right
+        for tree, (told, extreme) in recorder.cuts.items():
+            known = cuts.get(tree, ([], False))
+            cuts[tree] = max(told, known[0], key=len), extreme or known[1]
+    extremes = [tree for tree, (_, extreme) in cuts.items() if extreme]
+    others = [tree for tree, (_, extreme) in cuts.items() if not extreme]
+    chosen = generator.sample(extremes, min(300, len(extremes)))
+    chosen += generator.sample(others, min(500, len(others)))
+    for i, tree in enumerate(chosen):
+        top = in_memory / f"cut {i}"
+        top.mkdir()
+        restore(top, tree)
+        told, _ = cuts[tree]
+        assert crash.acknowledged_are_there(top / "run", told) == (0, 0)
+        finish(top / "run")
+        assert crash.files(top / "run") == right
+        shutil.rmtree(top)
+    print(f"{len(chosen)} power cuts of {len(cuts)} different ones")
+    assert len(chosen) == 800
+
+
+@pytest.mark.parametrize("missing", ["fsync", "fsync_folder"])
+def test_the_model_of_power_loss_finds_a_missing_sync(in_memory, missing, monkeypatch):
+    """It would be worth little if it could not fail."""
+    recorder_sync = getattr(Recorder, f"on_{missing}")
+    assert recorder_sync is not None
+    monkeypatch.setattr(Recorder, f"on_{missing}", lambda *_: None)
+    recorder = recorded(in_memory, random.Random(0), 10_000)
+    lost = 0
+    for i, (tree, (told, _)) in enumerate(recorder.cuts.items()):
+        top = in_memory / f"cut {i}"
+        top.mkdir()
+        restore(top, tree)
+        try:
+            lost += crash.acknowledged_are_there(top / "run", told) != (0, 0)
+        except CheckpointError:
+            lost += 1
+        shutil.rmtree(top)
+        if lost:
+            break
+    assert lost
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_and_every_cut_is_found_and_named(in_memory, right):
+    """1,000 places in each file, every tenth with a repair and a run to the end."""
+    path = in_memory / "run"
+    with RunDirectory.create(path, {"config": {"layers": LAYERS}}) as run:
+        for i in range(LAYERS):
+            run.commit(f"layer.{i}", crash.tensors(i), {"error": i / 4})
+        run.put_state("sums", crash.tensors(9), {"i": 1})
+    whole = crash.files(path)
+    generator = random.Random(0)
+    counts = {"flips": 0, "cuts": 0, "repairs": 0}
+    for name, data in whole.items():
+        for trial in range(1000):
+            place = generator.randrange(len(data))
+            if trial % 4 == 3:
+                changed, kind = data[:place], "cuts"
+            else:
+                flipped = data[place] ^ 1 << generator.randrange(8)
+                changed, kind = data[:place] + bytes([flipped]) + data[place + 1 :], "flips"
+            (path / name).write_bytes(changed)
+            counts[kind] += 1
+            assert name in what_is_wrong(path), (name, place, kind)
+            if trial % 10 == 0 and name != rundir.HEADER:
+                counts["repairs"] += 1
+                with RunDirectory.open(path, write=True, repair=True) as run:
+                    assert run.messages
+                    assert run.check() == []
+                    run.drop_state("sums")
+                finish(path)
+                assert crash.files(path) == right
+                for other, content in whole.items():
+                    (path / other).write_bytes(content)
+        (path / name).write_bytes(data)
+        assert what_is_wrong(path) == ""
+    print(counts)
+    assert counts["flips"] + counts["cuts"] == 1000 * len(whole) == 7000
+
+
+def what_is_wrong(path: Path) -> str:
+    """All that opening to read and checking say."""
+    try:
+        with RunDirectory.open(path, write=False) as run:
+            return " ".join([*run.messages, *map(str, run.check())])
+    except CheckpointError as error:
+        return str(error)

@@ -1,0 +1,398 @@
+"""Inputs "corrected": a layer on the pruned network's inputs is asked for what the original network
+gave, sums at residual connections included."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import features
+from helpers.experts import Experts, routed
+from helpers.hf_folders import network
+from helpers.stacks import Model, made
+from helpers.stacks import batches as block_batches
+from helpers.tolerances import distance
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.calibration.sums import Sums
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def chain() -> nn.Sequential:
+    layers = (nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 5))
+    return nn.Sequential(*layers).double()
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 3, stride=2, bias=False), nn.Flatten(), nn.Linear(196, 4),
+    ).double()  # fmt: skip
+
+
+def rows(model: nn.Module) -> list[Tensor]:
+    if isinstance(model[0], nn.Conv2d):
+        return [torch.randn(9, 2, 8, 8).double() for _ in range(3)]
+    return [features(40, 20, seed=i) for i in range(4)]
+
+
+def with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def pruned(model: nn.Module, data: Any, **options: Any) -> lobs.Report:
+    options = {"sparsity": 0.6, "inputs": "corrected", "progress": False, **options}
+    return lobs.prune(model, data, **options)
+
+
+@pytest.mark.parametrize("method", ["exact", "sweep", "lobs", "magnitude", "wanda"])
+def test_a_layer_starts_from_the_weights_that_make_up_for_those_before(method):
+    """The second layer by hand: the ridge solution for the original outputs, then pruning."""
+    model, damping = chain(), 0.02
+    original = copy.deepcopy(model)
+    data = rows(model)
+    pruned(model, data, method=method, damping=damping)
+    x, x0 = (with_ones(m[:2](torch.cat(data)).detach()) for m in (model, original))
+    W = torch.cat([original[2].weight, original[2].bias[:, None]], 1).detach()
+    H = x.T @ x / len(x)
+    A = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+    W = W + ((x0 - x) @ W.T).T @ x / len(x) @ A
+    out = lobs.prune_weight(
+        W[:, :-1].contiguous(), H, sparsity=0.6, method=method, bias=W[:, -1], damping=damping
+    )
+    assert distance(model[2].weight.detach(), out.weight) < 1e-9
+    assert distance(model[2].bias.detach(), out.bias) < 1e-9
+
+
+@pytest.mark.parametrize("make", [chain, convolutions])
+@pytest.mark.parametrize("method", ["exact", "wanda"])
+def test_errors_are_the_distance_from_the_original_network_s_outputs(make, method):
+    model = make()
+    original = copy.deepcopy(model)
+    data = rows(model)
+    report = pruned(model, data, method=method)
+    x = x0 = torch.cat(data)
+    for layer in report.layers:
+        i = int(layer.name)
+        with torch.no_grad():
+            now, wanted = model[: i + 1](x), original[: i + 1](x0)
+            without = original[i](model[:i](x))
+        count = now.numel() / now.shape[1]
+        assert layer.error == pytest.approx(float((now - wanted).square().sum()) / count, rel=1e-9)
+        assert layer.inherited == pytest.approx(
+            float((without - wanted).square().sum()) / count, rel=1e-9, abs=1e-18
+        )
+        assert layer.relative_error == pytest.approx(
+            float((now - wanted).square().sum() / wanted.square().sum()), rel=1e-9
+        )
+        assert int((model[i].weight == 0).sum()) == round(0.6 * model[i].weight.numel())
+    assert report.layers[0].inherited == 0.0
+
+
+def test_the_first_layer_is_pruned_as_ever_and_the_network_ends_nearer_to_the_original():
+    results = {}
+    for inputs in ("pruned", "corrected"):
+        model = chain()
+        torch.manual_seed(1)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        results[inputs] = (pruned(model, rows(model), inputs=inputs), model)
+    first = [model[0].weight for _, model in results.values()]
+    assert torch.equal(*first)
+    bound = {name: report.error_bound for name, (report, _) in results.items()}
+    assert bound["corrected"].measured < 0.9 * bound["pruned"].measured
+
+
+def test_the_bound_of_a_chain_is_what_its_last_layer_was_measured_to_lose():
+    model = chain()
+    report = pruned(model, rows(model))
+    bound = report.error_bound
+    assert bound.covered
+    assert bound.spectral == pytest.approx(bound.measured, rel=1e-9)
+    model = chain()
+    bound = pruned(model, rows(model), exclude="4").error_bound
+    assert bound.measured < bound.spectral <= bound.frobenius
+
+
+class Residual(nn.Module):
+    """x + second(relu(first(x))), then a layer of its own; ``how`` the sum is made."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.first = nn.Linear(20, 12).double(), nn.Linear(12, 30).double()
+        self.second, self.after = nn.Linear(30, 12).double(), nn.Linear(12, 5).double()
+        self.dropout = nn.Dropout(0.5)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.before(x))
+        y = self.dropout(self.second(torch.relu(self.first(x))))
+        if self.how == "plus":
+            z = x + y
+        elif self.how == "in place":
+            z = x
+            z += y
+        elif self.how == "other side":
+            z = torch.add(y, x)
+        elif self.how == "scaled":
+            z = torch.add(x, y, alpha=0.5)
+        elif self.how == "used twice":
+            z = x + y
+            z = z + 0.1 * y
+        elif self.how == "broadcast":
+            z = y + x[:1]
+        else:
+            z = y
+        return self.after(z)
+
+
+@pytest.mark.parametrize("how", ["plus", "in place", "other side"])
+def test_where_an_output_goes_into_a_sum_the_sum_is_what_counts(how):
+    model = Residual(how)
+    original = copy.deepcopy(model)
+    data = [features(40, 20, seed=i) for i in range(4)]
+    report = pruned(model, data, damping=0.02)
+    x = torch.cat(data)
+    with torch.no_grad():
+        a, a0 = (torch.relu(m.before(x)) for m in (model, original))
+        b, b0 = (torch.relu(m.first(t)) for m, t in ((model, a), (original, a0)))
+        wanted = a0 + original.second(b0) - a  # what second should give
+        W = torch.cat([original.second.weight, original.second.bias[:, None]], 1)
+        X = with_ones(b)
+        H = X.T @ X / len(X)
+        A = torch.linalg.inv(H + 0.02 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+        W = W + (wanted - X @ W.T).T @ X / len(X) @ A
+        error = (wanted - model.second(b)).square().sum() / len(X)
+    out = lobs.prune_weight(W[:, :-1].contiguous(), H, sparsity=0.6, bias=W[:, -1], damping=0.02)
+    assert distance(model.second.weight.detach(), out.weight) < 1e-9
+    mine = next(layer for layer in report.layers if layer.name == "second")
+    assert "corrected together with what is added to its output" in mine.notes
+    assert mine.error == pytest.approx(float(error), rel=1e-9)
+
+
+@pytest.mark.parametrize("how", ["scaled", "used twice", "broadcast", "none"])
+def test_other_uses_of_an_output_are_no_sums(how):
+    model = Residual(how)
+    report = pruned(model, [features(40, 20, seed=i) for i in range(4)])
+    assert all(not layer.notes for layer in report.layers)
+
+
+def test_of_layers_that_read_one_tensor_any_may_go_into_a_sum():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(20, 12).double()
+            self.a, self.b, self.c = (nn.Linear(12, 12).double() for _ in range(3))
+            self.last = nn.Linear(12, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            gate, b, c = torch.sigmoid(self.a(x)), self.b(x), self.c(x)
+            return self.last((x + b) * gate + (c + x) * (1 - gate))
+
+    report = pruned(Both(), [features(40, 20, seed=i) for i in range(4)])
+    notes = {x.name: x.notes for x in report.layers}
+    added = ("corrected together with what is added to its output",)
+    assert notes == {"first": (), "a": (), "b": added, "c": added, "last": ()}
+
+
+def test_sums_are_seen_call_by_call():
+    layer = nn.Linear(3, 3)
+    x = torch.randn(2, 3)
+    with torch.no_grad(), Sums({"a": layer}) as sums:
+        for k in range(3):
+            x = x + layer(x * (k + 1))
+    assert sums.calls == {"a": 3}
+    assert len(sums.found["a"]) == 3
+    assert sums.elsewhere == set()
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_block_by_block_gives_what_whole_passes_give(scope):
+    whole, parts = made(), made()
+    a = pruned(whole, block_batches(), blocks=None, scope=scope)
+    b = pruned(parts, block_batches(), scope=scope)
+    assert (a.settings["blocks"], b.settings["blocks"]) == ([], ["layers"])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    assert [(x.error, x.inherited) for x in a.layers] == [(x.error, x.inherited) for x in b.layers]
+    summed = [x.name for x in b.layers if x.notes]
+    assert summed == [f"layers.{i}.down" for i in range(3)]
+
+
+class Derived(Model):
+    """Something that blocks are handed is computed from the hidden state before the stack, so the
+    original network's blocks are handed something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        scale = x.abs().mean()
+        for layer in self.layers:
+            x = layer(x, scale=scale)[0]
+        return self.head(x)
+
+
+def test_the_original_s_blocks_are_run_with_what_the_original_hands_them():
+    whole, parts = made(Derived), made(Derived)
+    pruned(whole, block_batches(), blocks=None)
+    report = pruned(parts, block_batches())
+    assert report.settings["blocks"] == ["layers"]
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_padding_counts_for_nothing():
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    short = torch.randn(30, 3, 6)
+    mask = torch.ones(30, 5)
+    mask[:, 3:] = 0
+    long = torch.cat([short, 1e3 * torch.randn(30, 2, 6)], 1)
+    plain, padded = Padded(), Padded()
+    a = pruned(plain, [{"x": short, "attention_mask": mask[:, :3]}])
+    b = pruned(padded, [{"x": long, "attention_mask": mask}])
+    assert distance(padded.b.weight.detach(), plain.b.weight.detach()) < 1e-5
+    assert b.layers[1].error == pytest.approx(a.layers[1].error, rel=1e-4)
+
+
+def test_experts_are_not_corrected_and_that_is_said():
+    report = pruned(Experts(transposed=False), [routed([30, 20, 20, 25])])
+    notes = [note for layer in report.layers for note in layer.notes if "not corrected" in note]
+    assert len(notes) == 2
+    assert all("experts are sent other rows" in note for note in notes)
+
+
+class Counting(nn.Module):
+    """Calls its second layer more often the larger the first one's result is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.size = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        size = float(x.square().sum())
+        self.size = self.size or size
+        for _ in range(2 if size == self.size else 3):
+            x = self.b(x)
+        return x
+
+
+def test_networks_that_cannot_be_compared_row_by_row_are_not_and_that_is_said():
+    report = pruned(Counting(), [torch.randn(40, 6)], blocks=None)
+    (note,) = [n for n in report.layers[1].notes if "not corrected" in n]
+    assert "called more often" in note
+    assert report.layers[1].inherited is None
+
+
+def test_zeros_that_are_there_stay_zeros():
+    model = chain()
+    with torch.no_grad():
+        model[2].weight.view(-1)[::3] = 0
+        model[4].weight.zero_()
+    zeros = {i: model[i].weight == 0 for i in (2, 4)}
+    report = pruned(model, rows(model))
+    assert bool((model[2].weight[zeros[2]] == 0).all())
+    assert int((model[2].weight == 0).sum()) == round(0.6 * 30 * 16)
+    assert report.layers[1].inherited > 0
+    assert bool((model[4].weight == 0).all())
+    assert "its weights have zeros already" in report.layers[2].notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_kept(dtype):
+    model = chain().to(dtype)
+    report = pruned(model, [x.to(dtype) for x in rows(model)])
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+
+
+def test_limits_on_the_error_count_what_was_inherited():
+    model = chain()
+    report = pruned(model, rows(model), sparsity=None, max_error=0.05)
+    assert all(layer.error <= 0.05 for layer in report.layers)
+    assert all(layer.sparsity > 0.1 for layer in report.layers)
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was():
+    model = made()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = 0
+
+    class StopError(RuntimeError):
+        pass
+
+    def fail(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 40:
+            raise StopError
+
+    model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(StopError):
+        pruned(model, block_batches())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_network_with_a_stochastic_forward():
+    class Noisy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    def once() -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        model = Noisy(*chain())
+        pruned(model, [features(40, 20, seed=i) for i in range(4)])
+        return model.state_dict()
+
+    first, second = once(), once()
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+# ---- models of transformers ----------------------------------------------------------------------
+
+RESIDUAL = {  # whose outputs go into the residual stream
+    "BertModel": {"attention.output.dense", "output.dense"},
+    "LlamaForCausalLM": {"o_proj", "down_proj"},
+    "GPT2LMHeadModel": {"attn.c_proj", "mlp.c_proj"},
+    "MixtralForCausalLM": {"o_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", RESIDUAL)
+def test_transformers_models_are_nearer_to_the_original(kind):
+    pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(4, 60, (8, 12), generator=generator)} for _ in range(4)]
+
+    def first(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        output: Tensor = model(**batch, use_cache=False)[0]
+        return output
+
+    measured = {}
+    for inputs in ("pruned", "corrected"):
+        model = network(kind)
+        head = "lm_head" if hasattr(model, "lm_head") else None
+        options = {"exclude": head, "forward": first, "scope": "model", "spread": 0.1}
+        report = pruned(model, data, inputs=inputs, **options)
+        measured[inputs] = report.error_bound.measured
+        assert len(report.settings["blocks"]) == 1, report.settings["no blocks"]
+    summed = {x.name for x in report.layers if any("added to its output" in n for n in x.notes)}
+    ends = RESIDUAL[kind]
+    assert {name for name in summed if any(name.endswith(end) for end in ends)} == summed
+    assert len(summed) == 2 * len(ends)
+    assert measured["corrected"] < measured["pruned"]
