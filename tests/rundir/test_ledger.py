@@ -269,7 +269,7 @@ def test_a_state_that_is_whole_but_wrong_is_refused(tmp_path, monkeypatch, damag
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("lobs_native.underway.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lobs_native.rundir.underway.time.monotonic", lambda: now[0])
     with RunDirectory.create(tmp_path / "run", {}) as run:
         states = UnderWay(run, trusted=True)
         assert not states.due("statistics", 0)
@@ -374,7 +374,7 @@ def test_a_damaged_layer_is_named_and_the_model_is_as_it_was(tmp_path):
 
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("lobs_native.fs.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("lobs_native.files.fs.free_bytes", lambda _: 1000)
     with pytest.raises(CheckpointError, match=r"needs \d+ bytes, and 1000 are free there"):
         lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
 
@@ -402,7 +402,7 @@ def test_asked_to_stop_while_it_calibrates_it_ends_after_the_batch(tmp_path, mon
     run = tmp_path / "run"
     seen = []
     if worth:
-        monkeypatch.setattr("lobs_native.underway.time.monotonic", lambda: float(len(seen)))
+        monkeypatch.setattr("lobs_native.rundir.underway.time.monotonic", lambda: float(len(seen)))
 
     def forward(model: nn.Module, batch: Tensor) -> Any:
         seen.append(len(batch))
