@@ -39,20 +39,6 @@ def native_files() -> list[Path]:
     ]
 
 
-def imports_at_run_time(path: Path) -> list[ast.Import | ast.ImportFrom]:
-    """All imports of a file but those under ``if TYPE_CHECKING``."""
-    found: list[ast.Import | ast.ImportFrom] = []
-    rest: list[ast.AST] = [ast.parse(path.read_text())]
-    while rest:
-        node = rest.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found.append(node)
-        rest.extend(ast.iter_child_nodes(node))
-    return found
-
-
 def test_there_are_operations():
     assert STEMS == [
         "exact",
@@ -110,12 +96,14 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of this package that a file imports when it runs, dotted, down to the file."""
+    """The modules of this package that a file imports, dotted, down to the file. Imports inside
+    functions and under ``if TYPE_CHECKING`` count as well."""
     known = {module_of(p) for p in PACKAGE.rglob("*.py")} | {"lobs_native._core"}
     found: set[str] = set()
-    for node in imports_at_run_time(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom):
             continue
         module = node.module or ""
         for alias in node.names:

@@ -8,27 +8,15 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from helpers.reports import layer, report
 
-from lobs_native.report.html import Curve, demo_page, report_page, visible
-from lobs_native.report.records import ErrorBound, LayerReport, Skipped
-from lobs_native.report.report import Report
+from lobs_native.report.charts import Curve
+from lobs_native.report.html import demo_page, report_page
+from lobs_native.report.records import ErrorBound, Skipped
+from lobs_native.report.text import visible
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31mred\nnext\u202eline\ud800"
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
-
-
-def layer(name="fc1", **changes):
-    values = {
-        "name": name, "kind": "Linear", "shape": (300, 64), "method": "lobs", "scope": "layer",
-        "asked": "sparsity 0.9", "sparsity": 0.9, "error": 4.8, "relative_error": 0.16,
-        "damping": 0.01, "damping_asked": 0.01, "rows": 1297.0, "columns": 64, "dead_columns": 4,
-        "backend": "cpu_v3", "status": "ok", "notes": (), "seconds_calibrating": 0.004,
-        "seconds_pruning": 0.012,
-        "optimality": 0.003, "swaps": 0, "pattern": "unstructured", "dtype": "float32",
-        "predicted": 4.9, "energy": 30.0, "condition": 3400.0, "peak_memory": 567_000_000,
-        "curve_sparsity": (0.0, 0.5, 0.9, 0.92), "curve_error": (0.0, 0.4, 4.9, 6.0),
-    }  # fmt: skip
-    return LayerReport(**{**values, **changes})
 
 
 OLD = dict.fromkeys(
@@ -37,21 +25,6 @@ OLD = dict.fromkeys(
         *("curve_sparsity", "curve_error"),
     )
 )  # of a layer of a run that is older than these
-
-
-def report(*layers, skipped=(), bound=None, settings=None, missing=()):
-    return Report(
-        layers=layers or (layer(),),
-        skipped=tuple(skipped),
-        error_bound=bound or ErrorBound(True, "Theorem 3.2", 122.0, 29.6, 8.47, 14.3),
-        sparsity=0.9,
-        removed=17280,
-        weights=19200,
-        seconds=0.25,
-        settings=settings or {"method": "lobs", "include": None},
-        versions={"torch": "2.13.0"},
-        missing=tuple(missing),
-    )
 
 
 def comparison(**changes):
@@ -247,9 +220,9 @@ def test_what_was_done_differently_is_on_the_page():
     changed = layer("fc2", status="damping raised", damping=0.1, notes=("Cholesky failed",))
     text = Reader(report_page(report(layer(), changed))).text
     assert "damping raised" in text
-    assert "asked 0.01" in text
+    assert "requested 0.01" in text
     assert "1 Cholesky failed fc2" in text
-    assert "another status than ok, in 1 of 2 layers" in text
+    assert "a status other than ok, in 1 of 2 layers" in text
 
 
 def test_skipped_layers_come_with_the_reason():

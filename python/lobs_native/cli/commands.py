@@ -24,7 +24,7 @@ from lobs_native.errors import (
     PatternError,
 )
 from lobs_native.files.atomic import check_new_folder
-from lobs_native.report.html import visible
+from lobs_native.report.text import visible
 from lobs_native.rundir import inspection, ledger
 from lobs_native.rundir.underway import StoppedError, stop
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from lobs_native.errors import CheckpointError, LobsError
 from lobs_native.files.atomic import write_file
 from lobs_native.network.pruner import prune
-from lobs_native.report.html import Curve, demo_page
+from lobs_native.report.charts import Curve
+from lobs_native.report.html import demo_page
 from lobs_native.report.report import Report
 
 __all__ = ["Comparison", "Run", "check_extra", "check_folder", "compare", "save", "table"]

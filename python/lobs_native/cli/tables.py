@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lobs_native.report.html import visible
 from lobs_native.report.report import Report
+from lobs_native.report.text import visible
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -1,23 +1,28 @@
-"""What reports are made of: one record per layer, the bound, what was skipped."""
+"""The records of a report: pruned layers, layers left alone, and the bound of the whole network."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from lobs_native.errors import CheckpointError
 
-__all__ = ["ErrorBound", "LayerReport", "Skipped", "plain"]
+__all__ = ["ErrorBound", "LayerReport", "ReportRecord", "Skipped", "plain", "report_of_layer"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. Errors are ``tr(dW H dW^T)`` with the layer's own inputs, from the final weights
-    in float64. With inputs "corrected" they are the mean squared distance from the original
-    network's outputs (sums, where the notes say so), which what came before has a part in."""
+    """One pruned layer.
+
+    Errors are ``tr(dW H dW^T)`` with the layer's own inputs, computed in float64 from the final
+    weights. With inputs "corrected" they are mean squared distances from the outputs of the
+    original network (sums, where the notes say so), to which the layers before contribute as well.
+    """
 
     name: str
     kind: str  # "Linear", "Conv2d"; of the module that holds the weight
@@ -32,8 +37,8 @@ class LayerReport:
     damping_asked: float
     optimality: float  # worst row's distance from the best weights for its mask, in rounding units
     swaps: int  # exchanges of a kept against a removed weight
-    rows: float  # input rows (tokens, samples, patches) that H is the mean of; of all experts
-    columns: int  # width of H, without the bias
+    rows: float  # input rows (tokens, samples, patches) that H averages over; of all experts
+    columns: int  # in_features: the order of H without the bias
     dead_columns: int
     backend: str
     status: str
@@ -41,23 +46,24 @@ class LayerReport:
     seconds_calibrating: float
     seconds_pruning: float
     inherited: float | None = None  # error before correction and pruning, with inputs "corrected"
-    # Below, None is: not known to the method, or the run is older than the field.
+    # Below, None means that the method does not know it, or that the run is older than the field.
     pattern: str | None = None
     dtype: str | None = None  # of the weight
     predicted: float | None = None  # sum of removal costs, with damping: see PrunedWeight
-    energy: float | None = None  # what errors are relative to
+    energy: float | None = None  # tr(W H W^T): the denominator of relative_error
     condition: float | None = None  # of the damped H, estimated from below; of the worst group
-    curve_sparsity: tuple[float, ...] | None = None  # error against sparsity, as predicted, as far
-    curve_error: tuple[float, ...] | None = None  # as the removals were traced
-    # Highest while this layer was pruned (not calibrated), in bytes: of the process, above what it
-    # had when the run began; and of the layer's CUDA device, all that torch had allocated there.
+    # The predicted error against the sparsity, as far as the removals were traced.
+    curve_sparsity: tuple[float, ...] | None = None
+    curve_error: tuple[float, ...] | None = None
+    # Peaks in bytes while this layer was pruned, not calibrated: of the process, above its size
+    # when the run began; and on the layer's CUDA device, everything that torch had allocated.
     peak_memory: int | None = None
     peak_memory_device: int | None = None
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that matched and was left alone, and why."""
+    """A layer that matched but was left alone, and the reason."""
 
     name: str
     reason: str
@@ -65,10 +71,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """Theorem 3.2 for the whole network, beside what was measured on the calibration inputs.
+    """Theorem 3.2 for the whole network, and the distance measured on the calibration inputs.
 
-    All three are ``||output - original output||_F / sqrt(rows)``. Where the theorem does not cover
-    the network, the bounds are None and ``reason`` says why.
+    The two bounds and the measured distance are ``||output - original output||_F / sqrt(rows)``.
+    Where the theorem does not cover the network, the bounds are None and ``reason`` says why.
     """
 
     covered: bool
@@ -85,12 +91,31 @@ class ErrorBound:
         return self.share(self.measured)
 
     def share(self, value: float | None) -> float | None:
-        """``value`` over the original output's norm; None where one of them is not known."""
+        """``value`` over the original output's norm; None where either is unknown."""
         return None if value is None or not self.output_norm else value / self.output_norm
 
 
+@dataclass(frozen=True)
+class ReportRecord:
+    """The fields of a report, for what reads one: the review, the page, the JSON."""
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    error_bound: ErrorBound
+    sparsity: float  # weights removed over all weights of the pruned layers
+    removed: int
+    weights: int
+    seconds: float
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    masks: dict[str, Tensor] = field(
+        repr=False, compare=False, default_factory=dict
+    )  # True = kept; not saved
+    missing: tuple[str, ...] = ()  # of an unfinished run: layers that are still to be pruned
+
+
 def plain(value: Any) -> Any:
-    """The same as JSON values; what has none becomes its ``repr``, an infinity "inf"."""
+    """``value`` as JSON values: an infinity becomes "inf", what JSON cannot hold its ``repr``."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -104,19 +129,23 @@ _LARGEST = (1 << 63) - 1  # of counts and sizes in a report
 
 
 def report_of_layer(info: Mapping[str, Any]) -> LayerReport:
+    """The record whose fields :func:`plain` turned into ``info``.
+
+    Raises CheckpointError if a field is missing, unknown or of the wrong type.
+    """
     try:
         kinds = {field.name: field.type for field in dataclasses.fields(LayerReport)}
         values = {name: _value(str(kinds[name]), name, value) for name, value in info.items()}
         report = LayerReport(**values)
         if len(report.curve_sparsity or ()) != len(report.curve_error or ()):
-            raise TypeError("curve_error and curve_sparsity are not of one length")
+            raise TypeError("curve_error and curve_sparsity differ in length")
         return report
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"run_dir: the report of a layer cannot be read: {error}") from error
 
 
 def _value(kind: str, name: str, value: Any) -> Any:
-    """What :func:`plain` made a JSON value of. TypeError if it is not of this kind."""
+    """The inverse of :func:`plain` for a field of this type. TypeError if ``value`` has another."""
     if value is None and kind.endswith(" | None"):
         return None
     kind = kind.removesuffix(" | None")
@@ -126,7 +155,7 @@ def _value(kind: str, name: str, value: Any) -> Any:
     if kind == "float" and value in ("inf", "-inf", "nan"):
         return float(value)
     if type(value) is int and abs(value) > _LARGEST:
-        raise TypeError(f"{name} is beyond 64 bits")
+        raise TypeError(f"{name} does not fit in 64 bits")
     if type(value).__name__ == kind or (kind == "float" and type(value) is int):
         return value
-    raise TypeError(f"{name} is no {kind}")
+    raise TypeError(f"{name} is not of type {kind}")

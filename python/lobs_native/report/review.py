@@ -1,17 +1,13 @@
-"""What to look at in a report before its results are trusted."""
+"""Checks of a report: what to look at before its results are trusted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lobs_native.report.records import LayerReport, ReportRecord
 from lobs_native.solvers.problem import OPTIMAL
-
-if TYPE_CHECKING:  # report imports this module
-    from lobs_native.report.records import LayerReport
-    from lobs_native.report.report import Report
 
 __all__ = ["Check", "Note", "notes_of", "review"]
 
@@ -20,105 +16,106 @@ _SLACK = 1e-4  # of the predicted error, for rounding in float32
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at in every layer."""
+    """One property that was checked in every layer. The fields are keys of the JSON report."""
 
     name: str
     good: bool
-    said: str
-    layers: tuple[str, ...] = ()  # that it is about, where not about all
+    said: str  # the outcome
+    layers: tuple[str, ...] = ()  # the layers concerned, unless it is about all of them
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something that was done differently from what was asked, or is to be known, and where."""
+    """A deviation from what was requested, or something worth knowing, and its layers."""
 
     text: str
     layers: tuple[str, ...]
 
 
 def notes_of(layers: Iterable[LayerReport]) -> tuple[Note, ...]:
-    """The notes of all layers, each text once, in the order they come up in."""
-    found: dict[str, list[str]] = {}
+    """The notes of all layers, each text once, in the order of their first occurrence."""
+    names: dict[str, list[str]] = {}
     for layer in layers:
         for text in dict.fromkeys(layer.notes):
-            found.setdefault(text, []).append(layer.name)
-    return tuple(Note(text, tuple(names)) for text, names in found.items())
+            names.setdefault(text, []).append(layer.name)
+    return tuple(Note(text, tuple(of_text)) for text, of_text in names.items())
 
 
-def review(report: Report) -> tuple[Check, ...]:
-    """Completeness, damping, data, dead inputs, kept weights, and predictions."""
+def review(report: ReportRecord) -> tuple[Check, ...]:
+    """Check completeness, damping, data, dead inputs, kept weights and predictions."""
     layers = report.layers
     checks = [
-        _done(report),
-        _of_layers(
+        _completeness(report),
+        _check(
             "Damping",
             layers,
             lambda x: x.status != "ok" or x.damping not in (0.0, x.damping_asked),
-            "as asked in every layer",
-            "more than asked, or another status than ok, in",
+            "as requested in every layer",
+            "more than requested, or a status other than ok, in",
         ),
-        _of_layers(
+        _check(
             "Data",
             layers,
             lambda x: x.rows < x.columns,
             "every layer saw at least as many rows as it has columns",
-            "fewer rows than columns, so that the damping decides along unseen directions, in",
+            "fewer rows than columns, so the damping decides along the directions not seen, in",
         ),
-        _of_layers(
+        _check(
             "Dead inputs",
             layers,
             lambda x: x.dead_columns > 0,
             "none: no input was zero in every row",
-            "inputs that were zero in every row, whose weights cost nothing, in",
+            "inputs that were zero in every row, whose weights cost nothing to remove, in",
             neutral=True,
         ),
     ]
     solved = [x for x in layers if x.method == "exact" or x.swaps]
     if solved:
         checks.append(
-            _of_layers(
+            _check(
                 "Kept weights",
                 solved,
                 lambda x: not x.optimality <= OPTIMAL,
-                "the best for their mask, as far as rounding can tell, wherever the method says so",
+                "the best for their mask, as far as rounding can tell, wherever the method "
+                "promises that",
                 "not the best for their mask in",
             )
         )
-    known = [x for x in layers if x.predicted is not None and math.isfinite(x.predicted)]
-    if known:
+    predicted = [x for x in layers if x.predicted is not None and math.isfinite(x.predicted)]
+    if predicted:
         checks.append(
-            _of_layers(
+            _check(
                 "Prediction",
-                known,
+                predicted,
                 lambda x: x.error > (x.predicted or 0.0) * (1 + _SLACK) + _SLACK * (x.energy or 0),
-                "no measured error is above the predicted one, which has the damping in it",
+                "no measured error is above the predicted one, which includes the damping",
                 "the measured error is above the predicted one in",
             )
         )
     return tuple(checks)
 
 
-def _done(report: Report) -> Check:
+def _completeness(report: ReportRecord) -> Check:
     count = len(report.layers)
     if report.missing:
-        whole = count + len(report.missing)
-        return Check("Layers", False, f"unfinished: {count} of {whole} are done")
-    left = len(report.skipped)
-    alone = f"; {left} left alone, see below" if left else ""
-    return Check("Layers", True, f"all {count} are pruned{alone}")
+        total = count + len(report.missing)
+        return Check("Layers", False, f"unfinished: {count} of {total} are done")
+    skipped = len(report.skipped)
+    left = f"; {skipped} left alone, see below" if skipped else ""
+    return Check("Layers", True, f"all {count} are pruned{left}")
 
 
-def _of_layers(
+def _check(
     name: str,
     layers: Sequence[LayerReport],
-    wrong: Callable[[LayerReport], bool],
+    stands_out: Callable[[LayerReport], bool],
     good: str,
     bad: str,
     *,
     neutral: bool = False,
 ) -> Check:
-    """``neutral`` is for what is no fault."""
-    hit = tuple(layer.name for layer in layers if wrong(layer))
+    """The check that no layer stands out. ``neutral``: a layer that does is not at fault."""
+    hit = tuple(layer.name for layer in layers if stands_out(layer))
     if not hit:
         return Check(name, True, good)
     return Check(name, neutral, f"{bad} {len(hit)} of {len(layers)} layers", hit)

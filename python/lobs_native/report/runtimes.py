@@ -1,130 +1,122 @@
-"""Where the sparsity of a report runs faster today, and where it does not.
+"""Runtimes that a sparsity makes faster, and those that it does not.
 
-Only statements with a source, which stands above each; looked up in November 2026. A runtime whose
-source says nothing about a pattern is said to need another one.
+The statements are in ``runtimes.json``, each with its source and the month in which it was looked
+up. A runtime whose source says nothing about a pattern is said to need another one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import resources
 
-if TYPE_CHECKING:  # report imports this module
-    from lobs_native.report.records import LayerReport
+from lobs_native.report.records import LayerReport
 
-__all__ = ["Runtime", "runtimes"]
-
-YES, CONDITIONS, NO = "yes", "with conditions", "no"
+__all__ = ["Runtime", "RuntimeFacts", "as_of", "markdown", "runtimes_for", "table"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One way to run the pruned network."""
+    """One way to run a pruned network. The fields are keys of the JSON report."""
 
     where: str
     faster: str  # "yes", "with conditions" or "no"
     why: str
 
 
-def runtimes(layers: Sequence[LayerReport], pattern: str) -> tuple[Runtime, ...]:
-    """What is known for the layers' patterns; ``pattern`` is that of layers that name none."""
+@dataclass(frozen=True)
+class RuntimeFacts:
+    """What is known about a runtime, for any report: one entry of ``runtimes.json``."""
+
+    where: str
+    faster: str  # where ``condition`` is met; "no" everywhere else
+    condition: str | None  # "2:4" in every layer, "1 x 1 convolutions" in one; None: always met
+    text: str
+    source: str
+    date: str  # "2026-11": the month in which the source was read
+    if_met: str = ""  # more text, where the condition is met
+    if_not_met: str = ""
+    multiples_in_float16: Sequence[int] = ()  # that the (rows, columns) of a weight must be of
+
+
+def table() -> tuple[RuntimeFacts, ...]:
+    """What is known about every runtime, independent of any report.
+
+    Returns
+    -------
+    tuple of RuntimeFacts
+        The entries of ``runtimes.json``, in the order of the report's page.
+    """
+    path = resources.files(__package__) / "runtimes.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(RuntimeFacts(**entry) for entry in entries)
+
+
+def as_of() -> str:
+    """The month of the oldest entry, "2026-11": the table is to be read as of then."""
+    return min(entry.date for entry in table())
+
+
+def markdown() -> str:
+    """The table as Markdown, for the documentation.
+
+    Returns
+    -------
+    str
+        A heading row and one row per runtime, with sources and dates. Ends with a line break.
+    """
+    lines = ["| Where | Faster? | Needs | Why | Source |", "| --- | --- | --- | --- | --- |"]
+    for entry in table():
+        cells = (
+            entry.where,
+            entry.faster,
+            entry.condition or "",
+            f"{entry.text} {entry.if_met}".rstrip(),
+            f"{entry.source}; {entry.date}",
+        )
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def runtimes_for(layers: Sequence[LayerReport], pattern: str) -> tuple[Runtime, ...]:
+    """What is known for these layers.
+
+    Parameters
+    ----------
+    layers : sequence of LayerReport
+        The pruned layers.
+    pattern : str
+        The pattern of layers that name none.
+
+    Returns
+    -------
+    tuple of Runtime
+        One per entry of :func:`table`, in its order.
+    """
     patterns = {layer.pattern or pattern for layer in layers} or {pattern}
-    semi = all(_within_two_of_four(name) for name in patterns)
-    return (
-        # "Zeroing out pruned parameters doesn't affect the latency": torchao/sparsity/README.md.
-        Runtime(
-            "PyTorch as it is, on CPU and GPU",
-            NO,
-            "The weights are stored dense, and zeros are multiplied like other numbers.",
-        ),
-        _semi_structured(layers, semi),
-        # developer.nvidia.com/blog/accelerating-inference-with-sparsity-using-ampere-and-tensorrt
-        Runtime(
-            "TensorRT, NVIDIA Ampere and later",
-            CONDITIONS if semi else NO,
-            "From TensorRT 8.0 on it has kernels for sparse tensor cores, which take 2:4."
-            + ("" if semi else _NEEDS),
-        ),
-        # vllm-project/vllm pull request 36799 (March 2026), llm-compressor pull request 2720.
-        Runtime(
-            "vLLM",
-            NO,
-            "Its 2:4 kernels were removed in March 2026; a model stored as 2:4 is refused since "
-            "0.19.1. Stored dense, it runs as before.",
-        ),
-        # torch/sparse/_triton_ops.py, check_blocksize, torch 2.13.
-        Runtime(
-            "PyTorch, block-sparse matrices (BSR) on GPU",
-            NO,
-            "Its kernels take blocks of at least 16 x 16; no pattern here has such.",
-        ),
-        # docs.pytorch.org/docs/stable/sparse.html, "Why and when to use sparsity".
-        Runtime(
-            "PyTorch, compressed rows (CSR)",
-            CONDITIONS,
-            "Its documentation warns that run time may grow instead: only at high sparsity, and "
-            "only if a measurement with your shapes says so.",
-        ),
-        # docs.openvino.ai, sparse_weights_decompression_rate and the notebook
-        # sparsity-optimization: BERT in 8 bits on a 4th generation Xeon.
-        Runtime(
-            "OpenVINO, Intel Xeon from the 4th generation on",
-            CONDITIONS,
-            "Any pattern, after quantising to int8: weights of matrix products are packed, which "
-            "saves memory traffic, where CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE is set.",
-        ),
-        # apple.github.io/coremltools/docs-guides/source/opt-pruning-perf.html
-        Runtime(
-            "Core ML, Apple Neural Engine",
-            CONDITIONS,
-            "Any pattern, stored sparse: it typically helps where loading weights is the limit, "
-            "and from about 75 % sparsity, or with zeros in blocks, computation can be skipped.",
-        ),
-        # tensorflow/lite/delegates/xnnpack/README.md, "Sparse Inference".
-        Runtime(
-            "XNNPACK (TensorFlow Lite)",
-            CONDITIONS if any(_pointwise(layer) for layer in layers) else NO,
-            "Any pattern, but only convolutional networks: 1 x 1 convolutions, at least two thirds "
-            "zero, in a part of the graph that begins with a 3 x 3 convolution of stride 2.",
-        ),
-        # neuralmagic/deepsparse issue 1676.
-        Runtime(
-            "DeepSparse",
-            NO,
-            "It was made for unstructured sparsity on CPUs, and came to its end of life on 2 June "
-            "2025.",
-        ),
-    )
+    met = {
+        None: True,
+        "2:4": all(_within_two_of_four(name) for name in patterns),
+        "1 x 1 convolutions": any(_pointwise(layer) for layer in layers),
+    }
+    return tuple(_runtime(entry, met[entry.condition], layers) for entry in table())
 
 
-_NEEDS = " They need 2:4, which was not asked for in every layer."
-
-
-def _semi_structured(layers: Sequence[LayerReport], semi: bool) -> Runtime:
-    where = "PyTorch, torch.sparse.to_sparse_semi_structured, NVIDIA Ampere and later"
-    # _DTYPE_SHAPE_CONSTRAINTS in torch/sparse/semi_structured.py, torch 2.13; compute capability
-    # 8.0 in the PyTorch tutorial "semi_structured_sparse".
-    rules = (
-        "2:4, linear layers only, in float16 or bfloat16 (rows a multiple of 32, columns of 64; "
-        "with cuSPARSELt 16 and 16) or int8 (16 and 128; 32 and 32); compute capability 8.0."
-    )
-    if not semi:
-        return Runtime(where, NO, rules + _NEEDS)
-    linear = [layer for layer in layers if layer.kind == "Linear"]
-    fit = sum(layer.shape[0] % 32 == 0 and layer.shape[1] % 64 == 0 for layer in linear)
-    # Gains: torchao/sparsity/README.md, segment-anything on an A100.
-    return Runtime(
-        where,
-        CONDITIONS,
-        f"{rules} {fit} of these {len(layers)} layers have such a shape in float16. A whole vision "
-        "transformer on an A100 came to 1.10 times the speed with only its large products sparse, "
-        "and to 1.07 with the attention's as well.",
-    )
+def _runtime(entry: RuntimeFacts, met: bool, layers: Sequence[LayerReport]) -> Runtime:
+    if not met:
+        return Runtime(entry.where, "no", f"{entry.text} {entry.if_not_met}".rstrip())
+    parts = [entry.text]
+    if entry.multiples_in_float16:
+        rows, columns = entry.multiples_in_float16
+        linear = [layer for layer in layers if layer.kind == "Linear"]
+        fit = sum(x.shape[0] % rows == 0 and x.shape[1] % columns == 0 for x in linear)
+        parts.append(f"Layers of such a shape in float16: {fit} of {len(layers)}.")
+    return Runtime(entry.where, entry.faster, " ".join([*parts, entry.if_met]).rstrip())
 
 
 def _within_two_of_four(pattern: str) -> bool:
-    """Whether a pattern leaves at most 2 of every 4 neighbouring weights."""
+    """Whether a pattern keeps at most 2 of every 4 neighbouring weights."""
     keep, colon, size = pattern.partition(":")
     if not colon or not keep.isdecimal() or not size.isdecimal():
         return False

@@ -1,0 +1,123 @@
+"""What the page of a report shows beside the report's own fields, as plain data for templates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lobs_native.report import runtimes
+from lobs_native.report.charts import LayerCharts, layer_charts
+from lobs_native.report.layer_table import LayerTable, layer_table
+from lobs_native.report.records import ErrorBound, LayerReport, ReportRecord
+from lobs_native.report.review import Check, Note, notes_of, review
+from lobs_native.report.text import DASH
+
+__all__ = ["Quantity", "ReportView", "report_view"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number, and how it is read."""
+
+    value: float
+    text: str
+
+
+Setting: TypeAlias = "str | Quantity | tuple[Setting, ...] | dict[str, Setting]"
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """Everything that is computed for the page."""
+
+    summary: tuple[str, ...]  # the run in a few words
+    worst: LayerReport | None  # the layer with the largest finite error
+    checks: tuple[Check, ...]
+    distances: tuple[tuple[str, float], ...]  # the known ones of the network's output
+    charts: LayerCharts
+    table: LayerTable
+    notes: tuple[Note, ...]
+    runtimes: tuple[runtimes.Runtime, ...]
+    runtimes_as_of: str
+    requested: dict[str, Setting]
+    recorded: dict[str, Setting]  # during the run
+
+
+def report_view(report: ReportRecord) -> ReportView:
+    """Compute what the page of this report shows."""
+    notes = notes_of(report.layers)
+    finite = [x for x in report.layers if math.isfinite(x.relative_error)]
+    requested, recorded = _settings(report.settings)
+    return ReportView(
+        summary=_summary(report.settings),
+        worst=max(finite, key=lambda x: x.relative_error, default=None),
+        checks=review(report),
+        distances=_distances(report.error_bound),
+        charts=layer_charts(report.layers),
+        table=layer_table(report.layers, notes, report.error_bound.parts),
+        notes=notes,
+        runtimes=runtimes.runtimes_for(report.layers, str(report.settings.get("pattern"))),
+        runtimes_as_of=runtimes.as_of(),
+        requested=requested,
+        recorded=recorded,
+    )
+
+
+def _summary(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    bare = ("model", "model class", "method", "pattern")
+    named = ("sparsity", "threshold", "max_error", "scope", "inputs")
+    return (
+        *(str(settings[k]) for k in bare if settings.get(k) is not None),
+        *(f"{k.replace('_', ' ')} {settings[k]}" for k in named if settings.get(k) is not None),
+    )
+
+
+def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
+    distances = {
+        "original output": bound.output_norm,
+        "measured distance": bound.measured,
+        "bound with spectral norms": bound.spectral,
+        "bound with Frobenius norms": bound.frobenius,
+    }
+    return tuple((name, value) for name, value in distances.items() if value is not None)
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
+    *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity", "budget"),
+    *("include", "exclude", "overrides", "memory", "device", "backend", "blocks", "token_mask"),
+    "seed",
+)
+_BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}
+
+
+def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """The arguments of the run, and what was recorded while it ran."""
+    requested = {k: _setting(k, settings[k]) for k in _ARGUMENTS if settings.get(k) is not None}
+    unset = [k for k in _ARGUMENTS if k in settings and settings[k] is None]
+    if unset:
+        requested["not set"] = ", ".join(unset)
+    recorded = {k: _setting(k, v) for k, v in settings.items() if k not in _ARGUMENTS}
+    return requested, recorded
+
+
+def _setting(name: str, value: Any) -> Setting:
+    if value is None:
+        return DASH
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and value:
+        return {str(k): _setting(str(k), v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(_setting("", x) for x in value) or "none"
+    if type(value) in (int, float):
+        in_bytes = type(value) is int and (
+            name in _BYTES or name.endswith("_limit") or name.startswith("peak memory")
+        )
+        return Quantity(value, f"{value / 1e6:,.1f} MB" if in_bytes else f"{value:,}")
+    return json.dumps(value, default=str)
