@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lobs_native.cli import commands as cli
-from lobs_native.cli import demo
+from lobs_native.cli import demo, digits
 from lobs_native.errors import CheckpointError, LobsError
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
@@ -130,7 +130,7 @@ def test_a_missing_extra_is_named_before_any_training(missing, monkeypatch, tmp_
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(demo, "_train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(digits, "train", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(LobsError, match=r'pip install "lobs-native\[demo\]"'):
         demo.compare()
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == cli.FAILED

@@ -1,8 +1,8 @@
 """``lobs-native demo``: train a small network on real digits, prune it five ways, and compare.
 
-The data are scikit-learn's handwritten digits (1797 images of 8 x 8, from the UCI repository), the
-network has the shape of LeNet-300-100, and every method gets the same calibration: the training
-inputs, without their labels. Nothing is retrained after pruning.
+The data are scikit-learn's handwritten digits (1797 images of 8 x 8, from the UCI repository). The
+network has the shape of LeNet-300-100. Every method gets the same calibration: the training inputs
+without their labels. Nothing is retrained after pruning.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import os
 import textwrap
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from tqdm import tqdm
 
+from lobs_native.cli import digits
+from lobs_native.cli.demo_picture import png
 from lobs_native.errors import CheckpointError, LobsError
 from lobs_native.files.atomic import write_file
 from lobs_native.network.pruner import prune
@@ -36,7 +35,7 @@ from lobs_native.report.report import Report
 __all__ = ["Comparison", "Run", "check_extra", "check_folder", "compare", "save", "table"]
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
-SCOPES = {  # each method as it was published; "exact" as prune() has it by default
+SCOPES = {  # each method as published; "exact" with the default of prune()
     "magnitude": "layer",
     "wanda": "row",
     "lobs": "layer",
@@ -44,24 +43,23 @@ SCOPES = {  # each method as it was published; "exact" as prune() has it by defa
     "exact": "layer",
 }
 SHOWN_IN_FULL = ("exact", 0.8)
-TEST_SAMPLES = 500
 SEED = 0
 EPOCHS = 30
 LEGEND = (
     "before, after: test error. fc1 to fc3: error of the layer's output relative to that output, "
-    "both squared. output: distance of the network's output from the original one, and the bounds "
-    "that theorem 3.2 gives for it with spectral and with Frobenius norms."
+    "both squared. output: distance of the network's output from the original one. spectral, "
+    "Frobenius: the bounds that theorem 3.2 gives for this distance with either norm."
 )
 _MISSING = 'the demo needs scikit-learn and matplotlib: pip install "lobs-native[demo]"'
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pruned copy of the network. Test errors are fractions of the test images."""
+    """One pruned copy of the network. Errors before and after are fractions of the test images."""
 
     method: str
     scope: str
-    sparsity: float  # asked, of every layer
+    sparsity: float  # requested of every layer
     sparsity_reached: float
     error_before: float
     error_after: float
@@ -93,16 +91,8 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
-class _Digits:
-    train_x: Tensor  # (1297, 64) float32 in [0, 1]
-    train_y: Tensor  # (1297,) int64
-    test_x: Tensor  # (500, 64)
-    test_y: Tensor  # (500,)
-
-
 def compare(*, progress: bool = True) -> Comparison:
-    """Train the network and prune copies of it by every method at every sparsity.
+    """Train the network, and prune copies of it by every method at every sparsity.
 
     Parameters
     ----------
@@ -112,30 +102,32 @@ def compare(*, progress: bool = True) -> Comparison:
     Returns
     -------
     Comparison
-        The same for the same versions and machine type, except for the seconds: it works on one
-        thread, whatever torch is set to.
+        The same for the same versions and machine type, except for the seconds. All work is done
+        on one thread, whatever torch is set to.
 
     Raises
     ------
     LobsError
-        scikit-learn or matplotlib is missing; found before any work is done.
+        scikit-learn or matplotlib is missing. Raised before any work is done.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     check_extra()
-    digits = _load()
-    asked = [(method, sparsity) for sparsity in SPARSITIES for method in SCOPES]
+    data = digits.load(SEED)
+    requested = [(method, sparsity) for sparsity in SPARSITIES for method in SCOPES]
     with _one_thread():
-        model = _train(digits, progress)
-        bar = tqdm(asked, "prune", disable=None if progress else True)
-        done = [_run(model, digits, method, sparsity) for method, sparsity in bar]
+        model = digits.train(data, epochs=EPOCHS, seed=SEED, progress=progress)
+        bar = tqdm(requested, "prune", disable=None if progress else True)
+        done = [_run(model, data, method, sparsity) for method, sparsity in bar]
     runs = tuple(run for run, _ in done)
-    shown = done[asked.index(SHOWN_IN_FULL)][1]
-    return Comparison(runs, shown, _facts(digits, runs[0]), time.perf_counter() - begun)
+    shown = done[requested.index(SHOWN_IN_FULL)][1]
+    return Comparison(runs, shown, _facts(data, runs[0]), time.perf_counter() - start)
 
 
 def save(result: Comparison, out: str | os.PathLike[str]) -> list[Path]:
-    """Write ``demo.json``, ``report.html`` and ``demo.png`` into the folder ``out``, each whole or
-    not at all. Returns their paths; CheckpointError names the file that could not be written."""
+    """Write ``demo.json``, ``report.html`` and ``demo.png`` into the folder, each atomically.
+
+    Returns their paths. Raises CheckpointError, which names the file that could not be written.
+    """
     folder = Path(out)
     curves = _curves(result.runs)
     before = result.runs[0].error_before
@@ -155,18 +147,18 @@ def save(result: Comparison, out: str | os.PathLike[str]) -> list[Path]:
             folder / "demo.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
         ),
         write_file(folder / "report.html", page),
-        write_file(folder / "demo.png", _picture(curves, before)),
+        write_file(folder / "demo.png", png(curves, before)),
     ]
 
 
 def table(result: Comparison) -> str:
-    """The comparison as lines of text, columns aligned, and what they mean."""
+    """The comparison as lines of text with aligned columns, and a legend."""
     lines = [_header(result), *(_cells(run) for run in result.runs)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = []
     for k, line in enumerate(lines):
         if k % len(SCOPES) == 1:
-            text.append("")  # a gap before every sparsity
+            text.append("")  # a gap before each sparsity
         cells = (c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))
         text.append("  ".join([line[0].ljust(widths[0]), *cells]))
     return "\n".join([*text, "", *textwrap.wrap(LEGEND, sum(widths) + 2 * len(widths) - 2)])
@@ -186,7 +178,7 @@ def check_extra() -> None:
 
 
 def check_folder(out: str | os.PathLike[str]) -> None:
-    """Make the folder ``out``, or raise CheckpointError now rather than when all work is done."""
+    """Create the folder ``out``, or raise CheckpointError now rather than after all the work."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -197,48 +189,10 @@ def check_folder(out: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"out: no permission to write into {os.fspath(out)!r}")
 
 
-def _load() -> _Digits:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
-    parts = train_test_split(x / 16.0, y, test_size=TEST_SAMPLES, stratify=y, random_state=SEED)
-    train_x, test_x = (torch.from_numpy(part).float() for part in parts[:2])
-    train_y, test_y = (torch.from_numpy(part).long() for part in parts[2:])
-    return _Digits(train_x, train_y, test_x, test_y)
-
-
-def _train(digits: _Digits, progress: bool) -> nn.Sequential:
-    """The trained network, in evaluation mode. The caller's random state is left as it was.
-
-    Trained in float64 and rounded once at the end, so that the order in which a processor adds
-    hardly shows in the result.
-    """
-    x = digits.train_x.double()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        layers: list[tuple[str, nn.Module]] = [
-            ("fc1", nn.Linear(64, 300)),
-            ("relu1", nn.ReLU()),
-            ("fc2", nn.Linear(300, 100)),
-            ("relu2", nn.ReLU()),
-            ("fc3", nn.Linear(100, 10)),
-        ]
-        model = nn.Sequential(OrderedDict(layers)).double()
-        optimizer = torch.optim.Adam(model.parameters())  # torch's defaults: nothing tuned
-        for _ in tqdm(range(EPOCHS), "train", disable=None if progress else True):
-            for batch in torch.split(torch.randperm(len(x)), 64):
-                loss = functional.cross_entropy(model(x[batch]), digits.train_y[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return model.float().eval()
-
-
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The layers are so small that a second thread costs more than it brings: with another program
-    on the same cores, training takes ten times as long on two threads as on one."""
+    """Work on one thread. The layers are so small that a second one costs more than it gains: with
+    another program on the same cores, training takes ten times as long on two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -247,11 +201,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(model: nn.Sequential, digits: _Digits, method: str, sparsity: float) -> tuple[Run, Report]:
+def _run(
+    model: nn.Sequential, data: digits.Digits, method: str, sparsity: float
+) -> tuple[Run, Report]:
     pruned = copy.deepcopy(model)
     report = prune(
         pruned,
-        [digits.train_x],
+        [data.train_x],
         sparsity=sparsity,
         method=method,
         scope=SCOPES[method],
@@ -264,8 +220,8 @@ def _run(model: nn.Sequential, digits: _Digits, method: str, sparsity: float) ->
         scope=SCOPES[method],
         sparsity=sparsity,
         sparsity_reached=report.sparsity,
-        error_before=_test_error(model, digits),
-        error_after=_test_error(pruned, digits),
+        error_before=digits.test_error(model, data),
+        error_after=digits.test_error(pruned, data),
         relative_errors={layer.name: layer.relative_error for layer in report.layers},
         measured=report.error_bound.measured,
         spectral=report.error_bound.spectral,
@@ -275,33 +231,29 @@ def _run(model: nn.Sequential, digits: _Digits, method: str, sparsity: float) ->
     return run, report
 
 
-def _test_error(model: nn.Sequential, digits: _Digits) -> float:
-    with torch.no_grad():
-        wrong = model(digits.test_x).argmax(1) != digits.test_y
-    return int(wrong.sum()) / len(wrong)
-
-
 # ---- what is shown -------------------------------------------------------------------------------
 
 
-def _facts(digits: _Digits, run: Run) -> dict[str, str]:
+def _facts(data: digits.Digits, run: Run) -> dict[str, str]:
     return {
         "Data": "handwritten digits of scikit-learn, 8 × 8 pixels in [0, 1]: "
-        f"{len(digits.train_x)} to train on, {len(digits.test_x)} to test on",
+        f"{len(data.train_x)} to train on, {len(data.test_x)} to test on",
         "Network": f"64-300-100-10, ReLU; trained for {EPOCHS} epochs, "
         f"test error {100 * run.error_before:.1f} %",
-        "Pruning": "every layer to the same sparsity, on the training inputs without their labels; "
-        "no retraining",
-        "magnitude": "smallest weights of the layer first",
-        "wanda": "smallest weight times input norm of each row first (Sun et al. 2024)",
-        "lobs": "layer-wise optimal brain surgeon (Dong, Chen & Pan 2017): smallest increase of "
-        "the layer's output error first, all ranked once, and the remaining weights make up for it",
-        "sweep": "columns from left to right, the remaining weights make up for each (SparseGPT, "
-        "Frantar & Alistarh 2023)",
-        "exact": "optimal brain surgeon as it was meant (Hassibi & Stork 1993): after each removal "
-        "every cost is computed anew",
-        "Note": "one network and one seed, nothing tuned: from 80 % on another seed moves the "
-        "errors by several points and may change the order of the methods",
+        "Pruning": "every layer to the same sparsity, calibrated on the training inputs without "
+        "their labels; no retraining",
+        "magnitude": "removes the smallest weights of the layer",
+        "wanda": "removes the smallest products of weight and input norm in each row (Sun et al. "
+        "2024)",
+        "lobs": "layer-wise optimal brain surgeon (Dong, Chen & Pan 2017): removes the weights "
+        "that increase the layer's output error least, all ranked once; the remaining weights "
+        "compensate",
+        "sweep": "prunes the columns from left to right; the remaining weights compensate after "
+        "each (SparseGPT, Frantar & Alistarh 2023)",
+        "exact": "optimal brain surgeon in its original form (Hassibi & Stork 1993): every cost is "
+        "recomputed after each removal",
+        "Note": "one network and one seed, nothing tuned; at 80 % sparsity and above, another seed "
+        "moves the errors by several points and may change the order of the methods",
     }
 
 
@@ -342,23 +294,3 @@ def _curves(runs: Sequence[Run]) -> list[Curve]:
         Curve(method, tuple((r.sparsity, r.error_after) for r in runs if r.method == method))
         for method in SCOPES
     ]
-
-
-def _picture(curves: Sequence[Curve], before: float) -> bytes:
-    """The curves as PNG. A bare Figure draws with Agg: no window, no global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for curve, style in zip(curves, ("o--", "s:", "D-.", "^--", "v-"), strict=True):
-        across, down = zip(*curve.points, strict=True)
-        axes.plot([100 * x for x in across], [100 * y for y in down], style, label=curve.name)
-    axes.axhline(100 * before, color="0.5", linewidth=1, label="before pruning")
-    axes.set_xlabel("sparsity of every layer (%)")
-    axes.set_ylabel("test error (%)")
-    axes.set_title("Pruned without retraining, handwritten digits")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
