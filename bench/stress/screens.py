@@ -1,12 +1,12 @@
-"""Look at a report's page in a browser: screens, requests, console, sideways scrolling, sorting.
+"""A check of report pages in a browser: screenshots, requests, console, scrolling, sorting.
 
     apt-get install chromium
     python bench/stress/screens.py REPORT.html [--out FOLDER] [--browser PROGRAM]
 
-Needs Chromium or Chrome and nothing else; spoken to by the DevTools protocol over a pipe. The page
-is opened at 1280 and 390 pixels, light and dark, and photographed whole (FOLDER/NAME-WIDTH-SCHEME
-.png). Each column of the table of layers is sorted by a click, once again, and by the keyboard, and
-the order is compared with the cells. Prints what it found as JSON; exit code 1 if the page asks for
+Needs only Chromium or Chrome, which it drives by the DevTools protocol over a pipe. Each page is
+opened at 1280 and 390 pixels, light and dark, and captured in full (FOLDER/NAME-WIDTH-SCHEME.png).
+Each column of the table of layers is sorted by two clicks and by the keyboard, and the order is
+compared with the cells. The results are printed as JSON. The exit code is 1 if a page requests
 anything but itself, writes to the console, is wider than the screen, or sorts wrongly.
 """
 
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 WIDTHS = {1280: 800, 390: 844}
-TALLEST = 12000  # pixels of a photograph
+TALLEST = 12000  # pixels of a screenshot
 
-# Everything that sticks out of its parent without a box of its own to scroll in, and is seen.
+# Visible elements that reach beyond the screen without being in a box that scrolls.
 _OVERFLOW = """
 (() => {
   const width = document.documentElement.clientWidth, wide = [];
@@ -37,7 +37,7 @@ _OVERFLOW = """
            elements: wide.slice(0, 3).map((s) => s.slice(0, 120)) };
 })()
 """
-# Texts of one drawing that overlap.
+# Pairs of texts of one drawing that overlap.
 _OVERLAPS = """
 (() => {
   let found = 0;
@@ -78,7 +78,7 @@ class Browser:
         to_child, ours_out = os.pipe()
         ours_in, from_child = os.pipe()
 
-        def pipes() -> None:  # where the browser looks for them
+        def pipes() -> None:  # file descriptors 3 and 4, where the browser expects them
             first, second = os.dup(to_child), os.dup(from_child)
             os.dup2(first, 3)
             os.dup2(second, 4)
@@ -87,7 +87,8 @@ class Browser:
             [
                 *(program, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
                 *("--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"),
-                *("--disable-background-networking", "--disable-component-update", "about:blank"),
+                *("--disable-background-networking", "--disable-component-update"),
+                *("--disable-sync", "--disable-quic", "about:blank"),
             ],
             preexec_fn=pipes,
             close_fds=False,
@@ -99,14 +100,15 @@ class Browser:
         self.out, self.into = os.fdopen(ours_out, "wb", 0), os.fdopen(ours_in, "rb")
         self.rest, self.number, self.events = b"", 0, list[dict[str, Any]]()
         self.session: str | None = None
-        made = self.call("Target.createTarget", url="about:blank")
-        told = self.call("Target.attachToTarget", targetId=made["targetId"], flatten=True)
-        self.session = told["sessionId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; what comes in between are events."""
+        """Send a command and return its result; messages that arrive before it are events."""
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -122,22 +124,22 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            some = self.into.read1(1 << 20)
-            if not some:
-                raise RuntimeError("the browser has gone")
-            self.rest += some
-        one, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(one)
+            received = self.into.read1(1 << 20)
+            if not received:
+                raise RuntimeError("the browser has exited")
+            self.rest += received
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
 
     def value(self, script: str) -> Any:
-        """What a script on the page gives."""
-        told = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        if "exceptionDetails" in told:
-            raise RuntimeError(str(told["exceptionDetails"]))
-        return told["result"].get("value")
+        """The value of a script that is run on the page."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(str(answer["exceptionDetails"]))
+        return answer["result"].get("value")
 
     def open(self, url: str, width: int, scheme: str) -> None:
-        """Load a page on a screen of this width, and wait until it is there."""
+        """Load a page on a screen of this width, and wait until it has loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -151,35 +153,35 @@ class Browser:
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self._next())
 
-    def photograph(self, path: Path, width: int) -> None:
-        """The whole page, as long as it is."""
+    def capture(self, path: Path, width: int) -> None:
+        """Write a screenshot of the page in its full length."""
         height = self.value("document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "width": width, "height": min(height, TALLEST), "scale": 1}
-        told = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(told["data"]))
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def close(self) -> None:
-        """End it."""
+        """End the browser."""
         self.session = None
         self.call("Browser.close")
         self.process.wait(timeout=20)
 
 
-def sorted_rightly(column: dict[str, Any]) -> bool:
-    """Whether numbers stand in the order that the heading claims, those that are missing last."""
+def is_sorted(column: dict[str, Any]) -> bool:
+    """Whether numbers are in the order that the heading claims, with missing ones last."""
     values, numbers = column["values"], column["numbers"]
     if column["sort"] not in ("ascending", "descending"):
         return False
     if not numbers:
-        return True  # by the browser's own collation
+        return True  # sorted by the browser's own collation
     missing = [v in ("", "nan") for v in values]
     known = [float(v) for v in values if v not in ("", "nan")]
-    right = sorted(known, reverse=column["sort"] == "descending")
-    return known == right and missing == sorted(missing)
+    expected = sorted(known, reverse=column["sort"] == "descending")
+    return known == expected and missing == sorted(missing)
 
 
 def check_sorting(browser: Browser) -> dict[str, Any]:
-    """Sort by every column: two clicks, and Enter."""
+    """Sort by every column: two clicks, Enter, and the space bar."""
     columns = browser.value('document.querySelectorAll("table.layers th button").length')
     wrong, orders = [], 0
     for k in range(columns):
@@ -207,15 +209,15 @@ def check_sorting(browser: Browser) -> dict[str, Any]:
                     )
             column = browser.value(_COLUMN % (k, k))
             orders += 1
-            if column["sort"] == before or not sorted_rightly(column):
+            if column["sort"] == before or not is_sorted(column):
                 wrong.append((k, way, before, column["sort"]))
     return {"columns": columns, "orders": orders, "wrong": wrong}
 
 
-def look(browser: Browser, page: Path, out: Path) -> dict[str, Any]:
-    """What there is to say about one page."""
+def check_page(browser: Browser, page: Path, out: Path) -> dict[str, Any]:
+    """The size, requests, sorting and problems of one page, in all four views."""
     url = page.resolve().as_uri()
-    found: dict[str, Any] = {"page": page.name, "bytes": page.stat().st_size}
+    results: dict[str, Any] = {"page": page.name, "bytes": page.stat().st_size}
     problems: list[str] = []
     requests = 0
     for width in WIDTHS:
@@ -223,31 +225,31 @@ def look(browser: Browser, page: Path, out: Path) -> dict[str, Any]:
             browser.events.clear()
             browser.open(url, width, scheme)
             name = f"{page.stem}-{width}-{scheme}"
-            browser.photograph(out / f"{name}.png", width)
+            browser.capture(out / f"{name}.png", width)
             over = browser.value(_OVERFLOW)
             if over["page"] > 0 or over["elements"]:
                 problems.append(f"{name}: wider than the screen: {over}")
             if overlaps := browser.value(_OVERLAPS):
                 problems.append(f"{name}: {overlaps} texts of a drawing overlap")
             if width == max(WIDTHS) and scheme == "light":
-                found["sorting"] = check_sorting(browser)
-                if found["sorting"]["wrong"] or not found["sorting"]["columns"]:
+                results["sorting"] = check_sorting(browser)
+                if results["sorting"]["wrong"] or not results["sorting"]["columns"]:
                     problems.append(f"{name}: sorting")
             for event in browser.events:
-                method, told = event.get("method"), event.get("params", {})
+                method, details = event.get("method"), event.get("params", {})
                 if method == "Network.requestWillBeSent":
                     requests += 1
-                    if told["request"]["url"] != url:
-                        problems.append(f"{name}: asks for {told['request']['url']}")
+                    if details["request"]["url"] != url:
+                        problems.append(f"{name}: requests {details['request']['url']}")
                 elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
-                    problems.append(f"{name}: console: {json.dumps(told)[:300]}")
+                    problems.append(f"{name}: console: {json.dumps(details)[:300]}")
                 elif method == "Log.entryAdded":
-                    problems.append(f"{name}: log: {told['entry']['text']}")
-    return {**found, "requests of the four views": requests, "problems": problems}
+                    problems.append(f"{name}: log: {details['entry']['text']}")
+    return {**results, "requests of the four views": requests, "problems": problems}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Look at a report's page in a browser.")
+    parser = argparse.ArgumentParser(description="Check report pages in a browser.")
     parser.add_argument("page", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--browser", default="chromium")
@@ -256,11 +258,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(options.browser, profile)
         try:
-            found = [look(browser, page, options.out) for page in options.page]
+            results = [check_page(browser, page, options.out) for page in options.page]
         finally:
             browser.close()
-    print(json.dumps(found, indent=1))
-    return int(any(page["problems"] for page in found))
+    print(json.dumps(results, indent=1))
+    return int(any(page["problems"] for page in results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo, run once and looked at; and what a kill, a missing extra or a bad folder does to it."""
+"""The demo: the files of one whole run, kills at any moment, missing extras and bad folders."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ FILES = ("demo.json", "report.html", "demo.png")
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Folder and printed text of one whole run."""
+    """The folder and the printed text of one whole run."""
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """A demo of a badly trained network, for what does not depend on the training."""
+    """A demo of a badly trained network, for tests that do not depend on the training."""
     monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "SPARSITIES", (0.5, 0.8))
 
@@ -71,7 +71,7 @@ def test_the_table_has_a_line_for_every_run(finished):
 def test_layer_errors_rank_the_methods_and_repair_beats_magnitude(finished):
     runs = json.loads((finished[0] / "demo.json").read_text())["runs"]
     after = {(run["method"], run["sparsity"]): run["error_after"] for run in runs}
-    for sparsity in (0.5, 0.7):  # further up, one network says little
+    for sparsity in (0.5, 0.7):  # at higher sparsities, one network says little
         assert after["lobs", sparsity] <= after["magnitude", sparsity]
     first = {(run["method"], run["sparsity"]): run["relative_errors"]["fc1"] for run in runs}
     assert all(
@@ -109,7 +109,7 @@ def test_two_runs_are_equal_whatever_the_threads(short):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_json_is_printed_instead_of_the_table_when_asked(short, tmp_path, capsys):
+def test_json_is_printed_instead_of_the_table_on_request(short, tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path), "--json"]) == cli.OK
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
@@ -120,7 +120,7 @@ def test_quiet_prints_nothing(short, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_there_are_no_progress_bars_where_standard_error_is_no_terminal(short, capfd):
+def test_there_are_no_progress_bars_where_standard_error_is_not_a_terminal(short, capfd):
     demo.compare(progress=True)
     assert capfd.readouterr() == ("", "")
 
@@ -137,11 +137,11 @@ def test_a_missing_extra_is_named_before_any_training(missing, monkeypatch, tmp_
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_training(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_before_any_training(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(demo, "compare", lambda **_: pytest.fail("it began"))
     assert cli.main(["demo", "--out", str(tmp_path / "file")]) == cli.FAILED
-    with pytest.raises(CheckpointError, match="cannot be made a folder"):
+    with pytest.raises(CheckpointError, match="cannot create the folder"):
         demo.check_folder(tmp_path / "file" / "below")
 
 
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_training(monkeypatch
 
 
 class Victim:
-    """A demo in a process of its own that is killed when ``due(victim)`` says so."""
+    """A demo in its own process, which is killed as soon as ``due(victim)`` is true."""
 
     def __init__(self, command, out, due):
         self.out, self.due = out, due
@@ -160,23 +160,23 @@ class Victim:
         self.process = subprocess.Popen([sys.executable, *command, *arguments])
 
     def writes(self, name):
-        """Whether the temporary file for this final name is there."""
+        """Whether the temporary file for this final name exists."""
         return any(self.out.glob(f".{name}.*.tmp"))
 
     def new(self, name):
-        """Whether the run has put a file of its own under this final name."""
+        """Whether the run has written its own file under this final name."""
         path = self.out / name
         return path.exists() and path.stat().st_ino != self.old.get(name)
 
     def poll(self):
-        """Kill it if it is time. True while it lives."""
+        """Kill it if it is due. True while it is running."""
         if self.process.poll() is None and self.due(self):
             self.process.kill()
             self.process.wait()
         return self.process.returncode is None
 
 
-# The whole command, and one that does less before it writes, so that its end comes soon.
+# The whole command, and one that does less work before it writes.
 WHOLE = ("-m", "lobs_native")
 LESS = "demo.EPOCHS, demo.SPARSITIES = 1, (0.8,)"
 CODE = f"from lobs_native.cli import demo, main; {LESS}; raise SystemExit(main())"
@@ -213,7 +213,7 @@ def test_kill_9_at_any_moment_leaves_only_complete_files(finished, tmp_path):
             victim.process.kill()
             victim.process.wait()
     killed = sum(victim.process.returncode == -9 for victim in victims)
-    assert killed >= 3  # a file's last moments are short: a kill may come too late
+    assert killed >= 3  # a file is written quickly: a kill may come too late
     for victim in victims:
         assert victim.process.returncode in (0, -9)
         for path in victim.out.iterdir():

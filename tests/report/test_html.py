@@ -42,13 +42,13 @@ def comparison(**changes):
 
 
 class Reader(HTMLParser):
-    """Collects tags and text, and insists that every tag is closed in order."""
+    """Collects tags and texts, and asserts that tags are closed in order."""
 
     def __init__(self, page):
         super().__init__()
         self.open, self.tags, self.attributes, self.texts = [], [], [], []
         self.code = {"style": "", "script": ""}
-        self.numbers = []  # (exact, as people read it), of cells and data elements
+        self.numbers = []  # (exact, as shown), of cells and data elements
         self.feed(page)
         self.close()
         assert self.open == []
@@ -56,9 +56,9 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        told = dict(attrs)
-        if "data-v" in told or tag == "data":
-            self.numbers.append([told.get("data-v", told.get("value")), ""])
+        values = dict(attrs)
+        if "data-v" in values or tag == "data":
+            self.numbers.append([values.get("data-v", values.get("value")), ""])
         if tag not in VOID:
             self.open.append(tag)
 
@@ -106,7 +106,7 @@ def test_the_policy_allows_the_page_s_own_style_and_script_and_nothing_else(page
 
 
 def test_hostile_names_are_shown_and_do_nothing():
-    def made(word, many):
+    def named(word, many):
         return report(
             layer(word, kind=word, notes=(word,), status=word, asked=word, pattern=word),
             *(layer(f"{word}{k}", notes=(word,)) for k in range(many)),
@@ -116,10 +116,10 @@ def test_hostile_names_are_shown_and_do_nothing():
             missing=(word,),
         )
 
-    plain = Reader(report_page(made("x", 6)))
+    plain = Reader(report_page(named("x", 6)))
     demo = {*Reader(comparison()).tags, *plain.tags}
     other = comparison(facts={HOSTILE: HOSTILE}, legend=HOSTILE)
-    for page, tags in ((report_page(made(HOSTILE, 6)), set(plain.tags)), (other, demo)):
+    for page, tags in ((report_page(named(HOSTILE, 6)), set(plain.tags)), (other, demo)):
         page.encode()
         reader = Reader(page)
         assert set(reader.tags) <= tags
@@ -130,7 +130,7 @@ def test_hostile_names_are_shown_and_do_nothing():
 
 
 def numbers_in(value):
-    """All numbers among JSON values, and the texts for those that have none."""
+    """All numbers among JSON values, and the strings that stand for numbers that JSON lacks."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -142,9 +142,9 @@ def test_every_number_of_the_page_is_in_the_json_and_shown_as_it_is():
     bound = ErrorBound(True, "x", 122.0, 29.6, 8.47, 14.3, {"fc1": 20.0, "fc2": 9.6})
     settings = {"sparsity": 0.9, "plan": {"memory": 41_575_676, "seconds": 2.82}}
     layers = layer(), layer("fc2", error=math.inf, relative_error=math.inf, inherited=3.0)
-    made = report(*layers, bound=bound, settings=settings)
-    known = numbers_in(json.loads(json.dumps(made.to_dict(), allow_nan=False)))
-    shown = Reader(report_page(made)).numbers
+    pruned = report(*layers, bound=bound, settings=settings)
+    known = numbers_in(json.loads(json.dumps(pruned.to_dict(), allow_nan=False)))
+    shown = Reader(report_page(pruned)).numbers
     assert len(shown) > 2 * 12
     for exact, read in shown:
         value = "inf" if exact == "inf" else float(exact)
@@ -160,9 +160,9 @@ def test_every_number_of_the_page_is_in_the_json_and_shown_as_it_is():
         )
 
 
-def test_what_is_not_known_is_a_dash_and_no_number():
-    made = report(layer(**OLD), layer("fc2", method="magnitude", scope="row", **OLD))
-    page = report_page(made)
+def test_what_is_not_known_is_a_dash_and_not_a_number():
+    old = report(layer(**OLD), layer("fc2", method="magnitude", scope="row", **OLD))
+    page = report_page(old)
     blanks = re.findall(r'<td data-v="">(.*?)</td>', page)
     assert blanks == ["–"] * 6  # predicted, condition and memory, of two layers
     assert "None" not in page
@@ -234,8 +234,13 @@ def test_skipped_layers_come_with_the_reason():
 def test_the_bound_shows_all_three_numbers_and_their_share_of_the_output():
     text = Reader(report_page(report())).text
     text = re.sub(r"\s+", " ", text)
-    for said in ("measured distance 8.47 0.592", "29.6 2.07", "122 8.53", "Bounds by Theorem 3.2."):
-        assert said in text
+    for words in (
+        "measured distance 8.47 0.592",
+        "29.6 2.07",
+        "122 8.53",
+        "Bounds by Theorem 3.2.",
+    ):
+        assert words in text
     assert "Part of bound" not in text
     parts = ErrorBound(True, "x", 122.0, 29.6, 8.47, 14.3, {"fc1": 20.0})
     assert "Part of bound" in Reader(report_page(report(bound=parts))).text

@@ -1,4 +1,4 @@
-"""The report as JSON, and files that are never half there."""
+"""Reports as JSON, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_infinities_are_legal_json(tmp_path):
     with torch.no_grad():
         model[0].weight[:, 0] = 0
     x = torch.zeros(4, 3)
-    x[:, 0] = 1.0  # the layer's output is zero: any error is infinitely large relative to it
+    x[:, 0] = 1.0  # the layer's output is zero: relative to it, any error is infinite
     report = lobs.prune(model, [x], sparsity=0.5, method="magnitude", progress=False)
     json.loads(
         report.save(tmp_path / "r.json").read_text(), parse_constant=lambda c: pytest.fail(c)
@@ -95,7 +95,7 @@ def test_a_failed_write_keeps_the_old_file_and_cleans_up(tmp_path, monkeypatch, 
     assert os.listdir(tmp_path) == ["report.json"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file"):
         write_file(tmp_path / "file" / "report.json", "{}")

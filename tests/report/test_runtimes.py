@@ -53,8 +53,8 @@ def test_the_shapes_that_the_kernels_take_are_counted():
     shapes = [(64, 128), (64, 96), (48, 128)]
     layers = [layer(pattern="2:4", shape=shape) for shape in shapes]
     convolution = layer(pattern="2:4", kind="Conv2d", shape=(64, 64, 1, 1))
-    found = runtimes.runtimes_for([*layers, convolution], "2:4")
-    (why,) = (x.why for x in found if "to_sparse_semi_structured" in x.where)
+    rows = runtimes.runtimes_for([*layers, convolution], "2:4")
+    (why,) = (x.why for x in rows if "to_sparse_semi_structured" in x.where)
     assert "shape in float16: 1 of 4." in why
 
 

@@ -183,7 +183,7 @@ def check_folder(out: str | os.PathLike[str]) -> None:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"out: {os.fspath(out)!r} cannot be made a folder: {error}"
+            f"out: cannot create the folder {os.fspath(out)!r}: {error}"
         ) from error
     if not os.access(out, os.W_OK | os.X_OK):
         raise CheckpointError(f"out: no permission to write into {os.fspath(out)!r}")

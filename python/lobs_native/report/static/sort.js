@@ -4,7 +4,7 @@
 "use strict";
 for (const table of document.querySelectorAll("table.layers")) {
   const heads = [...table.tHead.rows[0].cells];
-  const given = [...table.tBodies];
+  const bodies = [...table.tBodies];
   const value = (body, k) => {
     const cell = body.rows[0].cells[k];
     if (!cell.hasAttribute("data-v")) return cell.textContent.trim();
@@ -12,12 +12,12 @@ for (const table of document.querySelectorAll("table.layers")) {
     return v === "inf" ? Infinity : v === "" || v === "nan" ? null : Number(v);
   };
   heads.forEach((head, k) => head.firstElementChild.addEventListener("click", () => {
-    const numeric = given.some((body) => body.rows[0].cells[k].hasAttribute("data-v"));
+    const numeric = bodies.some((body) => body.rows[0].cells[k].hasAttribute("data-v"));
     const before = head.getAttribute("aria-sort");
     const down = before === "none" ? numeric : before === "ascending";
     for (const other of heads) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const keyed = given.map((body) => [value(body, k), body]);
+    const keyed = bodies.map((body) => [value(body, k), body]);
     const compare = new Intl.Collator(undefined, { numeric: true }).compare;
     keyed.sort(([a], [b]) => {
       if (a === null || b === null) return (a === null) - (b === null);
