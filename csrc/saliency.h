@@ -23,7 +23,8 @@
 
 namespace lobs {
 
-// The formula, once, for host and device.
+// The formula, once: for the host's scalars and vectors, and for a device's scalars. No other file
+// spells it out (tests/test_architecture.py).
 template <typename T>
 LOBS_HD LOBS_INLINE T saliency(T w, T d) {
     return w * w / d;

@@ -368,7 +368,7 @@ class Worker {
                     s().step[k] = -line(refilled_ + k)[q];
                 if (t_ == 0) {
                     order[j_] = s().column[q];
-                    loss[j_] = w * w / d;
+                    loss[j_] = saliency(w, d);
                     drop(q);
                 }
                 __syncthreads();
@@ -522,7 +522,7 @@ class Worker {
         int best = -1;
         for (int i = t_; i < padded_; i += kThreads) {
             const T w = s().w[i], d = s().diag[i], bar = s().bar[i];
-            const T own = w * w / d;
+            const T own = saliency(w, d);
             const bool good = d > static_cast<T>(a_.plan.floor) * s().first[i];
             const T cost = own > bar && good ? own : bar;
             s().cost[i] = cost;
@@ -557,7 +557,7 @@ class Worker {
                 v.v[l] *= scale;
                 w.v[l] = fused(-z, v.v[l], w.v[l]);
                 d.v[l] = fused(-v.v[l], v.v[l], d.v[l]);
-                const T own = w.v[l] * w.v[l] / d.v[l];
+                const T own = saliency(w.v[l], d.v[l]);
                 const T cost = own > bar.v[l] ? own : bar.v[l];
                 if (cost < lowest) lowest = cost, best = i + l;
             }

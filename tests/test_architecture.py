@@ -89,6 +89,51 @@ def test_never_fast_math():
         assert not re.search(r"-ffast-math|-Ofast|use_fast_math|funsafe", path.read_text()), path
 
 
+# x * x / y in C++, whatever x is: a name with members, subscripts and empty calls.
+SQUARE_OVER = re.compile(
+    r"(?<![\w.\])>])(\w(?:[\w.]|->|::|\[[^\]\n]*\]|\(\))*)\s*\*\s*\1\s*\)?\s*/(?![/*])"
+)
+
+
+def squares_over(tree: ast.AST) -> list[str]:
+    """The same in Python: ``x * x / y``, ``x**2 / y`` and ``x.square() / y``.
+
+    ``x**2 / y**2`` is SparseGPT's score, another formula."""
+
+    def is_square(node: ast.expr) -> bool:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return ast.dump(node.left) == ast.dump(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            return isinstance(node.right, ast.Constant) and node.right.value == 2
+        called = node.func if isinstance(node, ast.Call) else None
+        return isinstance(called, ast.Attribute) and called.attr in ("square", "square_")
+
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Div)
+        and is_square(node.left)
+        and not is_square(node.right)
+    ]
+
+
+def test_the_saliency_formula_is_written_once_in_each_language():
+    for text in ("w * w / d", "= w_[q] * w_[q] / diag_[q];", "s().w[i] * s().w[i] / 2", "(x*x)/y"):
+        assert SQUARE_OVER.search(text), text
+    for text in ("a * b / c", "a.w * w / d", "w * w  // d", "w * w2 / d", "w * w + d / 2"):
+        assert not SQUARE_OVER.search(text), text
+    found = {p: SQUARE_OVER.findall(p.read_text()) for p in native_files()}
+    assert {p.name: x for p, x in found.items() if x} == {"saliency.h": ["w"]}
+
+    sample = "w * w / d + w[q] ** 2 / A[q, q] + w.square_() / d"
+    assert len(squares_over(ast.parse(sample))) == 3
+    assert not squares_over(ast.parse("w * v / d + w**3 / d + w**2 / d**2 + w.square() * d"))
+    trees = {p: ast.parse(p.read_text()) for p in PACKAGE.rglob("*.py")}
+    formulas = {p.name: squares_over(tree) for p, tree in trees.items() if squares_over(tree)}
+    assert formulas == {"reference.py": ["W * W / diag"]}
+
+
 def module_of(path: Path) -> str:
     """Dotted, without ``__init__``: ``lobs_native.ops.exact``."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts

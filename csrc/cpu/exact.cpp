@@ -21,6 +21,7 @@
 #include <limits>
 
 #include "parallel.h"
+#include "saliency.h"
 #include "vector.h"
 
 namespace lobs::LOBS_LEVEL {
@@ -141,7 +142,7 @@ class Row {
                     return begun;
                 }
                 order[j_] = column_[q];
-                loss[j_] = w_[q] * w_[q] / diag_[q];
+                loss[j_] = saliency(w_[q], diag_[q]);
                 drop(q);
                 if (!last || plan_.block > 1) best = remove(q);
                 ++j_;
@@ -252,7 +253,7 @@ class Row {
         lowest_ = kInfinity<T>;
         Index best = -1;
         for (Index s = 0; s < slots_; ++s) {
-            const T own = w_[s] * w_[s] / diag_[s];
+            const T own = saliency(w_[s], diag_[s]);
             const bool good = diag_[s] > static_cast<T>(plan_.floor) * first_diag_[s];
             cost_[s] = own > bar_[s] && good ? own : bar_[s];
             if (cost_[s] < lowest_) lowest_ = cost_[s], best = s;
@@ -300,7 +301,7 @@ class Row {
                 store(out + k * kLanes<T>, made);
                 store(w_ + at, w);
                 store(diag_ + at, d);
-                const Vector<T> own = w * w / d, bar = load(bar_ + at);
+                const Vector<T> own = saliency(w, d), bar = load(bar_ + at);
                 const Vector<T> cost = own > bar ? own : bar;
                 const Integers<T> better = cost < lowest;
                 lowest = better ? cost : lowest;

@@ -25,6 +25,7 @@
 #include <limits>
 
 #include "parallel.h"
+#include "saliency.h"
 #include "vector.h"
 
 namespace lobs::LOBS_LEVEL {
@@ -479,7 +480,7 @@ class Row {
                     const Vector<double> e = load(M + r * kTile + j + k * kLane);
                     const Vector<double> numerator = w[r] + e * ratio[k];
                     const Vector<double> net =
-                        numerator * numerator / (d[r] + e * e * inverse[k]) - gain[k];
+                        saliency(numerator, d[r] + e * e * inverse[k]) - gain[k];
                     lowest = net < lowest ? net : lowest;
                 }
                 low[r] = lowest;
@@ -489,7 +490,7 @@ class Row {
 
     LOBS_INLINE double net(Index i, Index j) const {
         const double e = entry(i, j), numerator = t_[i] + e * ratio_[j];
-        return numerator * numerator / (d_[i] + e * e * inverse_[j]) - gain_[j];
+        return saliency(numerator, d_[i] + e * e * inverse_[j]) - gain_[j];
     }
 
     // The best removed slot for kept slot i, the lowest column on a tie.

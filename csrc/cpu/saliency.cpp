@@ -47,7 +47,7 @@ Seen<T> price(const Row<T>& row, Index count, T* cost) {
         const Vector<T> w = load(row.w + q), d = load(row.d + q);
         const Mask live =
             __builtin_convertvector(*reinterpret_cast<const Bytes*>(row.live + q), Mask) != 0;
-        const Vector<T> s = w * w / d;
+        const Vector<T> s = saliency(w, d);
         const Vector<T> c = live ? s : infinity;
         store(cost + q, c);
         smallest = c < smallest ? c : smallest;

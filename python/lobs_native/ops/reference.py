@@ -43,7 +43,7 @@ def inverse_update_(F: Tensor, G: Tensor, m: float) -> int:
     return -1
 
 
-def saliency(W: Tensor, diag: Tensor) -> Tensor:
+def saliency(W: Tensor, diag: Tensor | float) -> Tensor:
     """Cost of removing each weight: w**2 / diag, the exact increase of tr(dW H dW^T)."""
     return W * W / diag
 
@@ -129,7 +129,7 @@ def exact_trace(
             if len(may) == 0:
                 break
             if block == 1:
-                cost = w[may] ** 2 / D.diagonal()[may]
+                cost = saliency(w[may], D.diagonal()[may])
                 good = D.diagonal()[may] > floor * first_diag[may]
                 choice = int(torch.where(good, cost, 0.0).argmin())  # a lost one ends the row
                 columns = [int(may[choice])]
@@ -152,7 +152,7 @@ def exact_trace(
                     status[r] = 1
                     break
                 order[r, count[r] + i] = q
-                loss[r, count[r] + i] = w[q] ** 2 / d
+                loss[r, count[r] + i] = saliency(w[q], d)
                 column = D[:, q] / d
                 w = w - w[q] * column
                 D = D - torch.outer(column, column) * d
@@ -259,7 +259,7 @@ def _exchange_row(
         D = A.diagonal()[i] - (T * A[i][:, j]).sum(dim=1)
         ratio = x / K.diagonal()
         share = T / K.diagonal()
-        cost = (w[i, None] + T * ratio) ** 2 / (D[:, None] + T * share)  # of removing i, j back
+        cost = saliency(w[i, None] + T * ratio, D[:, None] + T * share)  # of removing i, j back
         net = cost - x * ratio
         allowed = free[i, None] & free[j] & (group_of[i, None] == group_of[j])
         net = torch.where(allowed, net, torch.inf)

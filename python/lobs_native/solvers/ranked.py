@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
+from lobs_native.ops import reference
 from lobs_native.solvers.patterns import FORCED, ZERO, Blocks, GroupsOf, Pattern
 from lobs_native.solvers.problem import Problem, nearest_count, scaled_
 
@@ -37,7 +38,8 @@ class Ranked:
                 score[g] = near_one[g].abs() * H.diagonal().sqrt()
             else:
                 inverse, dead = problem.inverses[g], problem.dead[g]
-                score[g] = near_one[g] ** 2 / inverse.A.diagonal() * (inverse.scale / common)
+                cost = reference.saliency(near_one[g], inverse.A.diagonal())
+                score[g] = cost * (inverse.scale / common)
                 score[g][:, : len(dead)][:, dead] = 0.0
         score[before == 0] = ZERO
         if problem.bias_dtype is not None and not problem.prune_bias:
