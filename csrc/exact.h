@@ -42,6 +42,8 @@
 
 namespace lobs {
 
+constexpr Index kMaxBlock = 64;  // columns of a block
+
 struct ExactPlan {
     Index limit;      // removals per row, at most; 1 .. C
     double stop;      // highest cost of one removal (block); infinity: no such end

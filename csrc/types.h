@@ -24,6 +24,13 @@ using Index = std::int64_t;
 // Codes shared with python/lobs_native/ops.py.
 enum class Dtype : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
+// What may happen to a weight: an entry of `state` in exact.h, of `gone` in sweep.h on entry.
+enum class WeightState : unsigned char {
+    may_go = 0,
+    goes_first = 1,  // before all that may go, whatever it costs
+    stays = 2,       // is never removed, but updated
+};
+
 // A 16-bit pattern: the type of the elements is in Dtype.
 struct Half {
     std::uint16_t bits;

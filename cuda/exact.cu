@@ -15,18 +15,18 @@
 //
 // Slots are squeezed when an eighth of them is dead, at most every 128 steps.
 #include "common.cuh"
+#include "exact_policy.h"
 
 namespace lobs::cuda {
 namespace {
 
+using namespace exact;
+
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMembers = 8;                        // columns of a thread's tile
-constexpr int kTileMembers = 64;                   // columns advanced together, at most
-constexpr int kLeastAhead = 48, kMostAhead = 128;  // columns chosen at a refill
-constexpr int kBins = 2048;  // of the histogram that finds the cheapest columns
-constexpr int kPad = 16;     // slots are padded to a multiple of it
-constexpr int kSqueezeSteps = 128;
+constexpr int kMembers = 8;       // columns of a thread's tile
+constexpr int kTileMembers = 64;  // columns advanced together, at most
+constexpr int kPad = 16;          // slots are padded to a multiple of it
 
 template <typename T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));  // values in one access
@@ -35,8 +35,6 @@ template <typename T>
 struct alignas(16) Pack {
     T v[kLanes<T>];
 };
-
-enum Kind : unsigned char { kGone = 0, kStays = 1, kFree = 2, kFirst = 3 };
 
 // The tile of kGroups * 8 columns: kThreads / kGroups threads side by side, two packs each.
 template <typename T, int kGroups>
@@ -63,8 +61,7 @@ struct Sizes {
 
     LOBS_HD Sizes(Index C, const ExactPlan& plan) {
         stride = up(C, kPad);
-        ahead = least(C / 8 < kLeastAhead ? kLeastAhead : C / 8, kMostAhead);
-        ahead = least(ahead < plan.block ? plan.block : ahead, stride);
+        ahead = columns_ahead(C / 8, stride, plan);
         steps = plan.limit;
         groups = plan.group > 0 ? C / plan.group : 0;
         blocks = plan.block > 1 ? C / plan.block : 0;
@@ -112,7 +109,7 @@ LOBS_HD void carve(Row<T>& s, unsigned char* memory, Index C, const ExactPlan& p
     const Sizes<T> size(C, plan);
     Carver carver(memory);
     carver.take(s.V, size.steps * size.stride);
-    carver.take(s.cache, 2 * size.ahead * size.stride);
+    carver.take(s.cache, cache_rows(size.ahead) * size.stride);
     carver.take(s.coefficient, kTileMembers * size.steps);
     carver.take(s.w, size.stride);
     carver.take(s.diag, size.stride);
@@ -351,15 +348,15 @@ class Worker {
         int panel = 0;
         while (best.slot >= 0 && j_ + b <= limit) {
             if (first_left_ == 0 && static_cast<double>(best.value) > plan.stop) break;
-            if ((j_ + b - 1) / kSqueezeSteps != panel) squeeze(&best.slot);
-            panel = (j_ + b - 1) / kSqueezeSteps;
+            if (panel_of(j_, b) != panel) squeeze(&best.slot);
+            panel = panel_of(j_, b);
             if (!ready(best.slot)) refill(best.slot);
             const int begun = j_;
             const bool last = j_ + b == limit && !plan.update;
             for (int i = 0; i < b; ++i) {
                 const int q = best.slot + i;
                 const T d = s().diag[q], w = s().w[q];
-                if (!(d > static_cast<T>(plan.floor) * s().first[q])) {
+                if (lost(d, s().first[q], plan)) {
                     finish(begun, 1);
                     return;
                 }
@@ -417,22 +414,22 @@ class Worker {
     __device__ __noinline__ void begin() {
         const ExactPlan& plan = a_.plan;
         const Index C = a_.C;
-        const Index whole = plan.group > 0 ? C - C % plan.group : C - C % plan.block;
+        const Index whole = whole_columns(C, plan);
         const T* W = a_.W + s().row * a_.row_stride;
         const unsigned char* state = a_.state == nullptr ? nullptr : a_.state + s().row * C;
         slots_ = first_left_ = 0;
         for (Index i0 = 0; i0 < C; i0 += kThreads) {
             const Index i = i0 + t_;
-            const unsigned char asked = i < C && state != nullptr ? state[i] : 0;
-            const bool stays = asked == 2 || i >= whole;
-            const bool has = i < C && (!stays || plan.update);
+            const auto asked = static_cast<WeightState>(i < C && state != nullptr ? state[i] : 0);
+            const Kind kind = kind_of(asked, i < whole);
+            const bool has = i < C && (kind != kStays || plan.update);
             int count = 0, first = 0;
-            block_rank<T>(has && !stays && asked == 1, &first);
+            block_rank<T>(has && kind == kFirst, &first);
             const int at = slots_ + block_rank<T>(has, &count);
             if (i < C) s().slot[i] = has ? at : -1;
             if (has) {
                 s().column[at] = static_cast<std::int32_t>(i);
-                s().kind[at] = stays ? kStays : asked == 1 ? kFirst : kFree;
+                s().kind[at] = kind;
                 s().w[at] = W[i];
                 s().diag[at] = s().first[at] = a_.A[i * C + i];
             }
@@ -449,9 +446,9 @@ class Worker {
             if (i >= slots_) blank(i);
             if (closed && s().kind[i] == kFree) s().kind[i] = kStays;
             s().cached[i] = -1;
-            s().bar[i] = s().kind[i] == (waiting_ ? kFirst : kFree) ? T(0) : infinity<T>();
+            s().bar[i] = eligible(s().kind[i], waiting_) ? T(0) : infinity<T>();
         }
-        for (int r = t_; r < 2 * size_.ahead; r += kThreads) s().row_slot[r] = -1;
+        for (int r = t_; r < cache_rows(size_.ahead); r += kThreads) s().row_slot[r] = -1;
         for (Index g = t_; g < size_.groups; g += kThreads) s().taken[g] = 0;
         if (t_ == 0) s().first_left = first_left_, s().live = live_;
         for (Index e = t_; e < size_.blocks * plan.block * plan.block; e += kThreads) {
@@ -499,7 +496,7 @@ class Worker {
     __device__ void close(int i) const {
         if (s().kind[i] != kFree) return;
         s().bar[i] = infinity<T>();
-        s().kind[i] = a_.plan.update ? kStays : kGone;
+        s().kind[i] = closed(a_.plan);
         if (a_.plan.update) return;
         s().slot[s().column[i]] = -1;
         --s().live;
@@ -515,16 +512,12 @@ class Worker {
         __syncthreads();
     }
 
-    // Costs of all slots, and the lowest. A diagonal that rounding has eaten costs nothing: it is
-    // chosen next, and reported.
+    // Costs of all slots, and the lowest.
     __device__ Lowest<T> cheapest() {
         T lowest = infinity<T>();
         int best = -1;
         for (int i = t_; i < padded_; i += kThreads) {
-            const T w = s().w[i], d = s().diag[i], bar = s().bar[i];
-            const T own = saliency(w, d);
-            const bool good = d > static_cast<T>(a_.plan.floor) * s().first[i];
-            const T cost = own > bar && good ? own : bar;
+            const T cost = cost_of(s().w[i], s().diag[i], s().first[i], s().bar[i], a_.plan);
             s().cost[i] = cost;
             if (cost < lowest) lowest = cost, best = i;
         }
@@ -557,8 +550,7 @@ class Worker {
                 v.v[l] *= scale;
                 w.v[l] = fused(-z, v.v[l], w.v[l]);
                 d.v[l] = fused(-v.v[l], v.v[l], d.v[l]);
-                const T own = saliency(w.v[l], d.v[l]);
-                const T cost = own > bar.v[l] ? own : bar.v[l];
+                const T cost = barred(saliency(w.v[l], d.v[l]), bar.v[l]);
                 if (cost < lowest) lowest = cost, best = i + l;
             }
             *reinterpret_cast<Pack<T>*>(out + i) = v;
@@ -575,12 +567,11 @@ class Worker {
 
     __device__ __noinline__ void refill(int best) {
         if (a_.plan.block == 1) cheapest();
-        const Index enough = least(size_.ahead, 8 + (a_.plan.limit - j_) * 5 / 4);
-        const int wanted = static_cast<int>(enough > a_.plan.block ? enough : a_.plan.block);
+        const int wanted = static_cast<int>(columns_wanted(size_.ahead, j_, a_.plan));
         __syncthreads();
         const int count = choose(best, wanted);
         // Rows of the cache for those that have none: free ones, or else those not chosen.
-        const int rows = static_cast<int>(2 * size_.ahead);
+        const int rows = static_cast<int>(cache_rows(size_.ahead));
         const int at = t_ < count ? s().chosen[t_] : -1;
         int r = at >= 0 ? s().cached[at] : -1;
         const bool fresh = at >= 0 && r < 0, kept = at >= 0 && r >= 0;
@@ -653,16 +644,14 @@ class Worker {
     __device__ int choose(int best, int wanted) {
         int* bins = reinterpret_cast<int*>(buffer<T>());
         const int b = static_cast<int>(a_.plan.block);
-        const unsigned none = 0x7f800000u;  // the key of infinity
         unsigned low = 0;
         int below = 0;
-        for (int shift = 20; shift >= 9; shift -= 11) {  // two rounds of 11 bits
+        for (int shift = kFirstShift; shift >= kLastShift; shift -= kBinBits) {
             for (int i = t_; i < kBins; i += kThreads) bins[i] = 0;
             __syncthreads();
             for (int i = t_; i < padded_; i += kThreads) {
-                const unsigned key = __float_as_uint(static_cast<float>(s().cost[i]));
-                if (shift == 20 ? key < none : (key ^ low) >> 20 == 0)
-                    atomicAdd(&bins[key >> shift & (kBins - 1)], 1);
+                const unsigned key = sort_key(static_cast<float>(s().cost[i]));
+                if (counts(key, low, shift)) atomicAdd(&bins[bin_of(key, shift)], 1);
             }
             __syncthreads();
             constexpr int kEach = kBins / kThreads;
@@ -681,14 +670,12 @@ class Worker {
             below = s().below;
             low |= static_cast<unsigned>(s().bin) << shift;
         }
-        const unsigned high = low + (1u << 9);
         if (t_ < b) s().chosen[t_] = best + t_;
         int count = b, spare = wanted - below;
         for (int i0 = 0; i0 < padded_ && count < wanted; i0 += kThreads) {
             const int i = i0 + t_;
-            const unsigned key =
-                i < padded_ ? __float_as_uint(static_cast<float>(s().cost[i])) : none;
-            const bool may = key < none && key < high && !(i >= best && i < best + b);
+            const unsigned key = i < padded_ ? sort_key(static_cast<float>(s().cost[i])) : kNoKey;
+            const bool may = within_reach(key, low) && !(i >= best && i < best + b);
             int ties = 0, taken = 0;
             const int tie = block_rank<T>(may && key >= low, &ties);
             const bool takes = may && (key < low || tie < spare);
@@ -705,7 +692,7 @@ class Worker {
 
     __device__ __noinline__ void squeeze(int* best) {
         const int after = static_cast<int>(up(live_, kPad));
-        if (8 * after > 7 * padded_) return;
+        if (!worth_squeezing(after, padded_)) return;
         int n = 0, moved_best = *best;
         for (int i0 = 0; i0 < slots_; i0 += kThreads) {
             const int i = i0 + t_;
@@ -745,7 +732,7 @@ class Worker {
         }
         __syncthreads();
         for (int l = t_ / kWarp; l < j_; l += kWarps) squeeze_line(line(l), n, padded);
-        for (int r = t_ / kWarp; r < 2 * size_.ahead; r += kWarps)
+        for (int r = t_ / kWarp; r < cache_rows(size_.ahead); r += kWarps)
             if (s().row_slot[r] >= 0) squeeze_line(cached_row(r), n, padded);
         slots_ = n;
         padded_ = padded;

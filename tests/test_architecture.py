@@ -10,7 +10,7 @@ from pathlib import Path
 import lobs_native
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_HEADERS = {"types", "errors", "parallel", "patterns", "dispatch"}
+SHARED_HEADERS = {"types", "errors", "parallel", "dispatch", "exact_policy"}
 STEMS = sorted(p.stem for p in (ROOT / "csrc").glob("*.h") if p.stem not in SHARED_HEADERS)
 
 # From the ground up. A wing may import its own files and wings that stand on an earlier line, and

@@ -20,21 +20,19 @@
 
 #include <limits>
 
+#include "exact_policy.h"
 #include "parallel.h"
-#include "saliency.h"
 #include "vector.h"
 
 namespace lobs::LOBS_LEVEL {
 namespace {
 
+using namespace exact;
+
 constexpr int kVectors = kManyRegisters ? 4 : 2;
 constexpr int kRows = 6;  // 24 accumulators of 32 registers, or 12 of 16
 template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
-constexpr Index kPanel = 128;                        // steps
-constexpr Index kLeastAhead = 48, kMostAhead = 128;  // columns brought up to date together
-constexpr Index kBins = 2048;  // of the histogram that finds the cheapest columns
-constexpr Index kMaxBlock = 64;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -52,8 +50,6 @@ struct IntegersOf<double> {
 template <typename T>
 using Integers = typename IntegersOf<T>::type;  // as many lanes as Vector<T>
 
-enum Kind : unsigned char { kGone = 0, kStays = 1, kFree = 2, kFirst = 3 };
-
 // Element counts of one worker's buffers.
 template <typename T>
 struct Sizes {
@@ -61,10 +57,8 @@ struct Sizes {
 
     Sizes(Index C, const ExactPlan& plan) {
         slots = up(C, kTile<T>);
-        ahead = C / 32;  // more of them for longer rows, whose products gain more from it
-        ahead = ahead < kLeastAhead ? kLeastAhead : least(ahead, kMostAhead);
-        ahead = least(ahead < plan.block ? plan.block : ahead, slots);
-        rows = 2 * ahead;
+        ahead = columns_ahead(C / 32, slots, plan);  // long rows gain more from wide products
+        rows = cache_rows(ahead);
         stride = slots + kTile<T>;
         coefficients = (ahead + kRows) * (up(plan.limit, kPanel) + kPanel);
         blocks = plan.block > 1 ? C / plan.block * plan.block * plan.block : 0;
@@ -126,7 +120,7 @@ class Row {
         Index best = plan_.block > 1 ? cheapest_block() : cheapest();
         while (best >= 0 && j_ + plan_.block <= plan_.limit) {
             if (first_left_ == 0 && static_cast<double>(lowest_) > plan_.stop) break;
-            const Index panel = (j_ + plan_.block - 1) / kPanel;
+            const Index panel = panel_of(j_, plan_.block);
             if (panel != panel_) squeeze(&best);  // before the first step of a new panel
             panel_ = panel;
             if (!ready(best)) {
@@ -137,7 +131,7 @@ class Row {
             Index q = best;
             const bool last = j_ + plan_.block == plan_.limit && !plan_.update;
             for (Index b = 0; b < plan_.block; ++b, ++q) {
-                if (!(diag_[q] > static_cast<T>(plan_.floor) * first_diag_[q])) {
+                if (exact::lost(diag_[q], first_diag_[q], plan_)) {
                     *lost = 1;
                     return begun;
                 }
@@ -164,21 +158,19 @@ class Row {
     LOBS_INLINE T* row(Index r) const { return cache_ + r * size_.stride; }
 
     void begin(const T* W, const unsigned char* state) {
-        const Index whole = plan_.group > 0   ? C_ - C_ % plan_.group
-                            : plan_.block > 1 ? C_ - C_ % plan_.block
-                                              : C_;
+        const Index whole = whole_columns(C_, plan_);
         slots_ = 0;
         first_left_ = 0;
         for (Index i = 0; i < C_; ++i) {
-            const unsigned char asked = state == nullptr ? 0 : state[i];
-            const bool stays = asked == 2 || i >= whole;
+            const auto asked = static_cast<WeightState>(state == nullptr ? 0 : state[i]);
+            const Kind kind = kind_of(asked, i < whole);
             slot_[i] = -1;
-            if (stays && !plan_.update) continue;
+            if (kind == kStays && !plan_.update) continue;
             const Index s = slots_++;
             slot_[i] = static_cast<std::int32_t>(s);
             column_[s] = static_cast<std::int32_t>(i);
-            kind_[s] = stays ? kStays : asked == 1 ? kFirst : kFree;
-            first_left_ += kind_[s] == kFirst;
+            kind_[s] = kind;
+            first_left_ += kind == kFirst;
             w_[s] = W[i];
             diag_[s] = first_diag_[s] = A_[i * C_ + i];
         }
@@ -192,8 +184,7 @@ class Row {
         waiting_ = first_left_ > 0;
         for (Index s = 0; s < tiles_ * kTile<T>; ++s) {
             cached_[s] = -1;
-            const bool now = kind_[s] == (waiting_ ? kFirst : kFree);
-            bar_[s] = now ? T(0) : kInfinity<T>;
+            bar_[s] = eligible(kind_[s], waiting_) ? T(0) : kInfinity<T>;
         }
         for (Index r = 0; r < size_.rows; ++r) row_slot_[r] = -1;
         for (Index g = 0; plan_.group > 0 && g < C_ / plan_.group; ++g) taken_[g] = 0;
@@ -232,7 +223,7 @@ class Row {
     void close(Index s) {
         if (kind_[s] != kFree) return;
         bar_[s] = kInfinity<T>;
-        kind_[s] = plan_.update ? kStays : kGone;
+        kind_[s] = closed(plan_);
         if (plan_.update) return;
         slot_[column_[s]] = -1;
         --live_;
@@ -247,15 +238,12 @@ class Row {
             if (kind_[s] == kFree) bar_[s] = 0;
     }
 
-    // Costs of all slots, and the lowest. A diagonal that rounding has eaten costs nothing: it is
-    // chosen next, and reported.
+    // Costs of all slots, and the lowest.
     Index cheapest() {
         lowest_ = kInfinity<T>;
         Index best = -1;
         for (Index s = 0; s < slots_; ++s) {
-            const T own = saliency(w_[s], diag_[s]);
-            const bool good = diag_[s] > static_cast<T>(plan_.floor) * first_diag_[s];
-            cost_[s] = own > bar_[s] && good ? own : bar_[s];
+            cost_[s] = cost_of(w_[s], diag_[s], first_diag_[s], bar_[s], plan_);
             if (cost_[s] < lowest_) lowest_ = cost_[s], best = s;
         }
         return best;
@@ -301,8 +289,7 @@ class Row {
                 store(out + k * kLanes<T>, made);
                 store(w_ + at, w);
                 store(diag_ + at, d);
-                const Vector<T> own = saliency(w, d), bar = load(bar_ + at);
-                const Vector<T> cost = own > bar ? own : bar;
+                const Vector<T> cost = barred(saliency(w, d), load(bar_ + at));
                 const Integers<T> better = cost < lowest;
                 lowest = better ? cost : lowest;
                 where = better ? lane : where;
@@ -321,8 +308,7 @@ class Row {
 
     void refill(Index best) {
         if (plan_.block == 1) cheapest();
-        const Index wanted = least(size_.ahead, 8 + (plan_.limit - j_) * 5 / 4);
-        const Index count = choose(best, wanted > plan_.block ? wanted : plan_.block);
+        const Index count = choose(best, columns_wanted(size_.ahead, j_, plan_));
         // Rows of the cache for those that have none: free ones, then those not chosen.
         Index fresh = 0, kept = 0, r = 0;
         for (Index m = 0; m < count; ++m)
@@ -464,33 +450,26 @@ class Row {
     // returns how many.
     Index choose(Index best, Index wanted) {
         const Index slots = tiles_ * kTile<T>;
-        auto key = [&](Index s) {
-            const float c = static_cast<float>(cost_[s]);
-            std::uint32_t bits;
-            std::memcpy(&bits, &c, sizeof bits);
-            return bits;
-        };
+        const auto key = [&](Index s) { return sort_key(static_cast<float>(cost_[s])); };
         std::uint32_t low = 0;
         Index below = 0;
-        for (int shift = 20; shift >= 9; shift -= 11) {  // two rounds of 11 bits
+        for (int shift = kFirstShift; shift >= kLastShift; shift -= kBinBits) {
             std::memset(bins_, 0, kBins * sizeof *bins_);
             for (Index s = 0; s < slots; ++s) {
                 const std::uint32_t k = key(s);
-                if (shift == 20 ? k < 0x7f800000u : (k ^ low) >> 20 == 0)
-                    ++bins_[k >> shift & (kBins - 1)];
+                if (counts(k, low, shift)) ++bins_[bin_of(k, shift)];
             }
             Index b = 0;
             while (b < kBins - 1 && below + bins_[b] < wanted) below += bins_[b++];
             low |= static_cast<std::uint32_t>(b) << shift;
         }
-        const std::uint32_t high = low + (1u << 9);
         Index count = 0;
         for (Index b = 0; b < plan_.block; ++b)
             chosen_[count++] = static_cast<std::int32_t>(best + b);
         Index spare = wanted - below;
         for (Index s = 0; s < slots && count < wanted; ++s) {
             const std::uint32_t k = key(s);
-            if (k >= 0x7f800000u || k >= high || (s >= best && s < best + plan_.block)) continue;
+            if (!within_reach(k, low) || (s >= best && s < best + plan_.block)) continue;
             if (k >= low && --spare < 0) continue;
             chosen_[count++] = static_cast<std::int32_t>(s);
         }
@@ -501,7 +480,7 @@ class Row {
 
     void squeeze(Index* best) {
         const Index after = up(live_, kTile<T>) / kTile<T>;
-        if (8 * after > 7 * tiles_) return;
+        if (!worth_squeezing(after, tiles_)) return;
         for (Index s = 0; s < tiles_ * kTile<T>; s += kLanes<T>) keep_[s / kLanes<T>] = 0;
         Index n = 0;
         for (Index s = 0; s < slots_; ++s) {
