@@ -1,10 +1,10 @@
-// bindings.cpp: the table of contents of _core, and the only file that knows Python.
+// bindings.cpp: the contents of the Python module _core. No other file knows Python.
 //
-// A tensor crosses as (pointer, dtype code, shape, strides), checked in ops.py. Arguments become
-// plain structs, the GIL is released, and every operation returns (status, where) for ops.py to
-// turn into an exception.
+// A tensor crosses as (pointer, dtype, shape, strides), after lobs_native.ops has checked it.
+// Arguments become plain structs and the GIL is released. Every operation returns (status, where),
+// from which lobs_native.ops makes an exception.
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -37,37 +37,34 @@ T* address(std::uintptr_t pointer) {
     return reinterpret_cast<T*>(pointer);
 }
 
-// (limit, stop, floor, block, group, per_group, update)
-lobs::ExactPlan exact_plan(const py::tuple& plan) {
-    return {plan[0].cast<Index>(), plan[1].cast<double>(), plan[2].cast<double>(),
-            plan[3].cast<Index>(), plan[4].cast<Index>(),  plan[5].cast<Index>(),
-            plan[6].cast<bool>()};
-}
-
-bool interrupted() {  // asked by parallel_for on the calling thread; a signal handler's exception
-                      // stays pending
+// Runs on the calling thread. The exception of a signal handler stays pending.
+bool interrupted() {
     py::gil_scoped_acquire held;
     return PyErr_CheckSignals() != 0;
+}
+
+const Backend& known_row(const std::string& backend) {
+    const Backend* row = lobs::backend_row(backend.c_str());
+    if (row == nullptr) throw std::invalid_argument("backend: unknown name '" + backend + "'");
+    return *row;
 }
 
 template <typename Fn>
 Fn* operation(const std::string& backend, Fn* Backend::* column, const char* name,
               const py::object& device) {
-    const Backend* row = lobs::backend_row(backend.c_str());
-    if (row == nullptr)
-        throw std::invalid_argument("backend: there is none called '" + backend + "'");
-    if (!row->ready)
-        throw std::invalid_argument("backend: '" + backend + "' is not ready here (" + row->detail +
+    const Backend& row = known_row(backend);
+    if (!row.ready)
+        throw std::invalid_argument("backend: '" + backend + "' is not ready here (" + row.detail +
                                     ")");
-    if (row->device == device.is_none())
+    if (row.device == device.is_none())
         throw std::invalid_argument("device: '" + backend + "' needs " +
-                                    (row->device ? "one" : "None"));
-    if (row->*column == nullptr)
+                                    (row.device ? "one" : "None"));
+    if (row.*column == nullptr)
         throw std::invalid_argument("backend: '" + backend + "' has no " + name);
-    return row->*column;
+    return row.*column;
 }
 
-// Device memory by way of Python: `owner` is a callable from bytes to an address.
+// Device memory, allocated by Python: `owner` is a callable from bytes to an address.
 void* allocate(void* owner, Index bytes) {
     py::gil_scoped_acquire held;
     try {
@@ -77,10 +74,10 @@ void* allocate(void* owner, Index bytes) {
     }
 }
 
-// Runs `call(context)` without the GIL and hands (status, where) to Python. `device` is None, or
-// (ordinal, stream, allocate, report).
+// Runs `call(context)` without the GIL and returns (status, where). `device` is None or (ordinal,
+// stream, allocate, report).
 template <typename Call>
-std::pair<int, Index> released(int threads, const py::object& device, Call call) {
+std::pair<lobs::Status, Index> released(int threads, const py::object& device, Call call) {
     lobs::Context context{threads < 1 ? 1 : threads, &interrupted};
     lobs::Device place{};
     py::function allocator;
@@ -98,7 +95,48 @@ std::pair<int, Index> released(int threads, const py::object& device, Call call)
     }
     if (info.status == lobs::Status::interrupted && PyErr_Occurred() != nullptr)
         throw py::error_already_set();
-    return {static_cast<int>(info.status), info.where};
+    return {info.status, info.where};
+}
+
+void add_types(py::module_& module) {
+    using lobs::Dtype, lobs::ExactPlan, lobs::Status, lobs::WeightState;
+    py::native_enum<Dtype>(module, "Dtype", "enum.IntEnum", "Type of a tensor's elements.")
+        .value("F64", Dtype::f64)
+        .value("F32", Dtype::f32)
+        .value("F16", Dtype::f16)
+        .value("BF16", Dtype::bf16)
+        .finalize();
+    py::native_enum<Status>(module, "Status", "enum.IntEnum", "How a native call ended.")
+        .value("OK", Status::ok)
+        .value("NOT_FINITE", Status::not_finite)
+        .value("NOT_POSITIVE", Status::not_positive)
+        .value("OUT_OF_MEMORY", Status::out_of_memory)
+        .value("INTERRUPTED", Status::interrupted)
+        .value("UNSUPPORTED", Status::unsupported)
+        .value("BAD_ORDER", Status::bad_order)
+        .value("DEVICE_FAILED", Status::device_failed)
+        .finalize();
+    py::native_enum<WeightState>(module, "WeightState", "enum.IntEnum",
+                                 "What may happen to a weight.")
+        .value("MAY_GO", WeightState::may_go)
+        .value("GOES_FIRST", WeightState::goes_first)
+        .value("STAYS", WeightState::stays)
+        .finalize();
+
+    const auto plan = [](Index limit, double stop, double floor, Index block, Index group,
+                         Index per_group, bool update) {
+        return ExactPlan{limit, stop, floor, block, group, per_group, update};
+    };
+    py::class_<ExactPlan>(module, "ExactPlan", "Settings of exact_trace: see csrc/exact.h.")
+        .def(py::init(plan), py::kw_only(), py::arg("limit"), py::arg("stop"), py::arg("floor"),
+             py::arg("block"), py::arg("group"), py::arg("per_group"), py::arg("update"))
+        .def_readonly("limit", &ExactPlan::limit)
+        .def_readonly("stop", &ExactPlan::stop)
+        .def_readonly("floor", &ExactPlan::floor)
+        .def_readonly("block", &ExactPlan::block)
+        .def_readonly("group", &ExactPlan::group)
+        .def_readonly("per_group", &ExactPlan::per_group)
+        .def_readonly("update", &ExactPlan::update);
 }
 
 }  // namespace
@@ -107,6 +145,8 @@ PYBIND11_MODULE(_core, module) {
     module.doc() = "Native kernels of lobs_native. Call them through lobs_native.ops.";
     module.attr("__version__") = LOBS_VERSION;
     module.attr("parallel_runtime") = lobs::parallel_runtime();
+    module.attr("MAX_BLOCK") = lobs::kMaxBlock;
+    add_types(module);
 
     module.def("backends", [] {
         int count = 0;
@@ -136,6 +176,24 @@ PYBIND11_MODULE(_core, module) {
         py::arg("backend"));
 
     module.def(
+        "has",
+        [](const std::string& backend, const std::string& operation) {
+            bool known = false;
+            const bool has = lobs::backend_has(known_row(backend), operation.c_str(), &known);
+            if (!known) throw std::invalid_argument("operation: unknown name '" + operation + "'");
+            return has;
+        },
+        py::arg("backend"), py::arg("operation"));
+
+    module.def(
+        "info_of",
+        [](Index report) {
+            const Info info = lobs::info_of(static_cast<std::uint64_t>(report));
+            return std::pair{info.status, info.where};
+        },
+        py::arg("report"));
+
+    module.def(
         "hessian_accumulate",
         [](const std::string& backend, const py::tuple& H, const py::tuple& X, std::uintptr_t t,
            bool ones, int threads, const py::object& device) {
@@ -151,12 +209,12 @@ PYBIND11_MODULE(_core, module) {
 
     module.def(
         "inverse_update",
-        [](const std::string& backend, std::uintptr_t F, int dtype, Index blocks, Index B,
+        [](const std::string& backend, std::uintptr_t F, lobs::Dtype dtype, Index blocks, Index B,
            const py::tuple& G, double m, int threads, const py::object& device) {
             auto* run = operation(backend, &Backend::inverse_update, "inverse_update", device);
             const AnyMatrix g = matrix(G);
             return released(threads, device, [&](const lobs::Context& c) {
-                return run(address<void>(F), static_cast<lobs::Dtype>(dtype), blocks, B, g, m, c);
+                return run(address<void>(F), dtype, blocks, B, g, m, c);
             });
         },
         py::arg("backend"), py::arg("F"), py::arg("dtype"), py::arg("blocks"), py::arg("B"),
@@ -225,29 +283,30 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "exact_trace",
         [](const std::string& backend, std::uintptr_t order, std::uintptr_t loss,
-           std::uintptr_t count, std::uintptr_t status, const py::tuple& W, std::uintptr_t A,
-           std::uintptr_t state, const py::tuple& plan, int threads, const py::object& device) {
+           std::uintptr_t count, std::uintptr_t lost, const py::tuple& W, std::uintptr_t A,
+           std::uintptr_t state, const lobs::ExactPlan& plan, int threads,
+           const py::object& device) {
             auto* run = operation(backend, &Backend::exact_trace, "exact_trace", device);
             const AnyMatrix w = matrix(W);
             const lobs::ExactOut out{address<std::int32_t>(order), address<void>(loss),
-                                     address<Index>(count), address<unsigned char>(status)};
-            const lobs::ExactPlan how = exact_plan(plan);
+                                     address<Index>(count), address<unsigned char>(lost)};
             return released(threads, device, [&](const lobs::Context& c) {
-                return run(out, w, address<const void>(A), address<const unsigned char>(state), how,
-                           c);
+                return run(out, w, address<const void>(A), address<const unsigned char>(state),
+                           plan, c);
             });
         },
-        py::arg("backend"), py::arg("order"), py::arg("loss"), py::arg("count"), py::arg("status"),
+        py::arg("backend"), py::arg("order"), py::arg("loss"), py::arg("count"), py::arg("lost"),
         py::arg("W"), py::arg("A"), py::arg("state"), py::arg("plan"), py::arg("threads"),
         py::arg("device") = py::none());
 
     module.def(
         "exact_bytes",
-        [](const std::string& backend, int dtype, Index columns, const py::tuple& plan) {
-            const Backend* row = lobs::backend_row(backend.c_str());
-            if (row == nullptr || row->exact_bytes == nullptr)
+        [](const std::string& backend, lobs::Dtype dtype, Index columns,
+           const lobs::ExactPlan& plan) {
+            const Backend& row = known_row(backend);
+            if (row.exact_bytes == nullptr)
                 throw std::invalid_argument("backend: '" + backend + "' has no exact_bytes");
-            return row->exact_bytes(static_cast<lobs::Dtype>(dtype), columns, exact_plan(plan));
+            return row.exact_bytes(dtype, columns, plan);
         },
         py::arg("backend"), py::arg("dtype"), py::arg("columns"), py::arg("plan"));
 

@@ -1,4 +1,4 @@
-// dispatch.cpp: every path from an operation's name to its code, on one screen.
+// dispatch.cpp: every path from the name of an operation to its code, on one screen.
 #include "dispatch.h"
 
 #include <dlfcn.h>
@@ -13,39 +13,30 @@
 
 namespace lobs {
 
-#define LOBS_DECLARE_LEVEL(level)           \
-    namespace level {                       \
-    HessianAccumulateFn hessian_accumulate; \
-    InverseUpdateFn inverse_update;         \
-    SaliencyArgminFn saliency_argmin;       \
-    StaticOrderPruneFn static_order_prune;  \
-    RankLowestFn rank_lowest;               \
-    RankRowsFn rank_rows;                   \
-    ExactTraceFn exact_trace;               \
-    ExactBytes exact_bytes;                 \
-    SupportSolveFn support_solve;           \
-    ExchangeFn exchange;                    \
-    SweepBlockFn sweep_block;               \
-    }
-#define LOBS_LEVEL_ROW(level, detail, ready)                                                \
-    Backend {                                                                               \
-        #level, detail, ready, false, level::hessian_accumulate, level::inverse_update,     \
-            level::saliency_argmin, level::static_order_prune, level::rank_lowest,          \
-            level::rank_rows, level::exact_trace, level::exact_bytes, level::support_solve, \
-            level::exchange, level::sweep_block                                             \
+// A level's functions are in the namespace of its name (CMakeLists.txt); each level has all of them.
+#define LOBS_DECLARE(Function, operation) Function operation;
+#define LOBS_ENTER(Function, operation) row.operation = operation;
+#define LOBS_ROW_OF(level)                                    \
+    namespace level {                                         \
+    LOBS_OPERATIONS(LOBS_DECLARE)                             \
+    static Backend make_row(const char* detail, bool ready) { \
+        Backend row{#level, detail, ready};                   \
+        LOBS_OPERATIONS(LOBS_ENTER)                           \
+        return row;                                           \
+    }                                                         \
     }
 
 #if defined(__x86_64__)
-LOBS_DECLARE_LEVEL(cpu_v4)
-LOBS_DECLARE_LEVEL(cpu_v3)
-LOBS_DECLARE_LEVEL(cpu_v1)
+LOBS_ROW_OF(cpu_v4)
+LOBS_ROW_OF(cpu_v3)
+LOBS_ROW_OF(cpu_v1)
 #else
-LOBS_DECLARE_LEVEL(cpu_base)
+LOBS_ROW_OF(cpu_base)
 #endif
 
 namespace {
 
-std::string sibling(const char* file) {  // a file next to this module
+std::string sibling(const char* file) {  // the path of a file next to this module
     Dl_info info;
     if (dladdr(reinterpret_cast<const void*>(&backend_rows), &info) == 0 ||
         info.dli_fname == nullptr)
@@ -55,13 +46,13 @@ std::string sibling(const char* file) {  // a file next to this module
     return slash == std::string::npos ? std::string(file) : module.substr(0, slash + 1) + file;
 }
 
-// The row of the object in `file`; where there is none, *why says so.
+// The row of the object in `file`. If there is none, *why says so.
 Backend row_of(const char* file, std::string* why) {
     Backend row;
     void* object = dlopen(file, RTLD_NOW | RTLD_LOCAL);
     if (object == nullptr) {
-        const char* said = dlerror();
-        *why = said != nullptr ? said : "no reason given";
+        const char* reason = dlerror();
+        *why = reason != nullptr ? reason : "no reason given";
         return row;
     }
     auto* entry = reinterpret_cast<BackendEntry*>(dlsym(object, "lobs_backend"));
@@ -77,14 +68,14 @@ Backend cuda_row() {
     std::string why;
     Backend row = row_of(sibling("_lobs_cuda.so").c_str(), &why);
     if (why.empty()) return row;
-    detail = "the CUDA object is not installed, or does not load: " + why;
+    detail = "the CUDA object is not installed or does not load: " + why;
     row.name = "cuda";
     row.detail = detail.c_str();
     return row;
 }
 
 #if defined(__x86_64__)
-bool has_half_conversion() {  // F16C, a part of x86-64-v3 that clang's builtin has no name for
+bool has_half_conversion() {  // F16C: part of x86-64-v3, but unknown to clang's builtin
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
@@ -100,11 +91,11 @@ std::vector<Backend> make_rows() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    rows.push_back(LOBS_LEVEL_ROW(cpu_v4, "x86-64-v4: AVX-512, FMA", v4));
-    rows.push_back(LOBS_LEVEL_ROW(cpu_v3, "x86-64-v3: AVX2, FMA", v3));
-    rows.push_back(LOBS_LEVEL_ROW(cpu_v1, "x86-64: SSE2", true));
+    rows.push_back(cpu_v4::make_row("x86-64-v4: AVX-512, FMA", v4));
+    rows.push_back(cpu_v3::make_row("x86-64-v3: AVX2, FMA", v3));
+    rows.push_back(cpu_v1::make_row("x86-64: SSE2", true));
 #else
-    rows.push_back(LOBS_LEVEL_ROW(cpu_base, "this platform's baseline", true));
+    rows.push_back(cpu_base::make_row("this platform's baseline", true));
 #endif
     return rows;
 }
@@ -122,11 +113,11 @@ const Backend* backend_rows(int* count) {
 }
 
 const char* backend_load(const char* file, const char** why) {
-    static std::string said;
-    said.clear();
-    const Backend row = row_of(file, &said);
-    *why = said.c_str();
-    if (!said.empty()) return nullptr;
+    static std::string reason;
+    reason.clear();
+    const Backend row = row_of(file, &reason);
+    *why = reason.c_str();
+    if (!reason.empty()) return nullptr;
     for (Backend& known : rows())
         if (std::strcmp(known.name, row.name) == 0) return known = row, known.name;
     rows().push_back(row);
@@ -144,6 +135,15 @@ const Backend* backend_row(const char* name) {
             return &row;
     }
     return nullptr;
+}
+
+bool backend_has(const Backend& row, const char* operation, bool* known) {
+    *known = true;
+#define LOBS_ASK(Function, column) \
+    if (std::strcmp(operation, #column) == 0) return row.column != nullptr;
+    LOBS_OPERATIONS(LOBS_ASK)
+    *known = false;
+    return false;
 }
 
 }  // namespace lobs

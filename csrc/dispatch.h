@@ -13,40 +13,48 @@
 
 namespace lobs {
 
+// The columns: each function's type, and its name in every language.
+#define LOBS_OPERATIONS(COLUMN)                     \
+    COLUMN(HessianAccumulateFn, hessian_accumulate) \
+    COLUMN(InverseUpdateFn, inverse_update)         \
+    COLUMN(SaliencyArgminFn, saliency_argmin)       \
+    COLUMN(StaticOrderPruneFn, static_order_prune)  \
+    COLUMN(RankLowestFn, rank_lowest)               \
+    COLUMN(RankRowsFn, rank_rows)                   \
+    COLUMN(ExactTraceFn, exact_trace)               \
+    COLUMN(ExactBytes, exact_bytes)                 \
+    COLUMN(SupportSolveFn, support_solve)           \
+    COLUMN(ExchangeFn, exchange)                    \
+    COLUMN(SweepBlockFn, sweep_block)
+
+// A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing is
+// rerouted silently. Callers ask backend_has first and say which backend they used instead.
 struct Backend {
     const char* name = "";
     const char* detail = "";  // one line for people
     bool ready = false;       // may be called on this machine
     bool device = false;      // needs Context::device
-    // A null entry means: this backend has no such operation. Calling it is an error, never a
-    // silent detour.
-    HessianAccumulateFn* hessian_accumulate = nullptr;
-    InverseUpdateFn* inverse_update = nullptr;
-    SaliencyArgminFn* saliency_argmin = nullptr;
-    StaticOrderPruneFn* static_order_prune = nullptr;
-    RankLowestFn* rank_lowest = nullptr;
-    RankRowsFn* rank_rows = nullptr;
-    ExactTraceFn* exact_trace = nullptr;
-    ExactBytes* exact_bytes = nullptr;
-    SupportSolveFn* support_solve = nullptr;
-    ExchangeFn* exchange = nullptr;
-    SweepBlockFn* sweep_block = nullptr;
+#define LOBS_ENTRY(Function, operation) Function* operation = nullptr;
+    LOBS_OPERATIONS(LOBS_ENTRY)
+#undef LOBS_ENTRY
 };
 
-// The C entry of a backend that lives in a shared object of its own (`lobs_backend`). Fills *row
+// The C entry of a backend that lives in a shared object of its own (`lobs_backend`). It fills *row
 // and returns 0, or returns non-zero if `version` is not the one it was built for.
 constexpr int kBackendVersion = 3;
 using BackendEntry = int(int version, Backend* row);
 
-// All rows, fastest first among those that run here; the CUDA object is looked for once, when first
-// asked.
+// All rows, the fastest first among those that run here. The first call looks for the CUDA object.
 const Backend* backend_rows(int* count);
 
-// Adds the row of another object with that entry. Returns its name, or null with *why filled.
+// Adds the row of another object that has such an entry. Returns its name, or null with *why set.
 const char* backend_load(const char* file, const char** why);
 
-// The row called `name`; "cpu" is the fastest level this machine has, or the one LOBS_CPU_LEVEL
-// names. Null if none.
+// The row called `name`, or null. "cpu" stands for the fastest level of this machine, or for the one
+// that LOBS_CPU_LEVEL names.
 const Backend* backend_row(const char* name);
+
+// Whether the row has the operation. *known is false if the table has no column of that name.
+bool backend_has(const Backend& row, const char* operation, bool* known);
 
 }  // namespace lobs

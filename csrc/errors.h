@@ -1,19 +1,20 @@
-// errors.h: what an operation reports back. Exceptions do not cross an operation's boundary.
+// errors.h: what an operation reports. Exceptions never leave an operation.
 #pragma once
 
 #include "types.h"
 
 namespace lobs {
 
+// Python has the same enum: _core.Status.
 enum class Status : int {
     ok = 0,
-    not_finite = 1,     // a NaN or an infinity in an input; `where` is its flat index
-    not_positive = 2,   // a pivot is not positive; `where` says which, in the operation's own terms
-    out_of_memory = 3,  // scratch could not be allocated; outputs untouched
-    interrupted = 4,    // Context::interrupted said so; outputs hold a mixture of old and new
-    unsupported = 5,    // this backend has no such operation, or not for this dtype
+    not_finite = 1,     // an input holds a NaN or an infinity; `where` is its flat index
+    not_positive = 2,   // a pivot is not positive; the contract says what `where` is
+    out_of_memory = 3,  // scratch could not be allocated; outputs are untouched
+    interrupted = 4,    // Context::interrupted() returned true; outputs mix old and new
+    unsupported = 5,    // the backend lacks the operation for this dtype or size
     bad_order = 6,      // a column is out of range or occurs twice; `where` is its position
-    device_failed = 7,  // the device's runtime refused; `where` is its error code
+    device_failed = 7,  // the device's runtime failed; `where` is its error code
 };
 
 struct Info {
@@ -21,9 +22,15 @@ struct Info {
     Index where;
 };
 
-// A failure as one number, so that the lowest `where` wins: what Device::report holds.
+// A failure as one number, of which the lowest has the lowest `where`: what Device::report holds.
 LOBS_HD LOBS_INLINE std::uint64_t reported(Status status, Index where) {
     return static_cast<std::uint64_t>(where) * 16 + static_cast<std::uint64_t>(status);
+}
+
+// The way back from Device::report.
+LOBS_INLINE Info info_of(std::uint64_t report) {
+    if (report == kNothing) return {Status::ok, 0};
+    return {static_cast<Status>(report % 16), static_cast<Index>(report / 16)};
 }
 
 }  // namespace lobs

@@ -1,19 +1,19 @@
-// inverse.h: bring a batch of inverse second moments up to date with r new samples.
+// inverse.h: update a batch of inverse second moments with r new samples.
 //
 //   F_b <- F_b - F_b G_b^T (m I + G_b F_b G_b^T)^-1 G_b F_b          for every diagonal block b
 //
-// which equals r rank-1 updates F <- F - F g g^T F / (m + g^T F g), one after another, exactly.
+// This equals r rank-1 updates F <- F - F g g^T F / (m + g^T F g), one after another, exactly.
 //
 // Shapes    F (blocks, B, B) contiguous, symmetric.  G (r, d), rows with any stride, columns
 //           contiguous, (blocks - 1) * B < d <= blocks * B. Block b sees columns b * B .. b * B +
 //           B - 1; columns from d on count as zero.
-// Types     float64 or float32, the same for F and G.  m > 0, the number of samples that the mean
-//           is taken over.
-// On exit   F_b updated, exactly symmetric if it was on entry.
+// Types     float64 or float32, the same for F and G.  m > 0: the number of samples in the mean.
+// On exit   F_b is updated, and exactly symmetric if it was so on entry.
 // Fails     not_finite: where = n * d + i of the first NaN or infinity in G; F untouched.
-//           not_positive: m I + G F G^T has a pivot <= 0 or NaN (F had lost definiteness); where =
-//           the lowest such block. That block is untouched, others are updated: throw F away.
-//           interrupted: some blocks are updated and some not.
+//           not_positive: m I + G F G^T has a pivot <= 0 or NaN, because F lost definiteness; where
+//           = the lowest such block. That block is untouched and others are updated: discard F.
+//           unsupported (a device only): its shared memory does not hold a block; F untouched.
+//           interrupted: some blocks are updated, others are not.
 // Cost      Per block and 16 samples: 4 * 16 * B^2 + 3 * 16^2 * B flops. F is read and written once
 //           per call, whatever r is; a published rank-1 update reads it twice and writes it once
 //           for each sample.

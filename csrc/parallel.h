@@ -1,23 +1,22 @@
 // parallel.h: one loop over independent items, and scratch memory for its workers.
 //
-// Two builds of the same interface: OpenMP (wheels; shares torch's runtime) and std::thread
-// (LOBS_THREADS, for the race detector and for platforms without OpenMP). Items are handed out
-// dynamically, one at a time; there is no reduction across items, so results cannot depend on the
-// number of threads.
+// The interface has two builds: OpenMP (in wheels; shares torch's runtime) and std::thread
+// (LOBS_THREADS; for the race detector and for platforms without OpenMP). Workers take items one at
+// a time. Nothing is reduced across items, so results cannot depend on the number of threads.
 #pragma once
 
 #include "types.h"
 
 namespace lobs {
 
-// Calls task(arg, item, worker) for item = 0..items-1, worker in [0, context.threads). The calling
-// thread takes part as worker 0. Returns false if context.interrupted() answered true, in which
-// case some items never ran.
+// Calls task(arg, item, worker) for item = 0 .. items - 1, with worker in [0, context.threads). The
+// calling thread is worker 0. Returns false if context.interrupted() returned true; then some items
+// have not run.
 bool parallel_for(Index items, const Context& context,
                   void (*task)(void* arg, Index item, int worker), void* arg);
 
-// The same for a callable; `body(item, worker)` must not throw. Force-inlined so that no weak
-// symbol arises.
+// The same for a callable. `body(item, worker)` must not throw. Force-inlined, so that there is no
+// weak symbol.
 template <typename Body>
 LOBS_INLINE bool parallel_items(Index items, const Context& context, Body& body) {
     return parallel_for(
@@ -25,8 +24,8 @@ LOBS_INLINE bool parallel_items(Index items, const Context& context, Body& body)
         [](void* arg, Index item, int worker) { (*static_cast<Body*>(arg))(item, worker); }, &body);
 }
 
-// For items that take long: asks context.interrupted() on worker 0, ten times a second, and tells
-// every worker. After raised(), outputs are a mixture of old and new.
+// For long items: worker 0 asks context.interrupted() ten times a second, and every worker sees the
+// answer. If raised() is true, outputs mix old and new values.
 class Interrupt {
    public:
     explicit Interrupt(const Context& context);
@@ -34,7 +33,7 @@ class Interrupt {
     Interrupt(const Interrupt&) = delete;
     Interrupt& operator=(const Interrupt&) = delete;
 
-    bool asked(int worker);  // true: return as soon as possible
+    bool asked(int worker);  // if true, return as soon as possible
     bool raised() const;
 
    private:
@@ -45,8 +44,8 @@ class Interrupt {
 // The name of the build: "openmp" or "std::thread".
 const char* parallel_runtime();
 
-// Cache-line aligned memory for `workers` workers, `bytes` each, all from one allocation, not
-// initialised.
+// Uninitialised memory for `workers` workers, `bytes` each, aligned to cache lines, from one
+// allocation.
 class Scratch {
    public:
     Scratch(Index workers, Index bytes);
@@ -65,14 +64,14 @@ class Scratch {
     Index stride_;
 };
 
-// The lowest item that any worker has noted: the same however many workers there are.
+// The lowest item that any worker has noted, whatever the number of workers.
 class Lowest {
    public:
     Lowest(Index workers, Index none);
 
     bool ok() const { return noted_.ok(); }
     void note(int worker, Index item);
-    Index item() const;  // `none` where nothing was noted
+    Index item() const;  // `none` if nothing was noted
 
    private:
     Scratch noted_;

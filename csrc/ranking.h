@@ -1,19 +1,19 @@
-// ranking.h: choose the cheapest removals, and put each row's in order.
+// ranking.h: choose the cheapest removals, and sort those of each row.
 //
 //   rank_lowest:  chosen[r, i] = 1 for the `count` lowest scores of row r, else 0
 //   rank_rows:    order = the chosen columns of row 0 by rising score, then of row 1, ...
 //
 // Shapes    score (R, C) contiguous float64, without NaN; infinities are allowed.  chosen (R, C)
-//           bytes, 0 or 1.  order (number of ones in chosen).  start (R + 1): row r owns
+//           bytes, 0 or 1.  order: as many as there are ones in chosen.  start (R + 1): row r owns
 //           order[start[r]] .. order[start[r + 1] - 1].
-// On exit   rank_lowest chooses exactly `count` in every row, 0 <= count <= C; among equal scores
-//           the lowest column goes first. rank_rows writes order; start is given by the caller and
-//           must agree with chosen. -0 and +0 are equal.
+// On entry  rank_rows: start agrees with chosen.
+// On exit   rank_lowest chooses exactly `count` in every row, 0 <= count <= C. rank_rows writes
+//           order. Among equal scores the lowest column goes first; -0 and +0 are equal.
 // Fails     out_of_memory: outputs untouched. interrupted: outputs undefined.
-// Accuracy  Exact: no arithmetic is done on scores.
-// Cost      rank_lowest reads the scores at most 6 times, whatever C (radix selection by 16 bits for
-//           one long row, which all threads share, by 8 bits for many). rank_rows reads them once
-//           and moves each chosen one at most 8 times (radix sort).
+// Accuracy  Exact: scores are only compared.
+// Cost      rank_lowest reads the scores at most 6 times, whatever C is (radix selection, by 16 bits
+//           for one long row that all threads share, by 8 bits for many rows). rank_rows reads them
+//           once and moves each chosen one at most 8 times (radix sort).
 // Source    Textbook. The ranking is that of Dong, Chen & Pan 2017, algorithm 1.
 #pragma once
 

@@ -1,13 +1,13 @@
-// saliency.h: what a removal costs, and the cheapest one that is allowed in every row.
+// saliency.h: the cost of a removal, and the cheapest allowed removal of every row.
 //
 //   s_q = w_q^2 / d_q ,   d = diag of the inverse second moment
 //   column[r] = argmin over live q of s_q
 //
 // Shapes    W (R, C).  diag (R, C), or (1, C) with row stride 0 when all rows share it.  live
 //           (R, C) bytes, 0 or 1.  column (R), value (R).
-// Types     W, diag and value in float64 or float32, all the same.
-// On exit   column[r] is the lowest column among equals, and value[r] its s; -1 and +infinity where
-//           nothing is live.
+// Types     W, diag and value in float64 or float32, the same for all.
+// On exit   column[r] is the lowest column with the lowest s, and value[r] that s; -1 and +infinity
+//           where nothing is live.
 // Fails     not_positive: a live diag entry is <= 0, NaN or infinite; where = r * C + q of the
 //           first. not_finite: a live weight is NaN or infinite; where likewise. Outputs undefined.
 // Accuracy  One product and one division, each rounded once: all backends agree bit for bit, ties

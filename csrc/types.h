@@ -1,9 +1,8 @@
-// types.h: views over memory that somebody else owns, and the few types every operation shares.
+// types.h: views of memory that the caller owns, and the few types that all operations share.
 //
-// Strides count elements, sizes are int64, nothing here allocates or throws. This header is
-// included by files compiled for different instruction sets, so everything in it is either a plain
-// aggregate or force-inlined: a weak symbol built for AVX-512 must never be the one the linker
-// keeps.
+// Strides count elements, sizes are int64, and nothing here allocates or throws. Files compiled for
+// different instruction sets include this header. So everything in it is a plain aggregate or
+// force-inlined: the linker must never keep a weak symbol that was compiled for AVX-512.
 #pragma once
 
 #include <cstddef>
@@ -21,17 +20,17 @@ namespace lobs {
 
 using Index = std::int64_t;
 
-// Codes shared with python/lobs_native/ops.py.
+// The enums of this header and of errors.h are Python's as well: _core.Dtype, _core.WeightState.
 enum class Dtype : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
-// What may happen to a weight: an entry of `state` in exact.h, of `gone` in sweep.h on entry.
+// What may happen to a weight: the entries of `state` in exact.h and, on entry, of `gone` in sweep.h.
 enum class WeightState : unsigned char {
     may_go = 0,
-    goes_first = 1,  // before all that may go, whatever it costs
+    goes_first = 1,  // is removed before all that may go, whatever it costs
     stays = 2,       // is never removed, but updated
 };
 
-// A 16-bit pattern: the type of the elements is in Dtype.
+// 16 bits. Dtype tells which type they encode.
 struct Half {
     std::uint16_t bits;
 };
@@ -46,7 +45,7 @@ struct Matrix {
     Index row_stride, column_stride;
 };
 
-// A matrix whose element type is known at run time only.
+// A matrix whose element type is known only at run time.
 struct AnyMatrix {
     void* data;
     Dtype dtype;
@@ -54,33 +53,33 @@ struct AnyMatrix {
     Index row_stride, column_stride;
 };
 
-// Where a device's row puts its work. Such a row checks nothing that lies on the device and waits for
-// nothing: it enqueues kernels and returns. What they find is in *report once the stream gets there.
+// Where an operation of a device runs. It never waits for the device: it enqueues kernels and returns.
+// Failures that the kernels find are in *report when the stream has run them.
 struct Device {
     int ordinal;
     void* stream;
-    void* (*allocate)(void* owner, Index bytes);  // device memory that outlives the call's kernels;
-    void* owner;                                  // null where there is none left
-    std::uint64_t* report;  // on the device; kNothing on entry, the lowest `reported` on exit
+    // Device memory that outlives the kernels of the call; null if none is left.
+    void* (*allocate)(void* owner, Index bytes);
+    void* owner;
+    std::uint64_t* report;  // on the device: kNothing on entry, the lowest `reported` on exit
 };
 
 constexpr std::uint64_t kNothing = ~std::uint64_t{0};
 
-// How a call is to run. `interrupted` is asked about ten times a second, on the calling thread
-// only; once it answers true the operation stops at the next item of work and returns
-// Status::interrupted. A device's row does not ask it.
+// How a call runs. The calling thread, and no other, asks `interrupted` about ten times a second.
+// Once that returns true, the operation stops at the next item of work and returns
+// Status::interrupted. Operations of a device do not ask.
 struct Context {
-    int threads;                     // on a device: most rows that exact removal has in flight
+    int threads;                     // on a device: rows that exact removal has in flight, at most
     bool (*interrupted)();           // may be null
-    const Device* device = nullptr;  // null for rows that run on the host
+    const Device* device = nullptr;  // null for backends that run on the host
 };
 
 LOBS_HD LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
-LOBS_HD LOBS_INLINE Index up(Index a, Index to) {
-    return (a + to - 1) / to * to;
-}  // a multiple of `to`
+// The lowest multiple of `to` that is not below `a`.
+LOBS_HD LOBS_INLINE Index up(Index a, Index to) { return (a + to - 1) / to * to; }
 
-// Hands out scratch memory piece by piece, each on a cache line of its own.
+// Divides scratch memory into pieces that each begin on a cache line.
 class Carver {
    public:
     LOBS_HD LOBS_INLINE explicit Carver(unsigned char* memory) : at_(memory) {}

@@ -408,7 +408,7 @@ class Worker {
     __device__ void finish(int count, unsigned char lost) const {
         if (t_ != 0) return;
         a_.out.count[s().row] = count;
-        a_.out.status[s().row] = lost;
+        a_.out.lost[s().row] = lost;
     }
 
     __device__ __noinline__ void begin() {

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kWarps = 8;  // rows of a block at a time, at most
 constexpr int kMostSlots = 4;
-constexpr int kGoes = 1;  // codes on entry; 0 is free
-constexpr int kStays = 2;
+constexpr int kGoes = static_cast<int>(WeightState::goes_first);
+constexpr int kStays = static_cast<int>(WeightState::stays);
 
 template <typename T>
 struct Sweep {

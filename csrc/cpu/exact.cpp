@@ -624,7 +624,7 @@ Info launch(const ExactOut& out, AnyMatrix W, const T* A, const unsigned char* s
         out.count[r] =
             row.run(out.order + r * plan.limit, static_cast<T*>(out.loss) + r * plan.limit,
                     static_cast<T*>(W.data) + r * W.row_stride,
-                    state == nullptr ? nullptr : state + r * C, interrupt, worker, out.status + r);
+                    state == nullptr ? nullptr : state + r * C, interrupt, worker, out.lost + r);
     };
     const bool whole = parallel_items(R, context, body);
     return {whole && !interrupt.raised() ? Status::ok : Status::interrupted, 0};

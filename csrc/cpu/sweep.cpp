@@ -25,8 +25,8 @@ constexpr int kStep = kVectors * kLanes<T>;  // rows that go together
 template <typename T>
 constexpr int kSlab = kStep<T> < 16 ? 16 : kStep<T>;  // bytes are transposed 16 by 16
 
-constexpr int kGoes = 1;  // codes on entry; 0 is free
-constexpr int kStays = 2;
+constexpr int kGoes = static_cast<int>(WeightState::goes_first);
+constexpr int kStays = static_cast<int>(WeightState::stays);
 
 // ---- vectors of integers ------------------------------------------------------------------------
 

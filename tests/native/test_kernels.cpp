@@ -63,8 +63,7 @@ Info run(const Backend& backend, Operation* operation, int threads, Arguments&&.
         &scratch, &report};
     context.device = &device;
     const Info info = operation(std::forward<Arguments>(arguments)..., context);
-    if (info.status != Status::ok || report == lobs::kNothing) return info;
-    return {static_cast<Status>(report % 16), static_cast<Index>(report / 16)};
+    return info.status == Status::ok ? lobs::info_of(report) : info;
 }
 
 template <typename T>
