@@ -4,6 +4,7 @@ its parts."""
 from __future__ import annotations
 
 import ast
+import enum
 import re
 from pathlib import Path
 
@@ -222,9 +223,20 @@ def test_the_stub_matches_the_native_module():
     functions = {
         n.name: [a.arg for a in n.args.args] for n in stub.body if isinstance(n, ast.FunctionDef)
     }
+    classes = {n.name: n for n in stub.body if isinstance(n, ast.ClassDef)}
     core = lobs_native.ops._core
     native = {n for n in dir(core) if callable(getattr(core, n)) and not n.startswith("_")}
-    assert set(functions) == native
+    assert {*functions, *classes} == native
+    for name, stated in classes.items():
+        cls = getattr(core, name)
+        if issubclass(cls, enum.IntEnum):
+            values = {ast.unparse(n) for n in stated.body}
+            assert values == {f"{member.name} = {member.value}" for member in cls}, name
+        else:
+            methods = {n.name: n for n in stated.body if isinstance(n, ast.FunctionDef)}
+            fields = [a.arg for a in methods.pop("__init__").args.kwonlyargs]
+            assert re.findall(r"(\w+): ", cls.__init__.__doc__) == ["self", *fields]
+            assert {n for n in vars(cls) if not n.startswith("_")} == set(methods) == set(fields)
     for name, arguments in functions.items():
         signature = (getattr(core, name).__doc__ or "").splitlines()[0]
         assert re.findall(r"(\w+): ", signature.split(" -> ")[0]) == arguments, signature

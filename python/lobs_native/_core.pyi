@@ -1,16 +1,69 @@
+import enum
 from collections.abc import Callable, Sequence
 
 __version__: str
 parallel_runtime: str
+MAX_BLOCK: int
 
+# pointer, dtype, shape, strides
 _Tensor = tuple[int, int, Sequence[int], Sequence[int]]
-_Plan = tuple[int, float, float, int, int, int, bool]
 # ordinal, stream, allocate, report
 _Device = tuple[int, int, Callable[[int], int], int]
 
+class Dtype(enum.IntEnum):
+    F64 = 0
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+
+class Status(enum.IntEnum):
+    OK = 0
+    NOT_FINITE = 1
+    NOT_POSITIVE = 2
+    OUT_OF_MEMORY = 3
+    INTERRUPTED = 4
+    UNSUPPORTED = 5
+    BAD_ORDER = 6
+    DEVICE_FAILED = 7
+
+class WeightState(enum.IntEnum):
+    MAY_GO = 0
+    GOES_FIRST = 1
+    STAYS = 2
+
+class ExactPlan:
+    def __init__(
+        self,
+        *,
+        limit: int,
+        stop: float,
+        floor: float,
+        block: int,
+        group: int,
+        per_group: int,
+        update: bool,
+    ) -> None: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def stop(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def per_group(self) -> int: ...
+    @property
+    def update(self) -> bool: ...
+
+# name, ready, detail, whether it runs on a device
 def backends() -> list[tuple[str, bool, str, bool]]: ...
 def load_backend(file: str) -> str: ...
 def resolve(backend: str) -> str | None: ...
+def has(backend: str, operation: str) -> bool: ...
+def info_of(report: int) -> tuple[Status, int]: ...
 def hessian_accumulate(
     backend: str,
     H: _Tensor,
@@ -19,18 +72,18 @@ def hessian_accumulate(
     ones: bool,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def inverse_update(
     backend: str,
     F: int,
-    dtype: int,
+    dtype: Dtype,
     blocks: int,
     B: int,
     G: _Tensor,
     m: float,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def saliency_argmin(
     backend: str,
     column: int,
@@ -40,7 +93,7 @@ def saliency_argmin(
     live: _Tensor,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def static_order_prune(
     backend: str,
     W: _Tensor,
@@ -49,7 +102,7 @@ def static_order_prune(
     start: int,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def rank_lowest(
     backend: str,
     chosen: int,
@@ -59,7 +112,7 @@ def rank_lowest(
     count: int,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def rank_rows(
     backend: str,
     order: int,
@@ -70,24 +123,24 @@ def rank_rows(
     columns: int,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def exact_trace(
     backend: str,
     order: int,
     loss: int,
     count: int,
-    status: int,
+    lost: int,
     W: _Tensor,
     A: int,
     state: int,
-    plan: _Plan,
+    plan: ExactPlan,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
-def exact_bytes(backend: str, dtype: int, columns: int, plan: _Plan) -> int: ...
+) -> tuple[Status, int]: ...
+def exact_bytes(backend: str, dtype: Dtype, columns: int, plan: ExactPlan) -> int: ...
 def support_solve(
     backend: str, X: _Tensor, M: int, chosen: int, threads: int, device: _Device | None = None
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def exchange(
     backend: str,
     kept: int,
@@ -100,7 +153,7 @@ def exchange(
     limit: int,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...
 def sweep_block(
     backend: str,
     W: _Tensor,
@@ -111,4 +164,4 @@ def sweep_block(
     per_group: int,
     threads: int,
     device: _Device | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[Status, int]: ...

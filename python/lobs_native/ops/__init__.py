@@ -1,17 +1,12 @@
-"""The operations: check the tensors, choose a backend, call it, turn a status into an exception."""
+"""The operations: each checks its tensors, chooses a backend, calls it, and raises what failed."""
 
 from lobs_native.ops.dispatch import backends, levels, select_backend
 from lobs_native.ops.exact import MAX_BLOCK, Trace, affordable_threads, exact_bytes, exact_trace
 from lobs_native.ops.exchange import exchange_
 from lobs_native.ops.hessian import hessian_accumulate_
 from lobs_native.ops.inverse import inverse_update_
-from lobs_native.ops.native import (
-    _core,
-    full_precision,
-    on_device,
-    parallel_runtime,
-    threads,
-)
+from lobs_native.ops.native import WeightState, full_precision, on_device, parallel_runtime, threads
+from lobs_native.ops.native import core as _core
 from lobs_native.ops.ranking import rank_lowest, rank_rows
 from lobs_native.ops.saliency import saliency_argmin
 from lobs_native.ops.solve import support_solve_
@@ -21,6 +16,7 @@ from lobs_native.ops.sweep import sweep_block_
 __all__ = [
     "MAX_BLOCK",
     "Trace",
+    "WeightState",
     "_core",
     "affordable_threads",
     "backends",

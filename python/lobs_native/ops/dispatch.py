@@ -1,4 +1,4 @@
-"""Backends: which there are, and which one a call goes to."""
+"""Choice of a backend: the list of them, and the one that serves a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from lobs_native.errors import BackendError, DtypeError
-from lobs_native.ops.native import _core, parallel_runtime, threads
+from lobs_native.ops.native import core, parallel_runtime, threads
 
 __all__ = ["backends", "levels", "select_backend"]
 
@@ -20,12 +20,12 @@ def backends() -> list[tuple[str, bool, str]]:
     -------
     list of (str, bool, str)
         ``"cuda"``, ``"cpu"`` and ``"reference"``. ``"cpu"`` stands for the fastest instruction-set
-        level of this machine, or the one that the environment variable ``LOBS_CPU_LEVEL`` names
-        (``v1``, ``v3``, ``v4``); its detail names the level. Each level is also a backend by
-        itself, called ``"cpu_v3"`` and so on.
+        level of this machine, or for the level that the environment variable ``LOBS_CPU_LEVEL``
+        names (``v1``, ``v3``, ``v4``); its detail names the level. Each level is also a backend of
+        its own, called ``"cpu_v3"`` and so on.
     """
-    native = _core.backends()
-    level = _core.resolve("cpu")
+    native = core.backends()
+    level = core.resolve("cpu")
     rows = [row[:3] for row in native if row[0] == "cuda"]
     chosen = next((row for row in native if row[0] == level), None)
     if chosen is None:
@@ -38,22 +38,25 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def levels() -> list[tuple[str, bool, str]]:
-    """The CPU levels as (name, ready, detail), fastest first; each name is a backend as well."""
-    return [row[:3] for row in _core.backends() if row[0].startswith("cpu_")]
+    """List the CPU levels as (name, ready, detail), the fastest first.
+
+    Each name is also a backend.
+    """
+    return [row[:3] for row in core.backends() if row[0].startswith("cpu_")]
 
 
 def _wrong_level() -> str:
     known = ", ".join(name.removeprefix("cpu_") for name, _, _ in levels())
-    asked = os.environ.get("LOBS_CPU_LEVEL")
-    return f"LOBS_CPU_LEVEL is {asked!r}, which is no level of this platform; use one of {known}"
+    level = os.environ.get("LOBS_CPU_LEVEL")
+    return f"LOBS_CPU_LEVEL is {level!r}, not a level of this platform; use one of {known}"
 
 
 def select_backend(backend: str | None, device: torch.device) -> str:
-    """The backend's own name for a call on ``device``.
+    """The backend, by its own name, that serves a call on ``device``.
 
-    ``None`` means the fastest: the CPU kernels for CPU tensors, the CUDA kernels for CUDA tensors
-    where they can run (else ``"reference"``, with one warning), ``"reference"`` for any other
-    device. What was chosen is in every result.
+    ``None`` means the fastest one: the CPU kernels for CPU tensors, the CUDA kernels for CUDA
+    tensors where they can run (else ``"reference"``, with one warning), and ``"reference"`` for any
+    other device. Every result names the backend that was chosen.
     """
     if backend is None:
         backend = _fastest(device)
@@ -61,11 +64,11 @@ def select_backend(backend: str | None, device: torch.device) -> str:
         raise DtypeError(f"backend: expected a name or None, got {type(backend).__name__}")
     if backend == "reference":
         return backend
-    native = {row[0]: row for row in _core.backends()}
+    native = {row[0]: row for row in core.backends()}
     if backend != "cpu" and backend not in native:
         known = ", ".join(["cpu", *native, "reference"])
         raise BackendError(f"backend: there is none called {backend!r}; known: {known}")
-    row = native.get(_core.resolve(backend) or "")
+    row = native.get(core.resolve(backend) or "")
     if row is None:
         raise BackendError(f"backend: {_wrong_level()}")
     if not row[1]:
@@ -86,10 +89,10 @@ def _fastest(device: torch.device) -> str:
         return "cpu"
     if device.type != "cuda":
         return "reference"
-    _, ready, detail, _ = next(row for row in _core.backends() if row[0] == "cuda")
+    _, ready, detail, _ = next(row for row in core.backends() if row[0] == "cuda")
     if not ready:
         warnings.warn(
-            f"lobs_native: CUDA tensors are worked on in plain torch, slowly: {detail}",
+            f"lobs_native: plain torch handles CUDA tensors, slowly: {detail}",
             RuntimeWarning,
             stacklevel=2,
         )

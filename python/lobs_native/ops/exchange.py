@@ -1,4 +1,4 @@
-"""Exchange of kept and removed weights."""
+"""Exchange of kept weights for removed ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks
-from lobs_native.errors import (
-    NotPositiveDefiniteError,
-    ShapeError,
-)
+from lobs_native.errors import NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing, on_device
+from lobs_native.ops.native import Status, call, check_status, crossing, has
 
 __all__ = ["exchange_"]
 
@@ -26,44 +23,46 @@ def exchange_(
     limit: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, str]:
-    """Swap a kept weight of a row against a removed one as long as one swap lowers the error.
+    """Swap a kept weight of a row for a removed one, as long as a swap lowers the error.
 
-    Each round makes the one swap, of all pairs, that lowers ``dw H dw^T`` most; afterwards the
-    kept weights are the best there are for the final set.
+    Each round makes the one swap, among all pairs, that lowers ``dw H dw^T`` most. At the end the
+    kept weights are optimal for the final set.
 
     Parameters
     ----------
     W : (R, C) float64, contiguous
-        The original weights; overwritten by the repaired ones, zero where removed.
+        The original weights. Overwritten by the repaired ones, zero where removed.
     A : (C, C) float64, symmetric positive definite
         Damped inverse second moment. Not modified.
     kept : (R, C) bool, contiguous
-        The kept set to start from; overwritten by the final one.
+        The kept set to start from. Overwritten by the final one.
     fixed : (R, C) bool, optional
         True where a weight stays on its side. Not modified.
     group : int
-        Swap within groups of this many columns only (N:M patterns); 0 = anywhere in the row.
+        Swap only within groups of this many columns (N:M patterns); 0 = anywhere in the row.
     limit : int, optional
-        Swaps per row at most; 0 only re-solves.
+        Maximum number of swaps per row; 0 only solves for the best weights.
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     swaps : (R,) int64
+        The number of swaps made.
     left : (R,) float64
-        The row's error afterwards, in the damped second moment.
+        The remaining error of the row, in the damped second moment.
     str
-        The backend that did it: a CPU level for a device, whose tensors are copied over and back.
+        The backend that was used. Tensors of a device whose backend has no exchange are copied to
+        the CPU and back; then this is a CPU level.
 
     Raises
     ------
     ShapeError, DtypeError, ArgumentError, BackendError
         An argument does not fit.
     NonFiniteError
-        W or A hold a NaN or an infinity; nothing is written.
+        W or A holds a NaN or an infinity; nothing is written.
     NotPositiveDefiniteError
-        A is not positive definite on some row's columns; W and kept must be thrown away.
+        A is not positive definite on the columns of some row; discard W and kept.
 
     Notes
     -----
@@ -97,10 +96,10 @@ def exchange_(
     left = torch.zeros(R, dtype=torch.float64, device=W.device)
     if W.numel() == 0:
         return swaps, left, chosen
-    if on_device(chosen):
-        return _exchange_on_host(W, A, kept, fixed, group, rounds)
     if chosen == "reference":
         swaps, left, row = reference.exchange_(W, A, kept, fixed, group, rounds)
+    elif not has(chosen, "exchange"):
+        return _exchange_on_host(W, A, kept, fixed, group, rounds)
     else:
         status, row = call(
             "exchange",
@@ -115,7 +114,7 @@ def exchange_(
             group,
             rounds,
         )
-        if status != 2:
+        if status != Status.NOT_POSITIVE:
             check_status(status)
             row = -1
     if row >= 0:
@@ -128,7 +127,7 @@ def exchange_(
 def _exchange_on_host(
     W: Tensor, A: Tensor, kept: Tensor, fixed: Tensor | None, group: int, limit: int
 ) -> tuple[Tensor, Tensor, str]:
-    """:func:`exchange_` by the CPU's kernels for tensors of a device."""
+    """Run :func:`exchange_` on the CPU for tensors of a device."""
     w, k = W.cpu(), kept.cpu()
     swaps, left, used = exchange_(
         w,

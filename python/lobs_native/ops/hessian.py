@@ -1,4 +1,4 @@
-"""Streaming accumulation of second moments."""
+"""Accumulation of second moments, one chunk of inputs at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing
+from lobs_native.ops.native import Status, call, check_status, crossing
 
 __all__ = ["hessian_accumulate_"]
 
@@ -32,21 +32,21 @@ def hessian_accumulate_(
     weights : (N,) float, finite, >= 0, optional
         Weight of each row. Rows of weight 0 are not read.
     ones : bool
-        Treat X as if a last column of ones followed (for a bias).
+        Treat X as if a last column of ones followed it (for a bias).
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     str
-        The backend that did it.
+        The backend that was used.
 
     Raises
     ------
     ShapeError, DtypeError, BackendError
         An argument does not fit.
     NonFiniteError
-        X or weights hold a NaN or an infinity; H is untouched.
+        X or weights holds a NaN or an infinity; H is untouched.
 
     Notes
     -----
@@ -74,7 +74,7 @@ def hessian_accumulate_(
     status, where = call(
         "hessian_accumulate", chosen, H.device, crossing(H), crossing(X), pointer, ones
     )
-    if status == 1:
+    if status == Status.NOT_FINITE:
         raise checks.not_finite("X", X, where)
     check_status(status)
     return chosen

@@ -1,4 +1,4 @@
-"""Blocked updates of inverse second moments."""
+"""Updates of inverse second moments, in diagonal blocks."""
 
 from __future__ import annotations
 
@@ -8,50 +8,49 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import CODES, call, check_status, crossing, full_precision
+from lobs_native.ops.native import DTYPES, Status, call, check_status, crossing, full_precision
 
 __all__ = ["inverse_update_"]
 
-_SAMPLES = 4096  # samples in one native call, so that Ctrl-C is answered soon
-
-_TOGETHER = 1 << 24  # entries of blocks that torch updates at once
-
-_LARGE_BLOCK = 512  # from here on a block's update is one big matrix product, which torch does best
+_SAMPLES = 4096  # samples in one native call, so that Ctrl-C takes effect soon
+_LARGE_BLOCK = 512  # larger blocks are one large matrix product, which torch does best
+_TOGETHER = 1 << 24  # entries of such blocks that torch updates at once
 
 
 def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = None) -> str:
-    """Bring inverse second moments up to date with r samples: ``F <- F - F G^T (m I + G F G^T)^-1 G
-    F``.
+    """Update inverse second moments with r samples.
+
+    For every block: ``F <- F - F G^T (m I + G F G^T)^-1 G F``. This equals r rank-1 updates.
 
     Parameters
     ----------
     F : (blocks, B, B) float64 or float32, contiguous, symmetric
         Written in place.
     G : (r, d) of F's dtype, (blocks - 1) * B < d <= blocks * B
-        Samples, one a row; block b sees columns b*B .. b*B+B-1. Not modified. Missing columns count
-        as zero.
+        One sample per row. Block b sees columns b*B .. b*B+B-1; missing columns count as zero. Not
+        modified.
     m : float > 0
-        Number of samples the mean is taken over.
+        Number of samples in the mean.
     backend : str, optional
-        A name from ``backends()``. Blocks larger than 512, or on a device larger than its
-        multiprocessors' shared memory, go through torch's matrix products on any backend but
-        ``"reference"``.
+        A name from ``backends()``. On any backend but ``"reference"``, torch's matrix products
+        update blocks larger than 512, and on a device also blocks that its shared memory does not
+        hold.
 
     Returns
     -------
     str
-        The backend that did it: a backend's name, or ``"torch"`` for large blocks.
+        The backend that was used, or ``"torch"`` for large blocks.
 
     Raises
     ------
     NonFiniteError
         G holds a NaN or an infinity; F is untouched.
     NotPositiveDefiniteError
-        F lost definiteness; names the block. F must be thrown away.
+        F lost definiteness; the message names the block. Discard F.
 
     Notes
     -----
-    Equals r rank-1 updates (Dong, Chen & Pan 2017, section 3.4.1; WoodFisher and oBERT for blocks).
+    Source: Dong, Chen & Pan 2017, section 3.4.1; WoodFisher and oBERT for blocks.
     """
     F = checks.output(F, "F", ndim=3, dtypes=(torch.float64, torch.float32))
     G = checks.tensor(G, "G", ndim=2, dtypes=(F.dtype,))
@@ -59,9 +58,8 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
     d = G.shape[1]
     if F.shape[2] != B or not (blocks - 1) * B < d <= blocks * B:
         raise ShapeError(
-            f"F is {tuple(F.shape)} and G is {tuple(G.shape)}: F must be (blocks, B, B) and G "
-            "have more than "
-            f"(blocks - 1) * B and at most blocks * B columns"
+            f"F is {tuple(F.shape)} and G is {tuple(G.shape)}: F must be (blocks, B, B), and G "
+            "must have more than (blocks - 1) * B and at most blocks * B columns"
         )
     checks.same_device(F, "F", G, "G")
     checks.apart(F, "F", G, "G")
@@ -82,26 +80,26 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
         return "torch"
     G = G.contiguous()
     if G.shape[0] > _SAMPLES:
-        checks.check_finite(G, "G")  # all of it before the first part is written
+        checks.check_finite(G, "G")  # all of it, before the first part is written
     for part in G.split(_SAMPLES):
         status, where = call(
             "inverse_update",
             chosen,
             F.device,
             F.data_ptr(),
-            CODES[F.dtype],
+            DTYPES[F.dtype],
             blocks,
             B,
             crossing(part),
             float(m),
         )
-        if status == 5:  # the device's shared memory does not hold a block, whatever the part
+        if status == Status.UNSUPPORTED:  # the device's shared memory does not hold a block
             checks.check_finite(G, "G")
             _update_large(F, G, m)
             return "torch"
-        if status == 1:
+        if status == Status.NOT_FINITE:
             raise checks.not_finite("G", G, where)
-        if status == 2:
+        if status == Status.NOT_POSITIVE:
             raise _lost_definiteness(where)
         check_status(status)
     return chosen
@@ -109,14 +107,14 @@ def inverse_update_(F: Tensor, G: Tensor, m: float, *, backend: str | None = Non
 
 def _lost_definiteness(block: int) -> NotPositiveDefiniteError:
     return NotPositiveDefiniteError(
-        f"F: block {block} is no longer positive definite; it must be thrown away. "
-        "Start from a smaller alpha, or use float64."
+        f"F: block {block} is no longer positive definite; discard F. Start from a smaller alpha, "
+        "or use float64."
     )
 
 
 @full_precision()
 def _update_large(F: Tensor, G: Tensor, m: float) -> None:
-    """Several blocks go together where they are small for torch's products."""
+    """Update blocks with torch's products, several at once if they are small."""
     blocks, B, _ = F.shape
     together = max(1, _TOGETHER // (B * B))
     for first in range(0, blocks, together):

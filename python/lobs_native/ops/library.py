@@ -1,12 +1,12 @@
-"""The operations as ``torch.ops.lobs_native.*``: for other programs, and under torch.compile.
+"""The operations as ``torch.ops.lobs_native.*``, for other programs and for torch.compile.
 
-Each is the function of the same name in ops.py, which has the contract, without the backend's name
-in the result. What is written in place is declared, and results have fake implementations. There
-are no gradients: going backward through a result raises, and what is written must not require one.
-The way through torch's dispatcher takes about as long as a small operation itself, so this package
-calls ops.py.
+Each is the function of the same name in :mod:`lobs_native.ops`, which has the contract, but without
+the name of the backend in its result. Arguments that are written in place are declared, and results
+have fake implementations. There are no gradients: backward through a result raises, and tensors
+that are written must not require one. Torch's dispatcher takes about as long as a small operation,
+so this package calls :mod:`lobs_native.ops` directly.
 
-``rank_rows`` returns a tensor whose length depends on the data: to have it in one graph, set
+The length of the result of ``rank_rows`` depends on the data. To keep it in one graph, set
 ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
 """
 
@@ -29,7 +29,7 @@ OPERATIONS: dict[str, CustomOpDef] = {}
 
 
 def _operation(schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function under its own name; ``(a!)`` in the schema marks what it writes."""
+    """Register a function under its own name; ``(a!)`` in the schema marks arguments it writes."""
     arguments = schema.split(" -> ")[0].strip("()").split(",")
     written = tuple(argument.split()[-1] for argument in arguments if "!)" in argument)
 
@@ -47,7 +47,7 @@ def _operation(schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     return register
 
 
-# ---- operations that only write: torch derives their fake implementations ------------------------
+# ---- operations that only write in place: torch derives their fake implementations ---------------
 
 
 @_operation(

@@ -1,8 +1,8 @@
-"""The native module: its one import, and how a tensor and a status cross.
+"""The native module: its only import, and how tensors, dtypes and statuses pass to and from it.
 
-A tensor crosses as pointer, dtype code, shape and strides, so one build serves every torch;
-everything that could make native code read or write the wrong memory is refused first, by
-checks.py.
+A tensor passes as pointer, dtype, shape and strides, so that one build serves every version of
+torch. :mod:`lobs_native.checks` first refuses whatever could make native code read or write the
+wrong memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from lobs_native.errors import LobsError
 
 try:
-    from lobs_native import _core
+    from lobs_native import _core as core
 except ImportError as error:  # pragma: no cover - only in a broken installation
     raise ImportError(
         "lobs_native._core, the compiled part, is missing or does not load. From a source tree, "
@@ -26,23 +26,34 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
     ) from error
 
 __all__ = [
-    "CODES",
-    "_core",
+    "DTYPES",
+    "ExactPlan",
+    "Status",
+    "WeightState",
     "call",
     "check_status",
+    "core",
     "crossing",
     "full_precision",
+    "has",
     "on_device",
     "parallel_runtime",
     "threads",
 ]
 
-CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+ExactPlan = core.ExactPlan
+Status = core.Status
+WeightState = core.WeightState
 
-_DEVICE_FAILED = 7
+DTYPES = {
+    torch.float64: core.Dtype.F64,
+    torch.float32: core.Dtype.F32,
+    torch.float16: core.Dtype.F16,
+    torch.bfloat16: core.Dtype.BF16,
+}
 
-# A parallel region in a forked child hangs if the parent has had one, torch's own regions
-# included: children of processes that use this package work on one thread.
+# A parallel region in a forked child hangs if the parent has had one, and torch's own regions
+# count. So children of processes that use this package work on one thread.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
@@ -53,12 +64,12 @@ def threads() -> int:
 
 def parallel_runtime() -> str:
     """``"openmp"`` or ``"std::thread"``, as built."""
-    return _core.parallel_runtime
+    return core.parallel_runtime
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """torch's float32 products in float32, whatever the user has set for the whole process.
+    """Compute torch's float32 products in float32, whatever the process-wide setting is.
 
     With TF32 or bfloat16 products a repair would be wrong in its fourth digit.
     """
@@ -71,23 +82,30 @@ def full_precision() -> Iterator[None]:
 
 
 def on_device(backend: str) -> bool:
-    """Whether a backend (its own name) runs on a device and only enqueues its work."""
-    return any(row[0] == backend and row[3] for row in _core.backends())
+    """Whether a backend (by its own name) runs on a device, where it only enqueues its work."""
+    return any(row[0] == backend and row[3] for row in core.backends())
+
+
+def has(backend: str, operation: str) -> bool:
+    """Whether a native backend (by its own name) has an operation in the backend table."""
+    return core.has(backend, operation)
 
 
 def call(
     operation: str, backend: str, device: torch.device, *arguments: Any, workers: int | None = None
-) -> tuple[int, int]:
-    """Call an operation of _core; (status, where).
+) -> tuple[Status, int]:
+    """Call a native operation; (status, where).
 
-    On a device the kernels go to torch's current stream, all scratch comes from torch's allocator,
-    and reading the status is the one point where the host waits.
+    On a device the kernels go to torch's current stream and all scratch comes from torch's
+    allocator. The host waits only once, to read the status.
     """
-    function = getattr(_core, operation)
+    function = getattr(core, operation)
     workers = threads() if workers is None else workers
+    status: Status
+    where: int
     if not on_device(backend):
         status, where = function(backend, *arguments, workers)
-        return int(status), int(where)
+        return status, where
     held: list[Tensor] = []
 
     def allocate(size: int) -> int:
@@ -102,19 +120,21 @@ def call(
     place = (ordinal, stream, allocate, report.data_ptr())
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         status, where = function(backend, *arguments, workers, place)
-    if status == _DEVICE_FAILED:
-        raise LobsError(f"backend: {backend!r}: the device refused {operation}: error {where}")
-    if status == 0 and (word := int(report)) != -1:
-        return word % 16, word // 16
-    return int(status), int(where)
+    if status == Status.DEVICE_FAILED:
+        raise LobsError(
+            f"backend: {backend!r}: {operation} failed on the device with error {where}"
+        )
+    return core.info_of(int(report)) if status == Status.OK else (status, where)
 
 
 def crossing(x: Tensor) -> tuple[int, int, Sequence[int], Sequence[int]]:
-    return (x.data_ptr(), CODES.get(x.dtype, -1), tuple(x.shape), tuple(x.stride()))
+    """A tensor as native code takes it. Dtypes that no kernel computes in are passed as -1."""
+    return (x.data_ptr(), DTYPES.get(x.dtype, -1), tuple(x.shape), tuple(x.stride()))
 
 
-def check_status(status: int) -> None:
-    if status == 3:
+def check_status(status: Status) -> None:
+    """Raise unless the status is ``OK``, for callers that have handled those they expect."""
+    if status == Status.OUT_OF_MEMORY:
         raise MemoryError("lobs_native: scratch memory for a native call could not be allocated")
-    if status:  # pragma: no cover - a status that the caller did not expect
-        raise LobsError(f"native call ended with status {status}")
+    if status != Status.OK:  # pragma: no cover - a status that the caller did not expect
+        raise LobsError(f"a native call ended with status {status.name}")

@@ -1,4 +1,4 @@
-"""Selection of the lowest scores, with exact counts and ties."""
+"""Selection and sorting of the lowest scores, with exact counts and defined ties."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, on_device
+from lobs_native.ops.native import call, check_status, has
 
 __all__ = ["rank_lowest", "rank_rows"]
 
 
 def rank_lowest(score: Tensor, count: int, *, backend: str | None = None) -> Tensor:
-    """Choose the ``count`` lowest scores of each row, exactly that many.
+    """Choose exactly ``count`` scores of each row, the lowest ones.
 
     Parameters
     ----------
     score : (R, C) float64, without NaN
-        Not modified. Infinities are allowed: plus infinity is chosen last.
+        Infinities are allowed; plus infinity is chosen last. Not modified.
     count : int, 0 <= count <= C
+        Number of scores to choose.
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     (R, C) bool
-        True for the chosen; the lowest column goes first among equals.
+        True for the chosen scores. Among equals the lowest column goes first.
 
     Raises
     ------
     ShapeError, DtypeError, ArgumentError, BackendError
         An argument does not fit.
+    NonFiniteError
+        score holds a NaN.
     """
     score = checks.tensor(score, "score", ndim=2, dtypes=(torch.float64,)).contiguous()
     R, C = score.shape
@@ -64,7 +67,7 @@ def rank_lowest(score: Tensor, count: int, *, backend: str | None = None) -> Ten
 def rank_rows(
     score: Tensor, chosen: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Put the chosen columns of each row in order of rising score.
+    """Sort the chosen columns of each row by rising score.
 
     Parameters
     ----------
@@ -78,8 +81,8 @@ def rank_rows(
     Returns
     -------
     order : (K,) int32
-        Columns, row after row; the lowest column first among equals. What
-        :func:`static_order_prune_` takes.
+        Columns, row after row, as :func:`static_order_prune_` takes them. Among equals the lowest
+        column goes first.
     start : (R + 1,) int64
         Row r owns ``order[start[r]:start[r + 1]]``.
 
@@ -96,7 +99,7 @@ def rank_rows(
         )
     checks.same_device(score, "score", chosen, "chosen")
     name = dispatch.select_backend(backend, score.device)
-    if name == "reference" or on_device(name):  # a device's sort is torch's
+    if name == "reference" or not has(name, "rank_rows"):  # sorted by torch
         return reference.rank_rows(score, chosen)
     R, C = score.shape
     start = torch.zeros(R + 1, dtype=torch.int64)

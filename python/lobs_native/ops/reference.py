@@ -1,8 +1,7 @@
-"""What is right: every native operation in plain torch, float64, slow and plain to read.
+"""The reference: every native operation in plain torch and float64, slow but readable.
 
-The functions have the names and the meaning of those in :mod:`lobs_native.ops`; they do no checking
-(ops does). They are a backend as well: ``backend="reference"``, and the only one for devices
-without kernels.
+The functions have the names and the meaning of those in :mod:`lobs_native.ops`, which does the
+checking. They are also a backend, ``"reference"``, and the only one for devices without kernels.
 """
 
 from __future__ import annotations
@@ -10,9 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lobs_native.ops.native import ExactPlan, WeightState
+
+_REMOVED = max(WeightState) + 1  # a further state of a column in :func:`exact_trace`
+
 
 def hessian_accumulate_(H: Tensor, X: Tensor, weights: Tensor | None, ones: bool) -> None:
-    """Lower triangle of H (D, D) += X^T diag(weights) X, X (N, C), with a ones column if asked."""
+    """Lower triangle of H (D, D) += X^T diag(weights) X, X (N, C), with a last column of ones if
+    ``ones``."""
     x = X.to(torch.float64)  # (N, C)
     if weights is not None:
         x = x[weights > 0]
@@ -24,9 +28,9 @@ def hessian_accumulate_(H: Tensor, X: Tensor, weights: Tensor | None, ones: bool
 
 
 def inverse_update_(F: Tensor, G: Tensor, m: float) -> int:
-    """F (blocks, B, B) takes the samples G (r, d) one at a time, as published: r rank-1 updates.
+    """Update F (blocks, B, B) with the samples G (r, d) one at a time, as published.
 
-    Returns -1, or the first block that lost definiteness; then F is as it was.
+    Returns -1, or the first block that lost definiteness; then F is unchanged.
     """
     blocks, B, _ = F.shape
     padded = torch.zeros(len(G), blocks * B, dtype=torch.float64, device=F.device)
@@ -44,13 +48,13 @@ def inverse_update_(F: Tensor, G: Tensor, m: float) -> int:
 
 
 def saliency(W: Tensor, diag: Tensor | float) -> Tensor:
-    """Cost of removing each weight: w**2 / diag, the exact increase of tr(dW H dW^T)."""
+    """Cost of removing each weight, ``w**2 / diag``: the exact increase of tr(dW H dW^T)."""
     return W * W / diag
 
 
 def saliency_argmin(W: Tensor, diag: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest live column of each row, the lowest on a tie, -1 if none; and its cost."""
-    cost = saliency(W, diag)  # (R, C), rounded as the kernels round it
+    """The cheapest live column of each row (the lowest on a tie, -1 if none), and its cost."""
+    cost = saliency(W, diag)  # (R, C), rounded as in the kernels
     cost = torch.where(live, cost, torch.inf)
     value = cost.amin(dim=1)  # (R,)
     column = ((cost == value[:, None]) & live).to(torch.uint8).argmax(dim=1)
@@ -58,16 +62,16 @@ def saliency_argmin(W: Tensor, diag: Tensor, live: Tensor) -> tuple[Tensor, Tens
 
 
 def static_order_prune_(W: Tensor, A: Tensor, order: Tensor, start: Tensor) -> None:
-    """Row r of W (R, C) loses columns order[start[r]:start[r+1]], one after another."""
+    """Remove columns order[start[r]:start[r+1]] from row r of W (R, C), one after another."""
     w = W.to(torch.float64)
     a = A.to(torch.float64)
     removed = order.tolist()
     bounds = start.tolist()
     for r, row in enumerate(w):
-        mine = removed[bounds[r] : bounds[r + 1]]
-        for q in mine:
+        columns = removed[bounds[r] : bounds[r + 1]]
+        for q in columns:
             row -= (row[q] / a[q, q]) * a[:, q]
-        row[mine] = 0.0
+        row[columns] = 0.0
     W.copy_(w)
 
 
@@ -82,7 +86,7 @@ def rank_rows(score: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     count = chosen.sum(dim=1)
     start = torch.zeros(len(count) + 1, dtype=torch.int64, device=score.device)
     start[1:] = count.cumsum(0)
-    # First by score, then, keeping that order, the chosen before the others.
+    # Sort by score, then move the chosen to the front, keeping that order.
     by_score = score.argsort(dim=1, stable=True)
     chosen_first = (~chosen.gather(1, by_score)).to(torch.uint8).argsort(dim=1, stable=True)
     ranked = by_score.gather(1, chosen_first)  # (R, C)
@@ -91,27 +95,19 @@ def rank_rows(score: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_trace(
-    W: Tensor,
-    A: Tensor,
-    state: Tensor | None,
-    limit: int,
-    stop: float,
-    floor: float,
-    block: int,
-    group: int,
-    per_group: int,
-    update: bool,
+    W: Tensor, A: Tensor, state: Tensor | None, plan: ExactPlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Greedy OBS of every row of W (R, C) with its own downdated copy of A, as published.
 
-    Returns order (R, limit) int32 (-1 where a row ended), loss (R, limit), count (R,), status (R,);
-    with ``update``, W holds the repaired weights of rows with status 0.
+    Returns order (R, limit) int32 (-1 after a row has ended), loss (R, limit), count (R,) and lost
+    (R,) bool. With ``plan.update``, W holds the repaired weights of the rows that are not lost.
     """
     R, C = W.shape
+    limit, block, group = plan.limit, plan.block, plan.group
     order = torch.full((R, limit), -1, dtype=torch.int32, device=W.device)
     loss = torch.zeros(R, limit, dtype=torch.float64, device=W.device)
     count = torch.zeros(R, dtype=torch.int64, device=W.device)
-    status = torch.zeros(R, dtype=torch.uint8, device=W.device)
+    lost = torch.zeros(R, dtype=torch.bool, device=W.device)
     unit = group or block
     whole = C - C % unit
     for r in range(R):
@@ -119,18 +115,18 @@ def exact_trace(
         D = A.to(torch.float64)
         first_diag = D.diagonal().clone()
         kind = torch.zeros(C, dtype=torch.uint8) if state is None else state[r].clone()
-        kind[whole:] = 2
+        kind[whole:] = WeightState.STAYS
         taken = [0] * (C // unit)
-        if group and per_group == 0:
-            kind[kind == 0] = 2
+        if group and plan.per_group == 0:
+            kind[kind == WeightState.MAY_GO] = WeightState.STAYS
         while int(count[r]) + block <= limit:
-            first = kind == 1
-            may = (first if bool(first.any()) else kind == 0).nonzero()[:, 0]
+            first = kind == WeightState.GOES_FIRST
+            may = (first if bool(first.any()) else kind == WeightState.MAY_GO).nonzero()[:, 0]
             if len(may) == 0:
                 break
             if block == 1:
                 cost = saliency(w[may], D.diagonal()[may])
-                good = D.diagonal()[may] > floor * first_diag[may]
+                good = D.diagonal()[may] > plan.floor * first_diag[may]
                 choice = int(torch.where(good, cost, 0.0).argmin())  # a lost one ends the row
                 columns = [int(may[choice])]
             else:
@@ -144,12 +140,12 @@ def exact_trace(
                 cost = torch.stack(costs)
                 choice = int(cost.argmin())
                 columns = list(range(starts[choice], starts[choice] + block))
-            if not bool(first.any()) and float(cost[choice]) > stop:
+            if not bool(first.any()) and float(cost[choice]) > plan.stop:
                 break
             for i, q in enumerate(columns):
                 d = float(D[q, q])
-                if not d > floor * float(first_diag[q]):
-                    status[r] = 1
+                if not d > plan.floor * float(first_diag[q]):
+                    lost[r] = True
                     break
                 order[r, count[r] + i] = q
                 loss[r, count[r] + i] = saliency(w[q], d)
@@ -157,29 +153,30 @@ def exact_trace(
                 w = w - w[q] * column
                 D = D - torch.outer(column, column) * d
                 w[q] = 0.0
-                kind[q] = 3
-            if status[r]:
+                kind[q] = _REMOVED
+            if lost[r]:
                 break
             count[r] += block
             if group:
                 g = columns[0] // group
                 taken[g] += 1
-                if taken[g] >= per_group:
+                if taken[g] >= plan.per_group:
                     members = slice(g * group, (g + 1) * group)
-                    kind[members][kind[members] == 0] = 2
-        if update and not status[r]:
-            w[kind == 3] = 0.0
+                    kind[members][kind[members] == WeightState.MAY_GO] = WeightState.STAYS
+        if plan.update and not lost[r]:
+            w[kind == _REMOVED] = 0.0
             W[r] = w.to(W.dtype)
     ended = torch.arange(limit, device=W.device) >= count[:, None]
     order[ended] = -1
     loss[ended] = 0.0
-    return order, loss.to(W.dtype), count, status
+    return order, loss.to(W.dtype), count, lost
 
 
 def support_solve_(X: Tensor, M: Tensor, chosen: Tensor) -> int:
-    """Row r of X (R, C): X[r, P] <- M[P, P]^-1 X[r, P] with P = chosen[r]; zero elsewhere.
+    """Solve X[r, P] <- M[P, P]^-1 X[r, P] with P = chosen[r] for row r of X (R, C); zero elsewhere.
 
-    Returns -1, or the first row whose system is not positive definite (undefined from there on).
+    Returns -1, or the first row whose system is not positive definite; X is undefined from there
+    on.
     """
     m = M.to(torch.float64)
     for r in range(len(X)):
@@ -194,19 +191,20 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor) -> int:
 
 
 def sweep_block_(W: Tensor, U: Tensor, gone: Tensor, E: Tensor, group: int, per_group: int) -> None:
-    """One block of SparseGPT's sweep, column by column: W (R, B), U (B, B) upper, gone and E (R,
-    B)."""
+    """Sweep one block as SparseGPT does, column by column: W (R, B), U (B, B) upper, gone and E
+    (R, B)."""
     w = W.to(torch.float64)
     u = U.to(torch.float64)
     for j in range(W.shape[1]):
         if group and j % group == 0:
             members = slice(j, j + group)
-            asked = gone[:, members]  # (R, M)
+            states = gone[:, members]  # (R, M)
+            first, stays = states == WeightState.GOES_FIRST, states == WeightState.STAYS
             cost = (w[:, members] / u.diagonal()[members]) ** 2
-            cost = torch.where(asked == 1, -1.0, cost)
-            cost = torch.where(asked == 2, torch.inf, cost)
+            cost = torch.where(first, -1.0, cost)
+            cost = torch.where(stays, torch.inf, cost)
             rank = cost.argsort(dim=1, stable=True).argsort(dim=1)  # (R, M)
-            asked.copy_((asked != 2) & ((rank < per_group) | (asked == 1)))
+            states.copy_(~stays & ((rank < per_group) | first))
         e = torch.where(gone[:, j] == 1, w[:, j] / u[j, j], 0.0)  # (R,)
         w[:, j:] -= e[:, None] * u[j, j:]
         w[gone[:, j] == 1, j] = 0.0
@@ -217,10 +215,10 @@ def sweep_block_(W: Tensor, U: Tensor, gone: Tensor, E: Tensor, group: int, per_
 def exchange_(
     W: Tensor, A: Tensor, kept: Tensor, fixed: Tensor | None, group: int, limit: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Each row of W (R, C) swaps one kept weight against one removed one while that helps.
+    """Swap one kept weight of each row of W (R, C) for one removed weight while that helps.
 
-    Returns the swaps made (R,) int64, the error left (R,) float64 and -1, or the first row for
-    which A lost definiteness; that row of W and ``kept`` is as it was.
+    Returns the number of swaps (R,) int64, the remaining error (R,) float64, and -1 or the first
+    row for which A lost definiteness; that row of W and ``kept`` is unchanged.
     """
     R, C = W.shape
     swaps = torch.zeros(R, dtype=torch.int64, device=W.device)
@@ -240,8 +238,10 @@ def exchange_(
 def _exchange_row(
     w0: Tensor, A: Tensor, kept: Tensor, free: Tensor, group_of: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, int, float] | None:
-    """The final kept set (C,), the weights (C,), the number of swaps, and the error left; or None
-    where A is not positive definite."""
+    """The final kept set (C,), the weights (C,), the number of swaps and the remaining error.
+
+    None if A is not positive definite.
+    """
     S, done = kept.clone(), 0
     while True:
         i, j = torch.nonzero(S)[:, 0], torch.nonzero(~S)[:, 0]  # kept, removed

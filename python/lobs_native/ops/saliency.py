@@ -1,4 +1,4 @@
-"""The smallest saliency of every row."""
+"""The cheapest removal of every row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks
-from lobs_native.errors import (
-    NonFiniteError,
-    NotPositiveDefiniteError,
-    ShapeError,
-)
+from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing
+from lobs_native.ops.native import Status, call, check_status, crossing
 
 __all__ = ["saliency_argmin"]
 
@@ -20,7 +16,7 @@ __all__ = ["saliency_argmin"]
 def saliency_argmin(
     W: Tensor, diag: Tensor, live: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Find, in every row, the live weight that costs least to remove: ``w_q**2 / diag_q``.
+    """Find the live weight of every row that costs least to remove, ``w_q**2 / diag_q``.
 
     Parameters
     ----------
@@ -45,9 +41,9 @@ def saliency_argmin(
     ShapeError, DtypeError, BackendError
         An argument does not fit.
     NotPositiveDefiniteError
-        A live ``diag`` entry is not positive; names row and column.
+        A live entry of ``diag`` is not positive and finite; the message names row and column.
     NonFiniteError
-        A live weight is not finite; names row and column.
+        A live weight is not finite; the message names row and column.
 
     Notes
     -----
@@ -90,7 +86,7 @@ def saliency_argmin(
             crossing(diag),
             crossing(live),
         )
-        if status not in (1, 2):
+        if status not in (Status.NOT_FINITE, Status.NOT_POSITIVE):
             check_status(status)
             where = -1
     if where >= 0:

@@ -1,4 +1,4 @@
-"""Optimal weights for given masks."""
+"""Small symmetric systems, one per row: the optimal weights for given masks."""
 
 from __future__ import annotations
 
@@ -6,47 +6,43 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks
-from lobs_native.errors import (
-    NotPositiveDefiniteError,
-    ShapeError,
-)
+from lobs_native.errors import NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing, full_precision, on_device
+from lobs_native.ops.native import Status, call, check_status, crossing, full_precision, has
 
 __all__ = ["support_solve_"]
 
-_SOLVED_TOGETHER = 256 << 20  # bytes of systems that a device solves at once
-
-_SIZES = 32  # a device solves systems together whose sizes round up to the same multiple of this
+_SOLVED_TOGETHER = 256 << 20  # bytes of systems that torch solves at once
+_SIZES = 32  # torch solves systems together if their sizes round up to the same multiple of this
 
 
 def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None = None) -> str:
-    """Solve one small symmetric system per row, all cut from one matrix: ``M[P, P] x = b[P]``.
+    """Solve one small symmetric system per row: ``M[P, P] x = b[P]``, with one M for all rows.
 
     Parameters
     ----------
     X : (R, C) float64 or float32, contiguous
-        Right-hand sides, overwritten by the solutions; entries outside P become zero.
+        Right-hand sides. Overwritten by the solutions; entries outside P become zero.
     M : (C, C) of X's dtype, symmetric positive definite
         Not modified.
     chosen : (R, C) bool
-        Row r's P. Not modified.
+        P of each row. Not modified.
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     str
-        The backend that did it.
+        The backend that was used. One without this operation leaves it to torch, on its device.
 
     Raises
     ------
     ShapeError, DtypeError, BackendError
         An argument does not fit.
     NonFiniteError
-        X or M hold a NaN or an infinity; X is untouched.
+        X or M holds a NaN or an infinity; X is untouched.
     NotPositiveDefiniteError
-        M[P, P] is not positive definite for some row, which is named; X must be thrown away.
+        M[P, P] is not positive definite for some row; the message names it. Discard X.
 
     Notes
     -----
@@ -71,11 +67,11 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
         return name
     if name == "reference":
         row = reference.support_solve_(X, M, P)
-    elif on_device(name):
-        row = _solve_supports(X, M, P)
+    elif not has(name, "support_solve"):
+        row = _solve_in_batches(X, M, P)
     else:
         status, row = call("support_solve", name, X.device, crossing(X), M.data_ptr(), P.data_ptr())
-        if status != 2:
+        if status != Status.NOT_POSITIVE:
             check_status(status)
             row = -1
     if row >= 0:
@@ -87,11 +83,10 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
 
 
 @full_precision()
-def _solve_supports(X: Tensor, M: Tensor, P: Tensor) -> int:
-    """:func:`support_solve_` in torch's batched Cholesky: -1, or the lowest row without a solution.
+def _solve_in_batches(X: Tensor, M: Tensor, P: Tensor) -> int:
+    """Solve by torch's batched Cholesky: -1, or the lowest row without a solution.
 
-    Rows of about the same number of columns go together, filled up with rows and columns of the
-    identity.
+    Systems of similar sizes are padded with the identity and solved together.
     """
     C = X.shape[1]
     counts = P.sum(1)  # (R,)
@@ -102,11 +97,11 @@ def _solve_supports(X: Tensor, M: Tensor, P: Tensor) -> int:
         if k == 0:
             X[rows] = 0
             continue
-        # The systems, their factors, and what torch holds of either while it solves; the sort.
+        # The systems, their factors, torch's copies of both while it solves, and the sort.
         each = 4 * X.element_size() * k * k + 16 * C
         for some in rows.split(max(1, _SOLVED_TOGETHER // each)):
             inside = torch.arange(k, device=X.device) < counts[some, None]  # (n, k)
-            # Chosen columns first, in order, then others, which take no part.
+            # The chosen columns in order, then others as padding.
             columns = P[some].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
             systems = M[columns[:, :, None], columns[:, None, :]]  # (n, k, k)
             systems.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0)

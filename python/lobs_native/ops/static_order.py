@@ -1,4 +1,4 @@
-"""The paper's removal in a fixed order."""
+"""Removal in a fixed order: the paper's method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing
+from lobs_native.ops.native import Status, call, check_status, crossing
 
 __all__ = ["static_order_prune_"]
 
@@ -18,12 +18,11 @@ __all__ = ["static_order_prune_"]
 def static_order_prune_(
     W: Tensor, A: Tensor, order: Tensor, start: Tensor, *, backend: str | None = None
 ) -> str:
-    """Remove given weights from every row in a given order, without downdating the inverse (the
-    paper's update).
+    """Remove given weights from every row in a given order, without downdating the inverse.
 
-    For each q in a row's order, ``w -= (w_q / A_qq) * A[:, q]`` with the current ``w_q``; then the
-    removed become zero. Equal to one triangular solve ``c = -tril(A[P, P])^-1 w[P]``, ``w += A[:,
-    P] c``, ``w[P] = 0``.
+    This is the paper's update. For each q in the order of a row, ``w -= (w_q / A_qq) * A[:, q]``
+    with the current ``w_q``; then the removed weights become zero. It equals one triangular solve:
+    ``c = -tril(A[P, P])^-1 w[P]``, ``w += A[:, P] c``, ``w[P] = 0``.
 
     Parameters
     ----------
@@ -41,14 +40,14 @@ def static_order_prune_(
     Returns
     -------
     str
-        The backend that did it.
+        The backend that was used.
 
     Raises
     ------
     ShapeError, ArgumentError
         Shapes disagree, or order and start do not describe removals.
     NotPositiveDefiniteError
-        A diagonal entry of A to be divided by is not positive; W is untouched.
+        The diagonal entry of A of a column to be removed is not positive; W is untouched.
 
     Notes
     -----
@@ -80,7 +79,7 @@ def static_order_prune_(
     checks.check_finite(A, "A")
     if chosen == "reference":
         status, where = _check_order(A, order, start)
-        if status == 0:
+        if status == Status.OK:
             reference.static_order_prune_(W, A, order, start)
     else:
         status, where = call(
@@ -92,12 +91,12 @@ def static_order_prune_(
             order.data_ptr(),
             start.data_ptr(),
         )
-    if status == 6:
+    if status == Status.BAD_ORDER:
         r = int(torch.searchsorted(start, where, right=True)) - 1
         raise ArgumentError(
             f"order: column {int(order[where])} of row {r} is not in 0 to {C - 1}, or occurs twice"
         )
-    if status == 2:
+    if status == Status.NOT_POSITIVE:
         q = int(order[where])
         raise NotPositiveDefiniteError(
             f"A: {float(A[q, q])} at ({q}, {q}), but it must be positive to remove column {q}: "
@@ -107,16 +106,16 @@ def static_order_prune_(
     return chosen
 
 
-def _check_order(A: Tensor, order: Tensor, start: Tensor) -> tuple[int, int]:
-    """The native check in plain Python: (6, position) of a bad column, (2, position) of a pivot."""
+def _check_order(A: Tensor, order: Tensor, start: Tensor) -> tuple[Status, int]:
+    """The native check in plain Python: the status, and the position of the first fault."""
     positive = (A.diagonal() > 0).tolist()
     bounds = start.tolist()
     for first, last in itertools.pairwise(bounds):
         seen: set[int] = set()
         for place, q in enumerate(order[first:last].tolist(), first):
             if not 0 <= q < len(positive) or q in seen:
-                return 6, place
+                return Status.BAD_ORDER, place
             if not positive[q]:
-                return 2, place
+                return Status.NOT_POSITIVE, place
             seen.add(q)
-    return 0, 0
+    return Status.OK, 0

@@ -1,4 +1,4 @@
-"""One block of SparseGPT's sweep."""
+"""One block of columns of SparseGPT's sweep."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks
-from lobs_native.errors import (
-    ArgumentError,
-    NotPositiveDefiniteError,
-    ShapeError,
-)
+from lobs_native.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from lobs_native.ops import dispatch, reference
-from lobs_native.ops.native import call, check_status, crossing
+from lobs_native.ops.native import Status, call, check_status, crossing
 
 __all__ = ["sweep_block_"]
 
@@ -27,32 +23,32 @@ def sweep_block_(
     per_group: int = 0,
     backend: str | None = None,
 ) -> str:
-    """One block of columns of SparseGPT's sweep: choose, remove, and repair inside the block.
+    """Sweep one block of columns as SparseGPT does: choose, remove, and repair within the block.
 
-    For each column j: ``e = w_j / U_jj`` where it goes, ``w[j:] -= e U[j, j:]``. The caller repairs
-    what is right of the block: ``W[:, right] -= E @ U[block, right]``.
+    For each column j, ``e = w_j / U_jj`` where it goes, and ``w[j:] -= e U[j, j:]``. The caller
+    repairs the columns to the right of the block: ``W[:, right] -= E @ U[block, right]``.
 
     Parameters
     ----------
     W : (R, B) float64 or float32, columns contiguous
-        The block; may be a part of a larger matrix. Written in place.
+        The block, which may be part of a larger matrix. Written in place.
     U : (B, B) of W's dtype, columns contiguous
         Diagonal block of the upper factor, ``U^T U = A``. Not modified.
     gone : (R, B) uint8, contiguous
-        With ``group`` = 0: 1 where a weight goes. With a group: 1 = goes before others and counts,
-        2 = stays; overwritten by the choice.
+        Without a group: 1 where a weight goes. With one: values of :class:`WeightState`, where
+        those that go first count; overwritten by the choice, 1 where a weight goes.
     E : (R, B) of W's dtype, columns contiguous
         Overwritten by e, zero where a weight stays.
     group, per_group : int
-        Of every ``group`` columns the ``per_group`` of lowest ``w**2 / U_jj**2`` go. B must be a
-        multiple of ``group``.
+        The ``per_group`` columns of lowest ``w**2 / U_jj**2`` of every ``group`` columns go. B must
+        be a multiple of ``group``.
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     str
-        The backend that did it.
+        The backend that was used.
 
     Raises
     ------
@@ -94,8 +90,10 @@ def sweep_block_(
         return chosen
     if chosen == "reference":
         bad = ~(U.diagonal() > 0)
-        status, j = (2, int(bad.to(torch.uint8).argmax())) if bool(bad.any()) else (0, 0)
-        if status == 0:
+        status, j = Status.OK, 0
+        if bool(bad.any()):
+            status, j = Status.NOT_POSITIVE, int(bad.to(torch.uint8).argmax())
+        else:
             reference.sweep_block_(W, U, gone, E, group, per_group)
     else:
         status, j = call(
@@ -109,7 +107,7 @@ def sweep_block_(
             group,
             per_group,
         )
-    if status == 2:
+    if status == Status.NOT_POSITIVE:
         raise NotPositiveDefiniteError(
             f"U: {float(U[j, j])} at ({j}, {j}); it must be positive: raise the damping"
         )
