@@ -13,7 +13,8 @@
 
 namespace lobs {
 
-// A level's functions are in the namespace of its name (CMakeLists.txt); each level has all of them.
+// A level's functions are in the namespace of its name (CMakeLists.txt); each level has all of
+// them.
 #define LOBS_DECLARE(Function, operation) Function operation;
 #define LOBS_ENTER(Function, operation) row.operation = operation;
 #define LOBS_ROW_OF(level)                                    \

@@ -27,8 +27,8 @@ namespace lobs {
     COLUMN(ExchangeFn, exchange)                    \
     COLUMN(SweepBlockFn, sweep_block)
 
-// A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing is
-// rerouted silently. Callers ask backend_has first and say which backend they used instead.
+// A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing
+// is rerouted silently. Callers ask backend_has first and say which backend they used instead.
 struct Backend {
     const char* name = "";
     const char* detail = "";  // one line for people
@@ -50,8 +50,8 @@ const Backend* backend_rows(int* count);
 // Adds the row of another object that has such an entry. Returns its name, or null with *why set.
 const char* backend_load(const char* file, const char** why);
 
-// The row called `name`, or null. "cpu" stands for the fastest level of this machine, or for the one
-// that LOBS_CPU_LEVEL names.
+// The row called `name`, or null. "cpu" stands for the fastest level of this machine, or for the
+// one that LOBS_CPU_LEVEL names.
 const Backend* backend_row(const char* name);
 
 // Whether the row has the operation. *known is false if the table has no column of that name.

@@ -5,17 +5,17 @@
 //   q = argmin over eligible i of w_i^2 / D_ii        D = A before the first removal of a row
 //   loss = w_q^2 / D_qq,   w <- w - (w_q / D_qq) D[:, q],   D <- D - D[:, q] D[q, :] / D_qq
 //
-// D is never formed. It is A minus the sum of v v^T over all removals, v = D[:, q] / sqrt(D_qq), and
-// only the columns that are needed are computed. The order is that of the algorithm above, step for
-// step.
+// D is never formed. It is A minus the sum of v v^T over all removals, v = D[:, q] / sqrt(D_qq),
+// and only the columns that are needed are computed. The order is that of the algorithm above, step
+// for step.
 //
 // Shapes    W (R, C), rows with any stride, columns contiguous.  A (C, C) symmetric, contiguous.
-//           state (R, C) bytes, values of WeightState, or null: all may go.  order (R, limit) int32,
-//           loss (R, limit), count (R), lost (R).
+//           state (R, C) bytes, values of WeightState, or null: all may go.  order (R, limit)
+//           int32, loss (R, limit), count (R), lost (R).
 // Patterns  block = b > 1: columns b*g .. b*g + b - 1 go together, at the cost w_B^T D_BB^-1 w_B;
 //           columns from C - C % b on stay; state is constant within a block. group = M > 0: at
-//           most `per_group` columns of every M go, unless more are in the state goes_first; columns
-//           from C - C % M on stay. Only one of the two.
+//           most `per_group` columns of every M go, unless more are in the state goes_first;
+//           columns from C - C % M on stay. Only one of the two.
 // Types     W, A and loss in float64 or float32, the same for all.
 // On exit   order[r, :count[r]] are the columns of row r in the order of removal, and loss[r, i] is
 //           the cost of removal i. The cost of a block is spread over its columns in order; their

@@ -1,8 +1,8 @@
 // exact_policy.h: the decisions that exact removal takes alike on the host and on a device.
 //
-// csrc/cpu/exact.cpp and cuda/exact.cu differ in how they work: tiles, memory, threads. What may go,
-// what it costs, which columns a refill brings up to date and when dead slots are squeezed out is
-// decided here, once.
+// csrc/cpu/exact.cpp and cuda/exact.cu differ in how they work: tiles, memory, threads. What may
+// go, what it costs, which columns a refill brings up to date and when dead slots are squeezed out
+// is decided here, once.
 #pragma once
 
 #include <cstring>
@@ -12,7 +12,7 @@
 
 namespace lobs::exact {
 
-// ---- what may go ---------------------------------------------------------------------------------
+// ---- what may go --------------------------------------------------------------------------------
 
 // The columns of a row sit in slots.
 enum Kind : unsigned char {
@@ -40,10 +40,10 @@ LOBS_HD LOBS_INLINE bool eligible(unsigned char kind, bool waiting) {
     return kind == (waiting ? kFirst : kFree);
 }
 
-// ---- what it costs -------------------------------------------------------------------------------
+// ---- what it costs ------------------------------------------------------------------------------
 
-// The cost of a slot whose bar is 0 where it is eligible and infinity elsewhere. A NaN costs as much
-// as the bar. For scalars and for the host's vectors.
+// The cost of a slot whose bar is 0 where it is eligible and infinity elsewhere. A NaN costs as
+// much as the bar. For scalars and for the host's vectors.
 template <typename T>
 LOBS_HD LOBS_INLINE T barred(T own, T bar) {
     return own > bar ? own : bar;
@@ -63,7 +63,7 @@ LOBS_HD LOBS_INLINE T cost_of(T w, T diag, T first, T bar, const ExactPlan& plan
     return own > bar && good ? own : bar;
 }
 
-// ---- which columns a refill brings up to date ----------------------------------------------------
+// ---- which columns a refill brings up to date ---------------------------------------------------
 
 constexpr int kLeastAhead = 48, kMostAhead = 128;
 
@@ -94,7 +94,8 @@ LOBS_HD LOBS_INLINE std::uint32_t sort_key(float cost) {
     return bits;
 }
 
-// Whether a key counts in the round of `shift`. `low` holds the bits that earlier rounds have found.
+// Whether a key counts in the round of `shift`. `low` holds the bits that earlier rounds have
+// found.
 LOBS_HD LOBS_INLINE bool counts(std::uint32_t key, std::uint32_t low, int shift) {
     return shift == kFirstShift ? key < kNoKey : (key ^ low) >> kFirstShift == 0;
 }
@@ -107,7 +108,7 @@ LOBS_HD LOBS_INLINE bool within_reach(std::uint32_t key, std::uint32_t low) {
     return key < kNoKey && key < low + (1u << kLastShift);
 }
 
-// ---- squeezing -----------------------------------------------------------------------------------
+// ---- squeezing ----------------------------------------------------------------------------------
 
 constexpr int kPanel = 128;  // steps; slots are squeezed only at the start of a panel
 

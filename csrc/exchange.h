@@ -10,8 +10,8 @@
 // the lowest kept column, then to the lowest removed one.
 //
 // Shapes    W (R, C), rows with any stride, columns contiguous: the original weights on entry.  A
-//           (C, C) symmetric, contiguous.  kept (R, C) bytes, 1 = kept.  fixed (R, C) bytes or null,
-//           1 = stays on its side.  swaps (R), left (R).
+//           (C, C) symmetric, contiguous.  kept (R, C) bytes, 1 = kept.  fixed (R, C) bytes or
+//           null, 1 = stays on its side.  swaps (R), left (R).
 // Types     float64.
 // Patterns  group = M > 0: swaps only within columns M*g .. M*g + M - 1; 0 = any pair.
 // On exit   kept is the final kept set. W holds the best weights for it, and +0 elsewhere. swaps[r]

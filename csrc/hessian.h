@@ -7,7 +7,8 @@
 // Types     X in float64, float32, float16 or bfloat16; H in float64 or float32; t in float64,
 //           finite, >= 0.
 // On entry  The lower triangle of H holds a sum. The upper one is neither read nor written.
-// On exit   The same, with the chunk added. Rows with t = 0 are not read: padding may hold anything.
+// On exit   The same, with the chunk added. Rows with t = 0 are not read: padding may hold
+//           anything.
 // Fails     not_finite: where = n * C + i of the first NaN or infinity in a row that counts; H is
 //           untouched. interrupted: only some tiles of H have the chunk; discard H.
 // Accuracy  float32 and 16-bit inputs: products and partial sums over at most 256 rows in float32
@@ -18,8 +19,8 @@
 //           D alone, not on threads or strides.
 // Cost      N * D * (D + 1) useful flops, half of those of a matrix product of the same shape.
 //           Reads X once per 192 columns of H (on a device: 128), from cache where 256 rows fit.
-// Memory    On the host, scratch per thread: 2 * 192 * 256 elements (float32: 384 KiB). For D <= 576
-//           and more than 4096 rows also up to 16 partial sums of D * D doubles.
+// Memory    On the host, scratch per thread: 2 * 192 * 256 elements (float32: 384 KiB). For D <=
+//           576 and more than 4096 rows also up to 16 partial sums of D * D doubles.
 // Source    Dong, Chen & Pan 2017, eq. 9 (their Psi, before the division by n).
 #pragma once
 

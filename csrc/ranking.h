@@ -11,9 +11,9 @@
 //           order. Among equal scores the lowest column goes first; -0 and +0 are equal.
 // Fails     out_of_memory: outputs untouched. interrupted: outputs undefined.
 // Accuracy  Exact: scores are only compared.
-// Cost      rank_lowest reads the scores at most 6 times, whatever C is (radix selection, by 16 bits
-//           for one long row that all threads share, by 8 bits for many rows). rank_rows reads them
-//           once and moves each chosen one at most 8 times (radix sort).
+// Cost      rank_lowest reads the scores at most 6 times, whatever C is (radix selection, by 16
+//           bits for one long row that all threads share, by 8 bits for many rows). rank_rows reads
+//           them once and moves each chosen one at most 8 times (radix sort).
 // Source    Textbook. The ranking is that of Dong, Chen & Pan 2017, algorithm 1.
 #pragma once
 

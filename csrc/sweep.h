@@ -1,16 +1,17 @@
-// sweep.h: one block of columns of SparseGPT's sweep: choose, remove, and repair to the right within
-// the block.
+// sweep.h: one block of columns of SparseGPT's sweep: choose, remove, and repair to the right
+// within the block.
 //
 //   for j = 0 .. B - 1:  e_j = w_j / U_jj where column j goes, else 0
 //                        w[j:] -= e_j U[j, j:]        with the current w;  removed w_j = +0
 //
 // The caller repairs the columns to the right of the block: W[:, right] -= E U[block, right].
 //
-// Shapes    W (R, B), rows with any stride, columns contiguous: the block of the weights.  U (B, B),
-//           rows with any stride, columns contiguous: the diagonal block of the upper factor U^T U =
-//           A.  gone (R, B) contiguous bytes.  E (R, B), rows with any stride, columns contiguous.
-// Choice    group = 0: gone is an input, 1 where a weight goes. group = M > 0: B is a multiple of M,
-//           and the `per_group` lowest w_j^2 / U_jj^2 of columns M*g .. M*g + M - 1 go, by the
+// Shapes    W (R, B), rows with any stride, columns contiguous: the block of the weights.  U (B,
+//           B), rows with any stride, columns contiguous: the diagonal block of the upper factor
+//           U^T U = A.  gone (R, B) contiguous bytes.  E (R, B), rows with any stride, columns
+//           contiguous.
+// Choice    group = 0: gone is an input, 1 where a weight goes. group = M > 0: B is a multiple of
+//           M, and the `per_group` lowest w_j^2 / U_jj^2 of columns M*g .. M*g + M - 1 go, by the
 //           weights as they are when the sweep reaches the group. On entry gone holds values of
 //           WeightState: goes_first columns go before all others and count; columns that stay do
 //           not go. On exit it is 1 where a weight goes, else 0. Ties go to the lowest column.

@@ -23,7 +23,8 @@ using Index = std::int64_t;
 // The enums of this header and of errors.h are Python's as well: _core.Dtype, _core.WeightState.
 enum class Dtype : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
-// What may happen to a weight: the entries of `state` in exact.h and, on entry, of `gone` in sweep.h.
+// What may happen to a weight: the entries of `state` in exact.h and, on entry, of `gone` in
+// sweep.h.
 enum class WeightState : unsigned char {
     may_go = 0,
     goes_first = 1,  // is removed before all that may go, whatever it costs
@@ -53,8 +54,8 @@ struct AnyMatrix {
     Index row_stride, column_stride;
 };
 
-// Where an operation of a device runs. It never waits for the device: it enqueues kernels and returns.
-// Failures that the kernels find are in *report when the stream has run them.
+// Where an operation of a device runs. It never waits for the device: it enqueues kernels and
+// returns. Failures that the kernels find are in *report when the stream has run them.
 struct Device {
     int ordinal;
     void* stream;

@@ -21,7 +21,7 @@ namespace lobs::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- launching -----------------------------------------------------------------------------------
+// ---- launching ----------------------------------------------------------------------------------
 
 #define LOBS_TRY(call)                                          \
     do {                                                        \
@@ -95,7 +95,7 @@ inline Index shared_limit(const Context& context) {  // bytes that a block may a
 #endif
 }
 
-// ---- in kernels ----------------------------------------------------------------------------------
+// ---- in kernels ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned char* shared() {
 #if defined(LOBS_EMULATE)
@@ -217,7 +217,7 @@ __device__ __forceinline__ void multiply_16(float (&d)[4], const unsigned (&a)[4
 #endif
 }
 
-// ---- the row's operations ------------------------------------------------------------------------
+// ---- the row's operations -----------------------------------------------------------------------
 
 HessianAccumulateFn hessian_accumulate;
 InverseUpdateFn inverse_update;

@@ -140,7 +140,7 @@ __device__ __forceinline__ T* buffer() {
     return reinterpret_cast<T*>(shared() + up(sizeof(Row<T>), 128));
 }
 
-// ---- what a block does together --------------------------------------------------------------------
+// ---- what a block does together -----------------------------------------------------------------
 
 template <typename T>
 struct Lowest {
@@ -330,7 +330,7 @@ __device__ __noinline__ void advance(Index stride, int first, int size, int j, i
     __syncthreads();
 }
 
-// ---- one row -------------------------------------------------------------------------------------
+// ---- one row ------------------------------------------------------------------------------------
 
 template <typename T>
 class Worker {
@@ -563,7 +563,7 @@ class Worker {
         return found;
     }
 
-    // ---- refill ----------------------------------------------------------------------------------
+    // ---- refill ---------------------------------------------------------------------------------
 
     __device__ __noinline__ void refill(int best) {
         if (a_.plan.block == 1) cheapest();
@@ -688,7 +688,7 @@ class Worker {
         return count;
     }
 
-    // ---- squeezing -------------------------------------------------------------------------------
+    // ---- squeezing ------------------------------------------------------------------------------
 
     __device__ __noinline__ void squeeze(int* best) {
         const int after = static_cast<int>(up(live_, kPad));
@@ -758,7 +758,7 @@ class Worker {
         }
     }
 
-    // ---- blocks of columns: a thread for each ------------------------------------------------------
+    // ---- blocks of columns: a thread for each ---------------------------------------------------
 
     // The diagonal blocks follow the newest line of V.
     __device__ __noinline__ void update_blocks(const T* newest) const {

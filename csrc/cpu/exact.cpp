@@ -1,21 +1,21 @@
-// exact.cpp: contract in exact.h.
+// exact.cpp: contract in exact.h, decisions shared with cuda/exact.cu in exact_policy.h.
 //
-// One row is one item of work. Its live columns sit in slots, in tiles of kTile slots; V, the
-// factor so far, is kept as [panel of kPanel steps][tile][step][slot in tile], so that the part of V
-// that one tile needs is contiguous. Everything dense is one of two passes over the tiles:
+// One row is one item of work. Its live columns sit in slots, in tiles of kTile slots. The factor V
+// is stored as [panel of kPanel steps][tile][step][slot in tile], so that the part of V that one
+// tile needs is contiguous. All dense work is one of two passes over the tiles:
 //
 //   refill  Bring the `ahead` cheapest columns up to date together: cached column -= V * (its
 //           entries of V), a product of 6 columns by kTile slots in registers. Nearly all flops are
-//           here. The next removals are almost surely among these columns, because saliencies
+//           here. The next removals are almost certainly among these columns, because saliencies
 //           change slowly.
-//   remove  One cached column takes the few steps made since the last refill, becomes the new
-//           column of V, and updates weights, diagonal and saliency; the next argmin falls out of
-//           the same pass.
+//   remove  Apply the few steps since the last refill to one cached column. It becomes the new
+//           column of V and updates weights, diagonal and saliencies. The same pass finds the next
+//           argmin.
 //
-// The argmin is always over all eligible columns with exact values; if it is not in the cache, a
-// refill comes first. So prefetch changes when columns are computed, never which one is removed.
-// At the start of a panel, when at least an eighth of the tiles could be given up, dead slots are
-// squeezed out of V and of all vectors.
+// The argmin is always over all eligible columns, with exact values. If it is not in the cache, a
+// refill comes first. So prefetching changes when columns are computed, but never which one is
+// removed. At the start of a panel, if at least an eighth of the tiles could be given up, dead
+// slots are squeezed out of V and of all vectors.
 #include "exact.h"
 
 #include <limits>
@@ -30,7 +30,7 @@ namespace {
 using namespace exact;
 
 constexpr int kVectors = kManyRegisters ? 4 : 2;
-constexpr int kRows = 6;  // 24 accumulators of 32 registers, or 12 of 16
+constexpr int kRows = 6;  // 24 accumulators in 32 registers, or 12 in 16
 template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
 
@@ -50,7 +50,7 @@ struct IntegersOf<double> {
 template <typename T>
 using Integers = typename IntegersOf<T>::type;  // as many lanes as Vector<T>
 
-// Element counts of one worker's buffers.
+// Numbers of elements in a worker's buffers.
 template <typename T>
 struct Sizes {
     Index slots, ahead, rows, stride, factor, coefficients, blocks;
@@ -62,8 +62,8 @@ struct Sizes {
         stride = slots + kTile<T>;
         coefficients = (ahead + kRows) * (up(plan.limit, kPanel) + kPanel);
         blocks = plan.block > 1 ? C / plan.block * plan.block * plan.block : 0;
-        // Slots are squeezed as soon as an eighth of the tiles is spare, so at most 8/7 of the tiles
-        // that live columns need are held when a panel begins.
+        // Slots are squeezed once an eighth of the tiles is spare. So a panel begins with at most
+        // 8/7 of the tiles that its live columns need.
         factor = 0;
         for (Index p = 0; p * kPanel < plan.limit; ++p) {
             const Index left = C - p * kPanel + plan.block - 1;
@@ -112,7 +112,7 @@ class Row {
         carve.take(kind_, size_.slots);
     }
 
-    // Returns the number of removals; *lost tells whether rounding ended the row early.
+    // Returns the number of removals. *lost = 1 if rounding ended the row early.
     Index run(std::int32_t* order, T* loss, T* W, const unsigned char* state, Interrupt& interrupt,
               int worker, unsigned char* lost) {
         *lost = 0;
@@ -198,21 +198,22 @@ class Row {
         if (plan_.block > 1) begin_blocks();
     }
 
-    // Are the column at s, and those of its block, cached and brought up to date by the last refill?
+    // Whether the last refill brought the column at s and all columns of its block up to date.
     bool ready(Index s) const {
         for (Index b = 0; b < plan_.block; ++b)
             if (cached_[s + b] < 0 || row_stamp_[cached_[s + b]] < refilled_) return false;
         return true;
     }
 
-    // q leaves; its group may close.
+    // Takes q out of the row, and closes its group if that is now full.
     void drop(Index q) {
         first_left_ -= kind_[q] == kFirst;
         kind_[q] = kGone;
         bar_[q] = kInfinity<T>;
         slot_[column_[q]] = -1;
         --live_;
-        if (cached_[q] >= 0) row_slot_[cached_[q]] = -1;  // still there for this removal
+        if (cached_[q] >= 0)
+            row_slot_[cached_[q]] = -1;  // its values last until this removal is done
         if (plan_.group == 0) return;
         const Index g = column_[q] / plan_.group;
         if (++taken_[g] < plan_.per_group) return;
@@ -231,14 +232,14 @@ class Row {
         cached_[s] = -1;
     }
 
-    // All that had to go first have gone: the others may go.
+    // Makes free columns eligible, once all that go first have gone.
     void release() {
         waiting_ = false;
         for (Index s = 0; s < slots_; ++s)
             if (kind_[s] == kFree) bar_[s] = 0;
     }
 
-    // Costs of all slots, and the lowest.
+    // Computes the cost of every slot. Returns the cheapest slot.
     Index cheapest() {
         lowest_ = kInfinity<T>;
         Index best = -1;
@@ -249,9 +250,9 @@ class Row {
         return best;
     }
 
-    // ---- the dense passes ------------------------------------------------------------------------
+    // ---- the dense passes -----------------------------------------------------------------------
 
-    // Removes q: finishes its column, updates everything, returns the next cheapest slot.
+    // Removes q: completes its column and updates everything. Returns the next cheapest slot.
     Index remove(Index q) {
         const std::int32_t r = cached_[q];
         const Index from = row_stamp_[r];
@@ -283,10 +284,10 @@ class Row {
 #pragma GCC unroll 4
             for (int k = 0; k < kVectors; ++k) {
                 const Index at = s + k * kLanes<T>;
-                const Vector<T> made = v[k] * scale;
-                const Vector<T> w = load(w_ + at) - z * made;
-                const Vector<T> d = load(diag_ + at) - made * made;
-                store(out + k * kLanes<T>, made);
+                const Vector<T> step = v[k] * scale;
+                const Vector<T> w = load(w_ + at) - z * step;
+                const Vector<T> d = load(diag_ + at) - step * step;
+                store(out + k * kLanes<T>, step);
                 store(w_ + at, w);
                 store(diag_ + at, d);
                 const Vector<T> cost = barred(saliency(w, d), load(bar_ + at));
@@ -309,7 +310,8 @@ class Row {
     void refill(Index best) {
         if (plan_.block == 1) cheapest();
         const Index count = choose(best, columns_wanted(size_.ahead, j_, plan_));
-        // Rows of the cache for those that have none: free ones, then those not chosen.
+        // Assign cache rows to columns without one: free rows first, then those of columns not
+        // chosen.
         Index fresh = 0, kept = 0, r = 0;
         for (Index m = 0; m < count; ++m)
             if (cached_[chosen_[m]] >= 0) members_[count - ++kept] = chosen_[m];
@@ -319,7 +321,7 @@ class Row {
             if (cached_[s] >= 0) continue;
             while (r < size_.rows && row_slot_[r] != -1) ++r;
             if (r == size_.rows) {
-                for (Index e = 0; e < size_.rows; ++e)  // give up everything not chosen
+                for (Index e = 0; e < size_.rows; ++e)  // evict what is not chosen
                     if (row_slot_[e] >= 0) cached_[row_slot_[e]] = -1, row_slot_[e] = -1;
                 r = 0;
                 while (row_slot_[r] != -1) ++r;
@@ -331,7 +333,7 @@ class Row {
             fetch(s, row(r));
         }
         for (Index m = 0; m < count; ++m) row_slot_[cached_[members_[m]]] = members_[m];
-        // By stamp, so that a group starts where its oldest column stands.
+        // Sort by stamp, because a group starts at the step of its oldest column.
         for (Index m = fresh + 1; m < count; ++m) {
             const std::int32_t s = members_[m];
             Index i = m;
@@ -345,7 +347,7 @@ class Row {
         refilled_ = j_;
     }
 
-    // A[:, column of s] over the slots.
+    // out = A[:, column of s], at the columns that have slots.
     void fetch(Index s, T* out) const {
         const T* a = A_ + static_cast<Index>(column_[s]) * C_;
         T* const end = out + tiles_ * kTile<T>;
@@ -357,14 +359,14 @@ class Row {
         while (out < end) *out++ = 0;
     }
 
-    // Remembers which columns have a slot.
+    // Notes in present_ which columns have a slot.
     void note_present() {
         for (Index i = 0; i < C_; i += kLanes<T>) present_[i / kLanes<T>] = 0;
         for (Index s = 0; s < slots_; ++s)
             present_[column_[s] / kLanes<T>] |= 1u << column_[s] % kLanes<T>;
     }
 
-    // members_[0 .. fresh) stand at step 0, the others further on: bring all to step j.
+    // Brings all members to step j. members_[0 .. fresh) are at step 0, the others at later steps.
     void advance(Index fresh, Index count) {
         Index groups = 0;
         Group group[kMostAhead / kRows + 4];
@@ -436,7 +438,7 @@ class Row {
                 store(g.row[r] + t * kTile<T> + k * kLanes<T>, sum[r][k]);
     }
 
-    // out[(i - from) * stride] = -V[i][s] for i in stamp .. j, zero before.
+    // out[(i - from) * stride] = -V[i][s] for stamp <= i < j, and zero for i < stamp.
     void gather(Index s, Index from, Index stamp, T* out, int stride) const {
         for (Index i = from; i < stamp; ++i) *out = 0, out += stride;
         for (Index i = stamp; i < j_;) {
@@ -446,8 +448,8 @@ class Row {
         }
     }
 
-    // The `wanted` cheapest eligible slots, about, in rising order, with all of the cheapest block;
-    // returns how many.
+    // Chooses about `wanted` of the cheapest eligible slots: first the block at `best`, then the
+    // others by rising slot. Returns their number.
     Index choose(Index best, Index wanted) {
         const Index slots = tiles_ * kTile<T>;
         const auto key = [&](Index s) { return sort_key(static_cast<float>(cost_[s])); };
@@ -476,7 +478,7 @@ class Row {
         return count;
     }
 
-    // ---- squeezing -------------------------------------------------------------------------------
+    // ---- squeezing ------------------------------------------------------------------------------
 
     void squeeze(Index* best) {
         const Index after = up(live_, kTile<T>) / kTile<T>;
@@ -510,7 +512,7 @@ class Row {
             for (Index s = slots_; s < padded; ++s) line_[s] = 0;
             std::memcpy(row(r), line_, static_cast<std::size_t>(padded) * sizeof(T));
         }
-        // In place: a step's lines are read before any of them is written, and lines of different
+        // In place: all lines of a step are read before one is written, and lines of different
         // steps never overlap.
         for (Index p = 0; p * kPanel < j_; ++p)
             for (Index i = 0; i < kPanel; ++i) {
@@ -527,7 +529,7 @@ class Row {
         tiles_ = after;
     }
 
-    // ---- blocks of columns -----------------------------------------------------------------------
+    // ---- blocks of columns ----------------------------------------------------------------------
 
     void begin_blocks() {
         const Index b = plan_.block;
@@ -537,14 +539,15 @@ class Row {
                     block_[(g * b + i) * b + k] = A_[(g * b + i) * C_ + g * b + k];
     }
 
-    // The diagonal blocks follow the newest column of V.
+    // Downdates the diagonal blocks by the newest column of V.
     void update_blocks() {
         const Index b = plan_.block;
         T v[kMaxBlock];
         for (Index g = 0; g < C_ / b; ++g) {
-            const Index s = slot_[g * b + b - 1];  // the last column of a block to go
+            const Index s = slot_[g * b + b - 1];  // the last of its columns to go
             if (s < 0 || kind_[s] == kStays) continue;
-            const Index first = slot_[g * b] >= 0 ? 0 : b;  // a block that is going is done with
+            const Index first =
+                slot_[g * b] >= 0 ? 0 : b;  // a block that is going needs no more updates
             for (Index i = first; i < b; ++i) {
                 const Index at = s - (b - 1) + i;
                 v[i] = factor(at / kTile<T>, j_)[at % kTile<T>];
@@ -553,7 +556,7 @@ class Row {
         }
     }
 
-    // Cost of every eligible block into cost_ of its slots; the first slot of the cheapest.
+    // Puts the cost of every eligible block into cost_. Returns the first slot of the cheapest.
     Index cheapest_block() {
         const Index b = plan_.block;
         for (Index s = 0; s < tiles_ * kTile<T>; ++s) cost_[s] = kInfinity<T>;

@@ -1,25 +1,26 @@
 // exchange.cpp: contract in exchange.h.
 //
 // One row is one item of work. Its columns sit in slots: the k removed ones first, then the kept
-// ones, then one for the weights. The tableau is kept with the sign of K changed,
+// ones, then one slot for the weights. The tableau is stored with the sign of K changed,
 //
 //   M = [-K  . .]
 //       [ E  D .]      x = K w0[P],  w = w0[S] - E w0[P]
 //       [ x  w .]
 //
-// because then M is symmetric for good and every pivot q, adding or removing, is the same
+// because then M stays symmetric, and every pivot q, whether it adds or removes, is the same:
 //   M -= m m^T / M_qq,   M[:, q] = m / |M_qq|,   M_qq = -1 / M_qq      with m = M[:, q].
-// Only tiles on and below the diagonal exist, each kTile x kTile and contiguous; above the diagonal
-// of a diagonal tile stands something that nobody reads.
+// Only tiles on and below the diagonal are stored, each kTile x kTile and contiguous. Values above
+// the diagonal of a diagonal tile are never read.
 //
-//   build  Brings all removed slots in from M = A, a tile of pivots at a time: with that tile = U^T
-//          U and the columns of its pivots B (a strip of tiles, transposed), Z = U^-T B^T, M -= Z^T
-//          Z, M[:, q] = (U^-1 Z)^T. Nearly all flops are in Z^T Z, a product in registers.
+//   build  Brings all removed slots in from M = A, one tile of pivots at a time. Let
+//          U^T U be that tile and B the columns of its pivots (a strip of tiles, transposed): then
+//          Z = U^-T B^T, M -= Z^T Z, M[:, q] = (U^-1 Z)^T. Nearly all flops are in Z^T Z, a product
+//          in registers.
 //   pass   One swap is two pivots, together M += u u^T - v v^T. The slots of the pair change
-//          places, so that E stays a rectangle, and all pairs are evaluated for the next round in
-//          the same pass, tile by tile, as soon as their entries of E are up to date.
-//   polish x is solved once more from A with M as the inverse: what many pivots have lost comes
-//          back for two products of A[:, P] with a vector.
+//          places, so that E stays a rectangle. The same pass evaluates all pairs for the next
+//          round, tile by tile, as soon as their entries of E are up to date.
+//   polish Refines x once from A with M as the inverse. For two products of A[:, P] with a vector,
+//          this recovers the accuracy that many pivots have lost.
 #include "exchange.h"
 
 #include <limits>
@@ -33,19 +34,19 @@ namespace {
 
 constexpr Index kTile = 32;  // rows and columns of a tile, and pivots at a time
 constexpr Index kTileValues = kTile * kTile;
-constexpr int kRows = 4;  // 16 accumulators of 32 registers, or 8 of 16
+constexpr int kRows = 4;  // 16 accumulators in 32 registers, or 8 in 16
 constexpr int kVectors = kManyRegisters ? 4 : 2;
 constexpr int kLane = kLanes<double>;
 constexpr int kWide = kVectors * kLane;
 static_assert(kTile % kWide == 0 && kTile % kRows == 0, "a tile holds whole register blocks");
 
-constexpr double kLeastGain = 1e-9;  // share of the row's error by which a swap must lower it
+constexpr double kLeastGain = 1e-9;  // the least share by which a swap lowers the row's error
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargest = std::numeric_limits<double>::max();
 
 LOBS_INLINE bool positive(double pivot) { return pivot > 0 && pivot <= kLargest; }
 
-// Element counts of one worker's buffers. C * C values of A exist, so none of this overflows.
+// Numbers of elements in a worker's buffers. They do not overflow, because A has C * C values.
 struct Sizes {
     Index slots, tableau, strip;
 
@@ -61,7 +62,7 @@ struct Sizes {
     }
 };
 
-// out = the transpose of a tile, in squares of 4 x 4, which go through shuffles.
+// out = the transpose of a tile, by shuffles of 4 x 4 squares.
 void transpose(double* out, const double* in) {
     typedef double Four __attribute__((vector_size(32), aligned(8), may_alias));
     for (Index i = 0; i < kTile; i += 4)
@@ -86,7 +87,7 @@ void transpose(double* out, const double* in) {
         }
 }
 
-// U <- the factor with U^T U = U, in the upper triangle; scale[i] = 1 / U_ii. False if a pivot is
+// U <- the upper factor of U, whose U^T U is the old U; scale[i] = 1 / U_ii. False if a pivot is
 // not positive.
 bool factor(double* U, double* scale) {
     for (Index j = 0; j < kTile; ++j) {
@@ -125,7 +126,7 @@ void forward(const double* U, const double* scale, double* Z) {
         }
 }
 
-// Z <- U^-1 Z for a tile Z, four rows at a time from the last.
+// Z <- U^-1 Z for a tile Z, four rows at a time, from the last ones up.
 void backward(const double* U, const double* scale, double* Z) {
     for (Index j = 0; j < kTile; j += kWide)
         for (Index s = kTile - kRows; s >= 0; s -= kRows) {
@@ -193,7 +194,7 @@ class Row {
         carve.take(fixed_, size.slots);
     }
 
-    // W, kept, *swaps and *left are written at the very end, and only if the row ended well.
+    // Writes W, kept, *swaps and *left at the very end, and only if the row ended well.
     Ended run(double* W, unsigned char* kept, const unsigned char* fixed, Index limit, Index* swaps,
               double* left, Interrupt& interrupt, int worker) {
         begin(W, kept, fixed, limit > 0);
@@ -215,7 +216,7 @@ class Row {
                 double p;
                 if (!prepare(best_row_, best_column_, &p)) return Ended::not_positive;
                 const double lower = next_error(best_row_, best_column_);
-                if (!(lower < error)) break;  // what the tableau promised was only rounding
+                if (!(lower < error)) break;  // the gain in the tableau was only rounding
                 exchange(best_row_, best_column_, p);
                 error = lower;
                 ++done;
@@ -244,7 +245,7 @@ class Row {
     LOBS_INLINE double& entry(Index r, Index c) const {  // c <= r
         return tile(r / kTile, c / kTile)[r % kTile * kTile + c % kTile];
     }
-    double dot(const double* x) const {  // with w0, over the removed
+    double dot(const double* x) const {  // with w0, over the removed slots
         double sum = 0;
         for (Index s = 0; s < k_; ++s) sum += x[s] * w0_[s];
         return sum;
@@ -252,7 +253,7 @@ class Row {
 
     // ---- the tableau ----------------------------------------------------------------------------
 
-    // Without swaps to come, kept columns need no slots: they follow from x alone.
+    // Kept columns need slots only for swaps: their weights follow from x alone.
     void begin(const double* W, const unsigned char* kept, const unsigned char* fixed, bool whole) {
         k_ = 0;
         for (Index i = 0; i < C_; ++i)
@@ -283,10 +284,11 @@ class Row {
         w0_[s] = W[i];
     }
 
-    // Pivots on the first b slots of tile q. False if one is not positive.
+    // Pivots on the first b slots of tile q. False if a pivot is not positive.
     bool sweep(Index q, Index b) {
         const double* corner = tile(q, q);
-        for (Index i = 0; i < kTile; ++i)  // the identity beyond b: every factor has kTile rows
+        for (Index i = 0; i < kTile;
+             ++i)  // beyond b the identity, so that every factor has kTile rows
             for (Index j = 0; j < kTile; ++j)
                 U_[i * kTile + j] = i < b && j < b && i <= j ? corner[j * kTile + i] : i == j;
         if (!factor(U_, scale_)) return false;
@@ -346,8 +348,8 @@ class Row {
 
     // ---- one swap -------------------------------------------------------------------------------
 
-    // Everything of the length of a row for adding slot j and removing slot i; the tableau itself
-    // stays. False if a pivot is not positive, else *p = the second one.
+    // Computes all vectors for adding slot j and removing slot i, without touching the tableau.
+    // False if a pivot is not positive; else *p = the second one.
     bool prepare(Index i, Index j, double* p) {
         read(j, gone_);
         read(i, made_);
@@ -368,7 +370,7 @@ class Row {
             gone_[s] = m / second;                    // column i once it is removed
             made_[s] = c / first - share * gone_[s];  // column j once it is back
         }
-        // The pair's own entries, each already where the other one was.
+        // The pair's own entries, each already in the place of the other.
         const double cross = share / second;
         next_[i] = y - share * x;
         next_[j] = x;
@@ -385,8 +387,8 @@ class Row {
         return sum;
     }
 
-    // Carries out what was prepared, but for M += u u^T - v v^T. i and j, neither of them fixed,
-    // change places.
+    // Carries out the prepared swap, except M += u u^T - v v^T, which pass() does. i and j, neither
+    // of them fixed, change places.
     void exchange(Index i, Index j, double p) {
         for (Index s = 0; s < k_; ++s) d_[s] += v_[s] * v_[s] - u_[s] * u_[s];
         for (Index s = k_; s < n_; ++s) d_[s] += u_[s] * u_[s] - v_[s] * v_[s];
@@ -404,8 +406,8 @@ class Row {
         slot_[column_[j]] = static_cast<std::int32_t>(j);
     }
 
-    // M += u u^T - v v^T, and the best pair after it: lowest_, best_row_ (kept; -1 if there is no
-    // pair) and best_column_ (removed).
+    // M += u u^T - v v^T. Then finds the best pair: lowest_, best_row_ (kept; -1 if there is none)
+    // and best_column_ (removed).
     void pass() {
         lowest_ = kInfinity;
         best_row_ = best_column_ = -1;
@@ -459,7 +461,7 @@ class Row {
         }
     }
 
-    // low[r] <- the lowest net changes of error in rows from .. to - 1 of a tile.
+    // low[r] <- the lowest net change of the error, for rows from .. to - 1 of a tile.
     LOBS_INLINE void evaluate(Index ti, Index tj, Index from, Index to,
                               Vector<double> (&low)[kTile]) const {
         const double* M = tile(ti, tj);
@@ -493,7 +495,7 @@ class Row {
         return saliency(numerator, d_[i] + e * e * inverse_[j]) - gain_[j];
     }
 
-    // The best removed slot for kept slot i, the lowest column on a tie.
+    // Finds the best removed slot for kept slot i, the lowest column on a tie.
     void find(Index i) {
         double lowest = kInfinity;
         for (Index j = 0; j < k_; ++j) {
@@ -574,7 +576,7 @@ class Row {
     std::int32_t *column_, *slot_;
     unsigned char* fixed_;
 
-    Index k_ = 0, n_ = 0, slots_ = 0, tiles_ = 0;  // removed, all, with the weights and padding
+    Index k_ = 0, n_ = 0, slots_ = 0, tiles_ = 0;  // removed; all; all with the weights and padding
     double lowest_ = 0;
     Index best_row_ = -1, best_column_ = -1;
 };

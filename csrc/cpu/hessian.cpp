@@ -1,10 +1,10 @@
 // hessian.cpp: contract in hessian.h.
 //
-// H is cut into tiles of kTile x kTile; a tile on or below the diagonal is one item of work, so no
-// two threads write the same number and no sum depends on who computed it. A tile packs its own two
-// panels of X: with 192 columns to a side, packing moves one number for every 96 multiply-adds,
-// less than a barrier would cost. Inside a tile, micro-tiles that lie wholly above the diagonal are
-// skipped.
+// H is divided into tiles of kTile x kTile. A tile on or below the diagonal is one item of work, so
+// no two threads write the same number and no sum depends on the thread that computes it. A tile
+// packs its own two panels of X: with 192 columns to a side, packing moves one number for every 96
+// multiply-adds, which costs less than a barrier would. Within a tile, micro-tiles that lie
+// entirely above the diagonal are skipped.
 #include "hessian.h"
 
 #include "parallel.h"
@@ -13,7 +13,7 @@
 namespace lobs::LOBS_LEVEL {
 namespace {
 
-// Micro-tile: kRows broadcast values times kVectors vectors. 24 accumulators where there are 32
+// Micro-tile: kRows broadcast values times kVectors vectors: 24 accumulators if there are 32
 // registers.
 constexpr int kRows = kManyRegisters ? 8 : 4;
 template <typename T>
@@ -32,7 +32,7 @@ struct Chunk {  // the part of X that one call adds
     bool ones;
 };
 
-// ---- the first look: is every value finite, and do float32 products stay in range? --------------
+// ---- scan: are all values finite, and do float32 products stay in range? ------------------------
 
 template <typename S>
 struct Magnitude {
@@ -69,8 +69,9 @@ Magnitude<S> look(const Chunk<S>& x, Index first, Index last) {
     return seen;
 }
 
-// Rows of X are one segment of up to 768 bytes each, a page or more apart: the hardware does not
-// see the pattern. Prefetching eight rows ahead took 8192 x 1024 float32 from 68 to 65 ms.
+// A tile reads up to 768 bytes of each row of X, and rows are a page or more apart: the hardware
+// does not recognise the pattern. Prefetching eight rows ahead took 8192 x 1024 float32 from 68 to
+// 65 ms.
 constexpr Index kAhead = 8;
 
 // ---- packing ------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ void add_micro_tile(M* H, Index stride, Index i0, Index j0, Index size, Index de
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors<T>; ++v) store(&sum[i][v * kLanes<T>], accumulator[i][v]);
-    if (i0 + kRows <= size && j0 + kWidth<T> - 1 <= i0) {  // wholly inside and below the diagonal
+    if (i0 + kRows <= size && j0 + kWidth<T> - 1 <= i0) {  // entirely inside and below the diagonal
         for (int i = 0; i < kRows; ++i) {
             M* row = H + (i0 + i) * stride + j0;
             for (int j = 0; j < kWidth<T>; ++j) row[j] += static_cast<M>(sum[i][j]);
@@ -147,7 +148,7 @@ void add_tile(M* H, Index stride, const Chunk<S>& x, Index row_tile, Index colum
             for (Index i = 0; i < kTile; i += kRows) {
                 const Index i0 = row_tile * kTile + i;
                 if (i0 >= size) break;
-                if (i0 + kRows <= j0) continue;  // wholly above the diagonal
+                if (i0 + kRows <= j0) continue;  // entirely above the diagonal
                 add_micro_tile<T, M>(H, stride, i0, j0, size, depth, left + i * depth,
                                      right + j * depth);
             }
@@ -155,9 +156,9 @@ void add_tile(M* H, Index stride, const Chunk<S>& x, Index row_tile, Index colum
     }
 }
 
-// A narrow H has few tiles: too few to share out among threads, and each takes long. Its rows are
-// then cut into segments (how many depends on the sizes alone, never on the threads), summed apart,
-// and added in order at the end.
+// A narrow H has too few tiles for all threads, and each takes long. Then the rows of X are cut
+// into segments, which are summed separately and added in order at the end. The number of segments
+// depends on the sizes alone, never on the threads.
 constexpr Index kFewTiles = 8;
 constexpr Index kSegmentRows = 4096;
 constexpr Index kSegments = 16;
@@ -236,8 +237,8 @@ template <typename S, typename M>
 Info launch(AnyMatrix H, AnyMatrix X, const double* t, bool ones, const Context& context) {
     const Chunk<S> x{
         static_cast<const S*>(X.data), X.rows, X.columns, X.row_stride, X.column_stride, t, ones};
-    // Looking costs one pass over X at memory speed; it buys "H untouched" and the choice of
-    // precision.
+    // The scan costs one pass over X at memory speed. It is what keeps H untouched on failure and
+    // what chooses the precision.
     constexpr Index kLook = 1024;
     const Index looks = (x.rows + kLook - 1) / kLook;
     Scratch seen(1, looks * static_cast<Index>(sizeof(Magnitude<S>)));
@@ -258,7 +259,7 @@ Info launch(AnyMatrix H, AnyMatrix X, const double* t, bool ones, const Context&
     for (Index n = 0; t != nullptr && n < x.rows; ++n) heaviest = t[n] > heaviest ? t[n] : heaviest;
     M* out = static_cast<M*>(H.data);
     constexpr bool wide = sizeof(S) == sizeof(double);
-    // What float32 has to hold: x, t, t * x, and 256 products t * x * x.
+    // float32 has to hold x, t, t * x, and 256 products t * x * x.
     const auto fits = [](double v) { return v == 0 || (v > 0x1p-100 && v < 0x1p112); };
     const bool in_range = fits(largest) && fits(heaviest) && fits(largest * heaviest) &&
                           fits(largest * heaviest * largest);

@@ -1,10 +1,10 @@
 // inverse.cpp: contract in inverse.h.
 //
 // A run of blocks is one item of work. A block is copied once into a padded local square (in L1 for
-// B = 50, in L2 for B = 128), takes all r samples there in groups of kGroup, and is copied back:
-// one read and one write of F however many samples come. Per group, with Y = G F and S = m I + Y
-// G^T = U^T U:   Z = U^-T Y,   F -= Z^T Z. A group of 16 makes S one AVX-512 row in float32, so its
-// Cholesky is 120 vector operations, not 1,365 scalar ones.
+// B = 50, in L2 for B = 128), takes all r samples there in groups of kGroup, and is copied back. So
+// F is read and written once, whatever the number of samples. Per group, with Y = G F and S = m I +
+// Y G^T = U^T U:   Z = U^-T Y,   F -= Z^T Z. With groups of 16, a row of S is one AVX-512 vector in
+// float32, and its Cholesky takes 120 vector operations instead of 1,365 scalar ones.
 #include "inverse.h"
 
 #include "parallel.h"
@@ -14,9 +14,9 @@ namespace lobs::LOBS_LEVEL {
 namespace {
 
 constexpr int kGroup = 16;
-constexpr Index kRun = 8;  // blocks in a row for one worker, so that what it prefetches is its own
+constexpr Index kRun = 8;  // neighbouring blocks for one worker, which prefetches for itself
 constexpr int kRows =
-    4;  // 16 accumulators of the 32, or 8 of the 16: enough to hide the latency of an FMA
+    4;  // 16 accumulators in 32 registers, or 8 in 16: enough to hide the latency of an FMA
 constexpr int kVectors = kManyRegisters ? 4 : 2;
 template <typename T>
 constexpr int kWidth = kVectors * kLanes<T>;
@@ -28,8 +28,7 @@ template <typename T>
 struct Local {  // one worker's scratch
     T* F;       // (B rounded up to kRows, padded)
     T* Y;       // (kGroup, padded): G F, then Z
-    T* G;  // (B, kGroup): this group's samples, transposed, zero where there is no sample or no
-           // column
+    T* G;       // (B, kGroup): the group's samples, transposed; zero beyond samples and columns
 };
 
 template <typename T>
@@ -66,9 +65,9 @@ void gram(T (&S)[kGroup][kGroup], const Local<T>& local, Index B, Index stride, 
     for (int i = 0; i < kGroup; ++i) S[i][i] += m;
 }
 
-// S <- U with U^T U = S, in the upper triangle. False if a pivot is not positive. Where a row is
-// one vector, the whole matrix stays in registers: the chain of 16 pivots is all latency, and
-// leaving memory out took this and gram from a fifth to an eighth of the time for B = 50.
+// S <- U with U^T U = S, in the upper triangle. False if a pivot is not positive. If a row is one
+// vector, the whole matrix stays in registers: latency bounds the chain of 16 pivots. Without
+// accesses to memory, this and gram went from a fifth to an eighth of the time for B = 50.
 template <typename T>
 bool factor(T (&S)[kGroup][kGroup]) {
     if constexpr (kLanes<T> == kGroup) {
@@ -116,8 +115,8 @@ void solve(const T (&U)[kGroup][kGroup], T* Y, Index stride) {
     }
 }
 
-// F -= Z^T Z. Entry (i, j) sums the same products in the same order as (j, i): symmetry survives
-// exactly.
+// F -= Z^T Z. Entries (i, j) and (j, i) sum the same products in the same order, so F stays exactly
+// symmetric.
 template <typename T>
 void subtract(const Local<T>& local, Index rows, Index stride) {
     for (Index j = 0; j < stride; j += kWidth<T>)
@@ -134,15 +133,15 @@ void subtract(const Local<T>& local, Index rows, Index stride) {
         }
 }
 
-// A sample's part for one block is a short segment of a long row, which the hardware does not run
-// ahead of: ask for the next block's part now. (20,000 blocks of 50 with 64 samples, one
-// core: 390 ms without this, without runs and with a second copy of the samples, 343 ms after.)
+// A block needs a short segment of each sample, which is a long row: the hardware does not prefetch
+// that, so this asks for the next block's segment now. (20,000 blocks of 50 with 64 samples, one
+// core: 390 ms without this, without runs and with a second copy of the samples; 343 ms after.)
 template <typename T>
 LOBS_INLINE void prefetch(const T* p, Index count) {
     for (Index i = 0; i < count; i += static_cast<Index>(64 / sizeof(T))) __builtin_prefetch(p + i);
 }
 
-// Rows are too short for memcpy: its call costs more than the copy.
+// Rows are so short that calling memcpy would cost more than the copy.
 template <typename T>
 LOBS_INLINE void copy_row(T* out, const T* in, Index count) {
     Index i = 0;
@@ -150,9 +149,9 @@ LOBS_INLINE void copy_row(T* out, const T* in, Index count) {
     for (; i < count; ++i) out[i] = in[i];
 }
 
-// out (columns, kGroup) = the transpose of `group` rows; missing samples are zero: they change
-// nothing. Whole tiles of 4 x 4 go through shuffles, which took 20,000 blocks of 50 from 145 to 135
-// ms on two cores.
+// out (columns, kGroup) = the transpose of `group` rows. Missing samples are zero and change
+// nothing. Full 4 x 4 tiles use shuffles, which took 20,000 blocks of 50 from 145 to 135 ms on two
+// cores.
 template <typename T>
 void take_samples(T* out, const T* rows, Index row_stride, Index group, Index columns) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -186,8 +185,8 @@ void take_samples(T* out, const T* rows, Index row_stride, Index group, Index co
             out[i * kGroup + s] = s < group ? rows[s * row_stride + i] : T(0);
 }
 
-// The padding of local.F and local.G is zero on entry and stays so: zero columns of G and F make
-// zero columns of Z.
+// The padding of local.F and local.G is zero on entry and stays zero, because zero columns of G and
+// F give zero columns of Z.
 template <typename T>
 bool update_block(T* F, const Matrix<const T>& G, Index b, Index B, T m, const Local<T>& local) {
     const Index stride = padded<T>(B);
@@ -213,8 +212,8 @@ bool update_block(T* F, const Matrix<const T>& G, Index b, Index B, T m, const L
     return true;
 }
 
-// First position of a NaN or an infinity in rows of G, or how many there are, in parallel: G is usually larger than
-// any cache.
+// Position of the first NaN or infinity in the rows of G, or their number of elements if there is
+// none. In parallel, because G is usually larger than any cache.
 template <typename T>
 Index look(const Matrix<const T>& G, Lowest& found, const Context& context) {
     constexpr Index kSpan = 1 << 16;
@@ -263,7 +262,7 @@ Info launch(T* F, Index blocks, Index B, AnyMatrix any, double m, const Context&
         for (Index b = item * kRun; b < end; ++b)
             if (!update_block(F + b * B * B, G, b, B, static_cast<T>(m), local)) {
                 failed.note(worker, b);
-                std::memset(base, 0, bytes);  // whatever went wrong must not reach the next block
+                std::memset(base, 0, bytes);  // the failure must not reach the next block
             }
     };
     if (!parallel_items((blocks + kRun - 1) / kRun, context, body)) return {Status::interrupted, 0};

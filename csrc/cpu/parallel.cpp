@@ -1,4 +1,4 @@
-// parallel.cpp: see parallel.h. Compiled once, for the baseline machine.
+// parallel.cpp: contract in parallel.h. Compiled once, for the baseline machine.
 #include "parallel.h"
 
 #include <atomic>
@@ -48,7 +48,7 @@ bool parallel_for(Index items, const Context& context,
                   void (*task)(void* arg, Index item, int worker), void* arg) {
     Loop loop{items, &context, task, arg};
     const Index wanted = items < context.threads ? items : context.threads;
-    if (wanted <= 1) {  // no parallel region at all: safe in a forked child
+    if (wanted <= 1) {  // without a parallel region, which is safe in a forked child
         loop.work(0);
         return !loop.stop.load();
     }
@@ -102,7 +102,7 @@ const char* parallel_runtime() {
 }
 
 Scratch::Scratch(Index workers, Index bytes) : base_(nullptr), stride_(0) {
-    // An odd number of cache lines apart, so that workers' buffers do not fall on the same sets.
+    // An odd number of cache lines apart, so that workers' buffers do not share cache sets.
     if (__builtin_add_overflow(bytes, Index{63}, &stride_)) return;
     stride_ = (stride_ / 64 | 1) * 64;
     Index total = 0;

@@ -1,8 +1,8 @@
 // ranking.cpp: contract in ranking.h.
 //
-// A score becomes an unsigned key of the same order. The count-th lowest key is found digit by
-// digit from the top: one histogram per digit over the keys that share the digits found so far.
-// Counts are integers, so adding up the workers' histograms gives the same result for any number of
+// Each score becomes an unsigned key that orders like it. The key of rank `count` is found digit by
+// digit from the top, with one histogram per digit over the keys that share the digits found
+// before. Counts are integers, so the sum of the workers' histograms is the same for any number of
 // threads.
 #include "ranking.h"
 
@@ -21,15 +21,15 @@ LOBS_INLINE Key key_of(double score) {
     return bits >> 63 != 0 ? ~bits : bits | Key{1} << 63;
 }
 
-// The digit of the wanted key, given how many keys have each digit; `rank` becomes the rank inside
-// that digit.
+// The digit of the wanted key, from the number of keys with each digit. `rank` becomes the rank
+// within that digit.
 Index digit_of_rank(const Index* histogram, Index* rank) {
     Index digit = 0;
     while (*rank >= histogram[digit]) *rank -= histogram[digit++];
     return digit;
 }
 
-// Marks keys below `cut`, and the first `room` that equal it.
+// Marks keys below `cut`, and the first `room` keys equal to it.
 void mark(unsigned char* chosen, const double* score, Index count, Key cut, Index room) {
     for (Index i = 0; i < count; ++i) {
         const Key key = key_of(score[i]);
@@ -46,8 +46,7 @@ void lowest_of_row(unsigned char* chosen, const double* score, Index C, Index co
         Index histogram[256] = {};
         for (Index i = 0; i < C; ++i) {
             const Key key = key_of(score[i]);
-            // The digits above this one, all of them; shifting by 64 is undefined, hence in two
-            // steps.
+            // All digits above this one. In two steps, because a shift by 64 is undefined.
             if (((key ^ prefix) >> shift) >> 8 == 0) ++histogram[key >> shift & 255];
         }
         prefix |= static_cast<Key>(digit_of_rank(histogram, &rank)) << shift;
@@ -84,7 +83,7 @@ Info lowest_of_all(unsigned char* chosen, const double* score, Index C, Index co
             for (Index b = 0; b < kBins; ++b) total[b] += histograms.of<Index>(w)[b];
         prefix |= static_cast<Key>(digit_of_rank(total, &rank)) << shift;
     }
-    // Ties go to the lowest columns: every span must know how many ties there are before it.
+    // Ties go to the lowest columns, so every span needs the number of ties before it.
     Index* ties = scratch.of<Index>(0);
     auto count_ties = [&](Index span, int) {
         const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
@@ -112,8 +111,8 @@ struct Entry {
     std::int32_t column;
 };
 
-// Stable radix sort by key, lowest digit first; digits in which all keys agree are skipped. Returns
-// the sorted one.
+// Stable radix sort by key, lowest digit first; digits that are the same in all keys are skipped.
+// Returns the array that is sorted.
 Entry* sort(Entry* from, Entry* to, Index count) {
     Index histogram[8][256] = {};
     for (Index i = 0; i < count; ++i)

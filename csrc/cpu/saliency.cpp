@@ -1,8 +1,8 @@
 // saliency.cpp: contract in saliency.h.
 //
-// Two passes over a strip of one row that stays in L1: the smallest value (branch-free,
-// vectorised), then, only if it beats the row's best, its first position. Strict comparison keeps
-// the lowest column on a tie.
+// Two passes over a strip of one row, which stays in L1. The first finds the smallest value
+// (branch-free, vectorised). The second, only if that beats the best of the row, finds its first
+// position. Strict comparison keeps the lowest column on a tie.
 #include "saliency.h"
 
 #include "parallel.h"
@@ -32,8 +32,9 @@ struct Seen {  // of one strip
     bool fault, alive;
 };
 
-// Costs of one strip into `cost`, infinite where not live. Vectors by hand: compilers do not turn a
-// comparison of floats next to bytes into one (4 M weights: 11 ms scalar, 3 ms so).
+// Puts the costs of one strip into `cost`, infinite where not live. Explicit vectors, because
+// compilers do not vectorise comparisons of floats next to bytes (4 M weights: 11 ms scalar, 3 ms
+// with vectors).
 template <typename T>
 Seen<T> price(const Row<T>& row, Index count, T* cost) {
     typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
@@ -85,8 +86,7 @@ void search(const Row<T>& row, Index C, Index* column, T* value, Index* fault) {
             return;
         }
         if (!seen.alive || (where >= 0 && !(seen.smallest < best))) continue;
-        Index q =
-            0;  // a cost that overflowed to infinity is still a candidate, hence the test of live
+        Index q = 0;  // a live cost may have overflowed to infinity, so `live` is tested as well
         while (strip.live[q] == 0 || cost[q] != seen.smallest) ++q;
         best = seen.smallest;
         where = first + q;

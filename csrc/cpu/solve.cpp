@@ -1,9 +1,9 @@
 // solve.cpp: contract in solve.h.
 //
-// One row is one item of work. Its k x k system is cut from M row by row, squeezed together, and kept
-// as the upper factor U (U^T U = M[P, P]) in column tiles of kTile, each contiguous: tile t holds
-// rows 0 .. (t + 1) * kTile - 1. Both operands of a block update are then contiguous streams. Padding
-// is the identity, so that no loop knows of the last, partial tile.
+// One row is one item of work. Its k x k system is gathered from M row by row and stored as the
+// upper factor U (U^T U = M[P, P]) in column tiles of kTile, each contiguous: tile t holds rows 0
+// .. (t + 1) * kTile - 1. So both operands of a block update are contiguous streams. The padding is
+// the identity, so that no loop needs a special case for the last, partial tile.
 #include "solve.h"
 
 #include "parallel.h"
@@ -13,10 +13,11 @@ namespace lobs::LOBS_LEVEL {
 namespace {
 
 constexpr int kVectors = kManyRegisters ? 4 : 2;
-constexpr int kRows = 4;  // divides a tile; 16 accumulators of 32 registers, or 8 of 16
+constexpr int kRows = 4;  // divides a tile; 16 accumulators in 32 registers, or 8 in 16
 template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
-constexpr Index kDepth = 128;  // rows of two tiles multiplied at a time: they stay in the caches
+constexpr Index kDepth =
+    128;  // rows of two tiles that are multiplied at a time, so that they stay in cache
 
 template <typename T>
 Index tiles_for(Index k) {
@@ -77,7 +78,7 @@ void cut(const System<T>& s, const T* M, Index C, const T* b, const unsigned cha
     }
 }
 
-// Rows of block b in tile t lose what the rows above contribute.
+// Subtracts the contribution of the rows above from rows of block b in tile t.
 template <typename T>
 void update(const System<T>& s, Index b, Index t) {
     T* const out = s.tile(t) + b * kTile<T> * kTile<T>;
@@ -101,7 +102,7 @@ void update(const System<T>& s, Index b, Index t) {
     }
 }
 
-// The diagonal tile of block b. False if a pivot is not positive.
+// Factors the diagonal tile of block b. False if a pivot is not positive.
 template <typename T>
 bool factor_diagonal(const System<T>& s, Index b) {
     T* const a = s.tile(b) + b * kTile<T> * kTile<T>;
@@ -123,7 +124,7 @@ bool factor_diagonal(const System<T>& s, Index b) {
     return true;
 }
 
-// Rows of block b in tile t > b: U_bb^-T times them.
+// Multiplies rows of block b in tile t > b by U_bb^-T.
 template <typename T>
 void solve_tile(const System<T>& s, Index b, Index t) {
     const T* const a = s.tile(b) + b * kTile<T> * kTile<T>;

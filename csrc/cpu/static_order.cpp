@@ -1,10 +1,10 @@
 // static_order.cpp: contract in static_order.h.
 //
-// One row is one item of work. A removal is an axpy of one row of A, which no cache but the last
-// holds, onto w, which L1 holds. Eight removals go together: their coefficients need only the 28
-// entries A[q, q'] among themselves, then one pass over w applies all eight, so that w is read and
-// written once for eight rows of A. The rows of the next group are known (the order is static) and
-// prefetched by the hardware as eight streams.
+// One row is one item of work. A removal is an axpy of one row of A, which only the last-level
+// cache holds, onto w, which L1 holds. Eight removals are done together: their coefficients need
+// only the 28 entries A[q, q'] among themselves. Then one pass over w applies all eight, so that w
+// is read and written once for eight rows of A. The order is static, so the rows of the next group
+// are known, and the hardware prefetches them as eight streams.
 #include "static_order.h"
 
 #include "parallel.h"
@@ -40,7 +40,7 @@ void prune_row(T* w, const T* A, Index C, const std::int32_t* order, Index count
         for (int g = 0; g < kGroup; ++g) {
             const Index q = order[p + (g < group ? g : 0)];
             a[g] = A + q * C;
-            c[g] = 0;  // places beyond the last removal add zero times a row that is in use anyway
+            c[g] = 0;  // beyond the last removal: adds zero times a row that is in use anyway
         }
         for (int g = 0; g < group; ++g) {
             const Index q = order[p + g];
@@ -53,8 +53,8 @@ void prune_row(T* w, const T* A, Index C, const std::int32_t* order, Index count
     for (Index p = 0; p < count; ++p) w[order[p]] = 0;
 }
 
-// The first position in one row's order that cannot be carried out. `stamp` (C) remembers where a
-// column was seen last.
+// The first position in the order of one row that cannot be carried out. `stamp` (C) holds where
+// each column was seen last.
 template <typename T>
 Info check_row(const T* A, Index C, const std::int32_t* order, Index first, Index last,
                Index* stamp) {

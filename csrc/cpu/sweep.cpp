@@ -1,13 +1,13 @@
 // sweep.cpp: contract in sweep.h.
 //
 // A slab of rows is one item of work. It is transposed into scratch, so that a vector holds one
-// column of several rows, and every step, a division included, works on full vectors. Columns go in
-// panels of kPanel: a panel stays in registers while it takes the errors of all columns before it,
-// through the products' micro-kernel, and while its own columns go one after another. So a weight
-// is loaded and stored once, and only errors are read again and again. A sum starts from the weight
-// and takes the errors by rising column: the sequential loop's operations in its order. (2048 rows,
-// B = 128, float32, one core with AVX-512: 0.65 ms, of which the products take 0.25 and the rest
-// is transposes and memory.)
+// column of several rows, and every step, a division included, works on full vectors. Columns form
+// panels of kPanel. A panel stays in registers while it takes the errors of all columns before it,
+// through the micro-kernel of the products, and while its own columns go one after another. So a
+// weight is loaded and stored once, and only errors are read repeatedly. A sum starts from the
+// weight and takes the errors by rising column: the operations of the sequential loop in its order.
+// (2048 rows, B = 128, float32, one core with AVX-512: 0.65 ms, of which 0.25 for the products and
+// the rest for transposes and memory.)
 #include "sweep.h"
 
 #include "parallel.h"
@@ -16,12 +16,12 @@
 namespace lobs::LOBS_LEVEL {
 namespace {
 
-// The panel in registers: 16 accumulators of the 32, or 8 of the 16. A multiple of 4, so that
+// The panel in registers: 16 accumulators in 32 registers, or 8 in 16. A multiple of 4, so that
 // groups of 4 fill panels.
 constexpr int kPanel = kManyRegisters ? 8 : 4;
 constexpr int kVectors = 2;
 template <typename T>
-constexpr int kStep = kVectors * kLanes<T>;  // rows that go together
+constexpr int kStep = kVectors * kLanes<T>;  // rows that are swept together
 template <typename T>
 constexpr int kSlab = kStep<T> < 16 ? 16 : kStep<T>;  // bytes are transposed 16 by 16
 
@@ -72,7 +72,7 @@ using TileRow = typename TileRowOf<T>::type;  // one row of a square tile
 template <typename T>
 constexpr int kSide = static_cast<int>(sizeof(TileRow<T>) / sizeof(T));
 
-// The lower halves of a and b, lane by lane in turn.
+// The lower halves of a and b, interleaved lane by lane.
 template <int n, typename V>
 LOBS_INLINE V riffle_low(V a, V b) {
     static_assert(n == 2 || n == 4 || n == 8 || n == 16);
@@ -100,8 +100,9 @@ LOBS_INLINE V riffle_high(V a, V b) {
                                        15, 31);
 }
 
-// Riffles the tile's first half with its second, entry by entry, log2(n) times: each time the bits
-// of an entry's place, row before column, turn by one, until row and column have changed places.
+// Interleaves the first half of the tile with the second, entry by entry, log2(n) times. Each time
+// rotates the bits of every entry's place, row before column, by one, until row and column have
+// changed places.
 template <typename T>
 LOBS_INLINE void transpose(TileRow<T> (&tile)[kSide<T>]) {
     constexpr int n = kSide<T>;
@@ -118,9 +119,9 @@ LOBS_INLINE void transpose(TileRow<T> (&tile)[kSide<T>]) {
     }
 }
 
-// out (columns, slab) = the transpose of `rows` <= slab rows. The last row stands in for missing
-// ones: whatever is computed from it is in range, and nobody looks. The last tile overlaps the one
-// before rather than end in the middle.
+// out (columns, slab) = the transpose of `rows` <= slab rows. The last row replaces missing ones;
+// the results for those are in range and never read. The last tile overlaps the one before it
+// instead of being partial.
 template <typename T>
 void take(T* out, Index slab, const T* in, Index stride, Index rows, Index columns) {
     constexpr int n = kSide<T>;
@@ -145,7 +146,7 @@ void take(T* out, Index slab, const T* in, Index stride, Index rows, Index colum
     }
 }
 
-// The way back, for `rows` rows.
+// The inverse of take, for `rows` rows.
 template <typename T>
 void give(T* out, Index stride, const T* in, Index slab, Index rows, Index columns) {
     constexpr int n = kSide<T>;
@@ -178,8 +179,8 @@ void convert(Out* out, const In* in, Index count) {
 
 // ---- one slab -----------------------------------------------------------------------------------
 
-// What all slabs share. No panel crosses the end of a unit: either whole groups make a panel and a
-// panel is a unit, or whole panels make a group and a group is a unit; without groups B is one.
+// Shared by all slabs. No panel crosses the end of a unit. A unit is a panel of whole groups, or a
+// group of several panels; without groups it is the whole block.
 template <typename T>
 struct Plan {
     Index B, group, per_group, unit;
@@ -187,9 +188,9 @@ struct Plan {
     const T* panels;  // per panel (B, kPanel): -U[k, first + i], zero beyond the panel's width
 };
 
-// One worker's scratch, a column of the slab's rows after another. Codes are in lanes as wide as
-// weights: compilers turn the conversion from bytes, at the place of use, into scalar code that
-// took 0.12 ms of the 0.85 for 2:4.
+// Scratch of one worker, column by column of the slab's rows. Codes (values of WeightState) are in
+// lanes as wide as weights: where they are used, compilers turn a conversion from bytes into scalar
+// code, which took 0.12 ms of the 0.85 for 2:4.
 template <typename T>
 struct Slab {
     T* w;            // (B, kSlab)
@@ -205,9 +206,10 @@ LOBS_INLINE Index panel_width(const Plan<T>& plan, Index first) {
     return left < kPanel ? left : kPanel;
 }
 
-// Decides for the group that starts at `first`. |w| / U_jj orders like its square, and neither
-// overflows nor loses small scores; its bits order like itself and leave room for the codes: below
-// zero goes first, the top stays. Rank is the number of columns that go before this one.
+// Decides for the group that starts at `first`. |w| / U_jj orders like its square, but neither
+// overflows nor loses small scores. Its bits order like the value and leave room for the codes: a
+// key below zero goes first, the top key stays. The rank of a column is the number of columns that
+// go before it.
 template <typename T>
 void choose(const Plan<T>& plan, const Slab<T>& slab, Index first, Index row) {
     constexpr auto top = static_cast<Lane<T>>(sizeof(T) == 4 ? INT32_MAX : INT64_MAX);
@@ -235,7 +237,7 @@ void choose(const Plan<T>& plan, const Slab<T>& slab, Index first, Index row) {
     }
 }
 
-// w = the panel's weights minus what the errors of columns from..to - 1 do to them.
+// w = the panel's weights minus the effect of the errors of columns from .. to - 1.
 template <typename T>
 LOBS_INLINE void take_errors(Vector<T> (&w)[kPanel][kVectors], const Slab<T>& slab, const T* panel,
                              Index first, Index width, Index from, Index to, Index row) {
@@ -249,7 +251,7 @@ LOBS_INLINE void take_errors(Vector<T> (&w)[kPanel][kVectors], const Slab<T>& sl
                                   slab.e + from * kSlab<T> + row, kSlab<T>);
 }
 
-// Puts the panel's columns from..end - 1 into the slab.
+// Puts columns from .. end - 1 of the panel into the slab.
 template <typename T>
 LOBS_INLINE void put(const Vector<T> (&w)[kPanel][kVectors], const Slab<T>& slab, Index first,
                      int from, Index end, Index row) {
@@ -260,7 +262,7 @@ LOBS_INLINE void put(const Vector<T> (&w)[kPanel][kVectors], const Slab<T>& slab
             if (i < end) store(slab.w + (first + i) * kSlab<T> + row + v * kLanes<T>, w[i][v]);
 }
 
-// Brings the panel up to date with columns 0..to - 1.
+// Brings the panel up to date with columns 0 .. to - 1.
 template <typename T>
 void update_panel(const Slab<T>& slab, const T* panel, Index first, Index width, Index to,
                   Index row) {
@@ -269,7 +271,7 @@ void update_panel(const Slab<T>& slab, const T* panel, Index first, Index width,
     put<T>(w, slab, first, 0, width, row);
 }
 
-// Brings the panel, up to date with columns before `from`, up to date, and sweeps its own columns.
+// Brings the panel up to date, which it is with columns before `from`, and sweeps its own columns.
 template <typename T>
 void sweep_panel(const Plan<T>& plan, const Slab<T>& slab, const T* panel, Index first, Index width,
                  Index from, Index row) {
@@ -305,8 +307,8 @@ void sweep_panel(const Plan<T>& plan, const Slab<T>& slab, const T* panel, Index
     }
 }
 
-// All columns of kStep rows. A group wider than a panel is brought up to date as a whole before it
-// is chosen from.
+// Sweeps all columns of kStep rows. A group wider than a panel is brought up to date as a whole
+// before the choice.
 template <typename T>
 void sweep_rows(const Plan<T>& plan, const Slab<T>& slab, Index row) {
     const Index size = plan.B * kPanel;
@@ -329,8 +331,8 @@ void sweep_rows(const Plan<T>& plan, const Slab<T>& slab, Index row) {
 
 // ---- all rows -----------------------------------------------------------------------------------
 
-// Negative, so that the micro-kernel, which adds, subtracts; and dense, while rows of U may be
-// pages apart.
+// Copies U, negated, because the micro-kernel adds, and densely, because rows of U may be pages
+// apart.
 template <typename T>
 void pack(T* panels, T* pivots, const Plan<T>& plan, const T* U, Index stride) {
     Index width = 0;

@@ -1,9 +1,9 @@
-// vector.h: the SIMD type of the level a file is being compiled for, and the one micro-kernel all
-// products use.
+// vector.h: the SIMD type of the level that a file is compiled for, and the micro-kernel of all
+// products.
 //
-// Every kernel file is compiled once per level (see CMakeLists.txt) into a namespace named after
-// it. Portable vector extensions instead of intrinsics: gcc and clang keep the accumulators below
-// in registers, and one text serves SSE2, AVX2, AVX-512 and NEON.
+// Every kernel file is compiled once per level (see CMakeLists.txt), into a namespace of the
+// level's name. It uses portable vector extensions, not intrinsics: gcc and clang keep the
+// accumulators below in registers, and the same source serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
 #include <cstring>
@@ -70,8 +70,8 @@ LOBS_INLINE float as_float(std::uint32_t bits) {
     return f;
 }
 
-// Exact for all 65,536 patterns and blind to the flush-to-zero mode: a subnormal half is rebuilt as
-// a difference of two normal floats.
+// Exact for all 65,536 patterns, whatever the flush-to-zero mode is: a subnormal half is rebuilt as
+// the difference of two normal floats.
 LOBS_INLINE float to_float(Half h) {
     const std::uint32_t sign = (h.bits & 0x8000u) << 16;
     const std::uint32_t magnitude = (h.bits & 0x7fffu) << 13;
@@ -87,7 +87,7 @@ LOBS_INLINE float to_float(BFloat b) { return as_float(static_cast<std::uint32_t
 LOBS_INLINE float to_float(float f) { return f; }
 LOBS_INLINE double to_float(double d) { return d; }
 
-// The bits of |x|, as an unsigned integer that orders like |x|, with NaN and infinity on top.
+// The bits of |x|, as an unsigned integer that orders like |x|, with infinity and NaN on top.
 LOBS_INLINE std::uint32_t magnitude_bits(float f) {
     std::uint32_t bits;
     std::memcpy(&bits, &f, sizeof bits);
@@ -101,8 +101,8 @@ LOBS_INLINE std::uint64_t magnitude_bits(double d) {
 LOBS_INLINE bool finite_bits(std::uint32_t magnitude) { return magnitude < 0x7f800000u; }
 LOBS_INLINE bool finite_bits(std::uint64_t magnitude) { return magnitude < 0x7ff0000000000000ull; }
 
-// Writes the lanes of `in` whose bit in `keep` is set, next to each other, and returns their end. May
-// write up to kLanes elements from `out` on.
+// Writes the lanes of `in` whose bit in `keep` is set next to each other. Returns the end of what
+// it wrote. May write up to kLanes elements from `out` on.
 template <typename T>
 LOBS_INLINE T* compress(T* out, const T* in, unsigned keep) {
 #if defined(__AVX512F__)
@@ -122,8 +122,8 @@ LOBS_INLINE T* compress(T* out, const T* in, unsigned keep) {
 #endif
 }
 
-// accumulator[i][v] += sum_k A[k][i] * B[k][v]: A packed with `kRows` (or, with a stride, more)
-// entries per k, B with kVectors vectors per k. kRows * kVectors accumulators live in registers.
+// accumulator[i][v] += sum_k A[k][i] * B[k][v]. A has `kRows` entries per k (or more, with a
+// stride) and B has kVectors vectors per k. The kRows * kVectors accumulators stay in registers.
 template <typename T, int kRows, int kVectors>
 LOBS_INLINE void multiply(Vector<T> (&accumulator)[kRows][kVectors], Index depth, const T* A,
                           Index a_k, Index a_i, const T* B, Index b_k) {

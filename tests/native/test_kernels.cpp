@@ -95,8 +95,7 @@ struct Table {  // a matrix with poisoned padding behind each row
     }
 };
 
-// ---- second moment
-// -------------------------------------------------------------------------------------------
+// ---- second moment ------------------------------------------------------------------------------
 
 template <typename T>
 void check_hessian(const Backend& backend, Index N, Index C, bool weighted, bool ones,
@@ -194,8 +193,7 @@ void check_hessian_refuses(const Backend& backend) {
           "hessian untouched");
 }
 
-// ---- inverse update
-// --------------------------------------------------------------------------------------------
+// ---- inverse update -----------------------------------------------------------------------------
 
 template <typename T>
 void check_inverse(const Backend& backend, Index blocks, Index B, Index r, Index missing,
@@ -270,8 +268,7 @@ void check_inverse_refuses(const Backend& backend) {
           "inverse untouched after a NaN");
 }
 
-// ---- saliency
-// --------------------------------------------------------------------------------------------------
+// ---- saliency -----------------------------------------------------------------------------------
 
 template <typename T>
 void check_saliency(const Backend& backend, Index R, Index C, bool shared, int threads) {
@@ -331,8 +328,7 @@ void check_saliency_refuses(const Backend& backend) {
     }
 }
 
-// ---- static order
-// ------------------------------------------------------------------------------------------------
+// ---- static order -------------------------------------------------------------------------------
 
 template <typename T>
 void check_static_order(const Backend& backend, Index R, Index C, int threads) {
@@ -401,7 +397,7 @@ void check_static_order(const Backend& backend, Index R, Index C, int threads) {
           "static order untouched");
 }
 
-// ---- ranking -----------------------------------------------------------------------------------
+// ---- ranking ------------------------------------------------------------------------------------
 
 void check_ranking(const Backend& backend, Index R, Index C, int threads) {
     std::vector<double> score(static_cast<std::size_t>(R * C));
@@ -443,8 +439,7 @@ void check_ranking(const Backend& backend, Index R, Index C, int threads) {
     check(rising, "ranking puts rows in rising order");
 }
 
-// ---- the loop
-// ------------------------------------------------------------------------------------------------------
+// ---- the loop -----------------------------------------------------------------------------------
 
 void check_parallel() {
     where = lobs::parallel_runtime();
@@ -470,7 +465,7 @@ void check_parallel() {
     check(!impossible.ok(), "scratch that cannot be had is reported");
 }
 
-// ---- exact removal, solves, exchanges, sweep -------------------------------------------------------
+// ---- exact removal, solves, exchanges, sweep ----------------------------------------------------
 
 double correlation(Index i, Index j) {  // positive definite, and far from diagonal
     return std::pow(0.6, std::fabs(static_cast<double>(i - j))) + (i == j ? 0.2 : 0.0);
@@ -744,7 +739,7 @@ void check_sweep(const Backend& backend, Index R, Index B, Index group, int thre
     check(counts, "sweep counts and zeros");
 }
 
-// ---- together -------------------------------------------------------------------------------------
+// ---- together -----------------------------------------------------------------------------------
 
 template <typename T>
 void check_type(const Backend& backend) {
