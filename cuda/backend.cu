@@ -1,8 +1,9 @@
-// backend.cu: the C entry of the CUDA object. It hands the backend's row to dispatch.cpp.
+// backend.cu: the C entry of the CUDA object, which fills the backend's row for dispatch.cpp.
 //
-// The object links the static CUDA runtime and nothing else: no driver, no cuBLAS, no torch. Where
-// there is no driver it still loads, and says so in `detail`. Operations that torch does as well on a
-// device (ordering a row, solving for many supports) have no entry here: ops.py calls torch for them.
+// The object links the static CUDA runtime and nothing else: no driver, no cuBLAS, no torch.
+// Without a driver it still loads, and says so in `detail`. Operations that torch does as well on a
+// device (sorting a row, solving for many supports) have no entry here: lobs_native.ops calls torch
+// instead.
 #include <cstdio>
 
 #include "common.cuh"

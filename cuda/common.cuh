@@ -1,11 +1,11 @@
-// common.cuh: what every CUDA file of this backend shares. Nothing here throws or waits.
+// common.cuh: shared by all CUDA files of this backend. Nothing here throws or waits.
 //
-// Kernels are compiled twice: by nvcc for devices, and with LOBS_EMULATE by the host's compiler against
-// tests/emulator/emulator.h, which runs them one block after another. To make that possible
-//   - all shared memory is dynamic, of the size given at the launch (shared(), Carver);
+// Kernels are compiled twice: by nvcc for devices, and with LOBS_EMULATE by the host's compiler
+// against tests/emulator/emulator.h, which runs them one block after another. To make that possible
+//   - all shared memory is dynamic, with the size given at the launch (shared(), Carver);
 //   - blocks are one-dimensional, of whole warps, and every thread reaches every barrier;
 //   - instructions that C++ has no word for are wrapped here, once.
-// Floating point is never added atomically: the same input gives the same bytes.
+// Floating-point numbers are never added atomically: the same input gives the same bytes.
 #pragma once
 
 #if defined(LOBS_EMULATE)
@@ -38,7 +38,7 @@ inline cudaStream_t stream_of(const Context& context) {
     return static_cast<cudaStream_t>(context.device->stream);
 }
 
-// Enqueues the kernel with `grid` blocks of `threads` threads and its dynamic shared memory.
+// Enqueues the kernel with `grid` blocks of `threads` threads and `shared_bytes` of dynamic memory.
 template <typename... Parameters, typename... Arguments>
 Info launch(const Context& context, const char* name, void (*kernel)(Parameters...), dim3 grid,
             unsigned threads, std::size_t shared_bytes, Arguments... arguments) {
@@ -65,7 +65,7 @@ Info launch(const Context& context, const char* name, void (*kernel)(Parameters.
 #endif
 }
 
-// Device memory for the call's kernels, aligned to 256 bytes; null where there is none left.
+// Device memory for the kernels of the call, aligned to 256 bytes; null if none is left.
 template <typename T>
 T* allocate(const Context& context, Index count) {
     return static_cast<T*>(
@@ -83,7 +83,7 @@ inline int processors(const Context& context) {  // streaming multiprocessors
 #endif
 }
 
-inline Index shared_limit(const Context& context) {  // bytes that a block may ask for
+inline Index shared_limit(const Context& context) {  // bytes of shared memory of a block, at most
 #if defined(LOBS_EMULATE)
     (void)context;
     return 99 * 1024;
@@ -106,8 +106,8 @@ __device__ __forceinline__ unsigned char* shared() {
 #endif
 }
 
-// Tells the compiler what it cannot see of a pointer that was read from memory: loads and stores
-// through it need no look at the address.
+// Tells the compiler that a pointer it has read from memory points to global memory, so that loads
+// and stores through it need no test of the address.
 template <typename T>
 __device__ __forceinline__ T* global(T* p) {
 #if !defined(LOBS_EMULATE)
@@ -145,8 +145,8 @@ __device__ __forceinline__ double infinity<double>() {
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < infinity<float>(); }
 __device__ __forceinline__ bool finite(double x) { return fabs(x) < infinity<double>(); }
 
-// 16 bytes from global to shared memory, asynchronously; of them `bytes` are read and the rest are
-// zero. Both addresses are multiples of 16.
+// Copies 16 bytes from global to shared memory asynchronously: `bytes` of them are read, the others
+// become zero. Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 16) {
 #if defined(LOBS_EMULATE)
     emulator::Fiber& f = *emulator::machine().current;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 
 #endif
 }
 
-// Closes the group of this thread's copies since the last one.
+// Closes the group of this thread's copies since the last call.
 __device__ __forceinline__ void commit_copies() {
 #if defined(LOBS_EMULATE)
     ++emulator::machine().current->open_group;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits until at most kLeft of this thread's groups are on their way. A barrier makes the copies of
+// Waits until at most kLeft of this thread's groups are pending. A barrier makes the copies of
 // other threads visible.
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
@@ -179,9 +179,9 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit values from shared memory, each transposed: lane l gives the address
-// of row l % 8 of matrix l / 8; r[i] holds elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of
-// matrix i.
+// Loads four 8 x 8 matrices of 16-bit values from shared memory, each transposed. Lane l passes the
+// address of row l % 8 of matrix l / 8; r[i] holds elements (2 (l % 4), l / 4) and (2 (l % 4) + 1,
+// l / 4) of matrix i.
 __device__ __forceinline__ void load_transposed(unsigned (&r)[4], const void* row) {
 #if defined(LOBS_EMULATE)
     emulator::load_transposed(r, row);
@@ -194,7 +194,7 @@ __device__ __forceinline__ void load_transposed(unsigned (&r)[4], const void* ro
 #endif
 }
 
-// d += a b on tensor cores: a is 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8 in float32, in the
+// d += a b on tensor cores. a is 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8 in float32, in the
 // fragment layout of mma.m16n8k16.
 template <Dtype kType>
 __device__ __forceinline__ void multiply_16(float (&d)[4], const unsigned (&a)[4], unsigned b0,

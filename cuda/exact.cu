@@ -1,19 +1,19 @@
-// exact.cu: contract in exact.h.
+// exact.cu: contract in exact.h, decisions shared with csrc/cpu/exact.cpp in exact_policy.h.
 //
-// The algorithm is that of csrc/cpu/exact.cpp: a pivoted Cholesky factorisation of the shared A in
-// which the columns that are likely to be needed next are brought up to date together. Here one
-// thread block works on one row at a time and takes the next row when it is done, so that no row
-// waits for another; each has its own factor V, cache of columns and vectors in scratch memory.
+// The algorithm is that of csrc/cpu/exact.cpp: a pivoted Cholesky factorisation of the shared A
+// that brings the columns that are likely to be needed next up to date together. Here a thread
+// block works on one row at a time and takes the next row when it is done, so that no row waits for
+// another. Each block has its own factor V, cache of columns and vectors in scratch memory.
 //
-//   refill  The `ahead` cheapest columns are advanced: cached -= coefficients * V, a product of 64
+//   refill  Advances the `ahead` cheapest columns: cached -= coefficients * V, a product of 64
 //           columns by 256 slots (float32) per step of the loop, 8 x 8 of them in a thread's
-//           registers, with V and the coefficients passing through shared memory in two buffers.
-//           Nearly all flops are here: 2 * 64 * 256 for every 4 * (64 + 256) bytes read.
-//   remove  One cached column takes the steps made since the last refill, becomes the new line of
-//           V, and updates weights and diagonal; the next argmin falls out of the same pass. Each
-//           of those steps is a line of V read once: this is bound by memory.
+//           registers. V and the coefficients pass through two buffers in shared memory. Nearly all
+//           flops are here: 2 * 64 * 256 for every 4 * (64 + 256) bytes read.
+//   remove  Applies the steps since the last refill to one cached column. It becomes the new line
+//           of V and updates weights and diagonal; the same pass finds the next argmin. Each of
+//           those steps reads a line of V once: this is bound by memory.
 //
-// Slots are squeezed when an eighth of them is dead, at most every 128 steps.
+// Slots are squeezed when an eighth of them is dead, at most once per panel of 128 steps.
 #include "common.cuh"
 #include "exact_policy.h"
 
@@ -54,7 +54,7 @@ static_assert(Tile<float, 2>::kBuffer <= Tile<float, 4>::kBuffer, "");
 static_assert(Tile<double, 2>::kBuffer <= Tile<double, 4>::kBuffer, "");
 static_assert(kBins * 4 <= kBufferBytes<float>, "");
 
-// Element counts of one row's scratch.
+// Numbers of elements in the scratch of a row.
 template <typename T>
 struct Sizes {
     Index stride, ahead, steps, groups, blocks;
@@ -83,7 +83,7 @@ struct Arguments {
     const std::uint64_t* report;
 };
 
-// One thread block's row; lies in shared memory, before the buffers of the product.
+// The row of a thread block: in shared memory, before the buffers of the product.
 template <typename T>
 struct Row {
     // In scratch memory.
@@ -91,7 +91,7 @@ struct Row {
     T *blocks, *factors, *solved;  // of 1 x b patterns, [entry][block]
     std::int32_t *column, *cached, *source, *slot, *taken;
     unsigned char* kind;
-    // What all threads read after a barrier.
+    // All threads read these, after a barrier.
     Index row;
     int first_left, live, bin, below;
     int row_slot[2 * kMostAhead], row_stamp[2 * kMostAhead];
@@ -130,7 +130,8 @@ LOBS_HD void carve(Row<T>& s, unsigned char* memory, Index C, const ExactPlan& p
     *bytes = up(end - memory, 256);
 }
 
-// Both are named by their place, never passed on: so the compiler knows that they are shared memory.
+// Both are functions and never passed as pointers, so that the compiler sees that this is shared
+// memory.
 template <typename T>
 __device__ __forceinline__ Row<T>& row() {
     return *reinterpret_cast<Row<T>*>(shared());
@@ -140,7 +141,7 @@ __device__ __forceinline__ T* buffer() {
     return reinterpret_cast<T*>(shared() + up(sizeof(Row<T>), 128));
 }
 
-// ---- what a block does together -----------------------------------------------------------------
+// ---- operations of a whole block ----------------------------------------------------------------
 
 template <typename T>
 struct Lowest {
@@ -148,7 +149,7 @@ struct Lowest {
     int slot;
 };
 
-// The lowest value of all threads and, among equals, the lowest slot; -1 where all are infinite.
+// The lowest value of all threads and, among equals, the lowest slot; slot -1 if all are infinite.
 template <typename T>
 __device__ Lowest<T> block_lowest(T value, int slot) {
     Row<T>& s = row<T>();
@@ -173,7 +174,7 @@ __device__ Lowest<T> block_lowest(T value, int slot) {
     return best;
 }
 
-// How many threads before this one have `flag`; *total over all of them.
+// The number of threads before this one with `flag`; *total counts all threads.
 template <typename T>
 __device__ int block_rank(bool flag, int* total) {
     Row<T>& s = row<T>();
@@ -210,8 +211,8 @@ __device__ int block_sum_before(int mine) {
 
 // ---- the product --------------------------------------------------------------------------------
 
-// Copies kSteps lines of V, from `step` on, and their coefficients into a buffer; zeros past the
-// last step and past the last slot.
+// Copies kSteps lines of V and their coefficients into a buffer, with zeros after the last step and
+// the last slot.
 template <typename T, int kGroups>
 __device__ __forceinline__ void stage(T* to, const T* V, const T* coefficient, Index stride,
                                       int left, int slots) {
@@ -244,8 +245,8 @@ __device__ __forceinline__ void stage(T* to, const T* V, const T* coefficient, I
     commit_copies();
 }
 
-// Brings `size` members from `first` on, which stand at the step of the first of them or later, to
-// step j. Not inlined: its tile needs the registers that the rest of the row would hold.
+// Brings `size` members, from `first` on, to step j. None is at an earlier step than the first. Not
+// inlined, because its tile needs the registers that the rest of the row would occupy.
 template <typename T, int kGroups>
 __device__ __noinline__ void advance(Index stride, int first, int size, int j, int padded) {
     Row<T>& s = row<T>();
@@ -468,7 +469,7 @@ class Worker {
         s().cached[i] = -1;
     }
 
-    // Are the column at q, and those of its block, cached and brought up to date by the last refill?
+    // Whether the last refill brought the column at q and all columns of its block up to date.
     __device__ bool ready(int q) const {
         for (int i = 0; i < a_.plan.block; ++i) {
             const int r = s().cached[q + i];
@@ -477,14 +478,14 @@ class Worker {
         return true;
     }
 
-    // One thread: q leaves; its group may close.
+    // One thread: takes q out of the row, and closes its group if that is now full.
     __device__ void drop(int q) const {
         s().first_left -= s().kind[q] == kFirst;
         s().kind[q] = kGone;
         s().bar[q] = infinity<T>();
         s().slot[s().column[q]] = -1;
         --s().live;
-        s().row_slot[s().cached[q]] = -1;  // still there for this removal
+        s().row_slot[s().cached[q]] = -1;  // its values last until this removal is done
         const Index M = a_.plan.group;
         if (M == 0) return;
         const Index g = s().column[q] / M;
@@ -504,7 +505,7 @@ class Worker {
         s().cached[i] = -1;
     }
 
-    // All that had to go first have gone: the others may go.
+    // Makes free columns eligible, once all that go first have gone.
     __device__ void release() {
         waiting_ = false;
         for (int i = t_; i < slots_; i += kThreads)
@@ -512,7 +513,7 @@ class Worker {
         __syncthreads();
     }
 
-    // Costs of all slots, and the lowest.
+    // Computes the cost of every slot. Returns the lowest.
     __device__ Lowest<T> cheapest() {
         T lowest = infinity<T>();
         int best = -1;
@@ -524,7 +525,7 @@ class Worker {
         return block_lowest<T>(lowest, best);
     }
 
-    // Removes q, whose cached column is given, and returns the next cheapest slot.
+    // Removes q, whose cached column is `column`. Returns the next cheapest slot.
     __device__ Lowest<T> remove(int q, const T* column, T wq, T dq) {
         const T scale = 1 / root(dq), z = wq * scale;
         const int steps = j_ - refilled_;
@@ -570,7 +571,7 @@ class Worker {
         const int wanted = static_cast<int>(columns_wanted(size_.ahead, j_, a_.plan));
         __syncthreads();
         const int count = choose(best, wanted);
-        // Rows of the cache for those that have none: free ones, or else those not chosen.
+        // Assign cache rows to columns without one: free rows, or else those of columns not chosen.
         const int rows = static_cast<int>(cache_rows(size_.ahead));
         const int at = t_ < count ? s().chosen[t_] : -1;
         int r = at >= 0 ? s().cached[at] : -1;
@@ -600,7 +601,7 @@ class Worker {
             r = s().free_row[fresh_rank];
             s().cached[at] = r;
             s().row_slot[r] = at;
-        } else if (kept) {  // by stamp, so that a tile starts where its oldest column stands
+        } else if (kept) {  // by stamp, as a tile starts at the step of its oldest column
             stamp = s().kept_stamp[kept_rank];
             place = fresh_count;
             for (int m = 0; m < kept_count; ++m) {
@@ -631,7 +632,7 @@ class Worker {
         refilled_ = j_;
     }
 
-    // One warp: A[:, column of member m] over the slots.
+    // One warp: copies A[:, column of member m], at the columns that have slots.
     __device__ void fetch(int m) const {
         const T* from = a_.A + s().column[s().member[m]] * a_.C;
         T* to = cached_row(s().member_row[m]);
@@ -639,8 +640,8 @@ class Worker {
             to[i] = i < slots_ ? from[s().column[i]] : T(0);
     }
 
-    // About the `wanted` cheapest eligible slots, after the cheapest block, into s.chosen; returns how
-    // many.
+    // Puts about `wanted` of the cheapest eligible slots into s.chosen, after the block at `best`.
+    // Returns their number.
     __device__ int choose(int best, int wanted) {
         int* bins = reinterpret_cast<int*>(buffer<T>());
         const int b = static_cast<int>(a_.plan.block);
@@ -658,7 +659,7 @@ class Worker {
             int mine = 0;
             for (int i = 0; i < kEach; ++i) mine += bins[t_ * kEach + i];
             int before = below + block_sum_before<T>(mine);
-            // The first bin that reaches `wanted`, or the last.
+            // The first bin that reaches `wanted`, or the last bin.
             const bool last = t_ == kThreads - 1;
             if (before < wanted && (before + mine >= wanted || last)) {
                 int i = t_ * kEach;
@@ -708,7 +709,7 @@ class Worker {
             if (s().source[i] == *best) s().bin = i;
         __syncthreads();
         moved_best = s().bin;
-        // In place: sources lie at or behind their destination, and behind all earlier ones.
+        // In place, because a source is never before its destination or before an earlier source.
         for (int i0 = 0; i0 < padded; i0 += kThreads) {
             const int i = i0 + t_;
             const bool moves = i < n;
@@ -760,11 +761,11 @@ class Worker {
 
     // ---- blocks of columns: a thread for each ---------------------------------------------------
 
-    // The diagonal blocks follow the newest line of V.
+    // Downdates the diagonal blocks by the newest line of V.
     __device__ __noinline__ void update_blocks(const T* newest) const {
         const Index b = a_.plan.block, G = size_.blocks;
         for (Index g = t_; g < G; g += kThreads) {
-            const int at = s().slot[g * b + b - 1];  // the last column of a block to go
+            const int at = s().slot[g * b + b - 1];  // the last of its columns to go
             if (at < 0 || s().kind[at] == kStays || s().slot[g * b] < 0) continue;
             const T* v = newest + at - (b - 1);
             for (Index i = 0; i < b; ++i)
@@ -776,7 +777,7 @@ class Worker {
         __syncthreads();
     }
 
-    // Cost of every eligible block into cost of its slots; the first slot of the cheapest.
+    // Puts the cost of every eligible block into s.cost. Returns the first slot of the cheapest.
     __device__ __noinline__ Lowest<T> cheapest_block() {
         const Index b = a_.plan.block, G = size_.blocks;
         for (int i = t_; i < padded_; i += kThreads) s().cost[i] = infinity<T>();
@@ -817,7 +818,7 @@ class Worker {
     const Arguments<T>& a_;
     const Sizes<T> size_;
     const int t_;
-    // The same in all threads.
+    // Equal in all threads.
     int slots_ = 0, padded_ = 0, j_ = 0, refilled_ = 0, first_left_ = 0, live_ = 0;
     bool waiting_ = false;
 };

@@ -2,47 +2,47 @@
 //
 // Kernels, in the order of the stream; none waits for the host:
 //
-//   pack     only where rows are not 16-byte vectors: a copy of X whose rows are
+//   pack     if rows are not 16-byte vectors: makes a copy of X whose rows are
 //   look     reads X once: the first value that is not finite, the largest magnitude, the weights
-//   decide   from that, whose turn it is: nobody's (not finite), or one of the three sums below.
-//            All of those that might be are enqueued, and return at once where it is not their turn
+//   decide   chooses from that one of the three sums below, or none if a value is not finite. All
+//            sums that might be chosen are enqueued; the others return at once
 //   tensor   16-bit inputs with weights of 0 and 1: tensor cores, exact products
 //   single   float32, and 16-bit inputs with other weights: float32 multiply-adds
 //   wide     float64, and what float32 cannot hold
-//   gather   adds the partial sums into H, where the rows were cut
+//   gather   adds the partial sums to H, if the rows were cut
 //
-// A block sums a tile of the lower triangle (128 x 128; wide: 64 x 64) over a segment of rows. Into
-// how many segments the rows are cut depends on N and D alone, so that the bytes do not depend on
-// the device: as if it had 132 processors with one block each. With one segment a block adds into
-// H, with more into float64 partial sums, and gather adds those in order.
+// A block sums a tile of the lower triangle (128 x 128; wide: 64 x 64) over a segment of rows. The
+// number of segments depends on N and D alone, as for a device of 132 processors with one block
+// each, so that the bytes do not depend on the device. With one segment a block adds to H. With
+// more it adds to float64 partial sums, and gather adds those in order.
 //
-// tensor and single sum 128 rows, and add that to a second float32 sum; what rounding took there is
-// where the next 128 start from. So the error does not grow with the rows, the tensor cores' chains
-// of truncated sums stay short, and it costs no further register. After 32768 rows, and at the end,
-// the second sum is added in float64.
+// tensor and single sum 128 rows and add that to a second float32 sum. The next 128 rows start from
+// the rounding error of that addition. So the error does not grow with the rows, the tensor cores'
+// chains of truncated sums stay short, and it costs no further register. After 32768 rows, and at
+// the end, the second sum is added in float64.
 //
 // Arithmetic: N * D * (D + 1) flops, plus the upper halves of the tiles on the diagonal. Bytes from
 // cache: a tile reads 2 * 128 columns of X (tensor: half of that on the diagonal), 64 multiply-adds
 // for each number. Tiles come in bands of 8 tile rows, column by column: 132 tiles that run
-// together touch about 25 panels of 128 columns. X is read from memory once more by look.
+// together touch about 25 panels of 128 columns. look reads X from memory once more.
 //
-// Scratch: partial sums, none or at most 1056 tiles of 128 KiB; a copy of X where it is packed.
+// Scratch: partial sums, none or at most 1056 tiles of 128 KiB; a copy of X if it is packed.
 #include "common.cuh"
 
 namespace lobs::cuda {
 namespace {
 
 constexpr unsigned kThreads = 256;
-constexpr Index kTile = 128;        // columns to a side of a tile
+constexpr Index kTile = 128;        // columns along a side of a tile
 constexpr Index kWideTile = 64;     // the same in float64
-constexpr Index kBand = 8;          // tile rows that are worked on together
-constexpr int kShortRows = 128;     // rows that are summed in float32 before they are promoted
-constexpr Index kLongRows = 32768;  // rows that the second float32 sum holds
+constexpr Index kBand = 8;          // tile rows that are processed together
+constexpr int kShortRows = 128;     // rows in the first float32 sum
+constexpr Index kLongRows = 32768;  // rows in the second float32 sum
 static_assert(kShortRows <= kHessianRows && kLongRows % kShortRows == 0);
 
 // ---- values -------------------------------------------------------------------------------------
 
-// The bits of |x|, as an unsigned integer that orders like |x|, with NaN and infinity on top.
+// The bits of |x|, as an unsigned integer that orders like |x|, with infinity and NaN on top.
 __device__ __forceinline__ unsigned magnitude(Half x) { return x.bits & 0x7fffu; }
 __device__ __forceinline__ unsigned magnitude(BFloat x) { return x.bits & 0x7fffu; }
 __device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
@@ -68,7 +68,7 @@ template <>
 struct Format<Half> {
     using Bits = std::uint16_t;
     static constexpr Bits one = 0x3c00u;
-    static constexpr unsigned infinite = 0x7c00u;  // from here on magnitudes are not finite
+    static constexpr unsigned infinite = 0x7c00u;  // magnitudes from here on are not finite
 };
 template <>
 struct Format<BFloat> {
@@ -89,12 +89,12 @@ struct Format<double> {
     static constexpr unsigned long long infinite = 0x7ff0000000000000ull;
 };
 
-// Elements to a vector of 16 bytes; float64 is read one by one.
+// Elements in a vector of 16 bytes; float64 is read one by one.
 template <typename S>
 constexpr Index kVector = sizeof(S) == 8 ? 1 : 16 / static_cast<Index>(sizeof(S));
 
 template <typename S>
-struct Rows {  // columns next to each other, every row a multiple of kVector<S> from the first
+struct Rows {  // contiguous columns; rows start at multiples of kVector<S>
     const S* data;
     Index rows, columns, stride;
 };
@@ -106,7 +106,7 @@ constexpr int kSquare = 32;
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(Bits* out, Index width, Matrix<const Bits> X, bool ones, Bits one) {
-    Bits* square = reinterpret_cast<Bits*>(shared());  // an odd stride: no two lanes in one bank
+    Bits* square = reinterpret_cast<Bits*>(shared());  // odd stride: no two lanes share a bank
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const Index across = (width + kSquare - 1) / kSquare;
     const Index squares = (X.rows + kSquare - 1) / kSquare * across;
@@ -130,12 +130,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- look and decide ----------------------------------------------------------------------------
 
-constexpr Index kLooks = 1024;  // most blocks that look
+constexpr Index kLooks = 1024;  // blocks of look, at most
 
 enum Turn : int { kNobody, kTensor, kSingle, kWide };
 
 struct Plan {
-    alignas(16) unsigned char one[16];  // what the column of ones is copied from
+    alignas(16) unsigned char one[16];  // source of the column of ones
     Turn turn;
 };
 
@@ -144,7 +144,7 @@ struct Seen {
     int other;  // a weight that is neither 0 nor 1
 };
 
-// The whole block's, valid in thread 0.
+// Of the whole block, valid in thread 0.
 __device__ __forceinline__ Seen most(Seen mine) {
     Seen* of_warp = reinterpret_cast<Seen*>(shared());
     for (int by = kWarp / 2; by > 0; by /= 2) {
@@ -191,7 +191,7 @@ __device__ __forceinline__ double size_of(BFloat, unsigned bits) {
 __device__ __forceinline__ double size_of(float, unsigned bits) {
     return static_cast<double>(__uint_as_float(bits));
 }
-// The choice that `largest` is for has been made: float64 is summed in float64.
+// `largest` only serves to choose a sum, and float64 is always summed in float64.
 __device__ __forceinline__ double size_of(double, unsigned long long) { return 0; }
 
 // A warp takes a row.
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) seen[blockIdx.x] = all;
 }
 
-// Whether float32 holds values of which this is the largest.
+// Whether float32 holds values whose largest is this.
 __device__ __forceinline__ bool fits(double largest, double limit) {
     return largest == 0 || (largest > 0x1p-100 && largest < limit);
 }
@@ -270,8 +270,8 @@ struct Tile {
     Index row, column;
 };
 
-// Tile `at` of the lower triangle of tiles x tiles of them: bands of kBand rows, each column by
-// column, and its triangle at the end by rows.
+// Tile `at` of the lower triangle of tiles x tiles tiles. They come in bands of kBand rows, each
+// column by column, with the band's triangle by rows at the end.
 __device__ __forceinline__ Tile tile_of(Index at, Index tiles) {
     Index top = 0;
     while (top + kBand < tiles && (top + kBand) * (top + kBand + 1) / 2 <= at) top += kBand;
@@ -284,8 +284,8 @@ __device__ __forceinline__ Tile tile_of(Index at, Index tiles) {
     return {top + row, top + at};
 }
 
-// Where tiles are added: partial sums, or H where there is one segment. Partial sums are kept as
-// whole tiles of kTile x kTile, by rows of the triangle of tiles, segment after segment.
+// Where tiles are added: partial sums, or H if there is one segment. Partial sums are whole tiles
+// of kTile x kTile, by rows of the triangle of tiles, segment after segment.
 struct Sum {
     double* parts;
     void* H;
@@ -293,7 +293,7 @@ struct Sum {
     Index size, stride;
 };
 
-// A block's square of `out`, from entry (i0, j0) on; it lies within one tile of kTile.
+// The square of a block in `out`, from entry (i0, j0) on, within one tile of kTile.
 struct Corner {
     void* data;
     Index stride;
@@ -320,8 +320,8 @@ __device__ __forceinline__ Corner corner(const Sum& out, Index i0, Index j0) {
             below};
 }
 
-// Adds value(k) to entry (i, column(k)), k < kCount: all are read before the first is written, so
-// that the reads are on their way together.
+// Adds value(k) to entry (i, column(k)), k < kCount. All entries are read before the first is
+// written, so that the reads overlap.
 template <typename M, int kCount, typename Value, typename Column>
 __device__ __forceinline__ void add_as(const Corner& to, int i, Value value, Column column) {
     if (i >= to.rows) return;
@@ -343,14 +343,14 @@ __device__ __forceinline__ void add(const Corner& to, int i, Value value, Column
         add_as<double, kCount>(to, i, value, column);
 }
 
-// The same number, but the compiler does not know: what is derived from it is computed where it is
-// needed, once in thousands of rows, and takes no registers in between.
+// Returns the same number, but hides it from the compiler. So values derived from it are computed
+// where they are needed, once in thousands of rows, and occupy no registers in between.
 __device__ __forceinline__ int late(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-// total += sum; `sum` goes on from what rounding took from total.
+// total += sum. Then sum is the rounding error of that addition.
 __device__ __forceinline__ void promote(float& total, float& sum) {
     const float grown = total + sum;
     sum -= grown - total;
@@ -359,7 +359,7 @@ __device__ __forceinline__ void promote(float& total, float& sum) {
 
 // ---- tensor -------------------------------------------------------------------------------------
 
-constexpr int kDepth = 32;  // rows to a stage
+constexpr int kDepth = 32;  // rows of a stage
 constexpr int kStages = 4;
 constexpr int kPitch = 136;  // 272 bytes: eight rows of a matrix lie in eight bank groups
 constexpr int kPanel = kDepth * kPitch;  // one side of a tile
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int steps = static_cast<int>((last - first + kDepth - 1) / kDepth);
     std::uint16_t* stages = reinterpret_cast<std::uint16_t*>(shared());
 
-    // This thread copies 8 columns of each panel, of two rows to a stage.
+    // This thread copies 8 columns of each panel, in two rows of a stage.
     const int chunk = threadIdx.x % 16, row = threadIdx.x / 16;
     const std::uint16_t* source[2];
     Index step_by[2];
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             bytes[side] = static_cast<int>(left < 0 ? 0 : least(left, 8)) * 2;
         }
     }
-    Index next = first + row;  // the row that is copied next
+    Index next = first + row;  // the next row to copy
     double weight[2] = {1, 1};
     const auto fetch_weights = [&] {
         if constexpr (kWeighted)
@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int wi = warp / 4 * 64, wj = warp % 4 * 32;
     const Index i0 = tile.row * kTile + wi, j0 = tile.column * kTile + wj;
     const bool useful = i0 < out.size && j0 < i0 + 64;  // not all above the diagonal or outside
-    // Where this lane's row of four matrices lies, for the left operand and the right one.
+    // Where this lane's row of the four matrices is, for the left operand and the right one.
     const int left_at = (lane / 16 * 8 + lane % 8) * kPitch + wi + lane / 8 % 2 * 8;
     const int right_at = (lane / 8 % 2 * 8 + lane % 8) * kPitch + wj + lane / 16 * 8;
     float sum[4][4][4] = {}, total[4][4][4] = {};
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                            b[q / 2][q % 2 * 2 + 1]);
             }
             if (k != 0) continue;
-            // The next copies set off while the tensor cores are busy.
+            // The next copies start while the tensor cores are busy.
             if (step + kStages - 1 < steps) copy_stage((step + kStages - 1) % kStages);
             commit_copies();
         }
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int steps = static_cast<int>((last - first + kSingleDepth - 1) / kSingleDepth);
     float* stages = reinterpret_cast<float*>(shared());  // [2][kSingleDepth][side][kTile]
 
-    // This thread brings 4 columns of one side, of four rows to a stage.
+    // This thread loads 4 columns of one side, in four rows of a stage.
     const int chunk = threadIdx.x % kWarp, side = threadIdx.x / kWarp % 2, row = threadIdx.x / 64;
     const Index column = (side == 0 ? tile.row : tile.column) * kTile + chunk * 4;
     const bool is_one = ones && column == x.columns;
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             float4 v = value[h];
-            if (weight[h] == 0) {  // a row that does not count may hold anything
+            if (weight[h] == 0) {  // a row of weight 0 may hold anything
                 v = make_float4(0, 0, 0, 0);
             } else if (side == 0) {
                 const float by = static_cast<float>(weight[h]);
@@ -647,7 +647,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int steps = static_cast<int>((last - first + kWideDepth - 1) / kWideDepth);
     double* stages = reinterpret_cast<double*>(shared());  // [2][kWideDepth][2 * kWideTile]
 
-    // This thread brings one column of one side, of eight rows to a stage.
+    // This thread loads one column of one side, in eight rows of a stage.
     constexpr int kAcross = 2 * static_cast<int>(kWideTile);
     const int place = static_cast<int>(threadIdx.x) % kAcross;
     const int row = static_cast<int>(threadIdx.x) / kAcross;
@@ -752,16 +752,16 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launchers ----------------------------------------------------------------------------------
 
-constexpr Index kProcessors = 132;   // of the device that segments are chosen for
-constexpr Index kMostBlocks = 1056;  // of cut rows: what bounds the partial sums
-constexpr Index kBlockRows = 512;    // rows' worth of time that a block needs to start and to end
+constexpr Index kProcessors = 132;   // of the device for which segments are chosen
+constexpr Index kMostBlocks = 1056;  // when rows are cut; bounds the partial sums
+constexpr Index kBlockRows = 512;    // overhead of a block, in rows
 
 Index tiles_of(Index size, Index tile) {
     const Index side = (size + tile - 1) / tile;
     return side * (side + 1) / 2;
 }
 
-// Rows to a segment: those with which so many blocks at a time are done first.
+// Rows of a segment, such that all blocks, so many at a time, take the least time.
 Index segment_of(Index rows, Index size) {
     const Index tiles = tiles_of(size, kTile);
     Index best = up(rows, kHessianRows), lowest = -1;
@@ -775,7 +775,7 @@ Index segment_of(Index rows, Index size) {
     return best;
 }
 
-// Rows that the kernels can read: X, or a copy. *ones is false where the copy has them.
+// Rows that the kernels can read: X, or a copy. *ones becomes false if the copy has the ones.
 template <typename S>
 Info rows_of(Rows<S>& x, Matrix<const S> X, bool& ones, const Context& context) {
     const bool vectors = kVector<S> == 1 || (X.row_stride % kVector<S> == 0 &&

@@ -1,19 +1,19 @@
 // inverse.cu: contract in inverse.h.
 //
-// A block of threads takes a block of F, which stays in shared memory, padded to multiples of 8
-// with zeros, while all samples pass in groups of 16. Per group, with S = m I + Y G^T = L L^T:
+// A block of threads takes a block of F. It stays in shared memory, padded to multiples of 8 with
+// zeros, while all samples pass in groups of 16. Per group, with S = m I + Y G^T = L L^T:
 //
 //   project    Y = G F         a warp: 8 samples, 32 columns; a quarter of it sums every fourth row
 //   gram       S               a warp: 4 rows, 8 columns; a lane sums every sixteenth term
-//   factor     L               the first warp, a lane: a column; others fetch the next samples
-//   solve      Z = L^-1 Y      a thread: a column; in place
+//   factor     L               the first warp, a column per lane; others load the next samples
+//   solve      Z = L^-1 Y      a column per thread, in place
 //   subtract   F -= Z^T Z      a warp: 32 rows, 32 columns
 //
 // Project and subtract are 4 * 16 B^2 of the flops. A lane's tile is 8 x 4 in both, so that 32
-// fused steps need twelve values from shared memory, eight of which are the same for many lanes.
-// Sums are taken in an order of their own, the same in every run; entries (i, j) and (j, i) of F
-// see the same operations, so symmetry survives exactly. Blocks of F that do not fit into shared
-// memory are not supported (float32: up to B = 136 in 99 KB, 216 in 227 KB).
+// fused steps need twelve values from shared memory, eight of which many lanes share. The order of
+// the sums is specific to this kernel and the same in every run. Entries (i, j) and (j, i) of F see
+// the same operations, so F stays exactly symmetric. Blocks of F that do not fit into shared memory
+// are not supported (float32: up to B = 136 in 99 KB, 216 in 227 KB).
 #include "common.cuh"
 
 namespace lobs::cuda {
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kGroup = 16;
 constexpr int kLine = kGroup + 4;  // 16-byte loads from eight such lines hit different banks
-constexpr int kTile = 32;          // a warp's, of F
+constexpr int kTile = 32;          // side of a warp's tile of F
 constexpr int kMostWarps = 9;
 constexpr unsigned kThreads = kMostWarps * kWarp;
 
@@ -61,14 +61,14 @@ template <typename T>
 struct Local {  // in shared memory
     T* F;       // (P, P)
     T* Y;       // (kGroup, P): G F, then Z
-    T* G;       // (P, kLine): this group's samples, zero where there is no sample or no column
-    T* S;       // (kGroup, kLine): S, then L with the diagonal's reciprocals
+    T* G;       // (P, kLine): the group's samples; zero beyond samples and columns
+    T* S;       // (kGroup, kLine): S, then L with the reciprocals of its diagonal
     int* good;  // whether S was positive definite
     int P;
 };
 
-// For kHalf * 2 values a lane and lanes that differ in bit `by`: each keeps the sums of one half,
-// the lane with the bit the upper one.
+// Sums 2 * kHalf values per lane over pairs of lanes that differ in bit `by`. Each lane keeps the
+// sums of one half; the lane with the bit keeps the upper one.
 template <int kHalf, typename T>
 __device__ __forceinline__ void fold(T* v, int by) {
     const bool upper = (lane() & by) != 0;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void gram(const Local<T>& at, T m) {
     }
 }
 
-// By one warp: lane c, and lane c + 16 like it, holds column c of U = L^T.
+// By one warp: lanes c and c + 16 hold column c of U = L^T.
 template <typename T>
 __device__ __forceinline__ void factor(const Local<T>& at) {
     const int c = lane() % kGroup;
@@ -219,7 +219,7 @@ __device__ __forceinline__ void subtract(const Local<T>& at) {
     }
 }
 
-// Samples n .. n + 15 of `columns` columns, transposed, by `count` warps from warp `first` on.
+// Loads samples n .. n + 15 of `columns` columns, transposed, by `count` warps from `first` on.
 template <typename T>
 __device__ __forceinline__ void fetch_samples(const Local<T>& at, const Matrix<const T>& G, Index n,
                                               Index column, int columns, int first, int count) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void fetch_samples(const Local<T>& at, const Matrix<c
     }
 }
 
-// `wide`: rows of F are whole and aligned vectors.
+// `wide`: rows of F are aligned and consist of whole vectors.
 template <typename T>
 __device__ __forceinline__ void fetch_block(const Local<T>& at, const T* F, int B, bool wide) {
     for (int i = warp(); i < at.P; i += warps()) {
@@ -264,7 +264,7 @@ __device__ __forceinline__ void store_block(T* F, const Local<T>& at, int B, boo
 template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     update_kernel(T* all, Index blocks, int B, Matrix<const T> G, T m, std::uint64_t* report) {
-    // A block that lost definiteness, reported by others meanwhile, stops nobody.
+    // A loss of definiteness that another block has reported does not stop this one.
     if (*report % 16 == static_cast<std::uint64_t>(Status::not_finite)) return;
     Local<T> at;
     at.P = (B + 7) / 8 * 8;

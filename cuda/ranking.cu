@@ -1,25 +1,25 @@
-// ranking.cu: contract in ranking.h; rank_rows is torch's sort on a device.
+// ranking.cu: contract in ranking.h. rank_rows has no entry here: torch sorts on a device.
 //
-// A score becomes an unsigned key of the same order, and the count-th lowest key, the cut, is found
-// digit by digit from the top: one histogram per digit over the keys that share the digits found so
-// far. Counts are integers, so atomic additions give the same result in any order. As soon as all
-// keys of the wanted digit are among the lowest `count`, the rest of the digits need not be looked
-// at.
+// Each score becomes an unsigned key that orders like it. The key of rank `count`, the cut, is
+// found digit by digit from the top, with one histogram per digit over the keys that share the
+// digits found before. Counts are integers, so atomic additions give the same result in any order.
+// Once all keys with the digits found are among the lowest `count`, the other digits are not
+// needed.
 //
-// Short or many rows: a block of threads takes a row, keeps its keys in shared memory where they
-// fit, so that scores are read once, and does all digits (8 bits each) in one kernel. Few long
-// rows: all blocks take part in a row; for each of 5 digits (12 bits, then 13 each) one kernel
-// counts and one, of a block per row, finds the digit; then ties are counted by segments, added up,
-// and marked. That reads the scores 7 times.
+// Short rows, or many: a block of threads takes a row, keeps its keys in shared memory if they fit,
+// so that scores are read once, and processes all digits (8 bits each) in one kernel. Few long
+// rows: all blocks work on every row. For each of 5 digits (12 bits, then 13 each) one kernel
+// counts, and another, with a block per row, finds the digit. Then ties are counted by segment,
+// added up, and marked. That reads the scores 7 times.
 #include "common.cuh"
 
 namespace lobs::cuda {
 namespace {
 
 using Bits = std::uint64_t;
-using Count = unsigned long long;  // what atomicAdd knows
+using Count = unsigned long long;  // a type that atomicAdd takes
 
-constexpr int kAhead = 4;  // scores that a thread reads before it looks at the first
+constexpr int kAhead = 4;  // scores that a thread loads before it uses the first
 
 __device__ __forceinline__ Bits key_of(double score) {
     const double canonical = score + 0.0;  // -0 becomes +0
@@ -27,9 +27,9 @@ __device__ __forceinline__ Bits key_of(double score) {
     return bits >> 63 != 0 ? ~bits : bits | Bits{1} << 63;
 }
 
-// What is known of a row's cut: its digits so far, and the wanted key's rank among the keys that
-// share them. Once `all`, those keys are chosen whatever their other digits are, which are ones in
-// the prefix.
+// What is known of the cut of a row: the digits found so far, and the rank of the wanted key among
+// the keys that share them. Once `all` is set, all of those keys are chosen, and the remaining
+// digits of the prefix are ones.
 struct Cut {
     Bits prefix;
     Index rank;
@@ -37,7 +37,7 @@ struct Cut {
 };
 
 __device__ __forceinline__ bool shares_digits(Bits key, Bits prefix, int shift, int bits) {
-    return ((key ^ prefix) >> shift) >> bits == 0;  // in two steps: together they may be 64
+    return ((key ^ prefix) >> shift) >> bits == 0;  // in two steps: their sum may be 64
 }
 
 __device__ __forceinline__ Cut next_cut(Cut cut, Index digit, Index before, Index inside,
@@ -49,7 +49,7 @@ __device__ __forceinline__ Cut next_cut(Cut cut, Index digit, Index before, Inde
     return cut;
 }
 
-// The sum over lanes below this one, and over all.
+// The sum over the lanes below this one, and over all.
 template <typename T>
 __device__ __forceinline__ T sum_before(T mine, T* total) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -62,7 +62,7 @@ __device__ __forceinline__ T sum_before(T mine, T* total) {
     return sum - mine;
 }
 
-// The same over the threads of a block; `warps` is a place in shared memory for one sum per warp.
+// The same over the threads of a block. `warps` is shared memory for one sum per warp.
 template <typename T>
 __device__ __forceinline__ T sum_before_in_block(T mine, T* warps, T* total) {
     T inside = 0;
@@ -80,8 +80,7 @@ __device__ __forceinline__ T sum_before_in_block(T mine, T* warps, T* total) {
     return base + before;
 }
 
-// A warp marks columns first..last - 1: keys below the cut, and equal ones as long as there is
-// room. The segment has `room` left for them.
+// A warp marks columns first .. last - 1: all keys below the cut, and the first `room` equal to it.
 template <typename KeyAt>
 __device__ __forceinline__ void mark(unsigned char* chosen, KeyAt key_at, Index first, Index last,
                                      Bits cut, Index room) {
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
             __syncthreads();
             cut = *found;
         }
-        // A warp takes a run of columns, and must know how many ties there are before it.
+        // A warp takes a run of columns, and needs the number of ties before it.
         const Index run = up((C + kThreads / kWarp - 1) / (kThreads / kWarp), kWarp);
         const Index first = least(t / kWarp * run, C), last = least(first + run, C);
         Index room = C;
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr unsigned kLong = 1024;  // threads
 constexpr int kLongBits = 13;
 constexpr int kBins = 1 << kLongBits;
-constexpr Index kSegment = 2048;  // columns whose ties are counted together, by a warp
+constexpr Index kSegment = 2048;  // columns whose ties a warp counts together
 
 struct Work {
     Count* histogram;  // (rows, kBins): zero between digits
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kLong) start_kernel(Work work, Index count) {
     }
 }
 
-// Adds up its part of each row in shared memory first. A part has fewer than 2^32 columns.
+// Counts its part of each row in shared memory first. A part has fewer than 2^32 columns.
 __global__ void __launch_bounds__(kLong)
     tally_kernel(const double* all_scores, Work work, int shift, int bits) {
     Carver carve(shared());
@@ -374,8 +373,8 @@ Info rank_lowest(unsigned char* chosen, const double* score, Index R, Index C, I
         return launch(context, "rank fill", fill_kernel,
                       grid_of((R * C + kThreads - 1) / kThreads, 16 * many), kThreads, 0, chosen,
                       R * C, count == 0 ? 0 : 1);
-    // A block reads a row by itself if that is short, or if there are rows to fill all processors;
-    // its counts are of 32 bits.
+    // One block takes a whole row if it is short, or if there are enough rows for all processors;
+    // its counts have 32 bits.
     constexpr Index kShort = Index{1} << 14, kMost = Index{1} << 31;
     if (C > kShort && (R < 4 * many || C > kMost))
         return long_rows(chosen, score, R, C, count, context);

@@ -1,7 +1,7 @@
 // saliency.cu: contract in saliency.h.
 //
-// A warp takes a row; its lanes walk the columns, then agree on the lowest value, and on the lowest
-// column among equals.
+// A warp takes a row. Its lanes walk the columns, then agree on the lowest value and, among equals,
+// on the lowest column.
 #include "common.cuh"
 
 namespace lobs::cuda {

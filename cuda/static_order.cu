@@ -1,11 +1,11 @@
 // static_order.cu: contract in static_order.h.
 //
-// A block of threads takes a row, whose weights stay in shared memory while it is worked on. Eight
-// removals go together: their coefficients need only the 36 entries of A among themselves, which
-// lie in registers of the first warp by the time they are needed; then one pass applies all eight,
-// so that w is read and written once for eight rows of A and every thread has eight loads under
-// way. What bounds it is the reading of A, k C elements a row, from the cache or the memory that
-// holds it. Rows too long for shared memory are worked on in place.
+// A block of threads takes a row, whose weights stay in shared memory meanwhile. Eight removals are
+// done together: their coefficients need only the 36 entries of A among themselves, which are in
+// registers of the first warp by the time they are needed. Then one pass applies all eight, so that
+// w is read and written once for eight rows of A, and every thread has eight loads in flight. The
+// reading of A bounds it: k C elements per row, from the cache or memory that holds A. Rows too
+// long for shared memory are updated in place.
 #include "common.cuh"
 
 namespace lobs::cuda {
@@ -21,8 +21,9 @@ struct alignas(sizeof(T) * kWide) Pack {
 
 // ---- the check ----------------------------------------------------------------------------------
 
-// Where each row's columns occur first: `first` (C of them for each block of threads) is written
-// only at the row's columns. A row longer than C has a failure among its first C + 1 removals.
+// Finds where each column of a row occurs first. `first` (C entries per block of threads) is
+// written only at the columns of the row. A row longer than C fails within its first C + 1
+// removals.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     check_kernel(const T* A, Index C, const std::int32_t* order, const Index* start, Index rows,
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the removals -------------------------------------------------------------------------------
 
-// The columns of one group of removals. Beyond the last one stands the first one again, to be added
+// The columns of one group of removals. Beyond the last one the first one is repeated, to be added
 // zero times.
 struct Group {
     const std::int32_t* order;
@@ -70,8 +71,8 @@ struct Group {
     __device__ __forceinline__ Index column(int g) const { return order[g < size ? g : 0]; }
 };
 
-// What the coefficients of a group need of A, in the first warp: lane 8 g + h holds A[q_g, q_h] and
-// A[q_(g + 4), q_h].
+// The entries of A for the coefficients of a group, in the first warp: lane 8 g + h holds A[q_g,
+// q_h] and A[q_(g + 4), q_h].
 template <typename T>
 struct Corner {
     T low, high;
@@ -83,8 +84,8 @@ struct Corner {
         high = A[group.column(lane / kGroup + kGroup / 2) * C + q];
     }
 
-    // c_g = -(w_g + c_0 A[q_0, q_g] + ... ) / A[q_g, q_g], zero beyond the group; lane h < 8 leaves
-    // with c_h.
+    // c_g = -(w_g + c_0 A[q_0, q_g] + ... ) / A[q_g, q_g], zero beyond the group. Lane h < 8
+    // returns c_h.
     __device__ __forceinline__ T solve(T w, int size) const {
         const int lane = static_cast<int>(threadIdx.x % kWarp), h = lane % kGroup;
         T mine = 0;
@@ -92,7 +93,7 @@ struct Corner {
         for (int g = 0; g < kGroup; ++g) {
             const T line =
                 __shfl_sync(kAllLanes, g < kGroup / 2 ? low : high, g % (kGroup / 2) * kGroup + h);
-            const T own = g < size ? -w / line : T(0);  // right in lane g
+            const T own = g < size ? -w / line : T(0);  // correct in lane g
             const T c = __shfl_sync(kAllLanes, own, g);
             if (h == g) mine = c;
             w = fused(c, line, w);

@@ -2,17 +2,17 @@
 //
 // A warp takes a row, and a panel of up to 128 of its columns at a time: lane l holds columns l,
 // l + 32, ... of the panel in registers. A removal is one division and one fused step per register,
-// so a weight moves once; a panel first takes the errors of all columns before it. The order of
-// every weight's operations is the sequential loop's, whatever the panels are.
+// so a weight moves once. A panel first takes the errors of all columns before it. The operations
+// on a weight come in the order of the sequential loop, whatever the panels are.
 //
-// Up to 128 columns are one panel, and the part of U that is read, its upper triangle in steps of
-// 32 columns, lies in shared memory (40 KB in float32); wider blocks read U through the caches.
+// Up to 128 columns are one panel, and shared memory holds the part of U that is read: its upper
+// triangle in steps of 32 columns (40 KB in float32). Wider blocks read U through the caches.
 #include "common.cuh"
 
 namespace lobs::cuda {
 namespace {
 
-constexpr int kWarps = 8;  // rows of a block at a time, at most
+constexpr int kWarps = 8;  // rows that a block takes at a time, at most
 constexpr int kMostSlots = 4;
 constexpr int kGoes = static_cast<int>(WeightState::goes_first);
 constexpr int kStays = static_cast<int>(WeightState::stays);
@@ -24,13 +24,13 @@ struct Sweep {
     unsigned char* gone;
     Index rows, columns, W_stride, U_stride, E_stride;
     Index group, per_group;
-    Index unit;  // no panel crosses a multiple of this: it is whole groups, or one group
+    Index unit;  // whole groups, or one group; no panel crosses a multiple of it
 };
 
 // ---- keys ---------------------------------------------------------------------------------------
 
-// |w| / U_jj orders like its square, and neither overflows nor loses small scores; its bits order
-// like itself and leave room for the codes: below zero goes first, the top stays.
+// |w| / U_jj orders like its square, but neither overflows nor loses small scores. Its bits order
+// like the value and leave room for the codes: a key below zero goes first, the top key stays.
 template <typename T>
 struct KeyOf;
 template <>
@@ -57,7 +57,7 @@ __device__ __forceinline__ Key<T> key_of(T w, T pivot, int code) {
     return code == kGoes ? Key<T>{-1} : code == kStays ? KeyOf<T>::top : key;
 }
 
-// Whether column `mine` of a group goes. Its rank is the number of columns that go before it.
+// Whether column `mine` of a group goes. Its rank is the number of columns before it in order.
 template <typename T>
 __device__ __forceinline__ bool goes(const Key<T>* keys, Index mine, Index group, Index per_group) {
     const Key<T> key = keys[mine];
@@ -71,7 +71,7 @@ __device__ __forceinline__ bool goes(const Key<T>* keys, Index mine, Index group
 
 // ---- U ------------------------------------------------------------------------------------------
 
-// Row j of the packed U starts at the 32 columns that hold its diagonal.
+// Row j of the packed U starts with the 32 columns that hold its diagonal entry.
 template <int kSlots>
 __device__ __forceinline__ int packed_row(int j) {
     const int s = j / kWarp;
@@ -81,7 +81,7 @@ __device__ __forceinline__ int packed_row(int j) {
 template <int kSlots>
 constexpr Index kPacked = Index{kWarp} * kWarp * (kSlots * (kSlots + 1) / 2);
 
-// Entry (j, first + at) of U; in a panel, j counts from the block's first column too.
+// Entry (j, first + at) of U. Rows and columns count from the first column of the block.
 template <typename T, int kSlots, bool kPackedU>
 struct Upper {
     const T* data;
@@ -123,7 +123,7 @@ __device__ __forceinline__ int panel_width(const Sweep<T>& sweep, Index first, I
     return static_cast<int>(least(end - first, most));
 }
 
-// What the errors of columns from..to - 1 do to the panel. A column without one is passed over.
+// Applies the errors of columns from .. to - 1 to the panel. Columns without an error are skipped.
 template <typename T, int kSlots, typename U>
 __device__ __forceinline__ void take_errors(Panel<T, kSlots>& panel, const U& upper, const T* E,
                                             Index from, Index to) {
@@ -145,13 +145,13 @@ __device__ __forceinline__ void take_errors(Panel<T, kSlots>& panel, const U& up
     }
 }
 
-// Decides for the group that starts at the panel's column `start`: bit l of mask[s] says that lane
-// l's column goes. `codes` holds two bits for each of a lane's columns.
+// Decides for the group that starts at column `start` of the panel: bit l of mask[s] says that the
+// column of lane l goes. `codes` holds two bits for each column of a lane.
 template <typename T, int kSlots>
 __device__ __forceinline__ void choose(unsigned (&mask)[kSlots], const Panel<T, kSlots>& panel,
                                        const T (&pivot)[kSlots], unsigned codes, Key<T>* keys,
                                        int start, int group, Index per_group) {
-    __syncwarp();  // the keys of the group before have been read
+    __syncwarp();  // all lanes have read the keys of the previous group
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
         if (panel.at(s) >= start && panel.at(s) < start + group)
@@ -167,7 +167,8 @@ __device__ __forceinline__ void choose(unsigned (&mask)[kSlots], const Panel<T, 
     }
 }
 
-// The panel's own columns, one after another. Where a weight went its register keeps its error.
+// Sweeps the panel's own columns, one after another. The register of a weight that goes keeps its
+// error.
 template <typename T, int kSlots, bool kPackedU>
 __device__ __forceinline__ void sweep_panel(Panel<T, kSlots>& panel, const Sweep<T>& sweep,
                                             const Upper<T, kSlots, kPackedU>& upper, Key<T>* keys,
@@ -220,8 +221,8 @@ __device__ __forceinline__ void sweep_panel(Panel<T, kSlots>& panel, const Sweep
     }
 }
 
-// A group wider than a panel is brought up to date as a whole and chosen from before its columns
-// go. Its keys lie where its errors will be.
+// Brings a group wider than a panel up to date as a whole, and chooses before its columns go. Its
+// keys are stored where its errors will be.
 template <typename T, int kSlots, bool kPackedU>
 __device__ __forceinline__ void choose_wide(const Sweep<T>& sweep,
                                             const Upper<T, kSlots, kPackedU>& upper, Index first,
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
             panel.load(W);
             if constexpr (!kPackedU) take_errors(panel, upper, E, from, first);
             sweep_panel(panel, sweep, upper, keys, W, E, gone);
-            __syncwarp();  // other lanes read these errors, and write keys over those of this group
+            __syncwarp();  // other lanes will read these errors and overwrite the keys
         }
     }
 }
@@ -308,7 +309,7 @@ Info enqueue(Sweep<T> sweep, const Context& context) {
     sweep.unit = sweep.group == 0        ? sweep.columns
                  : sweep.group <= kWidth ? kWidth / sweep.group * sweep.group
                                          : sweep.group;
-    // Few rows are spread over all processors first.
+    // Few rows are spread over all processors.
     const Index each = (sweep.rows + processors(context) - 1) / processors(context);
     const Index warps = each < 4 ? 4 : least(each, kWarps);
     Index bytes = kPackedU ? kPacked<kSlots> * static_cast<Index>(sizeof(T)) : 0;

@@ -1,18 +1,23 @@
-// emulator.h: runs the CUDA kernels on the host, one block after another, so that their indices, barriers and arithmetic
-// are tested where there is no GPU. Included by cuda/common.cuh in place of cuda_runtime.h when LOBS_EMULATE is defined.
+// emulator.h: runs the CUDA kernels on the host, one block after another, to test their indices,
+// barriers and arithmetic without a GPU. cuda/common.cuh includes it instead of cuda_runtime.h when
+// LOBS_EMULATE is defined.
 //
-// Every thread of a block is a fiber with a stack of its own. A fiber runs until it waits: at a barrier of the block, or
-// at a warp's exchange. Then the next one runs. What that finds, and a GPU might not:
+// Every thread of a block is a fiber with its own stack. A fiber runs until it waits at a barrier of
+// the block or at an exchange of its warp; then the next one runs. This finds errors that a GPU might
+// not show:
 //
-//   a barrier that not all threads reach        the program aborts and says which kernel
-//   a missing barrier                           the order of fibers is set by LOBS_EMULATOR_ORDER (forward, backward, or a
-//                                               number, which shuffles at every barrier): results must not depend on it
-//   reading shared memory nobody wrote          it is filled with NaN before each block
-//   waiting for an asynchronous copy too late   copies happen at the wait, not before
-//   reads and writes outside a buffer           AddressSanitizer sees them: shared memory is a heap block of exact size
+//   a barrier that not all threads reach    the program aborts and names the kernel
+//   a missing barrier                       LOBS_EMULATOR_ORDER sets the order of the fibers (forward,
+//                                           backward, or a number, which shuffles them at every
+//                                           barrier): results must not depend on it
+//   a read of unwritten shared memory       it is filled with NaN before each block
+//   a late wait for an asynchronous copy    copies happen at the wait, not before
+//   an access outside a buffer              AddressSanitizer sees it: shared memory is a heap block of
+//                                           exactly the right size
 //
-// It knows nothing of speed, memory models, or tensor-core rounding: products of fragments are summed in float32 from left
-// to right. Blocks are one-dimensional. All 32 lanes take part in every warp operation.
+// It does not model speed, memory ordering or the rounding of tensor cores: products of fragments are
+// summed in float32 from left to right. Blocks are one-dimensional. All 32 lanes take part in every
+// warp operation.
 #pragma once
 
 #include <algorithm>
@@ -86,7 +91,7 @@ constexpr std::size_t kStack = 256 << 10;  // bytes of a fiber's stack
 // ---- switching between stacks -------------------------------------------------------------------
 
 #if defined(__x86_64__)
-// Saves what a call must keep on the old stack and goes on with the new one.
+// Saves the registers that a call must preserve on the old stack, and continues on the new one.
 extern "C" void lobs_emulator_switch(void** save, void* load);
 __asm__(
     ".pushsection .text.lobs_emulator_switch,\"axG\",@progbits,lobs_emulator_switch,comdat\n"
@@ -113,7 +118,7 @@ struct Fiber {
     State state = State::runs;
     unsigned thread = 0;
     int warp_phase = 0;
-    std::vector<Copy> copies;  // asynchronous, not yet waited for
+    std::vector<Copy> copies;  // asynchronous copies that nobody has waited for yet
     int open_group = 0;
     std::vector<char> stack;
 #if defined(__x86_64__)
@@ -123,7 +128,7 @@ struct Fiber {
 #endif
 };
 
-struct Lanes {  // what the lanes of a warp hand to each other
+struct Lanes {  // values that the lanes of a warp exchange
     alignas(16) unsigned char value[2][kWarp][64];
 };
 
@@ -237,7 +242,7 @@ inline void prepare(Fiber& f, unsigned thread) {
 #endif
 }
 
-class Order {  // in which the threads of a block run between two barriers
+class Order {  // the order in which the threads of a block run between two barriers
    public:
     explicit Order(unsigned n) : at_(n) {
         for (unsigned i = 0; i < n; ++i) at_[i] = i;
@@ -317,7 +322,8 @@ inline void wait_warp() {
     yield();
 }
 
-// Hands `mine` to the other lanes; returns where lane l's value lies, good until the exchange after the next one.
+// Passes `mine` to the other lanes. Returns the address of each lane's value, valid until the
+// exchange after the next one.
 template <typename T>
 auto exchanged(const T& mine) {
     static_assert(sizeof(T) <= 64 && std::is_trivially_copyable<T>::value, "");

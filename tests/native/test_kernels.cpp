@@ -1,7 +1,8 @@
 // test_kernels.cpp: the kernels without Python, for the sanitizers and the race detector.
 //
-// Every level that this machine can run is checked against plain double loops, on sizes around the
-// tile edges, with padded strides filled with poison so that a read or write outside a view shows.
+// Every level that this machine can run is checked against plain loops in double, on sizes around
+// the tile edges. Padding between rows is filled with poison, so that reads and writes outside a
+// view show.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -44,8 +45,8 @@ double uniform() {  // -1 .. 1, from a fixed generator
     return static_cast<double>(state >> 11) * (2.0 / 9007199254740992.0) - 1.0;
 }
 
-// Runs an operation of a row. For one that runs on a device (here: the CUDA kernels, emulated) it
-// brings the scratch memory, each piece of exactly the size asked for, and reads the report.
+// Runs an operation of a backend. For one that runs on a device (here: the emulated CUDA kernels)
+// it provides the scratch memory, each piece of exactly the requested size, and reads the report.
 template <typename Operation, typename... Arguments>
 Info run(const Backend& backend, Operation* operation, int threads, Arguments&&... arguments) {
     Context context{threads, nullptr};
@@ -137,7 +138,7 @@ void check_hessian(const Backend& backend, Index N, Index C, bool weighted, bool
     check(upper_kept, "hessian leaves the upper triangle alone");
 }
 
-// 16-bit inputs, a float32 sum, columns with a stride, and a chunk long enough to be cut into segments.
+// 16-bit inputs, a float32 sum, strided columns, and a chunk long enough to be cut into segments.
 void check_hessian_variants(const Backend& backend, Dtype dtype, Index N, Index C,
                             Index column_stride, int threads) {
     const auto width = static_cast<std::size_t>(C * column_stride);
@@ -310,7 +311,7 @@ void check_saliency(const Backend& backend, Index R, Index C, bool shared, int t
 template <typename T>
 void check_saliency_refuses(const Backend& backend) {
     const int threads = 2;
-    const Index R = 3, C = 530;  // the fault lies in the second strip, behind the last whole vector
+    const Index R = 3, C = 530;  // the fault is in the second strip, after the last whole vector
     std::vector<unsigned char> live(static_cast<std::size_t>(R * C), 1);
     std::vector<Index> column(static_cast<std::size_t>(R));
     std::vector<T> value(static_cast<std::size_t>(R));
@@ -480,8 +481,8 @@ std::vector<T> correlations(Index C) {
     return A;
 }
 
-// One row by the plain algorithm in double: its order, the weights that are left, and what was
-// lost is added to *lost.
+// One row by the plain algorithm in double. Returns the order, leaves the repaired weights in w,
+// and adds the total cost to *lost.
 std::vector<Index> plain_greedy(std::vector<double>& w, Index limit, Index group, Index per_group,
                                 double* lost) {
     const auto C = static_cast<Index>(w.size());
@@ -596,7 +597,7 @@ void check_blocks(const Backend& backend, Index C, Index block) {
     check(order[static_cast<std::size_t>(C)] == 0, "what must go first goes first");
 }
 
-// Groups that are full leave the row where the weights are not wanted: the order must not change.
+// Without update, full groups leave the row. The order must not change.
 template <typename T>
 void check_closing(const Backend& backend, Index C, Index size) {
     const std::vector<T> A = correlations<T>(C);
@@ -777,7 +778,7 @@ void check_type(const Backend& backend) {
     check_saliency_refuses<T>(backend);
 }
 
-// All that a row has, without Python.
+// All operations of a backend, without Python.
 void check_row(const Backend& row) {
     if (!row.ready) {
         std::printf("skipped %s: %s\n", row.name, row.detail);
