@@ -2,22 +2,22 @@
 // barriers and arithmetic without a GPU. cuda/common.cuh includes it instead of cuda_runtime.h when
 // LOBS_EMULATE is defined.
 //
-// Every thread of a block is a fiber with its own stack. A fiber runs until it waits at a barrier of
-// the block or at an exchange of its warp; then the next one runs. This finds errors that a GPU might
-// not show:
+// Every thread of a block is a fiber with its own stack. A fiber runs until it waits at a barrier
+// of the block or at an exchange of its warp; then the next one runs. This finds errors that a GPU
+// might not show:
 //
 //   a barrier that not all threads reach    the program aborts and names the kernel
-//   a missing barrier                       LOBS_EMULATOR_ORDER sets the order of the fibers (forward,
-//                                           backward, or a number, which shuffles them at every
-//                                           barrier): results must not depend on it
+//   a missing barrier                       LOBS_EMULATOR_ORDER sets the order of the fibers
+//                                           (forward, backward, or a number, which shuffles them at
+//                                           every barrier): results must not depend on it
 //   a read of unwritten shared memory       it is filled with NaN before each block
 //   a late wait for an asynchronous copy    copies happen at the wait, not before
-//   an access outside a buffer              AddressSanitizer sees it: shared memory is a heap block of
-//                                           exactly the right size
+//   an access outside a buffer              AddressSanitizer sees it: shared memory is a heap block
+//                                           of exactly the right size
 //
-// It does not model speed, memory ordering or the rounding of tensor cores: products of fragments are
-// summed in float32 from left to right. Blocks are one-dimensional. All 32 lanes take part in every
-// warp operation.
+// It does not model speed, memory ordering or the rounding of tensor cores: products of fragments
+// are summed in float32 from left to right. Blocks are one-dimensional. All 32 lanes take part in
+// every warp operation.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the host, against ``tests/emulator``: a backend for tests."""
+"""Build of the CUDA kernels for the host, against ``tests/emulator``: a backend for tests."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _FLAGS += ["-DLOBS_EMULATE", "-Wno-unknown-pragmas", "-Icsrc", "-Itests/emulator
 
 
 def build(folder: Path) -> Path | None:
-    """The object in ``folder``, made if it is not there yet; None without a compiler."""
+    """Build the object in ``folder`` unless it is there already. None without a compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
     sources = sorted((ROOT / "cuda").glob("*.cu"))
-    everything = [*sources, *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
-    everything += (ROOT / "tests" / "emulator").glob("*.h")
+    inputs = [*sources, *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    inputs += (ROOT / "tests" / "emulator").glob("*.h")
     digest = hashlib.sha256(" ".join([compiler, *_FLAGS]).encode())
-    for path in sorted(everything):
+    for path in sorted(inputs):
         digest.update(path.read_bytes())
-    made = folder / f"emulated-{digest.hexdigest()[:16]}.so"
-    if made.is_file():
-        return made
+    built = folder / f"emulated-{digest.hexdigest()[:16]}.so"
+    if built.is_file():
+        return built
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{s.stem}-{os.getpid()}.o" for s in sources]
     jobs = [
@@ -36,7 +36,7 @@ def build(folder: Path) -> Path | None:
     codes = [job.wait() for job in jobs]
     if any(codes):
         raise RuntimeError("the CUDA kernels do not compile for the host: see above")
-    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(made)], check=True)
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(built)], check=True)
     for o in objects:
         o.unlink()
-    return made
+    return built

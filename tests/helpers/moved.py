@@ -1,7 +1,7 @@
-"""Every operation on a GPU, for tests that are written with CPU tensors.
+"""Operations moved to a GPU, for tests that are written with CPU tensors.
 
-Storages are copied as they are, so that strides, gaps and overlaps come along, and copied back
-after the call, so that whatever was written shows.
+Storages are copied as they are, with their strides, gaps and overlaps, and copied back after the
+call, so that the tests see all that was written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPERATIONS = (
 
 
 def on(device: torch.device, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` with its tensors moved to ``device`` and back."""
+    """Wrap ``run`` so that its tensors are moved to ``device`` and back."""
 
     @functools.wraps(run)
     def moved(*args: Any, **kwargs: Any) -> Any:
@@ -79,15 +79,15 @@ def _back(out: Any) -> Any:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device) -> None:
-    """Let operations that are asked for ``backend`` run on ``device``."""
+    """Run operations on ``device`` when their backend is ``backend``."""
     for name in OPERATIONS:
         plain = getattr(ops, name)
         call = functools.partial(_either, backend, plain, on(device, plain))
         monkeypatch.setattr(ops, name, call)
     select = ops.select_backend
 
-    def lenient(asked: str | None, where: torch.device) -> str:
-        return select(asked, device if asked == backend else where)
+    def lenient(name: str | None, where: torch.device) -> str:
+        return select(name, device if name == backend else where)
 
     monkeypatch.setattr(ops, "select_backend", lenient)
     monkeypatch.setattr(dispatch, "select_backend", lenient)

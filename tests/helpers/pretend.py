@@ -1,9 +1,8 @@
-"""A pretend CUDA device: tensors that say they are on cuda:0 and hold their values in the CPU's
-memory.
+"""A pretend CUDA device: tensors that report cuda:0 as their device but hold CPU tensors.
 
 Every torch function runs on the held tensors, so views, in-place writes and strides are torch's
-own; a call that mixes devices is refused where CUDA would refuse it. The kernels behind it are the
-emulated ones.
+own. A call that mixes devices is refused if CUDA would refuse it. The kernels are the emulated
+ones.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from lobs_native import checks, ops
 from lobs_native.ops import dispatch
 
 CUDA = torch.device("cuda:0")
-_MEMORY = 1 << 30  # bytes that the device says are free
+_MEMORY = 1 << 30  # free bytes that the device reports
 
-# Asked of the wrapper itself: everything else is asked of what it holds.
+# Answered by the wrapper itself; everything else is answered by the tensor it holds.
 _OF_WRAPPER = {"device", "is_cuda", "is_cpu", "requires_grad", "requires_grad_", "grad", "is_leaf"}
 _SHAPES_ONLY = {"view_as", "expand_as", "reshape_as"}  # read nothing of their second tensor
 _NO_NUMPY = {"numpy", "__array__"}
@@ -64,7 +63,7 @@ class Pretend(Tensor):
 
 
 class _Mode(TorchFunctionMode):
-    """For calls that no pretend tensor takes part in: factories, and CPU tensors that move."""
+    """For calls without a pretend tensor: factories, and CPU tensors that move."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -108,8 +107,8 @@ def _is_device(value: Any) -> bool:
     return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "meta")
 
 
-def _asked(name: str, args: Any, kwargs: Any) -> torch.device | None:
-    """The device that a call asks for by name, if it does."""
+def _named_device(name: str, args: Any, kwargs: Any) -> torch.device | None:
+    """The device that a call names, if it names one."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
     if name == "cpu":
@@ -127,8 +126,7 @@ def _asked(name: str, args: Any, kwargs: Any) -> torch.device | None:
 
 
 def _mixed(name: str, found: list[Tensor], args: Any) -> bool:
-    """Whether real CUDA would refuse a call, of which some tensors are on the device, for those
-    that are not."""
+    """Whether CUDA would refuse a call because only some of its tensors are on the device."""
     others = [x for x in found if not isinstance(x, Pretend)]
     if not others or name in ("to", "tensor", "copy_") or name in _SHAPES_ONLY:
         return False
@@ -139,7 +137,7 @@ def _mixed(name: str, found: list[Tensor], args: Any) -> bool:
             return True
         picks = isinstance(index, list) or bool(_tensors(index))
         if name == "__getitem__" or not isinstance(value, Tensor) or not picks:
-            return False  # an index may be on the CPU; a plain slice is copied into
+            return False  # an index may be on the CPU; a plain slice is copied to
         if isinstance(first, Pretend):
             return not isinstance(value, Pretend) and value.ndim > 0
         return isinstance(value, Pretend)
@@ -156,8 +154,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             return func(*args, **kwargs)
     found = _tensors(args, kwargs)
     here = [x for x in found if isinstance(x, Pretend)]
-    asked = _asked(name, args, kwargs)
-    on_device = asked.type == "cuda" if asked is not None else bool(here)
+    named_device = _named_device(name, args, kwargs)
+    on_device = named_device.type == "cuda" if named_device is not None else bool(here)
     if not here and not on_device:
         return func(*args, **kwargs)
     if name in _NO_NUMPY:
@@ -182,7 +180,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return x.held if isinstance(x, Pretend) else x
 
     plain, named = _mapped(args, inner), _mapped(kwargs, inner)
-    if asked is not None and "device" in named:
+    if named_device is not None and "device" in named:
         named["device"] = "cpu"
     if name == "to":
         plain = tuple("cpu" if _is_device(x) else x for x in plain)
@@ -202,17 +200,17 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def device(backend: str | None, *, patched: bool = True) -> Iterator[torch.device]:
-    """The pretend device, as long as the context lasts.
+    """The pretend device, while the context lasts.
 
-    ``backend`` stands for the CUDA kernels: it is what ``None`` and ``"cuda"`` choose there. With
-    ``patched`` false backends are chosen as they are without a pretence.
+    ``backend`` stands for the CUDA kernels: ``None`` and ``"cuda"`` choose it on the device.
+    Without ``patched``, backends are chosen as usual.
     """
     real = ops.select_backend
 
-    def select(asked: str | None, where: torch.device) -> str:
-        if where.type == "cuda" and backend is not None and asked in (None, "cuda", backend):
+    def select(name: str | None, where: torch.device) -> str:
+        if where.type == "cuda" and backend is not None and name in (None, "cuda", backend):
             return backend
-        return real("reference" if asked is None and where.type == "cuda" else asked, where)
+        return real("reference" if name is None and where.type == "cuda" else name, where)
 
     state = torch.zeros(0, dtype=torch.uint8)
     with contextlib.ExitStack() as stack:

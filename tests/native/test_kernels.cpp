@@ -343,8 +343,7 @@ void check_static_order(const Backend& backend, Index R, Index C, int threads) {
         }
     std::vector<std::int32_t> order;
     std::vector<Index> start{0};
-    for (Index r = 0; r < R;
-         ++r) {  // row r loses r columns, from a different place each time, in steps
+    for (Index r = 0; r < R; ++r) {  // row r loses r neighbouring columns, from column r on
         for (Index k = 0; k < r && k < C; ++k)
             order.push_back(static_cast<std::int32_t>((r + k) % C));
         start.push_back(static_cast<Index>(order.size()));

@@ -1,5 +1,5 @@
-"""Everything that takes tensors, on a pretend CUDA device: nothing mixes devices, results are where
-the inputs are, and they are those of the CPU."""
+"""All functions that take tensors, on a pretend CUDA device: none mixes devices, and results are on
+the device of the inputs and equal to those of the CPU."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64, F32 = torch.float64, torch.float32
 R, C = 8, 16
-ON_CPU = "exchanged on the CPU"  # the one note that only a device gives
+ON_CPU = "exchanged on the CPU"  # the only note that is specific to a device
 
 
 @pytest.fixture(params=["reference", "kernels"])
 def device(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """A pretend device; the backend to compare with on the CPU."""
+    """A pretend device, and the backend to compare with on the CPU."""
     kernels = request.param == "kernels"
     row = request.getfixturevalue("emulated") if kernels else None
     with pretend.device(row):
@@ -46,8 +46,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str | None]:
 
 
 def layer(dtype: torch.dtype = F32, bias: bool = False, mask: bool = False) -> dict[str, Any]:
-    """A weight with one zero and its inputs' second moment with one dead column; their bias and
-    mask."""
+    """A weight with one zero, a second moment with one dead column, a bias and a mask."""
     generator = torch.Generator().manual_seed(5)
     x = features(8 * C, C, seed=2)
     x[:, 3] = 0.0
@@ -73,7 +72,7 @@ def check_same(
     backend: str | None,
     tolerance: float | None = None,
 ) -> None:
-    """Everything but the place, the backend and the time."""
+    """Everything except the device, the backend and the time."""
     for name in ("weight", "bias", "mask", "bias_mask"):
         here, there = getattr(found, name), getattr(expected, name)
         if there is None:
@@ -101,8 +100,8 @@ def check_both(
     backend: str | None,
     tolerance: float | None = None,
 ) -> lobs.PrunedWeight:
-    """``of(**given)`` on the device is what it is on the CPU."""
-    with torch._C.DisableTorchFunction():  # what is on the CPU needs no looking at
+    """``of(**given)`` gives the same on the device as on the CPU."""
+    with torch._C.DisableTorchFunction():  # CPU tensors need no inspection
         expected = of(**given, backend=backend)
     found = of(**moved(given), backend=backend)
     check_same(found, expected, backend, tolerance)
@@ -173,7 +172,7 @@ def test_refined(method, refine, target, device):
 
 
 def test_inputs_that_are_all_the_same(device):
-    """What float32 makes of a condition of 16 / damping; below 1e-4 it is float64 that works."""
+    """The effect of float32 at a condition of 16 / damping; below 1e-4 float64 does the work."""
     given = {**layer(), "hessian": torch.ones(C, C, dtype=F64), "sparsity": 0.5, "damping": 1e-4}
     for how in ({"scope": "layer"}, {"scope": "row"}, {"damping": 1e-6}, {"pattern": "1x4"}):
         check_both(lobs.prune_weight, {**given, **how}, device, tolerance=1e-2)
@@ -277,7 +276,7 @@ def test_without_a_usable_gpu_plain_torch_takes_over_and_says_so():
 
 @pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
 def test_hessian(dtype, device, monkeypatch):
-    if device is not None:  # a Hessian asks for no backend
+    if device is not None:  # a Hessian takes no backend
         monkeypatch.setattr(dispatch, "_fastest", lambda _: "reference")
     x = features(50, C).to(dtype).view(5, 10, C)
     weights = torch.arange(50).view(5, 10) % 3
@@ -407,7 +406,7 @@ def test_what_operations_refuse_is_named(device):
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_supports_are_solved_in_little_memory(dtype, device, monkeypatch):
-    """The same whether rows are solved one by one or all together."""
+    """The result is the same whether rows are solved one by one or all together."""
     M = conditioned(70, 30.0)
     P = torch.rand(40, 70) < torch.linspace(0, 1, 40)[:, None]
     X = torch.randn(40, 70, dtype=F64)
@@ -475,7 +474,7 @@ def test_prune(how, inputs, device, monkeypatch):
         assert [n for n in mine.notes if ON_CPU not in n] == list(other.notes)
     assert found.error_bound.covered == expected.error_bound.covered
     assert found.error_bound.measured == pytest.approx(expected.error_bound.measured, rel=1e-3)
-    assert json.dumps(found.to_dict())  # nothing in it is a tensor
+    assert json.dumps(found.to_dict())  # it contains no tensors
 
 
 def test_prune_a_chain_and_put_it_back(device, monkeypatch):

@@ -1,5 +1,5 @@
-"""Exact greedy removal against a plain greedy with a matrix of its own for every row, against all
-masks there are, and against least squares."""
+"""Exact greedy removal against a plain greedy algorithm with its own matrix per row, against all
+possible masks, and against least squares."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def moment_and_inverse(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def pair(columns: int, condition: float) -> tuple[Tensor, Tensor]:
-    """A second moment with this condition number, and its inverse as exact as the type allows."""
+    """A second moment with this condition number, and its inverse, as exact as the type allows."""
     Q = torch.linalg.eigh(conditioned(columns, 100.0, columns)).eigenvectors
     values = torch.logspace(0, -1, columns, base=condition, dtype=torch.float64)
     return (Q * values) @ Q.T, (Q / values) @ Q.T
@@ -52,7 +52,7 @@ def removed(trace: ops.Trace, row: int, columns: int) -> Tensor:
 
 
 def check_ends(trace: ops.Trace) -> None:
-    """What lies past a row's end is marked as such."""
+    """Entries after the end of a row are marked as such."""
     past = torch.arange(trace.order.shape[1]) >= trace.count[:, None]
     assert bool((trace.order[past] == -1).all())
     assert bool((trace.order[~past] >= 0).all())
@@ -137,7 +137,7 @@ def test_order_losses_and_weights_are_those_of_the_plain_greedy(pattern, backend
 
 
 def test_the_random_layers_reach_every_way_a_row_can_end():
-    """The table above is of no use if limits and stops never bite."""
+    """The table above is useless if limits and stops never take effect."""
     ends = {"limit": 0, "stop": 0, "nothing left": 0}
     for pattern in PATTERNS:
         for seed in range(EACH):
@@ -167,7 +167,7 @@ def test_without_update_nothing_is_written(backend):
 
 
 def errors_of_all_masks(w: Tensor, H: Tensor) -> Tensor:
-    """(2**C,) what is lost at best where bit q of the index says that column q is removed."""
+    """(2**C,) the least possible error; bit q of the index says that column q is removed."""
     C = len(w)
     gone = (torch.arange(2**C)[:, None] >> torch.arange(C) & 1).bool()  # (2**C, C)
     taken = torch.where(gone, w, 0.0)
@@ -231,7 +231,7 @@ def skip_what_is_slow(C: int, backend: str) -> None:
 
 
 def check_size(C: int, limit: int, pattern: str, dtype: torch.dtype, backend: str) -> None:
-    """float64 must make the plain removals; float32 must lose as little and repair as well."""
+    """float64 must make the plain removals; float32 must lose no more and repair as well."""
     W, H, A, plain = sized(C, limit, pattern)
     for update in (False, True):
         found = W.to(dtype, copy=True)
@@ -257,7 +257,7 @@ def check_size(C: int, limit: int, pattern: str, dtype: torch.dtype, backend: st
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("C", SIZES)
 def test_sizes_around_tiles_and_panels(C, dtype, backend):
-    """Up to all columns, so that what is dead is squeezed out, several times for the long rows."""
+    """Up to all columns, so that dead slots are squeezed out, several times for the long rows."""
     skip_what_is_slow(C, backend)
     for limit in sorted({1, (C + 1) // 2, max(1, C - 1), C}):
         check_size(C, limit, "any", dtype, backend)
@@ -296,8 +296,8 @@ def test_long_rows_with_columns_that_stay_and_columns_that_go_first(C, backend):
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("condition", [1e0, 1e2, 1e4, 1e6])
 def test_float32_loses_what_float64_loses(condition, share, backend):
-    """By loss, not by mask: sum of losses within max(C, condition) eps of what was incurred, and
-    no more incurred than in float64 by a thousandth."""
+    """By loss, not by mask: the sum of losses is within max(C, condition) eps of the incurred
+    error, and that is at most a thousandth above the one in float64."""
     R, C = 6, 96
     (H, A), W = pair(C, condition), weights(R, C)
     incurred = {}
@@ -366,7 +366,7 @@ def test_no_removals_change_nothing(backend):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_row_that_rounding_ends_is_marked_and_the_others_are_right(dtype, backend):
-    """Columns 1 and 4 are the same to rounding: who removes both has divided by nothing."""
+    """Columns 1 and 4 are equal up to rounding: removing both would divide by rounding error."""
     C = 7
     A = torch.eye(C, dtype=dtype)
     A[1, 4] = A[4, 1] = 1.0
@@ -379,7 +379,7 @@ def test_a_row_that_rounding_ends_is_marked_and_the_others_are_right(dtype, back
     trace = ops.exact_trace(W, A, state=state, update=True, backend=backend)
     assert trace.lost.tolist() == [True, False, False]
     check_ends(trace)
-    # 1 goes first and 4 makes up for it: 3 - 1 = 2, over a diagonal of nothing, so it goes never.
+    # 1 goes first and 4 compensates for it: 3 - 1 = 2, over a diagonal of zero, so 4 never goes.
     k = int(trace.count[0])
     assert trace.order[0, 0] == 1
     assert trace.loss[0, 0] == 1
@@ -393,7 +393,7 @@ def test_a_row_that_rounding_ends_is_marked_and_the_others_are_right(dtype, back
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_negative_diagonal_ends_a_row_before_it_is_divided_by(dtype, backend):
-    """Columns 1 and 4 are more alike than any two can be."""
+    """Columns 1 and 4 are more alike than any two columns can be."""
     A = torch.eye(6, dtype=dtype)
     A[1, 4] = A[4, 1] = 1.5
     W = torch.tensor([[5.0, 1.0, 2.0, 6.0, 3.0, 7.0], [5.0, 1.0, 2.0, 6.0, 0.0, 7.0]], dtype=dtype)
@@ -406,7 +406,7 @@ def test_a_negative_diagonal_ends_a_row_before_it_is_divided_by(dtype, backend):
 
 
 def test_what_float32_cannot_do_is_marked_and_the_good_removals_counted(backend):
-    """Condition 1e9 without damping; the removals before the end cost what they cost in float64."""
+    """Condition 1e9 without damping: the removals before the end cost the same as in float64."""
     C = 80
     A, W = pair(C, 1e9)[1], weights(4, C)
     trace = ops.exact_trace(W.float(), A.float(), backend=backend)
@@ -490,5 +490,5 @@ def test_the_bytes_asked_for_grow_with_the_work():
     assert 0 < small < ops.exact_bytes(512) < ops.exact_bytes(1024)
     assert ops.exact_bytes(512, torch.float64) > 1.5 * ops.exact_bytes(512)
     assert ops.exact_bytes(512, block=16) > ops.exact_bytes(512)
-    # Far below the C * C of a matrix of its own per row, which is what the plain greedy needs.
+    # Far below C * C, a matrix per row, which the plain greedy algorithm needs.
     assert ops.exact_bytes(4096) < 0.75 * 4096 * 4096 * 4

@@ -1,4 +1,4 @@
-"""Swapping kept against removed weights, against brute force over all swaps."""
+"""Swaps of kept weights for removed ones, against brute force over all swaps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lobs_native.errors import NotPositiveDefiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LEAST_GAIN = 1e-8  # a swap is left alone if it lowers the error by less than 1e-9 of it
+LEAST_GAIN = 1e-8  # swaps that lower the error by less than 1e-9 of it are not made
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,12 @@ class Problem(NamedTuple):
     W: Tensor  # (R, C)
     H: Tensor  # (C, C), damped
     A: Tensor  # (C, C), its inverse
-    kept: Tensor  # (R, C), at random: many swaps are worth it
+    kept: Tensor  # (R, C), at random, so that many swaps pay
     fixed: Tensor  # (R, C), about a fifth
 
 
 def problem(R: int, C: int, share: float = 0.5, seed: int = 0) -> Problem:
-    """A layer of which a random ``share`` of every row is removed."""
+    """A layer with a random ``share`` of every row removed."""
     W, H = layer(R, C, seed)
     H += (0.01 * H.diagonal().mean() + 1e-3) * torch.eye(C, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def swapped(S: Tensor, i: int, j: int) -> Tensor:
 def brute_force_row(
     w0: Tensor, H: Tensor, S: Tensor, fixed: Tensor | None, group: int
 ) -> tuple[Tensor, int]:
-    """The final set and the number of swaps: every swap of every round is tried out."""
+    """The final set and the number of swaps, by trying every swap in every round."""
     done = 0
     while True:
         error = repaired(w0, H, S)[1]
@@ -87,15 +87,15 @@ def brute_force_row(
 
 
 def best_swap(w0: Tensor, H: Tensor, S: Tensor) -> tuple[float, int, int]:
-    """The net change of error, and the columns: each removed column is put back in turn, by an
-    inversion, and the surgeon's cost then tells which one to remove."""
+    """The net change of the error, and the columns. Each removed column is put back in turn, by an
+    inversion; then the surgeon's cost tells which one to remove."""
     error = repaired(w0, H, S)[1]
     back = torch.nonzero(~S)[:, 0]
     sets = S.repeat(len(back), 1)
     sets[torch.arange(len(back)), back] = True
     columns = torch.nonzero(sets)[:, 1].view(len(back), -1)  # (removed, kept + 1)
     D = torch.cholesky_inverse(torch.linalg.cholesky(H[columns[:, :, None], columns[:, None, :]]))
-    g = torch.where(sets, 0.0, w0) @ H  # what the removed ones leave for the kept to make up for
+    g = torch.where(sets, 0.0, w0) @ H  # what the kept columns have to compensate for
     w = w0[columns] + (D @ g.gather(1, columns)[:, :, None])[:, :, 0]
     dw = torch.where(sets, torch.zeros(()), -w0).scatter(1, columns, w - w0[columns])
     net = ((dw @ H) * dw).sum(dim=1, keepdim=True) + w**2 / D.diagonal(dim1=1, dim2=2) - error
@@ -106,8 +106,8 @@ def best_swap(w0: Tensor, H: Tensor, S: Tensor) -> tuple[float, int, int]:
 
 @lru_cache
 def large(C: int, share: float) -> tuple[Problem, Tensor, Tensor]:
-    """A problem with long rows, its final sets and its swaps. It begins with the columns removed
-    that cost least on their own, so that there are not too many."""
+    """A problem with long rows, its final sets and its swaps. The columns that cost least on their
+    own are removed at the start, so that there are not too many swaps."""
     p = problem(2, C, seed=C)
     p.kept[:] = (p.W**2 / p.A.diagonal()).argsort(dim=1).argsort(dim=1) >= round(share * C)
     final, swaps = p.kept.clone(), torch.zeros(2, dtype=torch.int64)
@@ -179,7 +179,7 @@ def test_it_swaps_as_brute_force_does_in_long_rows(backend, C, share):
 
 
 def test_ties_go_to_the_lowest_kept_column_then_to_the_lowest_removed(backend):
-    # With A = I all is exact in small integers: a swap gains w_j^2 - w_i^2.
+    # With A = I everything is exact in small integers: a swap gains w_j^2 - w_i^2.
     W = torch.tensor(
         [[3, 1, 3, 2, 1, 1, 3, 2.0], [1, 1, 2, 2, 1, 2, 1, 2], [5, 2, 5, 1, 5, 1, 2, 1]],
         dtype=torch.float64,
@@ -262,8 +262,8 @@ def test_the_weights_are_the_best_for_the_final_set(backend, shape, share, limit
 
 @pytest.mark.parametrize(("condition", "bound"), [(1e2, 0.01), (1e4, 0.02), (1e6, 0.12)])
 def test_the_gradient_on_the_kept_weights_vanishes_after_many_swaps(backend, condition, bound):
-    """In units of C * eps * |dw| * |H|. What the pivots of all the swaps have lost must be made up
-    for at the end: otherwise it is several times as much."""
+    """In units of C * eps * |dw| * |H|. The accuracy that the pivots of all swaps have lost must be
+    recovered at the end; otherwise the error is several times as large."""
     C = 64
     H = conditioned(C, condition)  # of norm 1
     H = (H + H.T) / 2
@@ -318,7 +318,7 @@ def test_the_row_on_which_a_is_not_definite_is_named_and_left_as_it_was(backend,
 
 
 def test_a_bad_pivot_met_only_in_a_swap_is_reported(backend):
-    # Kept column 2 has a negative variance: removing it seems to gain, and cannot be done.
+    # Kept column 2 has a negative variance: removing it seems to gain, but is impossible.
     A = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     W = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
     kept = torch.tensor([[True, True, True], [True, False, True]])

@@ -1,4 +1,4 @@
-"""The second moment: the operation, the Hessian object, inversion with its ladder."""
+"""The second moment: the operation, the Hessian object, and inversion with rising damping."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_long_sums_in_one_call_stay_accurate(backend, dtype):
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_a_kernel_must_copy_first_give_the_same_bits(emulated, dtype, ones):
-    """136 columns are read as they lie; transposed, or a column further on, they are not."""
+    """136 columns are read in place; transposed or shifted by one column they are copied first."""
     X = features(70, 136).to(dtype)
     D = 136 + ones
     plain = torch.zeros(D, D, dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_extreme_float32_inputs_neither_underflow_nor_overflow(backend, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_long_sums_with_an_offset_stay_accurate(dtype):
-    """2,000 batches with a mean of 1e3: float32 running sums would lose digits, promoted ones do
+    """2,000 batches with a mean of 1e3: running sums in float32 would lose digits, widened ones do
     not (N3)."""
     h = lobs.Hessian(16)
     expected = torch.zeros(16, 16, dtype=torch.float64)
@@ -198,7 +198,7 @@ def test_matrix_is_the_mean_and_symmetric():
 
 
 def test_a_wide_matrix_is_mirrored_in_pieces_without_a_second_copy():
-    """Of 8 (C + 1)^2 bytes there is the sum and the result, and nothing else of that size."""
+    """The sum and the result take 8 (C + 1)^2 bytes each; nothing else is of that size."""
     X = features(40, 1100)
     h = lobs.Hessian(1100, bias=True).update(X)
     x = torch.cat([X, torch.ones(40, 1, dtype=X.dtype)], 1).double()

@@ -1,4 +1,4 @@
-"""The inverse that is kept up to date: r samples at once equal r rank-1 updates."""
+"""Updates of the inverse: r samples at once equal r rank-1 updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def direct(G: torch.Tensor, blocks: int, B: int, alpha: float, m: float) -> torc
     padded[:, : G.shape[1]] = G
     g = padded.view(len(G), blocks, B).transpose(0, 1)  # (blocks, r, B)
     whole = torch.eye(B, dtype=torch.float64) / alpha + g.transpose(1, 2) @ g / m
-    # Not linalg.inv: of several blocks on several threads it fails at random in torch 2.13.
+    # Not linalg.inv: for several blocks on several threads it fails at random in torch 2.13.
     return torch.cholesky_inverse(torch.linalg.cholesky(whole))
 
 
@@ -37,7 +37,7 @@ def test_update_equals_the_direct_inverse(backend, dtype, B, r):
     G = torch.randn(r, blocks * B, dtype=dtype)
     F = start(blocks, B, 2.0, dtype)
     used = ops.inverse_update_(F, G, float(r), backend=backend)
-    # A device's block must fit into shared memory.
+    # On a device a block must fit into shared memory.
     assert used == backend or (used == "torch" and dtype == torch.float64 and B > 100)
     assert distance(F, direct(G, blocks, B, 2.0, r)) < RELATIVE[dtype] * 5
 
@@ -102,7 +102,7 @@ def test_blocks_that_lost_definiteness_stay_as_they_were_and_the_others_are_upda
 
 
 def test_a_failure_among_the_last_of_many_samples_is_named(backend, monkeypatch):
-    """Samples cross in parts; the failure is in one of the later ones."""
+    """Samples are passed in parts; the failure is in one of the later ones."""
     monkeypatch.setattr(inverse, "_SAMPLES", 8)
     G = torch.zeros(20, 12, dtype=torch.float64)
     G[18, 5] = 2.0

@@ -1,4 +1,4 @@
-"""torch.ops.lobs_native: the same answers as ops.py, in eager mode and under torch.compile."""
+"""torch.ops.lobs_native: the results of lobs_native.ops, in eager mode and under torch.compile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def half() -> Tensor:
 
 
 def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Arguments for every operation, small and different in what they use."""
+    """Small arguments for every operation, which use different options."""
     W, A = problem()
     X = features(20, C)
     score = torch.rand(R, C, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_options_are_those_of_ops() -> None:
             for a in schema.arguments
         }
         if "stop" in found:
-            found["stop"] = wanted["stop"]  # no infinities in schemas: None stands for it
+            found["stop"] = wanted["stop"]  # schemas have no infinity: None stands for it
         assert found == wanted, name
 
 
@@ -176,7 +176,7 @@ def test_there_are_no_gradients_and_nothing_pretends_so() -> None:
 def accumulate_and_prune(
     H: Tensor, X: Tensor, W: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A second moment grows; half of the weights go in the paper's way, and exactly."""
+    """Accumulate a second moment, then remove half of the weights by both methods."""
     NAMED.hessian_accumulate_(H, X)
     mean = (H.tril() + H.tril(-1).T) / len(X)
     mean = mean + 0.01 * mean.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)

@@ -1,4 +1,4 @@
-"""The cheapest removals, exactly as many as asked, and their order."""
+"""Selection of exactly the requested number of cheapest removals, and their order."""
 
 from __future__ import annotations
 

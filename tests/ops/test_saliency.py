@@ -1,4 +1,4 @@
-"""The cheapest weight of every row."""
+"""The cheapest removal of every row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_all_backends_find_the_same_column_and_value(backend, dtype, shape, shar
     expected_column, expected_value = reference.saliency_argmin(W, diag.expand(shape), live)
     assert torch.equal(column, expected_column)
     assert torch.equal(value, expected_value)
-    for r in range(shape[0]):  # and that is the argmin
+    for r in range(shape[0]):  # which is the argmin
         costs = {
             q: float(W[r, q] ** 2 / diag.expand(shape)[r, q]) for q in range(shape[1]) if live[r, q]
         }

@@ -1,4 +1,4 @@
-"""One small symmetric system per row, all cut from the same matrix, against torch's own solver."""
+"""One small symmetric system per row, all submatrices of one matrix, against torch's own solver."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def right_sides(rows: int, columns: int) -> Tensor:
 
 
 def check_outside(X: Tensor, chosen: Tensor) -> None:
-    """What is not chosen is +0."""
+    """Entries that are not chosen are +0."""
     assert bool((X[~chosen] == 0).all())
     assert not bool(torch.signbit(X[~chosen]).any())
 
@@ -86,7 +86,7 @@ def backward_error(M: Tensor, x: Tensor, b: Tensor, eps: float) -> float:
     ids=str,
 )
 def test_the_backward_error_is_a_few_roundings_whatever_the_condition(dtype, condition, backend):
-    """LAPACK's threshold for its own solvers is 30; 1 is the alarm, but for one equation, where
+    """LAPACK's threshold for its own solvers is 30. Ours is 1, except for one equation, where
     nothing averages out."""
     columns = 129
     M = conditioned(columns, condition).to(dtype)
@@ -114,7 +114,7 @@ def test_the_scale_of_the_matrix_does_not_matter(dtype, backend):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [2, 16, 17, 70])
 def test_the_lowest_row_that_is_not_positive_definite_is_named(size, dtype, backend):
-    """Only who chooses both of two columns sees that they are too much alike."""
+    """Two columns are too much alike: only a row that chooses both fails."""
     M = torch.eye(90, dtype=dtype)
     M[3, 80] = M[80, 3] = 1.5
     P = torch.zeros(5, 90, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_a_first_pivot_that_is_not_positive_is_refused(pivot, backend):
     X = torch.ones(1, 4)
     free = torch.tensor([[True, False, True, False]])
     if not math.isinf(pivot):
-        ops.support_solve_(X, M, free, backend=backend)  # nobody divides by it
+        ops.support_solve_(X, M, free, backend=backend)  # nothing is divided by it
         assert X.tolist() == [[1, 0, 1, 0]]
 
 
@@ -172,7 +172,7 @@ def test_an_output_that_is_not_contiguous_is_refused(backend):
 
 
 def test_inputs_may_lie_in_memory_in_any_way(backend):
-    """The matrix is symmetric, so its transpose is itself; the columns chosen are not."""
+    """The matrix is symmetric and so equal to its transpose; the chosen columns are not."""
     M, P = conditioned(20, 9.0), chosen_columns([7, 20, 0], 20)
     X = right_sides(3, 20)
     expected = X.clone()

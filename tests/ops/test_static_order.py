@@ -1,4 +1,4 @@
-"""The paper's removal in a fixed order, as one triangular solve per row."""
+"""Removal in a fixed order, the paper's method, against one triangular solve per row."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def test_no_removals_change_nothing(backend):
 
 
 def test_the_order_matters():
-    """Never downdating makes the result depend on the order: reversing it must change the
-    weights."""
+    """Without downdating the result depends on the order: reversing it must change the weights."""
     W, H = layer(1, 10)
     A = invert(H, 0.01, "H").A
     order, start = torch.arange(6, dtype=torch.int32), torch.tensor([0, 6])

@@ -25,8 +25,8 @@ GROUPS = [(4, 2), (4, 1), (8, 4), (5, 3), (16, 8), (20, 13), (40, 1)]
 
 
 def problem(R: int, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (R, B) and the upper factor (B, B) of a damped inverse; what is below U's diagonal is
-    nobody's business."""
+    """Weights (R, B) and the upper factor (B, B) of a damped inverse, with NaN below its diagonal,
+    which must not be read."""
     W, H = layer(R, B)
     U = torch.linalg.cholesky(invert(H, 0.01, "H").A, upper=True)
     return W.to(dtype), (U + torch.full((B, B), 1e30, dtype=F64).tril(-1)).to(dtype)
@@ -72,7 +72,7 @@ def sequential(
 
 
 def random_codes(R: int, B: int, *, stay: bool) -> Tensor:
-    """(R, B) bytes: free, goes and, if wanted, stays, a third each."""
+    """(R, B) bytes: a third each of free, goes and, with ``stay``, stays."""
     return torch.randint(0, 3 if stay else 2, (R, B), dtype=torch.uint8)
 
 
@@ -91,7 +91,7 @@ def swept(
 
 
 def assert_zeros(W: Tensor, gone: Tensor, E: Tensor) -> None:
-    """What went is exactly +0, and so is the error of what stayed."""
+    """Removed weights are exactly +0, and so are the errors of those that stay."""
     for zero in (W[gone == 1], E[gone != 1]):
         assert (zero == 0).all()
         assert not torch.signbit(zero).any()
@@ -105,7 +105,7 @@ def assert_zeros(W: Tensor, gone: Tensor, E: Tensor) -> None:
 def test_a_given_mask_is_carried_out_as_by_the_loop(backend, dtype, B):
     for R in ROWS:
         W, U = problem(R, B, dtype)
-        codes = random_codes(R, B, stay=True)  # 2 is no removal, with or without groups
+        codes = random_codes(R, B, stay=True)  # 2 is not a removal, with or without groups
         found, gone, E = swept(W, U, codes, 0, 0, backend)
         expected, _, errors = sequential(W, U, codes)
         assert distance(found, expected) < RELATIVE[dtype]
@@ -124,11 +124,11 @@ def test_no_removal_changes_nothing_and_a_full_one_leaves_nothing(backend):
     found, _, E = swept(W, U, ones, 0, 0, backend)
     assert_zeros(found, ones, E)
     expected = torch.linalg.solve_triangular(U.triu(), W, upper=True, left=False)
-    assert distance(E, expected) < RELATIVE[F64]  # E U = W: every weight is made up for by none
+    assert distance(E, expected) < RELATIVE[F64]  # all weights go, and E U = W
 
 
 def test_blocks_of_any_width_make_the_same_sweep(backend):
-    """Cutting the columns is only bookkeeping: E of one block repairs what is right of it."""
+    """Cutting the columns is only bookkeeping: E of one block repairs the columns to its right."""
     W, U = problem(9, 50, F64)
     codes = random_codes(9, 50, stay=False)
     whole, _, _ = swept(W, U, codes, 0, 0, backend)
@@ -184,11 +184,11 @@ def test_groups_and_blocks_wider_than_any_part_that_a_kernel_takes_at_once(backe
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize(("group", "per_group"), GROUPS, ids=str)
 def test_ties_go_to_the_lowest_column(backend, dtype, group, per_group):
-    """Equal weights, and few different ones, where no rounding can break a tie."""
+    """Equal weights, or few different ones, so that no rounding can break a tie."""
     B = 6 * group
     equal = torch.ones(21, B, dtype=dtype)
     equal[::2] *= -1
-    # Removals in one group change all columns of the next alike, by eighths.
+    # Removals in one group change all columns of the next group equally, by eighths.
     within = torch.arange(B) // group
     U = torch.where(within[:, None] + 1 == within, 0.125, 0.0).to(dtype)
     U.diagonal().fill_(0.5)
@@ -330,7 +330,7 @@ def test_the_same_bytes_for_any_number_of_threads(backend, dtype, group):
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_rows_do_not_see_each_other(backend, dtype):
-    """A row is the same alone, at the edge of a slab of rows, and among others."""
+    """The result for a row is the same alone, at the edge of a slab of rows, and among others."""
     W, U = problem(70, 24, dtype)
     codes = random_codes(70, 24, stay=True)
     found, gone, E = swept(W, U, codes, 4, 2, backend)
