@@ -1,4 +1,4 @@
-"""The search for what is not finite goes through a tensor in pieces; positions must not show it."""
+"""The search for NaN and infinity runs in pieces; the positions it reports must not show that."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lobs_native.errors import NonFiniteError
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 @pytest.mark.parametrize("shape", [(), (40,), (10, 4), (5, 4, 2)])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_a_nan_is_found_at_its_own_place_whatever_the_pieces(monkeypatch, piece, shape, place):
+def test_the_first_nan_is_reported_whatever_the_piece_size(monkeypatch, piece, shape, place):
     monkeypatch.setattr(checks, "_PIECE", piece)
     x = torch.zeros(shape)
     checks.check_finite(x, "x")
     flat = {"first": 0, "middle": x.numel() // 2, "last": x.numel() - 1}[place]
-    x.view(-1)[flat:] = torch.nan  # all that follows too: the first one counts
+    x.view(-1)[flat:] = torch.nan  # everything after it too: the first one counts
     position = (
         tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), shape)) if shape else ()
     )
@@ -28,7 +28,7 @@ def test_a_nan_is_found_at_its_own_place_whatever_the_pieces(monkeypatch, piece,
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_rows_that_do_not_count_may_hold_anything(monkeypatch, piece):
+def test_rows_outside_where_may_hold_anything(monkeypatch, piece):
     monkeypatch.setattr(checks, "_PIECE", piece)
     x = torch.zeros(9, 3)
     x[2] = x[7, 1] = torch.inf
@@ -40,6 +40,6 @@ def test_rows_that_do_not_count_may_hold_anything(monkeypatch, piece):
     checks.check_finite(x, "x", where)
 
 
-def test_an_empty_tensor_holds_nothing_to_refuse():
+def test_an_empty_tensor_is_finite():
     checks.check_finite(torch.empty(0, 3), "x")
     checks.check_finite(torch.empty(3, 0), "x")

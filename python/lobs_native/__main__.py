@@ -1,4 +1,4 @@
-"""``python -m lobs_native``: the same as the command ``lobs-native``."""
+"""``python -m lobs_native``, the same as the command ``lobs-native``."""
 
 import sys
 

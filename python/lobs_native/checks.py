@@ -1,4 +1,4 @@
-"""Arguments are checked here, by name, before anything is written."""
+"""Argument checks: every error names the argument, and is raised before anything is written."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ from lobs_native.errors import (
 )
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 1 << 22  # elements looked at together
 WEIGHTS = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)  # for token weights
+_PIECE = 1 << 22  # elements searched at a time
 PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def tensor(
     x: Any, name: str, *, ndim: int | None = None, dtypes: Iterable[torch.dtype] = FLOATS
 ) -> Tensor:
-    """Check an input tensor and return it detached, aligned, and free of lazy conjugate or negative
-    bits.
+    """Check an input tensor and return it detached, aligned, and without a lazy negative bit.
 
-    Anything that offers ``__dlpack__`` (numpy, cupy, jax) is accepted. Raises DtypeError or
-    ShapeError by ``name``.
+    Anything with ``__dlpack__`` (numpy, cupy, jax) is accepted. Raises DtypeError or ShapeError,
+    which call the tensor ``name``.
     """
     if not isinstance(x, Tensor):
         if not hasattr(x, "__dlpack__"):
             raise DtypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if isinstance(x, np.ndarray) and any(step < 0 for step in x.strides):
-            x = x.copy()  # torch has no negative strides, and ends the process when given one
+            x = x.copy()  # torch has no negative strides: importing one aborts the process
         try:
             x = torch.utils.dlpack.from_dlpack(x)
         except Exception as error:  # whatever a foreign object's __dlpack__ raises
             raise DtypeError(
-                f"{name}: torch cannot take this {type(x).__name__} over: {error}"
+                f"{name}: torch cannot import this {type(x).__name__}: {error}"
             ) from error
     if type(x) not in PLAIN:
         raise DtypeError(
@@ -50,19 +49,17 @@ def tensor(
             "convert it first"
         )
     if x.device.type == "meta":
-        raise DtypeError(
-            f"{name}: it is on the meta device and has no values; materialise it first"
-        )
+        raise DtypeError(f"{name}: on the meta device, so it has no values; materialise it first")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise DtypeError(f"{name}: it is inside a torch.func transform; call this outside of it")
+        raise DtypeError(f"{name}: inside a torch.func transform; call this function outside it")
     if x.is_nested:
         raise DtypeError(
-            f"{name}: it is a nested tensor; pass {name}.to_padded_tensor or its parts"
+            f"{name}: a nested tensor; pass {name}.to_padded_tensor(...) or its parts one by one"
         )
     if x.layout != torch.strided:
         raise DtypeError(f"{name}: layout {x.layout} is not supported; pass {name}.to_dense()")
     if x.is_quantized:
-        raise DtypeError(f"{name}: it is quantised; pass {name}.dequantize()")
+        raise DtypeError(f"{name}: a quantised tensor; pass {name}.dequantize()")
     allowed = tuple(dtypes)
     if x.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -86,32 +83,35 @@ def output(
     dtypes: Iterable[torch.dtype],
     rows_apart: bool = False,
 ) -> Tensor:
-    """Check a tensor that is written in place: as :func:`tensor`, contiguous, no grad, no second
-    name for its memory. With ``rows_apart`` the rows of a matrix may lie apart."""
+    """Check a tensor that is to be written in place.
+
+    Besides the conditions of :func:`tensor`, it must be contiguous, not require grad, and own the
+    memory that is written. ``rows_apart`` allows a matrix with gaps between its contiguous rows.
+    """
     if not isinstance(x, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor to write into, got {type(x).__name__}")
     if x.requires_grad:
         raise DtypeError(
-            f"{name}: it requires grad and would be written in place; pass {name}.detach()"
+            f"{name}: requires grad, but would be written in place; pass {name}.detach()"
         )
     checked = tensor(x, name, ndim=ndim, dtypes=dtypes)
     if checked.data_ptr() != x.data_ptr() or x.is_neg():
         raise ShapeError(
-            f"{name}: it is written in place, so its memory must be aligned and its values not "
-            "lazily negated"
+            f"{name}: written in place, so its memory must be aligned and its values not lazily "
+            "negated; pass a clone"
         )
     whole = x.is_contiguous() or (
         rows_apart and x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     )
     if not whole:
         raise ShapeError(
-            f"{name}: it is written in place and must be contiguous; its strides are {x.stride()}"
+            f"{name}: written in place, so it must be contiguous; its strides are {x.stride()}"
         )
     return checked
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """First and last byte (exclusive) of the memory that a strided tensor reaches."""
+    """The address range [first, last) of the bytes that a strided tensor reaches."""
     if x.numel() == 0:
         return x.data_ptr(), x.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -119,16 +119,16 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 def _check_memory(x: Tensor, name: str) -> None:
-    """Refuse a tensor whose storage is smaller than its shape says (freed, cut, never there)."""
+    """Refuse a tensor whose storage (freed, truncated or never allocated) cannot hold its shape."""
     if x.numel() == 0:
         return
     first, last = _extent(x)
-    held = x.untyped_storage().nbytes()
+    available = x.untyped_storage().nbytes()
     needed = x.storage_offset() * x.element_size() + (last - first)
-    if first == 0 or needed > held:
+    if first == 0 or needed > available:
         raise ShapeError(
-            f"{name}: shape {tuple(x.shape)} needs {needed} bytes but its storage has {held}; "
-            "it was freed or resized"
+            f"{name}: shape {tuple(x.shape)} needs {needed} bytes, but its storage has "
+            f"{available}; it was freed or resized"
         )
 
 
@@ -138,28 +138,30 @@ def apart(out: Tensor, name: str, read: Tensor, other: str) -> None:
     begin, end = _extent(read)
     if out.device == read.device and first < end and begin < last:
         raise ShapeError(
-            f"{other}: it shares memory with {name}, which is written; pass {other}.clone()"
+            f"{other}: shares memory with {name}, which is written; pass {other}.clone()"
         )
 
 
 def flag(value: Any, name: str) -> bool:
-    """``value`` if it is True or False; DtypeError by ``name`` otherwise."""
+    """Return ``value`` if it is True or False; otherwise raise DtypeError."""
     if not isinstance(value, bool):
         raise DtypeError(f"{name}: expected True or False, got {type(value).__name__}")
     return value
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any, name: str) -> Tensor:
-    """torch.zeros, with errors that name ``name`` (what decided the shape) or ``device``."""
+    """torch.zeros, with errors that name ``device`` or the argument behind the shape, ``name``."""
     try:
         where = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device: {device!r} is no device of torch") from error
+        raise BackendError(f"device: {device!r} is not a torch device") from error
     if where.type == "meta":
         raise BackendError("device: meta tensors have no values; use a real device")
     size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
     if size >= 1 << 47:
-        raise ArgumentError(f"{name}: a matrix of {shape} needs {size} bytes, more than there is")
+        raise ArgumentError(
+            f"{name}: a matrix of {shape} needs {size} bytes, more than any machine has"
+        )
     try:
         return torch.zeros(shape, dtype=dtype, device=where)
     except MemoryError:
@@ -172,7 +174,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any, name: str) ->
 
 
 def positive_int(value: Any, name: str) -> int:
-    """``value`` as an int >= 1; DtypeError or ArgumentError by ``name`` otherwise."""
+    """Return ``value`` as an int >= 1; otherwise raise DtypeError or ArgumentError."""
     return _integer(value, name, 1)
 
 
@@ -189,34 +191,34 @@ def _integer(value: Any, name: str, lowest: int) -> int:
 
 
 def count(value: Any, name: str) -> int:
-    """``value`` as an int >= 0; DtypeError or ArgumentError by ``name`` otherwise."""
+    """Return ``value`` as an int >= 0; otherwise raise DtypeError or ArgumentError."""
     return _integer(value, name, 0)
 
 
 def real(value: Any, name: str) -> float:
-    """``value`` as a float that is not NaN; DtypeError or ArgumentError by ``name`` otherwise."""
-    wrong = DtypeError(f"{name}: expected a number, got {type(value).__name__}")
+    """Return ``value`` as a float, not NaN; otherwise raise DtypeError or ArgumentError."""
+    not_a_number = DtypeError(f"{name}: expected a number, got {type(value).__name__}")
     if isinstance(value, (bool, str, bytes, complex)) or value is None:
-        raise wrong
+        raise not_a_number
     if getattr(value, "dtype", None) is not None and "complex" in str(value.dtype):
-        raise wrong
+        raise not_a_number
     try:
         number = float(value.detach() if isinstance(value, Tensor) else value)
     except OverflowError as error:
-        raise ArgumentError(f"{name}: it is beyond the range of a float") from error
+        raise ArgumentError(f"{name}: beyond the range of a float") from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise wrong from error
+        raise not_a_number from error
     if math.isnan(number):
-        raise ArgumentError(f"{name}: it is NaN")
+        raise ArgumentError(f"{name}: NaN; expected a number")
     return number
 
 
 def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
-    """Raise NonFiniteError with the first position of a NaN or an infinity.
+    """Raise NonFiniteError at the first NaN or infinity.
 
     ``where`` (N,) limits the search to some rows of x (N, C).
     """
-    # In pieces: small temporaries, and Ctrl-C is answered between them.
+    # In pieces: temporaries stay small, and Ctrl-C is answered between them.
     whole = x.reshape(1) if x.ndim == 0 else x
     width = whole[:1].numel()
     rows = max(1, _PIECE // max(1, width))
@@ -230,47 +232,44 @@ def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
 
 
 def not_finite(name: str, x: Tensor, flat: int) -> NonFiniteError:
-    """The error for the value at a flat index of x, by its position in x's own shape."""
-    error = NonFiniteError(_not_finite(name, x, flat))
+    """The error for the value at a flat index of x. It shows the index along each dimension."""
+    position: tuple[int, ...] = ()
+    rest = flat
+    for size in reversed(x.shape):
+        rest, index = divmod(rest, size)
+        position = (index, *position)
+    error = NonFiniteError(
+        f"{name}: {float(x[position])} at {position}; inputs must be finite. Nothing was changed."
+    )
     error.flat = flat
     return error
 
 
-def _not_finite(name: str, x: Tensor, flat: int) -> str:
-    where = []
-    for size in reversed(x.shape):
-        where.append(flat % size)
-        flat //= size
-    position = tuple(reversed(where))
-    return (
-        f"{name}: {float(x[position])} at {position}; inputs must be finite. Nothing was changed."
-    )
-
-
 def token_weights(weights: Any, rows: int, device: torch.device) -> Tensor:
-    """Check per-row weights and return them as contiguous float64 (rows,)."""
+    """Check the weights of the rows of X and return them as contiguous float64 (rows,)."""
     t = tensor(weights, "weights", ndim=1, dtypes=WEIGHTS)
     if t.numel() != rows:
-        raise ShapeError(f"weights: {t.numel()} of them for {rows} rows of X; give one per row")
+        raise ShapeError(f"weights: {t.numel()} for {rows} rows of X; pass one weight per row")
     t = t.to(device=device, dtype=torch.float64).contiguous()
     check_finite(t, "weights")
     if rows and float(t.min()) < 0:
-        q = int(t.argmin())
+        lowest = int(t.argmin())
         raise ArgumentError(
-            f"weights: {float(t[q])} at {q}; weights must be >= 0 (0 leaves the row out)"
+            f"weights: {float(t[lowest])} at {lowest}; weights must be >= 0 (0 leaves the row out)"
         )
     return t
 
 
 def same_device(first: Tensor, name: str, second: Tensor, other: str) -> None:
+    """Refuse two tensors on different devices."""
     if first.device != second.device:
         raise ShapeError(
-            f"{name} is on {first.device} but {other} is on {second.device}: move one of them"
+            f"{name} is on {first.device}, but {other} is on {second.device}: move one of them"
         )
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
-    """``value`` if it is one of ``choices``; an error that lists them otherwise."""
+    """Return ``value`` if it is one of ``choices``; otherwise raise an error that lists them."""
     if not isinstance(value, str):
         raise DtypeError(
             f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""The exceptions of this package. Nothing has been written when one of them is raised."""
+"""The exceptions of this package. When one of them is raised, nothing has been written."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = [
 
 
 class LobsError(Exception):
-    """Base of all of them. The message names the argument, its value, and the way out."""
+    """Base class. The message names the argument, its value, and what to do about it."""
 
 
 class ArgumentError(LobsError, ValueError):
-    """A value is outside its range, or arguments contradict each other: see the message."""
+    """A value is out of range, or arguments contradict each other."""
 
 
 class DtypeError(LobsError, TypeError):
-    """Something of the wrong kind: convert it as the message says."""
+    """An argument has the wrong type or dtype: convert it as the message says."""
 
 
 class ShapeError(LobsError, ValueError):
@@ -33,26 +33,28 @@ class ShapeError(LobsError, ValueError):
 
 
 class NonFiniteError(LobsError, ValueError):
-    """A NaN or an infinity in an input: find where it comes from before you prune."""
+    """An input contains a NaN or an infinity: find out where it comes from before pruning."""
 
-    flat: int | None = None  # flat index in the tensor, where it is known
+    flat: int | None = None  # flat index in the tensor, if known
 
 
 class PatternError(LobsError, ValueError):
-    """A sparsity pattern that does not exist or does not fit the layer."""
+    """The sparsity pattern does not exist, or does not fit the layer."""
 
 
 class NotPositiveDefiniteError(LobsError):
-    """The second moment could not be inverted at any step of the ladder: raise ``damping``."""
+    """The second moment could not be inverted, even with the most damping that is tried
+    automatically: raise ``damping``."""
 
 
 class BackendError(LobsError):
-    """The backend is unknown, not usable here, or lacks the operation: see ``backends()``."""
+    """The backend or device is unknown, unusable on this machine, or lacks the operation: see
+    ``backends()``."""
 
 
 class CheckpointError(LobsError):
-    """A file could not be written or is not what it claims to be."""
+    """A file could not be written, or its contents are not what they claim to be."""
 
 
 class HostError(LobsError):
-    """A host's code is not what ``lobs_native.compat`` replaces: see the message."""
+    """A host's code is not the code that ``lobs_native.compat`` replaces."""

@@ -1,4 +1,4 @@
-"""Versions of this package and of what it runs on."""
+"""The version of this package, and those of the software it runs on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """What a report says it was made by."""
+    """The versions that a report records."""
     return {
         "lobs_native": __version__,
         "torch": str(torch.__version__),

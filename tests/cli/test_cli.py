@@ -147,7 +147,7 @@ WRONG = {
     "no target": (PAIR, 2, "sparsity, threshold, max_error: give exactly one of them"),
     "sparsity above 1": (f"{PAIR} --sparsity 1.5", 2, "sparsity: 1.5"),
     "sparsity below 0": (f"{PAIR} --sparsity=-0.1", 2, "sparsity: -0.1"),
-    "sparsity NaN": (f"{PAIR} --sparsity nan", 2, "sparsity: it is NaN"),
+    "sparsity NaN": (f"{PAIR} --sparsity nan", 2, "sparsity: NaN; expected a number"),
     "sparsity a word": (f"{PAIR} --sparsity half", 2, "argument --sparsity: invalid float value"),
     "two targets": (
         f"{PAIR} --sparsity 0.5 --max-error 1",
@@ -239,7 +239,11 @@ WRONG = {
         2,
         "backend: there is none called 'quantum'",
     ),
-    "unknown device": (f"{PAIR} --sparsity 0.5 --device warp", 2, "device: 'warp' is no device"),
+    "unknown device": (
+        f"{PAIR} --sparsity 0.5 --device warp",
+        2,
+        "device: 'warp' is not a torch device",
+    ),
     "seed a word": (f"{PAIR} --sparsity 0.5 --seed x", 2, "argument --seed: invalid int value"),
     "unknown option": (f"{PAIR} --sparsity 0.5 --fast", 2, "unrecognized arguments: --fast"),
 }

@@ -1,5 +1,5 @@
-"""Layer types that need the whole model: attention, experts, shared and computed weights, types of
-one's own, and padding."""
+"""Layers that need the whole model: attention, experts, shared and computed weights, types that
+users register, and padding."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def moment(rows: Tensor, bias: bool = True) -> Tensor:
     return X.T @ X / len(X)
 
 
-def is_second_moment(found: lobs.Hessian, rows: Tensor, bias: bool = True) -> bool:
+def is_second_moment(hessian: lobs.Hessian, rows: Tensor, bias: bool = True) -> bool:
     count = rows.numel() // rows.shape[-1]
-    return found.rows == count and distance(found.matrix(), moment(rows, bias)) < 1e-12
+    return hessian.rows == count and distance(hessian.matrix(), moment(rows, bias)) < 1e-12
 
 
 def states(model: nn.Module) -> dict[str, Tensor]:
@@ -68,8 +68,8 @@ class Attending(nn.Module):
 
 
 def attended(attention: nn.MultiheadAttention, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """What the output projection of one sequence sees, head by head: x (L, E), y (S, kdim), z (S,
-    vdim) -> (L, E)."""
+    """The input of the output projection for one sequence, computed head by head: x (L, E),
+    y (S, kdim), z (S, vdim) -> (L, E)."""
     E, heads = attention.embed_dim, attention.num_heads
     if attention.in_proj_weight is None:
         weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
@@ -119,7 +119,7 @@ def test_every_projection_of_attention_sees_its_own_inputs(kind):
 
 
 @pytest.mark.parametrize("kind", ["self", "three weights"])
-def test_attention_s_weights_survive_the_round_trip_to_the_bit(kind):
+def test_attention_weights_survive_the_round_trip_bit_for_bit(kind):
     model = Attending(**ATTENTIONS[kind])
     before = states(model)
     for layer in layers_of(model):
@@ -133,7 +133,7 @@ def test_attention_s_weights_survive_the_round_trip_to_the_bit(kind):
     )
 
 
-def test_packed_attention_is_pruned_in_place_and_a_failure_undone():
+def test_packed_attention_is_pruned_in_place_and_restored_on_failure():
     model = Attending(batch_first=True)
     parameter, before = model.attention.in_proj_weight, states(model)
     x = [torch.randn(5, 7, 8, dtype=torch.float64)] * 3
@@ -160,7 +160,7 @@ def test_packed_attention_is_pruned_in_place_and_a_failure_undone():
     assert not torch.equal(model.attention.in_proj_bias, before["attention.in_proj_bias"])
 
 
-def test_an_encoder_is_pruned_whole_although_torch_would_fuse_it():
+def test_every_layer_of_an_encoder_is_pruned_although_torch_would_fuse_it():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
@@ -170,13 +170,13 @@ def test_an_encoder_is_pruned_whole_although_torch_would_fuse_it():
     assert {x.rows for x in report.layers} == {72.0}
 
 
-def test_a_use_of_a_watched_weight_that_is_no_product_is_refused():
+def test_a_watched_weight_used_outside_a_product_is_refused():
     class Odd(Attending):
         def forward(self, x: Tensor) -> Tensor:
             return functional.linear(x, self.how(self.attention.in_proj_weight))
 
     x = [torch.randn(5, 8, dtype=torch.float64)]
-    for how, said in (
+    for how, message in (
         (lambda w: w[4:12], "in parts"),
         (lambda w: w[:4], "in parts"),
         (lambda w: w[:8].T, "another orientation"),
@@ -185,11 +185,11 @@ def test_a_use_of_a_watched_weight_that_is_no_product_is_refused():
     ):
         model = Odd()
         model.how = how
-        with pytest.raises(ArgumentError, match=rf"'attention\..*{said}.*exclude it"):
+        with pytest.raises(ArgumentError, match=rf"'attention\..*{message}.*exclude it"):
             lobs.prune(model, x, sparsity=0.5, progress=False)
 
 
-def test_weights_are_seen_in_inference_mode_and_as_left_operands_and_in_batches():
+def test_weights_are_seen_in_inference_mode_as_left_operands_and_in_batched_products():
     class Odd(Attending):
         def forward(self, x: Tensor) -> Tensor:
             E = self.attention
@@ -210,32 +210,32 @@ def test_weights_are_seen_in_inference_mode_and_as_left_operands_and_in_batches(
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_every_expert_sees_the_rows_that_it_is_given(transposed):
+def test_every_expert_sees_the_rows_routed_to_it(transposed):
     model = Experts(transposed)
     x, chosen = routed([30, 3, 20, 25])
     found = seen(model, [(x, chosen)])
     assert list(found) == ["gate_up_proj", "down_proj"]
     for e in range(4):
-        mine = x[chosen[:, 0] == e]
-        inside = torch.stack([model.hidden(row, torch.tensor(e)) for row in mine]).detach()
-        assert is_second_moment(found["gate_up_proj"][e], mine, transposed)
+        rows = x[chosen[:, 0] == e]
+        inside = torch.stack([model.hidden(row, torch.tensor(e)) for row in rows]).detach()
+        assert is_second_moment(found["gate_up_proj"][e], rows, transposed)
         assert is_second_moment(found["down_proj"][e], inside, transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_experts_are_pruned_as_each_would_be_alone(transposed):
+def test_each_expert_is_pruned_as_it_would_be_alone(transposed):
     model, (x, chosen) = Experts(transposed), routed([30, 30, 30, 30])
     before = states(model)
     report = lobs.prune(
         model, [(x, chosen)], sparsity=0.5, scope="row", inputs="dense", progress=False
     )
     for e in range(4):
-        mine = x[chosen[:, 0] == e]
+        rows = x[chosen[:, 0] == e]
         W = before["gate_up_proj"][e]
         bias = before["gate_up_proj_bias"][e] if transposed else None
         out = lobs.prune_weight(
             W.T.contiguous() if transposed else W,
-            moment(mine, transposed),
+            moment(rows, transposed),
             sparsity=0.5,
             scope="row",
             bias=bias,
@@ -249,7 +249,7 @@ def test_experts_are_pruned_as_each_would_be_alone(transposed):
 
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
-def test_experts_without_rows_are_pruned_by_magnitude_and_few_are_noted(scope):
+def test_experts_without_rows_are_pruned_by_magnitude_and_few_rows_are_noted(scope):
     model, (x, chosen) = Experts(True), routed([40, 0, 5, 40])
     before = states(model)
     report = lobs.prune(model, [(x, chosen)], sparsity=0.5, scope=scope, progress=False)
@@ -265,7 +265,7 @@ def test_experts_without_rows_are_pruned_by_magnitude_and_few_are_noted(scope):
         assert was[:, r][kept[:, r]].abs().min() >= was[:, r][~kept[:, r]].abs().max()
 
 
-def test_transformers_experts_run_one_by_one_whatever_is_configured():
+def test_transformers_experts_run_one_by_one_whatever_the_configuration():
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
@@ -328,7 +328,7 @@ def test_tied_layers_are_pruned_once_for_the_inputs_of_both(biases):
     assert report.weights == 36
 
 
-def test_layers_that_share_their_bias_too_have_it_updated():
+def test_a_shared_bias_is_updated():
     model = Tied(True)
     model.b.bias = model.a.bias
     original = copy.deepcopy(model)
@@ -342,7 +342,7 @@ def test_layers_that_share_their_bias_too_have_it_updated():
     assert distance(model.a.bias.detach(), out.bias) < 1e-9
 
 
-def test_a_weight_shared_with_an_excluded_layer_stays_as_it_is():
+def test_a_weight_shared_with_an_excluded_layer_is_not_pruned():
     model = Tied(False)
     model.c = nn.Linear(6, 2).double()
     report = lobs.prune(
@@ -358,7 +358,7 @@ def test_a_weight_shared_with_an_excluded_layer_stays_as_it_is():
     assert int((model.a.weight == 0).sum()) == 0
 
 
-def test_parameters_in_one_storage_are_tied_only_where_they_overlap():
+def test_parameters_in_one_storage_are_tied_only_if_they_overlap():
     memory = torch.randn(72).double()
     model = nn.Sequential(*(nn.Linear(6, 6, bias=False).double() for _ in range(4)))
     model[0].weight = nn.Parameter(memory[:36].view(6, 6))
@@ -424,7 +424,7 @@ def test_a_parametrized_weight_is_assigned_to():
     assert torch.equal(report.masks["0"], model[0].weight != 0)
 
 
-def test_an_interrupted_run_gives_a_parametrized_weight_its_parameters_back():
+def test_an_interrupted_run_restores_the_parameters_of_a_parametrized_weight():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)).double()
     nn.utils.parametrizations.weight_norm(model[0])
@@ -441,18 +441,18 @@ def test_an_interrupted_run_gives_a_parametrized_weight_its_parameters_back():
     assert same(states(model), before)
 
 
-def test_a_parametrization_that_loses_a_pruned_weight_is_an_error_and_undone():
-    """A row of zeros has no direction, so weight_norm makes it NaN."""
+def test_a_parametrization_that_cannot_hold_the_pruned_weight_is_refused_and_restored():
+    """A row of zeros has no direction, so weight_norm turns it into NaN."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 5)).double()
     nn.utils.parametrizations.weight_norm(model[0])
     before = states(model)
-    with pytest.raises(ArgumentError, match=r"'0': its parametrization did not take.*exclude"):
+    with pytest.raises(ArgumentError, match=r"'0': its parametrization cannot hold the.*exclude"):
         lobs.prune(model, [torch.randn(60, 8).double()], sparsity=1.0, progress=False)
     assert same(states(model), before)
 
 
-# ---- types of one's own --------------------------------------------------------------------------
+# ---- types that users register -------------------------------------------------------------------
 
 
 class Scaled(nn.Linear):
@@ -475,7 +475,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_type_of_one_s_own_is_pruned_by_its_own_description():
+def test_a_registered_type_is_pruned_by_its_own_description():
     torch.manual_seed(0)
     model = nn.Sequential(Scaled(6, 4)).double()
     x = torch.randn(50, 6).double()
@@ -491,7 +491,7 @@ def test_a_type_of_one_s_own_is_pruned_by_its_own_description():
 
 
 @pytest.mark.usefixtures("registry")
-def test_what_cannot_be_registered_is_refused():
+def test_a_class_that_cannot_be_registered_is_refused():
     class Without(lobs.Layer):
         pass
 
@@ -502,10 +502,10 @@ def test_what_cannot_be_registered_is_refused():
         lobs.register_layer(Scaled)
     with pytest.raises(ArgumentError, match=r"Without\.module_type must be"):
         lobs.register_layer(Without)
-    with pytest.raises(ArgumentError, match="Linear describes Linear already"):
+    with pytest.raises(ArgumentError, match="Linear already describes Linear"):
         lobs.register_layer(Again)
     lobs.register_layer(ScaledLayer)
-    with pytest.raises(ArgumentError, match="ScaledLayer describes Scaled already"):
+    with pytest.raises(ArgumentError, match="ScaledLayer already describes Scaled"):
         lobs.register_layer(ScaledLayer)
 
 
@@ -558,35 +558,35 @@ def test_the_theorem_does_not_cover_outputs_of_padding():
             return self.a(x)
 
     x, mask = padded()
-    for given, covered in ((mask, False), (torch.ones_like(mask), True)):
-        batch = {"x": x, "attention_mask": given}
+    for attention_mask, covered in ((mask, False), (torch.ones_like(mask), True)):
+        batch = {"x": x, "attention_mask": attention_mask}
         report = lobs.prune(Net(), [batch], sparsity=0.5, progress=False)
         assert report.error_bound.covered == covered
         assert ("padding" in report.error_bound.reason) != covered
 
 
 @pytest.mark.parametrize("mask", ["additive", "four dimensions", "all ones", "another length"])
-def test_a_mask_that_is_none_of_the_rows_counts_everything(mask):
-    x, given = padded()
-    given = {
-        "additive": given * -1e4,
-        "four dimensions": given[:, None, None],
-        "all ones": torch.ones_like(given),
-        "another length": given[:, 1:],
+def test_with_a_mask_that_does_not_fit_the_rows_every_row_counts(mask):
+    x, fitting = padded()
+    attention_mask = {
+        "additive": fitting * -1e4,
+        "four dimensions": fitting[:, None, None],
+        "all ones": torch.ones_like(fitting),
+        "another length": fitting[:, 1:],
     }[mask]
-    found = seen(Masked(), [{"x": x, "attention_mask": given}], mask=True)
+    found = seen(Masked(), [{"x": x, "attention_mask": attention_mask}], mask=True)
     assert found["a"][0].rows == 21
     assert found["a"].unmasked == (mask == "another length")
 
 
-def test_in_a_model_with_two_sides_it_is_not_guessed_whose_mask_it_is():
+def test_an_encoder_decoder_s_mask_is_ignored_since_it_may_be_of_either_side():
     x, mask = padded()
     model = Masked()
     model.config = type("Config", (), {"is_encoder_decoder": True})()
     assert seen(model, [{"x": x, "attention_mask": mask}], mask=True)["a"][0].rows == 21
 
 
-def test_padding_is_left_out_block_by_block_as_well():
+def test_padding_is_left_out_when_blocks_are_replayed():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,5 +1,5 @@
-"""Layer types whose inputs are a module's inputs: the second moment is that of the inputs which the
-module itself multiplies each weight by, and weights survive the round trip."""
+"""Layers that read their module's inputs: the second moment is that of the values by which the
+module itself multiplies each weight, and weights survive the round trip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lobs_native.layers.conv1d_of_transformers import TransformersConv1D
 
 
 class Conv1D(nn.Module):
-    """As in transformers, down to its module's name."""
+    """As in transformers, including the name of its Python module."""
 
     __module__ = "transformers.pytorch_utils"
 
@@ -35,7 +35,7 @@ class Conv1D(nn.Module):
         return out.view((*x.size()[:-1], self.nf))
 
 
-# name -> (module, sizes of the input behind batch and channels)
+# name -> (module, sizes of the input after batch and channels)
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(4, 8, 3), (9,)),
     "1d, strided, dilated, groups": (
@@ -88,7 +88,7 @@ CONVOLUTIONS = {
 KINDS = ["linear", "transformers", *CONVOLUTIONS]
 
 
-def made(kind: str) -> tuple[nn.Module, Layer, Tensor]:
+def example(kind: str) -> tuple[nn.Module, Layer, Tensor]:
     """A module in float64 with its layer, and a batch of inputs for it."""
     torch.manual_seed(0)
     if kind in ("linear", "transformers"):
@@ -101,17 +101,17 @@ def made(kind: str) -> tuple[nn.Module, Layer, Tensor]:
     return module, layer, x.double()
 
 
-def second_moments(layer: Layer, *given: object) -> list[lobs.Hessian]:
+def second_moments(layer: Layer, *inputs: object) -> list[lobs.Hessian]:
     moments = [lobs.Hessian(layer.width) for _ in range(layer.groups)]
-    for group, rows in layer.columns(*given):
+    for group, rows in layer.columns(*inputs):
         moments[group].update(rows)
     return moments
 
 
-def multiplied_by(module: nn.Module, layer: Layer, *given: object) -> list[Tensor]:
-    """What the module itself multiplies every weight of its first rows by: its outputs where that
-    weight alone is one. G times (N, C)."""
-    found = []
+def multiplied_by(module: nn.Module, layer: Layer, *inputs: object) -> list[Tensor]:
+    """The values by which the module itself multiplies each weight of the first row of each group:
+    its outputs when that weight is one and all others are zero. G times (N, C)."""
+    factors = []
     for g in range(layer.groups):
         columns = []
         for c in range(layer.width):
@@ -120,24 +120,24 @@ def multiplied_by(module: nn.Module, layer: Layer, *given: object) -> list[Tenso
             state = {"weight": layer.unpack(W)}
             if module.bias is not None:
                 state["bias"] = torch.zeros_like(module.bias)
-            out = torch.func.functional_call(module, state, given)
+            out = torch.func.functional_call(module, state, inputs)
             out = out.movedim(1, -1) if isinstance(layer, conv_file.Conv) else out
             columns.append(out[..., g * layer.rows].reshape(-1))
-        found.append(torch.stack(columns, 1).detach())
-    return found
+        factors.append(torch.stack(columns, 1).detach())
+    return factors
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_moments_are_those_of_what_the_module_multiplies_its_weights_by(kind):
-    module, layer, x = made(kind)
+def test_second_moments_are_those_of_the_values_that_weights_are_multiplied_by(kind):
+    module, layer, x = example(kind)
     moments = second_moments(layer, x)
     for h, X in zip(moments, multiplied_by(module, layer, x), strict=True):
         assert h.rows == len(X)
         assert distance(h.matrix(), X.T @ X / len(X)) < 1e-13
 
 
-def test_a_transposed_convolution_may_be_told_its_output_size():
+def test_a_transposed_convolution_may_be_called_with_an_output_size():
     module = nn.ConvTranspose2d(4, 6, 3, stride=3, padding=1).double()
     (layer,) = layers_for("m", module)
     x = torch.randn(2, 4, 4, 5).double()
@@ -156,8 +156,8 @@ def test_a_transposed_convolution_may_be_told_its_output_size():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_survive_the_round_trip_to_the_bit(kind):
-    module, layer, _ = made(kind)
+def test_weights_survive_the_round_trip_bit_for_bit(kind):
+    module, layer, _ = example(kind)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     W, b = layer.weight().clone(), layer.bias()
     assert W.shape == (layer.groups, layer.rows, layer.width)
@@ -175,8 +175,8 @@ def test_weights_survive_the_round_trip_to_the_bit(kind):
 
 
 @pytest.mark.parametrize("kind", ["2d", "2d, dilated, groups", "1d", "3d"])
-def test_columns_are_kernel_positions_and_within_them_input_channels(kind):
-    module, layer, _ = made(kind)
+def test_columns_are_ordered_by_kernel_position_then_input_channel(kind):
+    module, layer, _ = example(kind)
     filters = module.weight.detach().flatten(2)
     channels = filters.shape[1]
     for g, r, c, k in itertools.product(
@@ -202,13 +202,13 @@ def test_groups_of_a_pattern_are_neighbouring_input_channels(module, along):
     kept = (module.weight != 0).movedim(along, -1).unflatten(-1, (-1, 4)).sum(-1)
     assert bool((kept == 2).all())
     assert torch.equal(report.masks["0"], module.weight != 0)
-    # and not in this order by chance: along the kernel there is no such rule
+    # not by chance: the rule does not hold along the kernel
     flat = (module.weight != 0).flatten()[: module.weight.numel() // 4 * 4].view(-1, 4).sum(1)
     assert not bool((flat == 2).all())
 
 
-def test_a_pattern_must_divide_the_channels_and_not_the_filter():
-    model = nn.Sequential(nn.Conv2d(6, 4, 2))  # 24 weights a filter, 6 channels
+def test_a_pattern_must_divide_the_channels_not_the_filter():
+    model = nn.Sequential(nn.Conv2d(6, 4, 2))  # 24 weights per filter, 6 channels
     x = [torch.randn(2, 6, 5, 5)]
     with pytest.raises(lobs.PatternError, match=r"layer '0'.*rows of 6 .*kernel position"):
         lobs.prune(model, x, pattern="2:4", progress=False)
@@ -229,7 +229,7 @@ def test_channels_last_weights_keep_their_format():
     [nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ConvTranspose2d(4, 8, 3, padding=1, groups=2)],
     ids=["forward", "transposed"],
 )
-def test_patches_come_in_pieces_and_never_a_whole_batch(monkeypatch, module):
+def test_patches_are_materialised_in_pieces_not_for_a_whole_batch(monkeypatch, module):
     x = torch.randn(6, 4, 16, 16, dtype=torch.float64)
     (layer,) = layers_for("m", module.double())
     whole = [torch.cat([r for g, r in layer.columns(x) if g == group]) for group in range(2)]
@@ -259,17 +259,17 @@ def test_one_image_without_a_batch_is_accepted(module):
 @pytest.mark.parametrize("shape", [(2, 32, 3), (64,), ()])  # the first would make whole rows
 def test_inputs_of_another_width_are_refused(shape):
     (layer,) = layers_for("m", nn.Linear(4, 8))
-    said = re.escape(f"'m': input {shape}, expected (..., 4)")
-    with pytest.raises(ShapeError, match=said):
+    message = re.escape(f"'m': input {shape}, expected (..., 4)")
+    with pytest.raises(ShapeError, match=message):
         next(layer.columns(torch.zeros(shape)))
     model = nn.Sequential(nn.Linear(4, 8))
     before = model[0].weight.clone()
-    with pytest.raises(ShapeError, match=said.replace("'m'", "'0'")):
+    with pytest.raises(ShapeError, match=message.replace("'m'", "'0'")):
         lobs.prune(model, [torch.zeros(shape)], sparsity=0.5)
     assert torch.equal(model[0].weight, before)
 
 
-# ---- what may not be touched ---------------------------------------------------------------------
+# ---- modules that are refused --------------------------------------------------------------------
 
 
 def test_only_known_forwards_are_prunable():
@@ -290,7 +290,7 @@ def test_only_known_forwards_are_prunable():
         layers_for("m", replaced)[0].check()
 
 
-def test_the_conv1d_of_transformers_is_known_without_importing_it():
+def test_the_conv1d_of_transformers_is_recognised_without_importing_it():
     class Other(nn.Module):
         __qualname__ = __name__ = "Conv1D"
 
@@ -336,7 +336,7 @@ def test_integer_weights_are_refused():
         layer.weight()
 
 
-def test_modules_are_found_once_and_parts_of_a_module_with_it():
+def test_shared_modules_and_parts_of_a_module_are_listed_once():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.Linear(2, 2)})
     model["again"] = model["b"]
     names = [layer.name for layer in layers_of(model)]

@@ -1,5 +1,8 @@
-"""The layer types that can be pruned. To add one: a file with a subclass of Layer, and a line in
-LAYERS; from outside, :func:`register_layer`."""
+"""The layer types that can be pruned.
+
+To add one, write a subclass of Layer in a file of its own and add it to LAYERS. Users add theirs
+with :func:`register_layer`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,11 @@ LAYERS: list[type[Layer]] = [
 
 
 def layers_for(name: str, module: nn.Module) -> list[Layer]:
-    """The prunable weights of one module, none if its type is not known. ``Layer.check`` says
-    whether they may be touched."""
-    for kind in reversed(LAYERS):  # later ones are more special
+    """The prunable weights of one module: none if its type is unknown.
+
+    ``Layer.check`` tells whether a weight may be pruned.
+    """
+    for kind in reversed(LAYERS):  # later types are more specific
         if kind.base_of(module) is not None:
             return kind.of(name, module)
     return []
@@ -46,38 +51,38 @@ def layers_for(name: str, module: nn.Module) -> list[Layer]:
 
 def layers_of(model: nn.Module) -> list[Layer]:
     """All prunable weights of a model, in module order."""
-    found: list[Layer] = []
-    taken: set[nn.Module] = set()  # parts of a module that has described them itself
+    layers: list[Layer] = []
+    described: set[nn.Module] = set()  # by themselves or by a module that contains them
     for name, module in model.named_modules():
-        if module not in taken:
-            layers = layers_for(name, module)
-            taken.update(layer.module for layer in layers)
-            found += layers
-    return found
+        if module not in described:
+            of_module = layers_for(name, module)
+            described.update(layer.module for layer in of_module)
+            layers += of_module
+    return layers
 
 
 def register_layer(layer: type[Layer]) -> type[Layer]:
-    """Make a layer type of your own prunable.
+    """Make your own layer type prunable.
 
     Parameters
     ----------
     layer : subclass of ``lobs_native.Layer``
-        Sets ``module_type`` (the nn.Module class), and for a module ``groups``, ``rows`` and
-        ``width``; yields ``columns(inputs)``; for a weight that is not stored as (groups * rows,
-        width), also ``pack`` and ``unpack``. Types that were registered later come first, so a
-        subclass of a known module with a forward of its own gets its own description.
+        It sets ``module_type`` (the nn.Module class) and, for each module, ``groups``, ``rows``
+        and ``width``. It implements ``columns(inputs)``, and ``pack`` and ``unpack`` if the weight
+        is not stored as (groups * rows, width). Types registered later take precedence, so a
+        subclass of a known module can get a description of its own.
 
     Returns
     -------
     type
-        The same class, so that it can stand as a decorator.
+        The same class, so that this function can be used as a decorator.
 
     Raises
     ------
     DtypeError
-        It is not a subclass of Layer.
+        ``layer`` is not a subclass of Layer.
     ArgumentError
-        It has no ``module_type``, or there is a layer type for that already.
+        It has no ``module_type``, or that type has a description already.
 
     Notes
     -----
@@ -93,7 +98,7 @@ def register_layer(layer: type[Layer]) -> type[Layer]:
     for other in LAYERS:
         if both := set(kinds) & set(_kinds(other)):
             raise ArgumentError(
-                f"layer: {other.__name__} describes {both.pop().__name__} already; subclass the "
+                f"layer: {other.__name__} already describes {both.pop().__name__}; subclass the "
                 "module to give it another description"
             )
     LAYERS.append(layer)

@@ -1,5 +1,4 @@
-"""nn.MultiheadAttention: the projections of queries, keys and values, packed or not, and of the
-output, each a layer of its own."""
+"""nn.MultiheadAttention: the query, key, value and output projections, each a layer of its own."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ __all__ = ["Attention"]
 
 
 class Attention(Matrix):
-    """Layers ``<name>.q_proj``, ``.k_proj``, ``.v_proj`` (with their thirds of ``in_proj_bias``)
+    """Layers ``<name>.q_proj``, ``.k_proj``, ``.v_proj`` (each with its third of ``in_proj_bias``)
     and ``.out_proj``.
 
-    They are layers of their own although weights may be packed in one parameter, because they may
-    see different inputs.
+    They are separate layers even if one parameter packs their weights, because their inputs may
+    differ.
     """
 
     module_type = nn.MultiheadAttention

@@ -1,5 +1,5 @@
-"""What the pruner needs to know of a layer: its weights as matrices, its inputs as rows, and the
-way back."""
+"""The interface between a layer and the pruner: its weights as matrices (and back), its inputs as
+rows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ __all__ = ["Layer"]
 
 
 class Layer(ABC):
-    """One prunable weight. A subclass says how weights and inputs are laid out; nothing native
-    changes.
+    """One prunable weight. A subclass describes the layout of weights and inputs, in Python alone.
 
-    ``groups`` is G, ``rows`` R outputs and ``width`` C inputs per group: W is (G, R, C), each group
-    sees its own X (N, C).
+    ``groups`` is G, ``rows`` is R (outputs per group), ``width`` is C (inputs per group). W is
+    (G, R, C), and each group sees its own X (N, C).
     """
 
     module_type: type[nn.Module] | tuple[type[nn.Module], ...]
@@ -34,23 +33,23 @@ class Layer(ABC):
 
     weight_part = "weight"  # names of the module's tensors
     bias_part = "bias"
-    token_rows = False  # inputs are (..., C), and every position but the last one is a row
-    routed = False  # each group sees as many rows as a router gives it
-    watched = False  # its inputs are seen in the module's matrix products, see Matrix
+    token_rows = False  # inputs are (..., C); every index of the leading dimensions is a row
+    routed = False  # each group sees the rows that a router sends it
+    watched = False  # its inputs are observed in the module's matrix products, see Matrix
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self.prefix = name  # of the module, for its parameters' names
-        self.module = module  # holds the parameters
-        self.caller = module  # its forward uses them
+        self.prefix = name  # the module's name, for the names of its parameters
+        self.module = module  # owns the parameters
+        self.caller = module  # the module whose forward uses them
         self.sites: list[Layer] = [self]  # all uses of the weight, this one first
         self.notes: list[str] = []
 
-    # ---- which modules, and whether they may be touched ------------------------------------------
+    # ---- which modules, and whether they may be pruned -------------------------------------------
 
     @classmethod
     def base_of(cls, module: nn.Module) -> type[nn.Module] | None:
-        """The class that makes ``module`` one of these layers, or None if it is none."""
+        """The class by which ``module`` is a layer of this type; None if it is not."""
         kinds = cls.module_type if isinstance(cls.module_type, tuple) else (cls.module_type,)
         return next((kind for kind in kinds if isinstance(module, kind)), None)
 
@@ -60,8 +59,8 @@ class Layer(ABC):
         return [cls(name, module)]
 
     def check(self) -> None:
-        """Refuse what would be pruned wrongly, by name: forwards of their own, computed weights,
-        weights that are not there."""
+        """Raise if pruning would go wrong: an unknown forward, or a weight that is computed or has
+        no values."""
         self._check_forward()
         for part in (self.weight_part, self.bias_part):
             owned = self.module._parameters.get(part)
@@ -73,8 +72,8 @@ class Layer(ABC):
                 )
             elif owned is not None and owned.is_meta and hasattr(self.module, "_hf_hook"):
                 raise ArgumentError(
-                    f"layer {self.name!r}: its {part} is offloaded (accelerate brings it in for "
-                    "each forward only); load the model without offloading, or call "
+                    f"layer {self.name!r}: its {part} is offloaded (accelerate loads it for each "
+                    "forward only); load the model without offloading, call "
                     "accelerate.hooks.remove_hook_from_submodules(model) first, or exclude it"
                 )
 
@@ -84,13 +83,13 @@ class Layer(ABC):
         if replaced or base is None or type(self.caller).forward is not base.forward:
             raise ArgumentError(
                 f"layer {self.name!r}: {type(self.caller).__name__} has a forward of its own, so "
-                "what its weight is used for is not known; exclude it, or describe it by a layer "
-                "type (lobs_native.register_layer)"
+                "how it uses the weight is unknown; exclude it, or describe it by a layer type "
+                "(lobs_native.register_layer)"
             )
 
     def _check_computed(self, part: str) -> None:
-        """A parametrized weight is fine if assigning to it works: tried on a copy, with half of it
-        zero."""
+        """Accept a parametrized weight if assigning to it works, as tried on a copy with half of
+        its entries zero."""
         if parametrize.is_parametrized(self.module, part):
             chain = copy.deepcopy(self._chain(part))
             value = getattr(self.module, part).detach().clone()
@@ -100,11 +99,11 @@ class Layer(ABC):
                     chain.right_inverse(value)
                     if _same(chain(), value):
                         return
-            except Exception:  # anything may come out of a user's parametrization
+            except Exception:  # a user's parametrization may raise anything
                 pass
         raise ArgumentError(
             f"layer {self.name!r}: its {part} is computed from other parameters (parametrized, or "
-            "masked by torch.nn.utils.prune) and does not take a pruned value; make it permanent "
+            "masked by torch.nn.utils.prune) and cannot hold a pruned value; make it permanent "
             "first (remove_parametrizations, prune.remove) or exclude it"
         )
 
@@ -112,17 +111,17 @@ class Layer(ABC):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that pruning changes, by their full names, the weight's first."""
-        found: dict[str, nn.Parameter] = {}
+        """The parameters that pruning changes, by full name, the weight's first."""
+        changed: dict[str, nn.Parameter] = {}
         prefix = f"{self.prefix}." if self.prefix else ""
         for part in (self.weight_part, self.bias_part):
             owned = self.module._parameters.get(part)
             if owned is not None:
-                found[prefix + part] = owned
+                changed[prefix + part] = owned
             elif part and parametrize.is_parametrized(self.module, part):
                 for key, value in self._chain(part).named_parameters():
-                    found[f"{prefix}parametrizations.{part}.{key}"] = value
-        return found
+                    changed[f"{prefix}parametrizations.{part}.{key}"] = value
+        return changed
 
     def _chain(self, part: str) -> parametrize.ParametrizationList:
         chains = self.module.parametrizations
@@ -133,17 +132,17 @@ class Layer(ABC):
 
     @property
     def kind(self) -> str:
-        """The module type's name, for reports."""
+        """The name of the module's type, for reports."""
         return type(self.module).__name__
 
     @property
     def neighbours(self) -> int:
-        """Inputs that stand next to each other: groups of a pattern must divide them."""
+        """The length of a run of neighbouring inputs, which a pattern's groups must divide."""
         return self.width
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight as it is stored."""
+        """The shape of the weight as stored."""
         return tuple(self.stored(self.weight_part).shape)
 
     def weight(self) -> Tensor:
@@ -151,31 +150,29 @@ class Layer(ABC):
         return self.pack(self._floating(self.weight_part))
 
     def bias(self) -> Tensor | None:
-        """(G, R), detached, or None where there is none that may be changed."""
+        """(G, R), detached; None if there is no bias that may be changed."""
         if not self.bias_part or getattr(self.module, self.bias_part, None) is None:
             return None
         return self._floating(self.bias_part).reshape(self.groups, self.rows)
 
     def pack(self, stored: Tensor) -> Tensor:
-        """(G, R, C) from the weight as it is stored. Columns that are neighbouring inputs stand
-        next to each other."""
+        """The weight as stored, as (G, R, C). Neighbouring inputs are neighbouring columns."""
         return stored.reshape(self.groups, self.rows, self.width)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The way back from (G, R, C), for weights and masks."""
+        """The inverse of :meth:`pack`, for weights and masks."""
         return packed.reshape(self.shape)
 
     def stored(self, part: str) -> Tensor:
-        """The tensor that this layer owns of the module's ``part``, detached: a view of the
-        parameter."""
+        """This layer's share of the module's tensor ``part``: a detached view."""
         value = getattr(self.module, part)
         assert isinstance(value, Tensor)
         return value.detach()
 
     @torch.no_grad()
     def write_back(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Copy (G, R, C) and (G, R) into the module's own parameters, keeping dtype, device and
-        memory format. Parametrized ones are assigned to."""
+        """Copy ``weight`` (G, R, C) and ``bias`` (G, R) into the module's own parameters, keeping
+        their dtype, device and memory format. Parametrized tensors are assigned to."""
         new = {self.weight_part: self.unpack(weight)}
         if bias is not None and self.bias() is not None:
             new[self.bias_part] = bias.reshape(self.stored(self.bias_part).shape)
@@ -186,7 +183,7 @@ class Layer(ABC):
             setattr(self.module, part, value.clone())
             if not _same(self.stored(part), value):
                 raise ArgumentError(
-                    f"layer {self.name!r}: its parametrization did not take the pruned {part}; "
+                    f"layer {self.name!r}: its parametrization cannot hold the pruned {part}; "
                     "make it permanent first (remove_parametrizations) or exclude it"
                 )
 
@@ -194,8 +191,8 @@ class Layer(ABC):
         value = self.stored(part)
         if not value.is_floating_point():
             raise DtypeError(
-                f"layer {self.name!r}: its {part} is {value.dtype}; only floating point can be "
-                "pruned"
+                f"layer {self.name!r}: its {part} is {value.dtype}; only floating-point tensors "
+                "can be pruned, so exclude it"
             )
         return value
 
@@ -203,44 +200,43 @@ class Layer(ABC):
 
     def can_share(self, other: Layer) -> bool:
         """Whether ``other`` uses the same parameter as its weight, in the same way."""
-        mine, theirs = (x.module._parameters.get(x.weight_part) for x in (self, other))
+        own, others = (x.module._parameters.get(x.weight_part) for x in (self, other))
         return (
-            mine is not None
-            and mine is theirs
+            own is not None
+            and own is others
             and not self.watched
             and type(self) is type(other)
             and (self.groups, self.rows, self.width) == (other.groups, other.rows, other.width)
         )
 
     def share(self, other: Layer) -> None:
-        """Prune the weight for both uses. Biases that differ stay as they are."""
+        """Prune the weight for both uses. Biases that are not shared stay as they are."""
         self.sites.append(other)
-        mine, theirs = (x.module._parameters.get(type(x).bias_part) for x in (self, other))
+        own, others = (x.module._parameters.get(type(x).bias_part) for x in (self, other))
         self.notes.append(f"the weight is shared with {other.name!r}: pruned once for both inputs")
-        if mine is not theirs and self.bias_part:
+        if own is not others and self.bias_part:
             self.bias_part = ""
             self.notes.append("the biases are not shared and were not updated")
 
     # ---- inputs ----------------------------------------------------------------------------------
 
     def running(self) -> AbstractContextManager[Any]:
-        """Entered while the model runs for calibration."""
+        """A context that is entered while the model runs for calibration."""
         return nullcontext()
 
     def units(self, output: Tensor) -> Tensor | None:
-        """(n, G * R) from what the module returns, whose rows are those of :meth:`columns`; None
-        if that is not known."""
+        """The module's output as (n, G * R), with the rows of :meth:`columns`; None if unknown."""
         return output.reshape(-1, self.groups * self.rows) if self.token_rows else None
 
     @abstractmethod
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (group, X) with X (n, C) until every row that the layer saw has been given once.
+        """Yield pairs (group, X) with X (n, C) that contain every row the layer sees, once.
 
-        Called with what the module is called with.
+        ``inputs`` (and further arguments) are those that the module is called with.
         """
 
     def _tokens(self, inputs: Tensor) -> Tensor:
-        """(n, C) of inputs (..., C)."""
+        """Inputs (..., C) as (n, C)."""
         if inputs.ndim == 0 or inputs.shape[-1] != self.width:
             raise ShapeError(
                 f"layer {self.name!r}: input {tuple(inputs.shape)}, expected (..., {self.width})"
@@ -248,7 +244,9 @@ class Layer(ABC):
         return inputs.reshape(-1, self.width)
 
 
-def _same(got: Tensor, wanted: Tensor) -> bool:
-    """Whether all zeros are there and everything else is right up to a few roundings."""
-    limit = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max()) if wanted.numel() else 0
-    return bool((got[wanted == 0] == 0).all()) and float((got - wanted).abs().max()) <= limit
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether all zeros are exact and all other values are equal up to a few roundings."""
+    eps = torch.finfo(expected.dtype).eps
+    limit = 16 * eps * float(expected.abs().max()) if expected.numel() else 0
+    exact_zeros = bool((actual[expected == 0] == 0).all())
+    return exact_zeros and float((actual - expected).abs().max()) <= limit

@@ -1,10 +1,9 @@
-"""nn.Conv1d, Conv2d and Conv3d: a filter is a row, a patch is an input row.
+"""nn.Conv1d, Conv2d and Conv3d: a filter is a row of W, a patch is a row of X.
 
-Columns are in the order (kernel position, input channel of the group) on both sides, so that N:M
-patterns group neighbouring input channels at one kernel position, as sparse hardware wants them.
-Patches are never materialised for a whole batch: a strided view of the padded images is cut into
-pieces of at most ``PATCH_BYTES`` (on a device sixteen times that, for fewer launches) before
-anything is copied.
+The columns of both are ordered by kernel position, then by input channel of the group, so that N:M
+patterns group neighbouring input channels at one kernel position, as sparse hardware expects.
+Patches are never copied for a whole batch, but for pieces of a strided view of the padded images:
+of at most ``PATCH_BYTES`` on the CPU, and of sixteen times that on a device, for fewer launches.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PATCH_BYTES = 16 << 20
 
 
 class Conv(Layer):
-    """weight (groups * R, C_in / groups, *kernel) as (groups, R, C); inputs (B, C_in, *sizes) or
+    """Weight (groups * R, C_in / groups, *kernel) as (groups, R, C); inputs (B, C_in, *sizes) or
     (C_in, *sizes)."""
 
     module_type: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,7 +53,7 @@ class Conv(Layer):
         module = self.module
         if module.padding == "valid":
             around = [(0, 0)] * len(self.kernel)
-        elif module.padding == "same":  # torch puts the odd one at the end
+        elif module.padding == "same":  # torch pads an odd total more at the end
             total = [d * (k - 1) for k, d in zip(self.kernel, module.dilation, strict=True)]
             around = [(t // 2, t - t // 2) for t in total]
         else:
@@ -84,14 +83,14 @@ class Conv(Layer):
         return images
 
     def _windows(self, sizes: Sequence[int], stride: Sequence[int]) -> list[int]:
-        """How many patches fit along each dimension of padded images."""
+        """The number of patches along each dimension of padded images."""
         return [
             (n - d * (k - 1) - 1) // s + 1
             for n, k, s, d in zip(sizes, self.kernel, stride, self.module.dilation, strict=True)
         ]
 
     def _lines_at_once(self, out: Sequence[int], like: Tensor) -> int:
-        """Lines of patches (all of one index of the first dimension) that fit into the limit."""
+        """How many lines of patches (one index of the first dimension each) fit into the limit."""
         line = math.prod(out[1:]) * self.width * self.groups * like.element_size()
         limit = PATCH_BYTES if like.device.type == "cpu" else 16 * PATCH_BYTES
         return max(1, limit // max(1, line))
@@ -101,8 +100,8 @@ class Conv(Layer):
         return max(1, self._lines_at_once(out, like) // max(1, out[0]))
 
     def _patches(self, padded: Tensor, stride: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """(group, (n, C)) for every patch of padded images (b, C_in, *sizes)."""
-        images = padded.movedim(1, -1).contiguous()  # (b, *sizes, C_in): patches copy whole pixels
+        """Yield (group, X) with X (n, C) for all patches of padded images (b, C_in, *sizes)."""
+        images = padded.movedim(1, -1).contiguous()  # (b, *sizes, C_in), to copy whole pixels
         first, *steps, channel = images.stride()
         out = self._windows(images.shape[1:-1], stride)
         dilation = self.module.dilation
@@ -121,5 +120,6 @@ class Conv(Layer):
 
 
 def margins(around: Sequence[tuple[int, int]]) -> list[int]:
-    """(before, after) of each dimension as functional.pad wants them: last dimension first."""
+    """Paddings (before, after) of each dimension, in functional.pad's order: last dimension
+    first."""
     return [n for pair in reversed(around) for n in pair]

@@ -1,6 +1,6 @@
 """The Conv1D of transformers (GPT-2): a linear layer whose weight is stored as (inputs, outputs).
 
-It is known by its class's name and module, so that transformers need not be there.
+It is recognised by the name and module of its class, so that transformers need not be installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["TransformersConv1D"]
 
 
 class TransformersConv1D(Layer):
-    """weight (C, R); inputs (..., C)."""
+    """Weight (C, R); inputs (..., C)."""
 
     token_rows = True
 

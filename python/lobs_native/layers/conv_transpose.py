@@ -1,8 +1,8 @@
-"""nn.ConvTranspose1d, 2d and 3d: an ordinary correlation of the spread-out input with the flipped
-kernel.
+"""nn.ConvTranspose1d, 2d and 3d, as a correlation of the dilated input with the flipped kernel.
 
 With ``stride - 1`` zeros between neighbouring inputs and ``dilation * (kernel - 1) - padding``
-around them, every output is the product of a filter with one patch; see ``conv.py`` for the rest.
+zeros around them, every output is the product of a filter and one patch. The rest is as in
+``conv.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["ConvTranspose"]
 
 
 class ConvTranspose(Conv):
-    """weight (C_in, R, *kernel) as (groups, R, C); inputs (B, C_in, *sizes) or (C_in, *sizes)."""
+    """Weight (C_in, R, *kernel) as (groups, R, C); inputs (B, C_in, *sizes) or (C_in, *sizes)."""
 
     module_type = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -36,7 +36,7 @@ class ConvTranspose(Conv):
         images, module = self._batched(inputs), self.module
         spread = [
             (n - 1) * s + 1 for n, s in zip(images.shape[2:], module.stride, strict=True)
-        ]  # with zeros between
+        ]  # sizes with the zeros between inputs
         around = []
         for i, (n, k) in enumerate(zip(spread, self.kernel, strict=True)):
             reach, pad = module.dilation[i] * (k - 1), int(module.padding[i])

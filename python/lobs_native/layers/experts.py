@@ -1,9 +1,9 @@
-"""Mixtures of experts whose weights are stored together, (E, outputs, inputs) or (E, inputs,
-outputs), as transformers does: every expert is a group with a second moment of its own.
+"""Mixtures of experts with stacked weights, (E, outputs, inputs) or (E, inputs, outputs), as in
+transformers: every expert is a group with its own second moment.
 
-Each expert is measured on the rows that the router sends it, and all experts count the same, so
-that seldom used ones are not sacrificed. One that saw no row is pruned by magnitude, which the
-notes say.
+Each expert is measured on the rows that the router sends it, and all experts count equally, so
+that rarely used ones are not sacrificed. An expert that saw no rows is pruned by magnitude, and a
+note reports it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ _INPUTS, _OUTPUT = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 
 
 class Experts(Matrix):
-    """A layer for every three-dimensional parameter; known by the parameters' names and shapes.
+    """A layer for each three-dimensional parameter, recognised by its name and shape.
 
-    Of the implementations in transformers only the plain loop over experts ("eager") hands each
-    expert's weight to a product, so that one runs during calibration, whatever is configured.
+    Among the implementations in transformers, only the plain loop over experts ("eager") multiplies
+    by each expert's weight separately. It therefore runs during calibration, whatever the
+    configuration.
     """
 
     routed = True
 
     @classmethod
     def base_of(cls, module: nn.Module) -> type[nn.Module] | None:
-        found = [module._parameters.get(part) for part in (*_INPUTS, _OUTPUT)]
-        stacked = [p for p in found if p is not None and p.ndim == 3]
-        alike = len({len(p) for p in stacked}) == 1
-        return type(module) if len(stacked) > 1 and found[-1] is not None and alike else None
+        parts = [module._parameters.get(part) for part in (*_INPUTS, _OUTPUT)]
+        stacked = [p for p in parts if p is not None and p.ndim == 3]
+        same_count = len({len(p) for p in stacked}) == 1
+        return type(module) if len(stacked) > 1 and parts[-1] is not None and same_count else None
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> list[Layer]:

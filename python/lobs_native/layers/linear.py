@@ -1,5 +1,4 @@
-"""nn.Linear: the weight is the matrix, and every position but the last dimension of the input is a
-row."""
+"""nn.Linear: the weight is the matrix, and the input's leading dimensions count the rows."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ __all__ = ["Linear"]
 
 
 class Linear(Layer):
-    """weight (R, C) as it is; inputs (..., C)."""
+    """Weight (R, C) as stored; inputs (..., C)."""
 
     module_type = nn.Linear
     token_rows = True

@@ -1,8 +1,7 @@
-"""A weight that a module hands to a matrix product by itself, so that its inputs are no module's
-inputs.
+"""Weights that a module multiplies by itself, so that their inputs are not the inputs of a module.
 
-They are seen in the products of the forward pass (``watch.py``), where the weight is recognised by
-the memory it lies in.
+Their inputs are observed in the matrix products of the forward pass
+(``lobs_native.calibration.watch``), where a weight is recognised by its memory.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ __all__ = ["Matrix"]
 
 
 class Matrix(Layer):
-    """Rows of a parameter (R, C), or a whole one (G, R, C), or (G, C, R) if ``transposed``; each
-    group sees inputs of its own.
+    """Rows of a parameter (R, C), or a whole parameter (G, R, C), or (G, C, R) if ``transposed``.
+    Each group sees its own inputs.
 
     Parameters
     ----------
     prefix, short : str
-        The module's name in the model, and the layer's below it ("" for the same).
+        The module's name in the model, and the layer's name within the module ("" if it has none).
     kind : str
-        For reports.
+        The layer's type, for reports.
     part, bias_part : str
         Names of the parameters in ``module``; "" for no bias.
     take : {part: slice}
-        Which rows of a two-dimensional weight, and entries of its bias, are this layer's.
+        The rows of a two-dimensional weight, and the entries of its bias, that this layer owns.
     caller : nn.Module
-        Whose forward makes the product, if it is not ``module``'s.
+        The module whose forward computes the product, if not ``module``.
     """
 
     watched = True
@@ -82,4 +81,4 @@ class Matrix(Layer):
         return self.pack(self.stored(self.weight_part))
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        raise NotImplementedError(f"{self.name}: its inputs are seen in products, not in calls")
+        raise NotImplementedError(f"{self.name}: inputs are observed in products, not in calls")
