@@ -1,4 +1,4 @@
-"""Block by block gives what running the whole model for every layer gives."""
+"""Calibration block by block gives the same result as running the whole model for every layer."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_result_is_that_of_running_the_whole_model(method):
     assert parts.settings["no blocks"] == []
 
 
-def test_it_runs_the_model_far_less_often():
+def test_the_model_is_run_far_less_often():
     model = made()
     pruned(model, batches(), blocks=None)
     once = model.forwards
     model = made()
     pruned(model, batches())
-    # Order, readers and the look at the stack, its inputs, embed and head, the check, the measure.
+    # Order, readers, finding the stack, its inputs, embed and head, the check, the measurement.
     assert model.forwards < once / 2
 
 
@@ -58,9 +58,9 @@ def test_layers_that_read_one_tensor_are_calibrated_together(monkeypatch):
     passes: list[str] = []
     each = Run.each
 
-    def spy(self: Run, what: str, start: int = 0) -> Any:
-        passes.append(what)
-        return each(self, what, start)
+    def spy(self: Run, label: str, start: int = 0) -> Any:
+        passes.append(label)
+        return each(self, label, start)
 
     monkeypatch.setattr(Run, "each", spy)
     pruned(made(), batches())
@@ -73,16 +73,18 @@ def test_layers_that_read_one_tensor_are_calibrated_together(monkeypatch):
 
 
 class Derived(Model):
-    """Something that blocks are handed is computed from the hidden state on the way."""
+    """An argument of the blocks is computed from the hidden state along the way."""
 
     def between(self, x: Tensor, i: int) -> dict[str, Any]:
         return {"scale": float(x.abs().mean())}
 
 
-def test_a_replay_that_is_not_the_model_is_an_error_and_nothing_is_changed():
+def test_a_replay_that_differs_from_the_model_is_an_error_and_changes_nothing():
     model = made(Derived)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    with pytest.raises(LobsError, match=r"'layers' do not give what the model gives; pass blocks="):
+    with pytest.raises(
+        LobsError, match=r"'layers' do not return what they return in the model; pass blocks="
+    ):
         pruned(model, batches(), sparsity=0.9, method="magnitude")
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     check_other_way = pruned(model, batches(), sparsity=0.9, method="magnitude", blocks=None)[0]
@@ -90,7 +92,7 @@ def test_a_replay_that_is_not_the_model_is_an_error_and_nothing_is_changed():
 
 
 class Cached(Model):
-    """Every block also gets an object that collects things."""
+    """Every block is also passed an object that accumulates something."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -107,7 +109,7 @@ class Cached(Model):
 
 
 class Skipping(Model):
-    """The second block also reads what the first one returned beside the hidden state."""
+    """The later blocks also read the first one's second result."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
@@ -139,7 +141,7 @@ class Noise(nn.Module):
 
 
 class Writing(Model):
-    """Blocks write to the mask they are handed."""
+    """Blocks write to the mask that they are passed."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -149,38 +151,38 @@ class Writing(Model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "reason"),
     [
         (Skipping, "layers.1 also reads other results of the stack"),
         (Twice, "not called once each"),
-        (Noisy, "does not give the same when run again"),
-        (Writing, "writes to what it is handed"),
+        (Noisy, "returns something else when run again"),
+        (Writing, "writes to its arguments"),
     ],
 )
-def test_what_is_no_stack_is_run_as_a_whole_and_the_report_says_why(kind, why):
+def test_blocks_that_cannot_be_replayed_run_as_a_whole_and_the_report_says_why(kind, reason):
     _, parts = check_equal(kind)
     assert parts.settings["blocks"] == []
-    assert why in parts.settings["no blocks"][0]
+    assert reason in parts.settings["no blocks"][0]
 
 
-def test_objects_that_may_change_between_calls_keep_a_stack_from_being_replayed():
+def test_a_stack_is_not_replayed_if_it_is_passed_objects_that_may_change_between_calls():
     model = made(Cached)
     run = Run(model, batches(1), None, None, 0, False)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     with torch.no_grad():
         stacks, reasons = find_stacks(run, layers)
     assert stacks == []
-    assert "handed a Cache, which may change" in reasons[0]
+    assert "passed a Cache, which may change" in reasons[0]
 
 
-def test_plain_chains_are_no_stacks():
+def test_plain_chains_are_not_stacks():
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     report, _ = pruned(model, batches())
     assert report.settings["blocks"] == []
     assert report.settings["no blocks"] == []
 
 
-def test_hidden_states_go_to_disk_where_memory_is_short(monkeypatch):
+def test_hidden_states_go_to_disk_if_memory_is_short(monkeypatch):
     model = made()
     size = model.embed(batches()[0]).numel() * 4
     kept: list[tuple[int, int]] = []
@@ -208,7 +210,7 @@ def test_hidden_states_go_to_disk_where_memory_is_short(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_shelf_gives_back_what_it_got(dtype):
+def test_a_shelf_returns_the_stored_tensors(dtype):
     shelf = Shelf(100)
     values = [torch.randn(5, 3).to(dtype).T for _ in range(4)]
     for key, value in enumerate(values):
@@ -235,7 +237,7 @@ def test_blocks_is_auto_or_none():
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_transformers_models_are_taken_block_by_block(name):
+def test_transformers_models_are_calibrated_block_by_block(name):
     transformers = pytest.importorskip("transformers")
     small = {
         "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,

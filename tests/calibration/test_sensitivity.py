@@ -1,4 +1,4 @@
-"""How much the output depends on each row of a layer, and what that does to who loses weights."""
+"""The sensitivity of the output to each row of a layer, and its effect on which weights go."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def linear_chain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)).double()
 
 
-def test_of_a_linear_chain_it_is_what_the_later_layers_do_to_a_unit():
+def test_in_a_linear_chain_it_is_the_later_layers_effect_on_a_unit():
     model = linear_chain()
     found = measured(model, [torch.randn(4000, 6).double() for _ in range(5)])
     later = torch.eye(4).double()
@@ -43,7 +43,7 @@ def test_of_a_linear_chain_it_is_what_the_later_layers_do_to_a_unit():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_of_convolutions_every_channel_counts_over_its_positions(transposed):
+def test_a_convolution_s_channels_are_averaged_over_positions(transposed):
     torch.manual_seed(0)
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     layer = kind(4, 6, 3, groups=2).double()
@@ -69,7 +69,7 @@ def test_padding_counts_for_nothing():
             self.a = nn.Linear(3, 5)
 
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.a(x) * (1 + 9 * (1 - attention_mask[:, :, None]))  # padding is loud
+            return self.a(x) * (1 + 9 * (1 - attention_mask[:, :, None]))  # amplifies padding
 
     mask = torch.ones(500, 4)
     mask[:, 2:] = 0
@@ -77,7 +77,7 @@ def test_padding_counts_for_nothing():
     assert torch.allclose(found["a"], torch.ones(1, 5).double(), rtol=0.2)
 
 
-def test_the_model_is_as_it_was():
+def test_the_model_is_unchanged():
     model = linear_chain()
     model[1].weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -121,8 +121,8 @@ def test_rows_that_the_output_does_not_depend_on_go_first():
     assert reports[None].error_bound.measured > 0.01
 
 
-def test_one_budget_compares_layers_by_it():
-    """Merging the removals of all layers by cost times sensitivity."""
+def test_a_shared_budget_compares_layers_by_sensitivity():
+    """The removals of all layers are merged by cost times sensitivity."""
     model = linear_chain()
     data = [torch.randn(80, 6).double() for _ in range(3)]
     importance = measured(copy.deepcopy(model), data)
@@ -145,7 +145,7 @@ def test_one_budget_compares_layers_by_it():
     assert report.removed == total // 2
 
 
-def test_a_layer_that_the_output_does_not_show_keeps_what_was_asked():
+def test_a_layer_without_a_sensitivity_keeps_the_sparsity_asked_for():
     x, chosen = routed([30, 20, 20, 25])
     model = nn.ModuleDict({"experts": Experts(transposed=False), "last": nn.Linear(6, 6).double()})
     report = lobs.prune(
@@ -157,8 +157,8 @@ def test_a_layer_that_the_output_does_not_show_keeps_what_was_asked():
         progress=False,
     )
     assert [layer.sparsity for layer in report.layers] == [0.5] * 3
-    told = [any("it kept the sparsity asked" in n for n in layer.notes) for layer in report.layers]
-    assert told == [True, True, False]
+    noted = [any("it kept the sparsity asked" in n for n in layer.notes) for layer in report.layers]
+    assert noted == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_layer_that_the_output_does_not_show_keeps_what_was_asked():
         (lambda m, x: torch.inference_mode()(m)(x), "returns no tensor|cannot be differentiated"),
     ],
 )
-def test_an_output_that_cannot_be_differentiated_is_an_error_with_the_way_out(forward, message):
+def test_an_output_that_cannot_be_differentiated_is_refused_with_a_way_out(forward, message):
     model = linear_chain()
     before = copy.deepcopy(model.state_dict())
     options = {"sparsity": 0.5, "scope": "model", "progress": False, "forward": forward}
@@ -183,7 +183,7 @@ def test_an_output_that_cannot_be_differentiated_is_an_error_with_the_way_out(fo
     lobs.prune(model, data, sensitivity=None, **options)
 
 
-def test_it_is_refused_where_it_would_do_nothing():
+def test_it_is_refused_if_it_would_have_no_effect():
     for options in ({"method": "sweep"}, {"scope": "row"}, {"pattern": "2:4", "sparsity": None}):
         with pytest.raises(ArgumentError, match="sensitivity: 'output' weighs rows"):
             lobs.prune(Half(), batches(), **{"sparsity": 0.5, "sensitivity": "output", **options})
@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_network(inputs):
     assert all(torch.equal(v, second[k]) for k, v in first.items())
 
 
-def test_a_budget_of_multiplications_counts_a_convolution_s_weights_at_every_position():
+def test_a_budget_of_flops_counts_a_convolution_s_weights_at_every_position():
     def network() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(
@@ -229,7 +229,7 @@ def test_a_budget_of_multiplications_counts_a_convolution_s_weights_at_every_pos
         assert report.layers[0].sparsity > other.layers[0].sparsity
 
 
-def test_by_the_bound_of_the_theorem_layers_are_weighed_by_the_norms_after_them():
+def test_with_the_theorem_s_bound_layers_are_weighted_by_the_norms_after_them():
     model = linear_chain()
     data = [torch.randn(80, 6).double() for _ in range(3)]
     options = {"sparsity": 0.5, "scope": "model", "spread": 1.0, "inputs": "dense"}

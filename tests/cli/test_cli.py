@@ -180,12 +180,12 @@ WRONG = {
     "out in use": (
         "small_here:pair --sparsity 0.5 --out full",
         2,
-        "full is there and not empty; name another folder, or say overwrite",
+        "full exists and is not empty; name another folder, or pass overwrite",
     ),
     "out not ours": (
         "small_here:pair --sparsity 0.5 --out full --overwrite",
         2,
-        "full holds no report.json, so it is no earlier result",
+        "full has no report.json, so it is not an earlier result",
     ),
     "out a file": ("small_here:pair --sparsity 0.5 --out text.txt", 2, "text.txt is a file"),
     "out below a file": (

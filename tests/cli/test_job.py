@@ -278,7 +278,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "returns a model": ("made_here:alone", cli.FAILED, "returned Sequential, expected (model, ba"),
     "in the wrong order": ("made_here:swapped", cli.FAILED, "returned (list, Sequential), expect"),
     "returns four": ("made_here:four", cli.FAILED, "(Sequential, list, NoneType, NoneType), exp"),
-    "no batches": ("made_here:empty", cli.USAGE, "calibration: it is empty"),
+    "no batches": ("made_here:empty", cli.USAGE, "calibration: empty"),
     "one tensor": ("made_here:one_tensor", cli.FAILED, "calibration: expected an iterable of"),
     "forward a number": ("made_here:not_callable", cli.FAILED, "forward: expected callable"),
     "NaN in a batch": ("made_here:poisoned", cli.FAILED, "layer '0': its input on the calibration"),

@@ -254,7 +254,7 @@ def test_experts_without_rows_are_pruned_by_magnitude_and_few_rows_are_noted(sco
     before = states(model)
     report = lobs.prune(model, [(x, chosen)], sparsity=0.5, scope=scope, progress=False)
     notes = " ".join(report.layers[0].notes)
-    assert "1 of 4 experts saw no row and were pruned by magnitude: 1" in notes
+    assert "1 of 4 experts saw no rows and were pruned by magnitude: 1" in notes
     assert "1 of 4 experts: fewer rows (5) than columns (6)" in notes
     was, now = before["gate_up_proj"][1], model.gate_up_proj[1]
     kept = now != 0

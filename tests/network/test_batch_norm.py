@@ -268,7 +268,7 @@ def test_a_statistic_beyond_the_range_of_its_dtype_is_refused():
         ({"model": nn.LazyBatchNorm2d()}, DtypeError, "running_mean: .* UninitializedBuffer"),
         ({"calibration": images()}, DtypeError, "calibration: .* wrap a single batch in a list"),
         ({"calibration": None}, DtypeError, "calibration: .* NoneType"),
-        ({"calibration": []}, ArgumentError, "calibration: it is empty"),
+        ({"calibration": []}, ArgumentError, "calibration: empty"),
         ({"calibration": [3]}, DtypeError, "calibration: a batch is a int"),
         (
             {"model": nn.BatchNorm1d(3), "calibration": [torch.ones(1, 3)]}, ArgumentError,

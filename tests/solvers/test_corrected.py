@@ -209,7 +209,7 @@ def test_sums_are_seen_call_by_call():
         for k in range(3):
             x = x + layer(x * (k + 1))
     assert sums.calls == {"a": 3}
-    assert len(sums.found["a"]) == 3
+    assert len(sums.addends["a"]) == 3
     assert sums.elsewhere == set()
 
 
@@ -271,7 +271,7 @@ def test_experts_are_not_corrected_and_that_is_said():
     report = pruned(Experts(transposed=False), [routed([30, 20, 20, 25])])
     notes = [note for layer in report.layers for note in layer.notes if "not corrected" in note]
     assert len(notes) == 2
-    assert all("experts are sent other rows" in note for note in notes)
+    assert all("experts are not sent the same rows" in note for note in notes)
 
 
 class Counting(nn.Module):

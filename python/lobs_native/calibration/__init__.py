@@ -1,1 +1,1 @@
-"""What layers read: passes over the data, and the statistics that they leave."""
+"""Calibration: passes over the data, and the statistics of the layers' inputs."""

@@ -1,10 +1,10 @@
-"""Calibrating a model block by block: what a block receives is kept, and only that block is run.
+"""Stacks of blocks, which can be calibrated one block at a time on stored inputs.
 
-To calibrate a layer on what the already pruned layers feed it, the model has to be run again for
-every layer. Most models have a stack of blocks, each fed with what the one before it returned:
-then it is enough to run one block on its kept inputs, once for every tensor that its layers read,
-and once more, pruned, for the inputs of the next one. Stacks are found by what the modules hand to
-each other, not by their names, and replaying them is checked against the model itself.
+Calibrating a layer on the outputs of the layers pruned before it takes a run of the whole model for
+every layer. But most models have a stack of blocks, each of which is called on the result of the
+one before. One block can then be run alone on its stored inputs: once for every tensor that its
+layers read, and once more, pruned, to compute the inputs of the next block. Stacks are recognised
+by the tensors that modules pass on, not by names, and a replay is checked against the model itself.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from lobs_native.calibration.calls import BlockCall
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.run import Run
 
-__all__ = ["NoStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
+__all__ = ["NotAStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
 
-_CLOSE = 1e-3  # relative distance up to which a replay counts as the model's own result
+_CLOSE = 1e-3  # relative distance below which a replay counts as equal to the model's own result
 
 
-# ---- what reads the same tensor ------------------------------------------------------------------
+# ---- modules that read the same tensor -----------------------------------------------------------
 
 
 def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
-    """Run the first batch and see which modules are called on the very same tensor.
+    """Run the first batch to find the modules that are called on the very same tensor.
 
     Returns
     -------
     groups : list of lists of names
-        In the order of their first calls; those next to each other that read one tensor together.
+        In the order of their first calls. Modules called in a row on the same tensor form a group.
     once : set of names
-        Modules that were called exactly once.
+        The modules that were called exactly once.
     """
     calls: list[tuple[str, Any]] = []
 
@@ -71,7 +71,7 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
 
 
 def _version(x: Tensor) -> int:
-    """How often ``x`` has been written to; inference tensors do not count that."""
+    """How often ``x`` has been written to; 0 for inference tensors, which do not track it."""
     return 0 if x.is_inference() else x._version
 
 
@@ -86,13 +86,13 @@ def run_first(run: Run) -> None:
 
 
 def hidden_of(output: Any) -> Any:
-    """The hidden state in what a block returns: the tensor, or the first of several things."""
+    """The hidden state in a block's output: the output itself, or the first of several."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def _plain(value: Any) -> bool:
-    """Whether handing a value to a block twice is the same as handing it over once; lists and
-    other objects may collect things."""
+    """Whether a value can be passed to a block again without side effects. A list or another
+    object may accumulate something at each call."""
     if isinstance(value, tuple):
         return all(map(_plain, value))
     return value is None or isinstance(
@@ -111,14 +111,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
-    """Look for stacks of blocks that hold some of ``layers`` (name -> module).
+    """Find the stacks of blocks that contain some of ``layers`` (name -> module).
 
     Returns
     -------
     stacks : list of Stack
-        In the order of their calls, none inside another.
+        In the order of their calls. None is inside another.
     reasons : list of str
-        Why containers that might have been stacks are none, a line for each.
+        For each container that looked like a stack but is not one, a line that tells why.
     """
     candidates: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in run.model.named_modules():
@@ -136,46 +136,46 @@ def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack],
         inside = any(name.startswith(other + ".") for other in candidates)
         if len(holding) >= 2 and deep and not inside:
             candidates[name] = children
-    found: list[tuple[int, Stack]] = []
+    stacks: list[tuple[int, Stack]] = []
     reasons = []
     for name, children in candidates.items():
         stack = Stack(name, [path for path, _ in children], [child for _, child in children])
         try:
-            found.append((stack.look(run), stack))
-        except NoStackError as why:
-            reasons.append(f"{name}: {why}")
-    return [stack for _, stack in sorted(found, key=lambda pair: pair[0])], reasons
+            stacks.append((stack.verify(run), stack))
+        except NotAStackError as reason:
+            reasons.append(f"{name}: {reason}")
+    return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0])], reasons
 
 
-class NoStackError(Exception):
-    """The message says why modules are no stack."""
+class NotAStackError(Exception):
+    """Modules cannot be replayed as a stack; the message gives the reason."""
 
 
 class Stack:
-    """Modules that a model calls one after another, each once, on what the one before returned."""
+    """Modules that a model calls one after another, each once, on the result of the one before."""
 
     def __init__(self, name: str, names: list[str], modules: list[nn.Module]) -> None:
         self.name = name
         self.names = names
         self.modules = modules
-        self.slot: int | str = 0
-        self.hidden_bytes = 0  # of what a block receives from the first batch
-        self.other_bytes = 0  # of everything else that the blocks are called with then
+        self.slot: int | str = 0  # the hidden state's position or keyword in a block's arguments
+        self.hidden_bytes = 0  # size of a block's hidden state, for the first batch
+        self.other_bytes = 0  # size of all other arguments of the blocks, for the first batch
 
     def __contains__(self, layer: str) -> bool:
         return self.block_of(layer) is not None
 
     def block_of(self, layer: str) -> int | None:
-        """The number of the block that holds a layer."""
+        """The index of the block that contains a layer; None if none does."""
         for i, name in enumerate(self.names):
             if layer == name or layer.startswith(name + "."):
                 return i
         return None
 
-    def look(self, run: Run) -> int:
-        """Run the first batch and check that this is a stack that can be replayed.
+    def verify(self, run: Run) -> int:
+        """Run the first batch to check that the modules can be replayed as a stack.
 
-        Returns how many calls of any module came before it. Raises NoStackError.
+        Returns the number of module calls before the stack's first one. Raises NotAStackError.
         """
         seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Any] = []
@@ -201,9 +201,9 @@ class Stack:
         with attached(handles):
             run_first(run)
         if [i for i, _, _ in seen] != list(range(len(self.modules))):
-            raise NoStackError("its modules are not called once each, in their order")
+            raise NotAStackError("its modules are not called once each, in their order")
         if len(outputs) != len(seen):
-            raise NoStackError("a module of it did not return")
+            raise NotAStackError("one of its modules did not return")
         self.slot = self._slot(seen[1][1:], outputs[0])
         returned = {id(t) for output in outputs for t in _tensors(output)}
         for k, (i, args, kwargs) in enumerate(seen):
@@ -211,35 +211,37 @@ class Stack:
             try:
                 hidden = call.hidden
             except (IndexError, KeyError):
-                raise NoStackError(f"{self.names[i]} is called in another way") from None
+                raise NotAStackError(f"{self.names[i]} is called in another way") from None
             if not isinstance(hidden, Tensor):
-                raise NoStackError(f"{self.names[i]} is not called on a tensor")
+                raise NotAStackError(f"{self.names[i]} is not called on a tensor")
             if k > 0 and hidden is not hidden_of(outputs[k - 1]):
-                raise NoStackError(f"{self.names[i]} is not called on what came before it")
+                raise NotAStackError(
+                    f"{self.names[i]} is not called on the result of the block before it"
+                )
             others = call.with_hidden(None)
             for value in (*others.args, *others.kwargs.values()):
                 if not _plain(value):
-                    raise NoStackError(
-                        f"{self.names[i]} is handed a {type(value).__name__}, which may change "
+                    raise NotAStackError(
+                        f"{self.names[i]} is passed a {type(value).__name__}, which may change "
                         "from call to call"
                     )
                 if any(id(t) in returned for t in _tensors(value)):
-                    raise NoStackError(f"{self.names[i]} also reads other results of the stack")
+                    raise NotAStackError(f"{self.names[i]} also reads other results of the stack")
         call = BlockCall(*seen[0][1:], self.slot)
         hidden = call.hidden
         self.hidden_bytes = hidden.numel() * hidden.element_size()
-        around: dict[int, int] = {}
+        others_by_address: dict[int, int] = {}
         for _, args, kwargs in seen:
             call = BlockCall(args, kwargs, self.slot)
             for t in _tensors([call.with_hidden(None).args, kwargs]):
-                around[t.data_ptr()] = t.numel() * t.element_size()
-        around.pop(hidden.data_ptr(), None)
-        self.other_bytes = sum(around.values())
+                others_by_address[t.data_ptr()] = t.numel() * t.element_size()
+        others_by_address.pop(hidden.data_ptr(), None)
+        self.other_bytes = sum(others_by_address.values())
         for k, (_, args, kwargs) in enumerate(seen):
             call = BlockCall(args, kwargs, self.slot)
             hidden = hidden_of(self.run_block(k, call, hidden))
             if not same(hidden, hidden_of(outputs[k])):
-                raise NoStackError(f"{self.names[k]} does not give the same when run again")
+                raise NotAStackError(f"{self.names[k]} returns something else when run again")
         return before
 
     def _slot(self, second: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> int | str:
@@ -248,21 +250,21 @@ class Stack:
         for place, value in places:
             if value is hidden_of(output):
                 return place
-        raise NoStackError(f"{self.names[1]} is not called on what {self.names[0]} returns")
+        raise NotAStackError(f"{self.names[1]} is not called on the result of {self.names[0]}")
 
     def run_block(self, i: int, call: BlockCall, hidden: Tensor) -> Any:
-        """Block i on a copy of ``hidden``, which it may write to."""
+        """Run block i on a copy of ``hidden``, which it may modify."""
         ready = call.with_hidden(hidden.clone())
         others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
         versions = [_version(t) for t in others]
         out = self.modules[i](*ready.args, **ready.kwargs)
         if [_version(t) for t in others] != versions:
-            raise NoStackError(f"{self.names[i]} writes to what it is handed")
+            raise NotAStackError(f"{self.names[i]} writes to its arguments")
         return out
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether a replay gave what the model gave, up to rounding."""
+    """Whether a replay's result ``a`` equals the model's ``b``, up to rounding."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
         return False
     x, y = a.double(), b.double()

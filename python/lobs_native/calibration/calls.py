@@ -1,4 +1,4 @@
-"""What a block was called with, and writing it down as tensors and plain values."""
+"""The arguments of a block's calls, and their serialisation as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobs_native.files.safefile import parse_json
+from lobs_native.files.strict_json import parse_json
 
 __all__ = ["STRUCTURE", "BlockCall", "packed", "unpacked"]
 
@@ -19,7 +19,7 @@ STRUCTURE = "structure"
 
 @dataclass
 class BlockCall:
-    """How a block was called; the hidden state stands at ``slot``."""
+    """The arguments of one call of a block; the hidden state is at position or keyword ``slot``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,10 +37,10 @@ class BlockCall:
 
 
 def packed(value: Any) -> dict[str, Tensor]:
-    """Tensors, each once, and JSON as bytes that says how ``value`` is made of them."""
+    """Serialise ``value``: its tensors, each once, and JSON (as bytes) that refers to them."""
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    calls: dict[str, int] = {}  # blocks are mostly called alike
+    calls: dict[str, int] = {}  # most calls are equal, so each text is stored once
 
     def pack(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -62,13 +62,13 @@ def packed(value: Any) -> dict[str, Tensor]:
             return {"float": x.hex()}
         return x
 
-    told = pack(value)
-    text = f'{{"value": {json.dumps(told)}, "calls": [{", ".join(calls)}]}}'.encode()
+    value_text = json.dumps(pack(value))  # before ``calls`` is read: it fills them
+    text = f'{{"value": {value_text}, "calls": [{", ".join(calls)}]}}'.encode()
     return {**tensors, STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`packed` was given; lists and tuples come back as tuples."""
+    """The inverse of :func:`packed`; lists and tuples come back as tuples."""
     moved: dict[str, Tensor] = {}
 
     def unpack(x: Any) -> Any:
@@ -82,13 +82,13 @@ def unpacked(tensors: Mapping[str, Tensor]) -> Any:
                 moved[name] = tensors[name].clone().to(x["device"])
             return moved[name]
         if "call" in x:
-            return unpack(found["calls"][x["call"]])
+            return unpack(structure["calls"][x["call"]])
         if "size" in x:
             return torch.Size(x["size"])
         if "dtype" in x:
             kind = getattr(torch, x["dtype"])
             if not isinstance(kind, torch.dtype):
-                raise TypeError(f"{x['dtype']} is no dtype")
+                raise TypeError(f"{x['dtype']} is not a dtype")
             return kind
         if "device" in x:
             return torch.device(x["device"])
@@ -96,5 +96,5 @@ def unpacked(tensors: Mapping[str, Tensor]) -> Any:
             return float.fromhex(x["float"])
         return {key: unpack(part) for key, part in x["dict"]}
 
-    found = parse_json(tensors[STRUCTURE].numpy().tobytes(), STRUCTURE)
-    return unpack(found["value"])
+    structure = parse_json(tensors[STRUCTURE].numpy().tobytes(), STRUCTURE)
+    return unpack(structure["value"])

@@ -1,4 +1,4 @@
-"""Hooks that see what layers read, and forward passes that end early."""
+"""Hooks that observe the inputs of layers, and forward passes that end early."""
 
 from __future__ import annotations
 
@@ -17,40 +17,38 @@ from lobs_native.layers import Layer, Matrix
 __all__ = ["Columns", "Enough", "See", "attached", "ending", "hooked", "reader"]
 
 
+Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
+See = Callable[[Layer, Tensor, Columns], Any]
+
+
 class Enough(BaseException):
-    """Ends a forward pass of which nothing more is needed. No Exception, so that a model that
-    catches those lets it through."""
+    """Ends a forward pass once nothing more is needed from it. It is not an Exception, so that a
+    model that catches exceptions lets it through."""
 
 
 @contextlib.contextmanager
 def attached(handles: Iterable[Any]) -> Iterator[None]:
-    """Hooks that are removed at the end."""
-    made: list[Any] = []
+    """Remove the hooks at the end."""
+    registered: list[Any] = []
     try:
-        made.extend(handles)
+        registered.extend(handles)
         yield
     finally:
-        for handle in made:
+        for handle in registered:
             handle.remove()
 
 
-Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
-
-
-See = Callable[[Layer, Tensor, Columns], Any]
-
-
 def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:
-    """A forward pre-hook, with keyword arguments, for ``site``, one of the uses of ``layer``: it
+    """A forward pre-hook (with keyword arguments) for ``site``, one of the uses of ``layer``. It
     calls ``see(layer, inputs, columns)``."""
     signature = inspect.signature(type(site.module).forward)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, *given = signature.bind(module, *args, **kwargs).args
-        if not given or not isinstance(given[0], Tensor):
-            what = type(given[0]).__name__ if given else "no argument"
-            raise DtypeError(f"layer {site.name!r}: called with {what} instead of a tensor")
-        x, *others = given
+        _, *inputs = signature.bind(module, *args, **kwargs).args
+        if not inputs or not isinstance(inputs[0], Tensor):
+            kind = f"a {type(inputs[0]).__name__}" if inputs else "no argument"
+            raise DtypeError(f"layer {site.name!r}: called with {kind} instead of a tensor")
+        x, *others = inputs
         see(layer, x, lambda x: site.columns(x, *others))
 
     return hook
@@ -58,14 +56,14 @@ def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
-    """Call ``see(layer, inputs, columns)`` whenever the model gives inputs to a layer;
-    ``columns(inputs)`` yields them as (group, X)."""
+    """Call ``see(layer, inputs, columns)`` whenever a layer is called; ``columns(inputs)`` yields
+    the inputs as pairs (group, X) with X (n, C)."""
 
     def seen(layer: Layer, group: int, x: Tensor) -> None:
         see(layer, x, lambda x: [(group, x)])
 
     with contextlib.ExitStack() as scope:
-        # torch's fused attention would hide the inputs of its output projection
+        # Fused attention would hide the inputs of its output projection.
         scope.callback(torch.backends.mha.set_fastpath_enabled, _fast_path())
         torch.backends.mha.set_fastpath_enabled(False)
         for layer in layers:
@@ -85,7 +83,7 @@ def _fast_path() -> bool:
 
 @contextlib.contextmanager
 def ending(until: nn.Module | None) -> Iterator[None]:
-    """Ends a forward pass, by Enough, when ``until`` has returned."""
+    """Raise Enough as soon as ``until`` has returned, which ends the forward pass."""
 
     def stop(*_: Any) -> None:
         raise Enough

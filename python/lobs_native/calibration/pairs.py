@@ -1,8 +1,8 @@
-"""The original network beside the pruned one, row by row: inputs "corrected".
+"""Comparison of the pruned with the original network, row by row, for inputs "corrected".
 
-With x and x0 what a layer reads in the pruned and in the original network, its new outputs ``x @
-W'^T`` should be ``x0 @ W^T``. Where its output goes straight into a sum (a residual connection),
-the sums should agree, so that what the other operand has lost is made up for as well.
+Let x and x0 be a layer's inputs in the pruned and in the original network. Its new outputs
+``x @ W'^T`` should equal ``x0 @ W^T``. If its output goes straight into a sum (a residual
+connection), the sums should be equal, so that the change of the other operand is compensated too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lobs_native.solvers.problem import Drift
 
 __all__ = ["Differences", "Pairs"]
 
-_AT_ONCE = 4096  # rows in one float32 product of two networks' difference
+_AT_ONCE = 4096  # rows in one float32 product
 
 
 class Differences:
-    """How far a layer, as it is, is from the original network's outputs on the pruned network's
-    inputs: sums over rows.
+    """How far a layer's outputs on the pruned network's inputs are from its outputs in the original
+    network, before the layer itself is pruned: sums over rows.
 
-    ``unlike`` says why the two networks could not be compared row by row, where they could not.
+    ``unlike`` tells why the two networks could not be compared row by row; "" if they could.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -52,51 +52,51 @@ class Differences:
         self.summed = False
         self.unlike = ""
         if layer.routed:
-            self.unlike = "experts are sent other rows than in the original network"
+            self.unlike = "its experts are not sent the same rows as in the original network"
 
     @ops.full_precision()
     def update(
         self, g: int, x: Tensor, x0: Tensor, extra: Tensor | None, weights: Tensor | None
     ) -> None:
-        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network; ``extra`` (n, R)
-        is how much more is added to the original one's output."""
+        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network. ``extra`` (n, R)
+        is what is added to the layer's output in the original network, less what is in this one."""
         C, W = self.layer.width, self.W[g]
         for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
             if weights is not None:
                 at = at[weights[at] > 0]
             a, b = x[at].to(self.dtype), x0[at].to(self.dtype)
-            away = (b - a) @ W.T
+            missing = (b - a) @ W.T
             if extra is not None:
-                away += extra[at].to(self.dtype)
-            wanted = b @ W.T
+                missing += extra[at].to(self.dtype)
+            target = b @ W.T
             if self.bias is not None:
-                wanted += self.bias[g]
+                target += self.bias[g]
             w = None if weights is None else weights[at, None].to(self.dtype)
-            weighted = away if w is None else away * w
+            weighted = missing if w is None else missing * w
             self.pull[g][:C] += (a.T @ weighted).double()
             if len(self.pull[g]) > C:
                 self.pull[g][C] += weighted.sum(0).double()
-            self.inherited[g] += float((away * weighted).sum(dtype=torch.float64))
+            self.inherited[g] += float((missing * weighted).sum(dtype=torch.float64))
             self.energy[g] += float(
-                (wanted.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
+                (target.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
             )
 
     def kept(self) -> Kept:
-        """The sums, to go on with later."""
+        """The sums, from which :meth:`restore` resumes."""
         tensors = {f"pull.{g}": p for g, p in enumerate(self.pull)}
         each = torch.tensor([self.inherited, self.energy], dtype=torch.float64)
         info = {"summed": self.summed, "unlike": self.unlike}
         return {**tensors, "inherited and energy": each}, info
 
     def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over what :meth:`kept` gave."""
-        for g, mine in enumerate(self.pull):
-            mine.copy_(tensors[f"pull.{g}"])
+        """Take over the sums that :meth:`kept` returned."""
+        for g, pull in enumerate(self.pull):
+            pull.copy_(tensors[f"pull.{g}"])
         self.inherited, self.energy = tensors["inherited and energy"].tolist()
         self.summed, self.unlike = bool(info["summed"]), str(info["unlike"])
 
     def drift(self, rows: Sequence[float]) -> Drift:
-        """Means over the rows that each group saw; to be called once."""
+        """The means over the rows that each group saw. Call it once: it overwrites the sums."""
         if not all(bool(torch.isfinite(p).all()) for p in self.pull):
             raise NonFiniteError(
                 f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
@@ -110,8 +110,8 @@ class Differences:
 
 
 class Pairs:
-    """What layers read in the original network, kept for one batch beside what they read in the
-    pruned one."""
+    """The inputs of layers in the original network, kept for one batch and compared with those in
+    the pruned network."""
 
     def __init__(
         self,
@@ -120,19 +120,21 @@ class Pairs:
         readers: Mapping[str, Sequence[Layer]],
     ) -> None:
         self.layers, self.run = layers, run
-        self.found = {name: [Differences(r) for r in mine] for name, mine in readers.items()}
-        self.original_runs = False  # what is read now is the original network's
-        self.read: dict[str, list[tuple[Tensor, Columns]]] = {}
-        self.added: dict[str, list[Tensor]] = {}
-        self.late: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
-        self.summed = self._find_sums()
+        self.differences = {
+            name: [Differences(reader) for reader in of_name] for name, of_name in readers.items()
+        }
+        self.running_original = False
+        self._inputs: dict[str, list[tuple[Tensor, Columns]]] = {}  # of the original network
+        self._addends: dict[str, list[Tensor]] = {}  # of the original network
+        self._pending: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
+        self._summed = self._find_sums()
 
     def _find_sums(self) -> dict[str, nn.Module]:
-        """The layers whose outputs go straight into a sum, found by running the first batch."""
+        """The layers whose outputs go straight into a sum, as seen on the first batch."""
         candidates = {
             d.layer.name: d.layer.module
-            for mine in self.found.values()
-            for d in mine
+            for differences in self.differences.values()
+            for d in differences
             if d.layer.token_rows and not d.layer.watched and len(d.layer.sites) == 1
         }
         if not candidates:
@@ -141,46 +143,47 @@ class Pairs:
             for batch in self.run.each("look"):
                 self.run.call(self.run.model, batch)
                 break
-        once = [n for n in candidates if sums.calls[n] == 1 and len(sums.found[n]) == 1]
+        once = [n for n in candidates if sums.calls[n] == 1 and len(sums.addends[n]) == 1]
         return {name: candidates[name] for name in once if name not in sums.elsewhere}
 
     def watching(
         self, until: nn.Module | None
     ) -> tuple[Sums, contextlib.AbstractContextManager[Any]]:
-        """For one forward: what sees the sums, and what ends it, which is the last of the sums
-        where there are any."""
-        waiting = set(self.summed)
+        """Contexts for one forward: one observes the sums, the other ends the forward. If there are
+        sums, the last of them ends it instead."""
+        waiting = set(self._summed)
 
         def stop(name: str) -> None:
             waiting.discard(name)
             if until is not None and not waiting:
                 raise Enough
 
-        return Sums(self.summed, stop), ending(None if self.summed else until)
+        return Sums(self._summed, stop), ending(None if self._summed else until)
 
-    def original(self, batch: Any, until: nn.Module | None) -> None:
-        """Run the original network on a batch; :meth:`keep` is to be told what is read in it."""
-        self.read = {layer.name: [] for layer in self.layers}
+    def run_original(self, batch: Any, until: nn.Module | None) -> None:
+        """Run the original network on a batch. The caller's hooks pass its inputs to :meth:`keep`
+        while ``running_original`` is True."""
+        self._inputs = {layer.name: [] for layer in self.layers}
         sums, end = self.watching(until)
-        self.original_runs = True
+        self.running_original = True
         try:
             with contextlib.suppress(Enough), sums, end:
                 self.run.call_original(batch)
         finally:
-            self.original_runs = False
-        self.added = sums.found
+            self.running_original = False
+        self._addends = sums.addends
 
     def keep(self, layer: Layer, x: Tensor, columns: Columns) -> None:
-        """A layer reads x in the original network."""
-        self.read[layer.name].append((x.detach().clone(), columns))
+        """Record a layer's input x in the original network."""
+        self._inputs[layer.name].append((x.detach().clone(), columns))
 
-    def rows(self, layer: Layer) -> Iterator[tuple[int, Tensor]]:
-        """What the layer read in the original network at the call that is next in turn."""
-        kept = self.read[layer.name]
-        if not kept:
-            self._unlike(layer.name, "it is called more often than in the original network")
+    def original_rows(self, layer: Layer) -> Iterator[tuple[int, Tensor]]:
+        """(group, x0) of the layer's next call in the original network."""
+        calls = self._inputs[layer.name]
+        if not calls:
+            self._set_unlike(layer.name, "it is called more often than in the original network")
             return
-        x, columns = kept.pop(0)
+        x, columns = calls.pop(0)
         yield from columns(x)
 
     def see(
@@ -188,43 +191,43 @@ class Pairs:
         name: str,
         g: int,
         x: Tensor,
-        rows: Iterator[tuple[int, Tensor]],
+        original_rows: Iterator[tuple[int, Tensor]],
         weights: Tensor | None,
     ) -> None:
-        """Rows x (n, C) of the pruned network, beside the next of the original one's."""
-        g0, x0 = next(rows, (-1, x))
+        """Compare rows x (n, C) of the pruned network with the next ones of the original one."""
+        g0, x0 = next(original_rows, (-1, x))
         if g0 != g or x0.shape != x.shape:
-            self._unlike(name, "its inputs have other shapes than in the original network")
+            self._set_unlike(name, "its inputs have other shapes than in the original network")
             return
-        for difference in self.found[name]:
+        for difference in self.differences[name]:
             if difference.unlike:
                 continue
-            if difference.layer.name in self.summed:
-                if not any(kept[0] == name for kept in self.late):
-                    self.late.append((name, x.detach().clone(), x0, weights))
+            if difference.layer.name in self._summed:
+                if not any(pending[0] == name for pending in self._pending):
+                    self._pending.append((name, x.detach().clone(), x0, weights))
             else:
                 difference.update(g, x, x0, None, weights)
 
-    def end(self, sums: Sums) -> None:
-        """The forward is done: what was added to outputs is known."""
-        for name, x, x0, weights in self.late:
-            for difference in self.found[name]:
-                mine = difference.layer.name
-                if difference.unlike or mine not in self.summed:
+    def finish(self, sums: Sums) -> None:
+        """Compare the layers whose outputs are summed, now that the forward is complete."""
+        for name, x, x0, weights in self._pending:
+            for difference in self.differences[name]:
+                reader = difference.layer.name
+                if difference.unlike or reader not in self._summed:
                     continue
-                added = [*sums.found[mine], *self.added[mine]]
+                addends = [*sums.addends[reader], *self._addends[reader]]
                 whole = len(x) * difference.layer.rows
-                if len(added) != 2 or any(extra.numel() != whole for extra in added):
+                if len(addends) != 2 or any(addend.numel() != whole for addend in addends):
                     difference.unlike = "what is added to its output differs from call to call"
                     continue
                 difference.summed = True
-                extra = (added[1] - added[0]).reshape(len(x), -1)
+                extra = (addends[1] - addends[0]).reshape(len(x), -1)
                 difference.update(0, x, x0, extra, weights)
-        self.late.clear()
-        for name, kept in self.read.items():
-            if kept:
-                self._unlike(name, "it is called less often than in the original network")
+        self._pending.clear()
+        for name, calls in self._inputs.items():
+            if calls:
+                self._set_unlike(name, "it is called less often than in the original network")
 
-    def _unlike(self, name: str, why: str) -> None:
-        for difference in self.found[name]:
-            difference.unlike = difference.unlike or why
+    def _set_unlike(self, name: str, reason: str) -> None:
+        for difference in self.differences[name]:
+            difference.unlike = difference.unlike or reason

@@ -1,4 +1,5 @@
-"""Sums over a pass that are kept on the way, so that a run which was killed goes on inside it."""
+"""Resumable passes: sums over the data are saved along the way, so that a killed run can resume in
+the middle of a pass."""
 
 from __future__ import annotations
 
@@ -12,30 +13,30 @@ from torch import Tensor
 from lobs_native.calibration.run import Source
 from lobs_native.errors import CheckpointError
 
-__all__ = ["Kept", "States", "Summing", "passed_before", "readable", "resumable"]
+__all__ = ["Kept", "States", "Summing", "below", "passed_before", "readable", "resumable"]
 
 Kept = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors, and plain JSON values
-_KEY = "statistics"  # there is one pass at a time
+_KEY = "statistics"  # one key, since there is one pass at a time
 _RANDOM = "random"
 
 
 class States(Protocol):
-    """What is kept of work that is under way; a run directory has them."""
+    """A store for the state of unfinished work, such as a run directory's."""
 
     def load(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved under ``key`` last."""
+        """The tensors and values last saved under ``key``; None if there are none."""
 
     def info(self, key: str) -> dict[str, Any] | None:
-        """Of what :meth:`load` gives."""
+        """The values alone."""
 
     def due(self, key: str, size: int) -> bool:
-        """Whether saving so many bytes is worth its time now."""
+        """Whether it is time to save a state of ``size`` bytes."""
 
     def save(self, key: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Keep this in place of what was there. Ends the run if it has been asked to."""
+        """Replace the state under ``key``. Ends the run if it has been asked to stop."""
 
     def drop(self, key: str) -> None:
-        """Forget what is there."""
+        """Delete the state under ``key``."""
 
 
 class Summing(Protocol):
@@ -43,59 +44,65 @@ class Summing(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the layers that have a part in them."""
+        """The layers that contribute to them."""
 
     def size(self) -> int:
-        """Bytes of what :meth:`kept` returns."""
+        """The number of bytes of what :meth:`kept` returns."""
 
     def kept(self) -> Kept:
-        """All of it."""
+        """All sums."""
 
     def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over what :meth:`kept` gave, of these layers and perhaps others. KeyError,
-        TypeError or a LobsError if that is something else."""
+        """Take over what :meth:`kept` returned, for these layers and perhaps others. Raises
+        KeyError, TypeError or a LobsError if it is something else."""
 
 
-def passed_before(states: States | None, what: str) -> list[str]:
-    """The layers of a pass ``what`` of which sums are kept."""
-    found = None if states is None else states.info(_KEY)
-    if found is None or found.get("pass") != what:
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, named without it."""
+    return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+
+
+def passed_before(states: States | None, purpose: str) -> list[str]:
+    """The layers of an unfinished pass for ``purpose`` whose sums are saved."""
+    info = None if states is None else states.info(_KEY)
+    if info is None or info.get("pass") != purpose:
         return []
-    names = found.get("layers")
+    names = info.get("layers")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def resumable(
-    source: Source, said: str, what: str, sums: Summing, states: States | None
+    source: Source, label: str, purpose: str, sums: Summing, states: States | None
 ) -> Iterator[Any]:
-    """The batches of a pass from where ``states`` has its sums, which are kept on the way.
+    """The batches of a pass, from the one at which ``states`` has its sums. They are saved along
+    the way.
 
     Parameters
     ----------
-    source, said
-        What is run, and the pass's name for people.
-    what : str
-        Which pass it is: of the same name and layers, the sums are the same.
+    source, label : Source, str
+        What is run, and the pass's name in the progress bar.
+    purpose : str
+        The kind of pass. Passes of the same purpose and layers have the same sums.
     sums : Summing
         The caller adds to them before it asks for the next batch.
     states : States, optional
-        None: the plain batches.
+        None yields all batches and saves nothing.
     """
     if states is None:
-        yield from source.each(said)
+        yield from source.each(label)
         return
     count, start, random = len(source.batches), 0, dict[str, Tensor]()
-    told = states.info(_KEY)
-    if told is not None and _is_of(told, what, sums):
-        found = states.load(_KEY)
-        assert found is not None
-        start, random = _restored(*found, sums)
-        del found
+    saved = states.info(_KEY)
+    if saved is not None and _is_of(saved, purpose, sums):
+        state = states.load(_KEY)
+        assert state is not None
+        start, random = _restored(*state, sums)
+        del state
     if start >= count:
         return
     done = start
-    for batch in source.each(said, start):
-        if random:  # where the pass was, for a model that draws random numbers
+    for batch in source.each(label, start):
+        if random:  # continue the random sequence of the pass, for a model that draws numbers
             _set_random(random)
             random = {}
         yield batch
@@ -103,28 +110,27 @@ def resumable(
         if states.due(_KEY, sums.size()):
             tensors, info = sums.kept()
             drawn = {f"{_RANDOM}/{name}": x for name, x in _random().items()}
-            told = {"pass": what, "layers": list(sums.names), "batches": done, "sums": info}
-            states.save(_KEY, {**tensors, **drawn}, told)
+            progress = {"pass": purpose, "layers": list(sums.names), "batches": done, "sums": info}
+            states.save(_KEY, {**tensors, **drawn}, progress)
 
 
 @contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
-    """While what a run directory keeps is taken apart: wrong values are a CheckpointError. Their
-    hashes were right, so somebody has written them so."""
+def readable(label: str) -> Iterator[None]:
+    """Turn the errors of decoding a saved state into a CheckpointError. Its hash was right, so it
+    was written with these values."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"run_dir: the {what} that are kept there cannot be read: {error}; repair the run or "
-            "begin a new one"
+            f"run_dir: the saved {label} cannot be read: {error}; repair the run or begin a new one"
         ) from error
 
 
-def _is_of(info: Mapping[str, Any], what: str, sums: Summing) -> bool:
-    """Whether all the layers had a part in the pass that was kept."""
+def _is_of(info: Mapping[str, Any], purpose: str, sums: Summing) -> bool:
+    """Whether a saved pass is for ``purpose`` and includes all layers of ``sums``."""
     layers = info.get("layers")
     return (
-        info.get("pass") == what
+        info.get("pass") == purpose
         and isinstance(layers, list)
         and all(name in layers for name in sums.names)
     )
@@ -133,25 +139,24 @@ def _is_of(info: Mapping[str, Any], what: str, sums: Summing) -> bool:
 def _restored(
     tensors: Mapping[str, Tensor], info: Mapping[str, Any], sums: Summing
 ) -> tuple[int, dict[str, Tensor]]:
-    """How many batches are in the sums, which are taken over, and the random state after them."""
+    """Restore ``sums``. Returns how many batches they cover, and the random state after those."""
     with readable("statistics"):
-        done, told = info["batches"], info["sums"]
-        if type(done) is not int or done < 1 or not isinstance(told, dict):
+        done, values = info["batches"], info["sums"]
+        if type(done) is not int or done < 1 or not isinstance(values, dict):
             raise TypeError("no number of batches")
-        sums.restore(tensors, told)
-    begin = f"{_RANDOM}/"
-    return done, {k.removeprefix(begin): x for k, x in tensors.items() if k.startswith(begin)}
+        sums.restore(tensors, values)
+    return done, below(f"{_RANDOM}/", tensors)
 
 
 def _random() -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found |= {str(i): x for i, x in enumerate(torch.cuda.get_rng_state_all())}
-    return found
+        states |= {str(i): x for i, x in enumerate(torch.cuda.get_rng_state_all())}
+    return states
 
 
-def _set_random(kept: Mapping[str, Tensor]) -> None:
-    for name, value in kept.items():
+def _set_random(states: Mapping[str, Tensor]) -> None:
+    for name, value in states.items():
         if name == "cpu":
             torch.set_rng_state(value.clone())
         elif int(name) < torch.cuda.device_count():

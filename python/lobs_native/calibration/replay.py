@@ -1,4 +1,4 @@
-"""A stack of blocks, run one block at a time on what it receives."""
+"""Replay of a stack of blocks, one block at a time, on stored inputs."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lobs_native.calibration.blocks import NoStackError, Stack, hidden_of, run_first, same
+from lobs_native.calibration.blocks import NotAStackError, Stack, hidden_of, run_first, same
 from lobs_native.calibration.calls import STRUCTURE, BlockCall, packed, unpacked
 from lobs_native.calibration.hooks import Enough, attached
 from lobs_native.calibration.partial import States, readable
 from lobs_native.calibration.run import Run
 from lobs_native.errors import LobsError
-from lobs_native.files.safefile import MOST_MARKS, count_marks
 from lobs_native.files.shelf import Shelf
+from lobs_native.files.strict_json import MOST_MARKS, count_marks
 
 __all__ = ["Replay"]
 
 
-class _Kept:
-    """What the blocks of one network are called with, by batch."""
+class _Inputs:
+    """The arguments of the blocks of one network, by batch."""
 
     def __init__(self, limit: int | None) -> None:
-        self.hidden = Shelf(limit)  # of the present block
-        self.calls: list[list[BlockCall]] = []  # by batch, by block; without hidden states
+        self.hidden = Shelf(limit)  # hidden states of the current block, by batch
+        self.calls: list[list[BlockCall]] = []  # by batch and block, without hidden states
 
 
 class Replay:
-    """A stack that is run block by block on kept hidden states. Use it as a context manager.
+    """A stack that is run block by block on stored hidden states. Use it as a context manager.
 
-    It takes the place of a ``Run`` in :func:`lobs_native.calibration.calibrate`: batches are those
-    of the model, and running one runs the present block alone.
+    It stands in for a ``Run`` in :func:`lobs_native.calibration.moments.calibrate`: it has the
+    model's batches, but running one runs the current block alone.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Replay:
         self.states = states
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
-        self._pruned = _Kept(share)
-        self._original = _Kept(share) if corrected else None
-        self._next = 0
+        self._pruned = _Inputs(share)
+        self._original = _Inputs(share) if corrected else None
+        self._next = 0  # the number of the next batch
         self._calls_saved = False
 
     def __enter__(self) -> Replay:
@@ -59,11 +59,12 @@ class Replay:
         for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
             if self._original is not None:
                 with self.run.original():
-                    self._keep(self._original, number, batch)
-            self._keep(self._pruned, number, batch)
+                    self._store(self._original, number, batch)
+            self._store(self._pruned, number, batch)
         return self
 
-    def _keep(self, kept: _Kept, number: int, batch: Any) -> None:
+    def _store(self, inputs: _Inputs, number: int, batch: Any) -> None:
+        """Run the model on a batch to store the arguments of all blocks."""
         last = len(self.stack.modules) - 1
         seen: list[BlockCall] = []
 
@@ -83,59 +84,59 @@ class Replay:
             self.run.call(self.run.model, batch)
         if len(seen) != len(self.stack.modules):
             raise LobsError(
-                f"blocks: {self.stack.name!r} is not called on every batch as on the first; pass "
-                "blocks=None"
+                f"blocks: {self.stack.name!r} is not called on every batch as it is on the first; "
+                "pass blocks=None"
             )
-        kept.hidden.put(number, seen[0].hidden.detach())
-        kept.calls.append([call.with_hidden(None) for call in seen])
+        inputs.hidden.put(number, seen[0].hidden.detach())
+        inputs.calls.append([call.with_hidden(None) for call in seen])
 
     def __exit__(self, *_: Any) -> None:
-        for kept in (self._pruned, self._original):
-            if kept is not None:
-                kept.hidden.close()
-                kept.calls.clear()
+        for inputs in (self._pruned, self._original):
+            if inputs is not None:
+                inputs.hidden.close()
+                inputs.calls.clear()
 
     @property
     def model(self) -> nn.Module:
-        """The present block."""
+        """The current block."""
         return self.stack.modules[self.block]
 
     @property
     def batches(self) -> Sequence[Any]:
-        """The model's."""
+        """The model's batches."""
         return self.run.batches
 
-    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+    def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass without the first ``start``, seeded."""
         self._next = start
-        yield from self.run.each(what, start)
+        yield from self.run.each(label, start)
 
     def mask(self, batch: Any) -> Tensor | None:
-        """As the run has it."""
+        """The mask of :meth:`Run.mask`."""
         return self.run.mask(batch)
 
     def call(self, model: nn.Module, batch: Any) -> Any:
-        """Run the present block on what it receives from the next batch."""
+        """Run the current block on its input for the next batch."""
         number, self._next = self._next, self._next + 1
         return self._run(self._pruned, number)
 
     def call_original(self, batch: Any) -> Any:
-        """Run the original block on what it received there from the next batch."""
+        """Run the original block on its input in the original network for the next batch."""
         assert self._original is not None
         with self.run.original(self.model):
             return self._run(self._original, self._next)
 
-    def _run(self, kept: _Kept, number: int) -> Any:
+    def _run(self, inputs: _Inputs, number: int) -> Any:
         try:
             return self.stack.run_block(
-                self.block, kept.calls[number][self.block], kept.hidden[number]
+                self.block, inputs.calls[number][self.block], inputs.hidden[number]
             )
-        except NoStackError as why:
-            raise LobsError(f"blocks: {why}; pass blocks=None") from None
+        except NotAStackError as reason:
+            raise LobsError(f"blocks: {reason}; pass blocks=None") from None
 
     def advance(self) -> None:
-        """Run the present block, as it is now, on everything; its results are what the next one
-        receives."""
+        """Run the current block, as it is now, on all batches. Its results are the hidden states
+        of the next block, which becomes the current one."""
         for batch in self.each(f"through {self.stack.names[self.block]}"):
             number = self._next
             if self._original is not None:
@@ -146,49 +147,49 @@ class Replay:
 
     # ---- in a run directory ----------------------------------------------------------------------
 
-    def _networks(self) -> list[tuple[str, _Kept]]:
+    def _networks(self) -> list[tuple[str, _Inputs]]:
         both = (("pruned", self._pruned), ("original", self._original))
-        return [(name, kept) for name, kept in both if kept is not None]
+        return [(name, inputs) for name, inputs in both if inputs is not None]
 
     def _save(self) -> None:
-        """Keep what the present block receives, if that is worth its time. What does not fit into
-        memory is not kept, since it would have to be read at once."""
+        """Save the current block's inputs if it is time to. Inputs that do not fit into memory are
+        not saved, since :meth:`_restore` would have to read them into memory all at once."""
         networks, states = self._networks(), self.states
-        if states is None or any(kept.hidden.on_disk for _, kept in networks):
+        if states is None or any(inputs.hidden.on_disk for _, inputs in networks):
             return
-        key, size = f"inputs of {self.stack.name}", sum(k.hidden.in_memory for _, k in networks)
-        if not states.due(key, size):
+        key = f"inputs of {self.stack.name}"
+        if not states.due(key, sum(inputs.hidden.in_memory for _, inputs in networks)):
             return
         if not self._calls_saved:
-            calls = packed({name: kept.calls for name, kept in networks})
+            calls = packed({name: inputs.calls for name, inputs in networks})
             if count_marks(calls[STRUCTURE].numpy().tobytes()) > MOST_MARKS:
-                return  # many thousands of batches: more than would be read again
+                return  # many thousands of batches: parse_json would refuse to read them
             states.save(f"calls of {self.stack.name}", calls, {})
             self._calls_saved = True
-        hidden = {f"{name}.{n}": x for name, kept in networks for n, x in kept.hidden.items()}
-        places = {name: str(kept.hidden[0].device) for name, kept in networks}
-        states.save(key, hidden, {"block": self.block, "devices": places})
+        hidden = {f"{name}.{n}": x for name, inputs in networks for n, x in inputs.hidden.items()}
+        devices = {name: str(inputs.hidden[0].device) for name, inputs in networks}
+        states.save(key, hidden, {"block": self.block, "devices": devices})
 
     def _restore(self) -> bool:
-        """Take over what :meth:`_save` kept; False if there is nothing."""
+        """Take over what :meth:`_save` saved; False if there is nothing."""
         if self.states is None:
             return False
-        calls = self.states.load(f"calls of {self.stack.name}")
-        inputs = self.states.load(f"inputs of {self.stack.name}")
-        if calls is None or inputs is None:
+        saved_calls = self.states.load(f"calls of {self.stack.name}")
+        saved_inputs = self.states.load(f"inputs of {self.stack.name}")
+        if saved_calls is None or saved_inputs is None:
             return False
-        tensors, info = inputs
+        tensors, info = saved_inputs
         with readable(f"inputs of {self.stack.name}"):
-            found = unpacked(calls[0])
-            for name, kept in self._networks():
-                kept.calls = [
+            calls = unpacked(saved_calls[0])
+            for name, inputs in self._networks():
+                inputs.calls = [
                     [BlockCall(tuple(args), kwargs, self.stack.slot) for args, kwargs in batch]
-                    for batch in found[name]
+                    for batch in calls[name]
                 ]
-                for n in range(len(kept.calls)):
+                for n in range(len(inputs.calls)):
                     key = f"{name}.{n}"
-                    kept.hidden.put(n, tensors[key].clone().to(info["devices"][name]))
-            block, batches = info["block"], {len(kept.calls) for _, kept in self._networks()}
+                    inputs.hidden.put(n, tensors[key].clone().to(info["devices"][name]))
+            block, batches = info["block"], {len(inputs.calls) for _, inputs in self._networks()}
             if type(block) is not int or not 0 <= block < len(self.stack.modules):
                 raise ValueError(f"there is no block {block}")
             if batches != {len(self.batches)}:
@@ -197,10 +198,10 @@ class Replay:
         return True
 
     def finish(self) -> None:
-        """Run the remaining blocks and compare with what the model itself gives on the first batch.
+        """Run the remaining blocks, and compare the result with the model's own on the first batch.
 
-        LobsError if they differ: a layer would then have been calibrated on something else than
-        the network's inputs.
+        Raises LobsError if they differ: layers would then have been calibrated on inputs other than
+        the network's.
         """
         while self.block < len(self.stack.modules):
             self.advance()
@@ -209,14 +210,14 @@ class Replay:
             with self.run.original():
                 self._compare(self._original)
         if self.states is not None:
-            for what in ("inputs", "calls"):  # calls alone are of no use
-                self.states.drop(f"{what} of {self.stack.name}")
+            for kind in ("inputs", "calls"):  # in this order: calls alone are of no use
+                self.states.drop(f"{kind} of {self.stack.name}")
 
-    def _compare(self, replayed: _Kept) -> None:
-        kept: list[Any] = []
+    def _compare(self, replayed: _Inputs) -> None:
+        results: list[Any] = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(hidden_of(output))
+            results.append(hidden_of(output))
             raise Enough
 
         with (
@@ -224,8 +225,8 @@ class Replay:
             contextlib.suppress(Enough),
         ):
             run_first(self.run)
-        if not kept or not same(replayed.hidden[0], kept[0]):
+        if not results or not same(replayed.hidden[0], results[0]):
             raise LobsError(
-                f"blocks: run by themselves, the blocks of {self.stack.name!r} do not give what "
-                "the model gives; pass blocks=None"
+                f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "
+                "they return in the model; pass blocks=None"
             )

@@ -1,5 +1,5 @@
-"""Running the user's model on the data: as it is, as it was, and with an eye on what its layers
-read."""
+"""The user's model together with the calibration data: running it as it is, and as it was before
+pruning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def batches_of(calibration: Any) -> Sequence[Any]:
-    """The batches as something that can be gone through again and has a length."""
+    """The batches as a sequence that can be iterated repeatedly and has a length."""
     if isinstance(calibration, (Tensor, str, bytes, Mapping)) or not isinstance(
         calibration, Iterable
     ):
@@ -33,13 +33,13 @@ def batches_of(calibration: Any) -> Sequence[Any]:
             f"calibration: expected an iterable of batches, got {type(calibration).__name__}; "
             "wrap a single batch in a list"
         )
-    again = not isinstance(calibration, Iterator)
-    if again and hasattr(calibration, "__len__"):
+    repeatable = not isinstance(calibration, Iterator)
+    if repeatable and hasattr(calibration, "__len__"):
         batches: Any = calibration
     else:
         batches = list(calibration)
     if len(batches) == 0:
-        raise ArgumentError("calibration: it is empty; give at least one batch")
+        raise ArgumentError("calibration: empty; pass at least one batch")
     return batches  # type: ignore[no-any-return]
 
 
@@ -59,31 +59,31 @@ def _numel(batch: Any) -> int:
 
 
 class Source(Protocol):
-    """Something that can be run on batches: the model on the user's, or a part of it."""
+    """Something that can be run on batches: the whole model, or a part of it."""
 
     @property
     def model(self) -> nn.Module: ...
 
-    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+    def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass, without the first ``start``."""
 
     @property
     def batches(self) -> Sequence[Any]:
-        """Those of every pass."""
+        """The batches of a whole pass."""
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run it on a batch."""
 
     def call_original(self, batch: Any) -> Any:
-        """Run it on a batch as it was before anything was pruned; :meth:`call` comes after it."""
+        """Run it, as it was before pruning, on a batch; :meth:`call` on the batch comes next."""
 
     def mask(self, batch: Any) -> Tensor | None:
-        """(B, T) bool, True = counts; None where everything does."""
+        """(B, T) bool, True = counts; None if everything counts."""
 
 
 @dataclass
 class Run:
-    """The model and the data, and how to bring them together."""
+    """The model, the data, and how to run the one on the other."""
 
     model: nn.Module
     batches: Sequence[Any]
@@ -91,11 +91,13 @@ class Run:
     device: torch.device | str | None
     seed: int
     progress: bool
-    token_mask: bool = False  # leave out what the batches' attention_mask leaves out
-    padded: bool = field(default=False, init=False)  # whether it left anything out
-    originals: Shelf = field(default_factory=Shelf, init=False)  # parameters from before, by name
-    changed: set[str] = field(default_factory=set, init=False)  # those that are others now
-    swapped_limit: int | None = field(default=None, init=False)  # bytes of those in memory
+    token_mask: bool = False  # leave out positions where a batch's attention_mask is 0
+    padded: bool = field(default=False, init=False)  # whether any were left out
+    originals: Shelf = field(
+        default_factory=Shelf, init=False
+    )  # parameters before pruning, by name
+    changed: set[str] = field(default_factory=set, init=False)  # names of the parameters pruned
+    swapped_limit: int | None = field(default=None, init=False)  # bytes of swapped ones in memory
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         if self.device is not None:
@@ -109,20 +111,23 @@ class Run:
         if isinstance(batch, (list, tuple)):
             return model(*batch)
         raise DtypeError(
-            f"calibration: a batch is a {type(batch).__name__}; give tensors, tuples or dicts, "
+            f"calibration: a batch is a {type(batch).__name__}; pass tensors, tuples or dicts, "
             "or pass forward="
         )
 
     def size(self) -> float:
-        """How many batches there are, in units of the first one."""
+        """The size of the data, in units of its first batch."""
         if not isinstance(self.batches, list):
             return float(len(self.batches))
         first = _numel(self.batches[0])
         return sum(map(_numel, self.batches)) / first if first else float(len(self.batches))
 
     def pass_seconds(self) -> float:
-        """About how long one pass over the data takes, judged by the largest batch of a list, or
-        else by the first one: small ones take longer than their share."""
+        """An estimate of the duration of one pass over the data.
+
+        It is measured on the largest batch of a list, since small batches take longer than their
+        share, or else on the first batch.
+        """
         batch = next(iter(self.batches))
         times = float(len(self.batches))
         if isinstance(self.batches, list) and _numel(batch):
@@ -134,33 +139,33 @@ class Run:
         return times * (time.perf_counter() - begun)
 
     def call_original(self, batch: Any) -> Any:
-        """Run the original network; the random state is left as it was."""
+        """Run the original network, leaving the random state as it was."""
         with self.original():
             return self.call(self.model, batch)
 
     @contextlib.contextmanager
     def original(self, part: nn.Module | None = None) -> Iterator[None]:
-        """The model, or the ``part`` of it that is run, is the original network for a while; its
-        random numbers are not counted."""
+        """Make the model, or the ``part`` of it that is to be run, the original network for a
+        while. The random state is restored afterwards."""
         names = sorted(self.changed)
         if part is not None:
             inside = {id(p) for p in part.parameters()}
             names = [name for name in names if id(self._named[name]) in inside]
-        with torch.random.fork_rng(devices=self._devices()), self._holding(names):
+        with torch.random.fork_rng(devices=self._devices()), self._holding_originals(names):
             yield
 
     @contextlib.contextmanager
-    def _holding(self, names: Iterable[str]) -> Iterator[None]:
-        """Copied in and out: swapping the tensors themselves (torch.func.functional_call) goes
-        wrong where a module has two names."""
-        with Shelf(self.swapped_limit) as kept:
+    def _holding_originals(self, names: Iterable[str]) -> Iterator[None]:
+        """Copy original values in, and the present ones back at the end. Swapping the tensors
+        (torch.func.functional_call) fails if a module has two names."""
+        with Shelf(self.swapped_limit) as present:
             try:
                 for name in names:
-                    kept.put(name, self._named[name].detach().clone())
+                    present.put(name, self._named[name].detach().clone())
                     self._named[name].copy_(self.originals[name])
                 yield
             finally:
-                for name, value in kept.items():
+                for name, value in present.items():
                     self._named[name].copy_(value)
 
     @functools.cached_property
@@ -168,25 +173,28 @@ class Run:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def mask(self, batch: Any) -> Tensor | None:
-        """(B, T) bool, False at padding, if the batch says where that is."""
+        """(B, T) bool, False at padding; None if the batch has none or does not mark it.
+
+        An encoder-decoder model's mask is ignored, since it could be of either side.
+        """
         if not self.token_mask or not isinstance(batch, Mapping):
             return None
-        given = batch.get("attention_mask")
+        attention_mask = batch.get("attention_mask")
         two_sides = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if not isinstance(given, Tensor) or given.ndim != 2 or two_sides:
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or two_sides:
             return None
-        mask = given != 0
-        if bool(mask.all()) or bool((mask & (given != 1)).any()):
+        mask = attention_mask != 0
+        if bool(mask.all()) or bool((mask & (attention_mask != 1)).any()):
             return None
         self.padded = True
         return mask
 
-    def each(self, what: str, start: int = 0) -> Iterator[Any]:
+    def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass without the first ``start``, seeded, with a progress bar."""
         torch.manual_seed(self.seed)
         bar = tqdm(
             self.batches,
-            desc=what,
+            desc=label,
             unit="batch",
             leave=False,
             disable=None if self.progress else True,
@@ -195,7 +203,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, no gradients, the caller's random state kept; all of it undone at the end."""
+        """Eval mode and no gradients. Modes and the random state are restored at the end."""
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
@@ -213,11 +221,11 @@ class Run:
 
 @torch.no_grad()
 def measure_change(run: Run) -> tuple[float, float, float] | None:
-    """(||output - original||_F^2, ||original||_F^2, rows) over the data; None if outputs are not
+    """(||output - original||_F^2, ||original||_F^2, rows) over the data; None unless outputs are
     floating-point tensors."""
     difference = size = rows = 0.0
     for batch in run.each("measure"):
-        run.mask(batch)  # notes whether there is padding, where no layer was calibrated
+        run.mask(batch)  # records whether there is padding, even if no layer was calibrated
         before = run.call_original(batch)
         now = run.call(run.model, batch)
         if not isinstance(now, Tensor) or not now.is_floating_point() or now.ndim == 0:

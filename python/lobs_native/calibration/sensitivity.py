@@ -1,9 +1,9 @@
-"""How much the network's output changes when a layer's output does.
+"""The sensitivity of the network's output to the output of each layer.
 
 For an output unit of a layer it is the mean square, over calibration rows and random directions v,
 of the gradient of ``v . output``: the diagonal of the Gauss-Newton matrix of the squared change of
 the output. A removal that costs ``e`` in a row of the layer changes the network's output by about
-that times ``e``, which makes rows and layers comparable.
+``e`` times the row's sensitivity, which makes rows and layers comparable.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from lobs_native.layers import Layer
 
 __all__ = ["sensitivities"]
 
-_AWAY = "; pass sensitivity=None"
+_WAY_OUT = "; pass sensitivity=None"
 
 
 def sensitivities(
     run: Run, layers: Sequence[Layer], states: States | None = None
 ) -> dict[str, Tensor]:
-    """One pass with a backward pass for each batch, no labels needed; weights get no gradients. The
-    sums are kept in ``states`` on the way.
+    """Measure sensitivities in one pass over the data, with a backward pass for each batch.
+
+    It needs no labels, and weights get no gradients. The sums are saved in ``states`` along the
+    way.
 
     Returns
     -------
     {name: (G, R) float64}
-        Of the layers that the output depends on and whose outputs are a module's outputs (those of
-        attention and experts are not).
+        For the layers that the output depends on and whose output is the output of a module (that
+        of attention projections and experts is not).
 
     Raises
     ------
@@ -57,35 +59,36 @@ def sensitivities(
             except RuntimeError as error:
                 text = " ".join(str(error).split())
                 raise ArgumentError(
-                    f"sensitivity: the model's output cannot be differentiated: {text}{_AWAY}"
+                    f"sensitivity: the model's output cannot be differentiated: {text}{_WAY_OUT}"
                 ) from error
-    found = {}
+    result = {}
     for meter in meters:
         if not meter.seen:
             continue
         value = meter.sum / max(1, meter.rows)
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
-                f"layer {meter.layer.name!r}: NaN or infinity in the gradient of the output{_AWAY}"
+                f"layer {meter.layer.name!r}: NaN or infinity in the gradient of the output"
+                f"{_WAY_OUT}"
             )
-        found[meter.layer.name] = value.reshape(meter.layer.groups, meter.layer.rows)
-    return found
+        result[meter.layer.name] = value.reshape(meter.layer.groups, meter.layer.rows)
+    return result
 
 
 @contextlib.contextmanager
 def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
-    wanting = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p in wanting:
+        for p in trainable:
             p.requires_grad_(False)
         yield
     finally:
-        for p in wanting:
+        for p in trainable:
             p.requires_grad_(True)
 
 
 def _projected(output: Any, mask: Tensor | None) -> Tensor:
-    """A random projection of everything that the model returns, padding left out."""
+    """The inner product of all that the model returns, except padding, with a random vector."""
     total: Tensor | None = None
     for x in tree_leaves(list(output.values()) if isinstance(output, Mapping) else output):
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.requires_grad:
@@ -97,13 +100,13 @@ def _projected(output: Any, mask: Tensor | None) -> Tensor:
         total = part if total is None else total + part
     if total is None:
         raise ArgumentError(
-            f"sensitivity: the model returns no tensor that can be differentiated{_AWAY}"
+            f"sensitivity: the model returns no tensor that can be differentiated{_WAY_OUT}"
         )
     return total
 
 
 class _Meter:
-    """Sums the squares of the gradients at a layer's outputs."""
+    """The sum of the squared gradients at a layer's outputs."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -120,17 +123,18 @@ class _Meter:
             units = self.layer.units(output) if isinstance(output, Tensor) else None
             if units is None:
                 return output
-            wanting = output + self.probe.to(output.dtype)  # a gradient, whatever came before
-            if not wanting.requires_grad:  # under the model's own no_grad
+            # Adding the zero probe makes the output require grad, whatever the input does.
+            probed = output + self.probe.to(output.dtype)
+            if not probed.requires_grad:  # under the model's own no_grad
                 return output
-            kept = mask if mask is not None and output.shape[:-1] == mask.shape else None
-            self.rows += len(units) if kept is None else int(kept.sum())
-            wanting.register_hook(self._see)
-            return wanting
+            counted = mask if mask is not None and output.shape[:-1] == mask.shape else None
+            self.rows += len(units) if counted is None else int(counted.sum())
+            probed.register_hook(self._add)
+            return probed
 
         return [site.caller.register_forward_hook(leave) for site in self.layer.sites]
 
-    def _see(self, gradient: Tensor) -> None:
+    def _add(self, gradient: Tensor) -> None:
         units = self.layer.units(gradient)
         assert units is not None
         self.seen = True
@@ -138,7 +142,7 @@ class _Meter:
 
 
 class _Meters:
-    """Meters as sums that can be kept."""
+    """Meters as sums that can be saved."""
 
     def __init__(self, meters: Sequence[_Meter]) -> None:
         self.meters = meters

@@ -1,7 +1,8 @@
-"""Seeing what is added to a module's output: the other operand of a residual connection.
+"""Observing what is added to a module's output: the other operand of a residual connection.
 
-Found by what the operations are given, not by names. Only an output whose one use is a sum of two
-tensors of its own shape counts: there, a change of the other operand can be made up for.
+Sums are recognised by the operands of operations, not by names. An output counts only if its single
+use is a sum of two tensors of its own shape: the layer can then compensate a change of the other
+operand.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 class Sums(TorchDispatchMode):
-    """While it is active, ``found[name]`` collects a copy of what is added to the outputs of
-    ``modules[name]``, call by call; names in ``elsewhere`` have an output that is used otherwise.
+    """While active, collects in ``addends[name]`` a copy of what is added to the output of
+    ``modules[name]`` at each call. ``elsewhere`` has the names whose outputs are used otherwise.
 
     ``then(name)`` is called after each sum.
     """
@@ -35,9 +36,9 @@ class Sums(TorchDispatchMode):
         self.modules = modules
         self.then = then
         self.calls = dict.fromkeys(modules, 0)
-        self.found: dict[str, list[Tensor]] = {name: [] for name in modules}
+        self.addends: dict[str, list[Tensor]] = {name: [] for name in modules}
         self.elsewhere: set[str] = set()
-        self._outputs: dict[int, tuple[str, Tensor]] = {}  # by the place of their memory
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # by the address of their memory
         self._handles: list[Any] = []
 
     def __enter__(self) -> Sums:
@@ -56,8 +57,9 @@ class Sums(TorchDispatchMode):
     def _hook(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
-            if isinstance(output, Tensor) and _place(output):
-                self._outputs[_place(output)] = (name, output)  # kept, so that its place stays its
+            if isinstance(output, Tensor) and _address(output):
+                # The reference keeps the address from being used again.
+                self._outputs[_address(output)] = (name, output)
             else:
                 self.elsewhere.add(name)
 
@@ -72,30 +74,32 @@ class Sums(TorchDispatchMode):
             summed = self._sum(*args[:2])
         if summed is None:
             for x in tree_leaves((args, kwargs)):
-                if isinstance(x, Tensor) and (mine := self._outputs.get(_place(x))):
-                    self.elsewhere.add(mine[0])
+                if isinstance(x, Tensor) and (used := self._outputs.get(_address(x))):
+                    self.elsewhere.add(used[0])
         result = func(*args, **kwargs)
         if summed is not None and self.then is not None:
             self.then(summed)
         return result
 
     def _sum(self, a: Any, b: Any) -> str | None:
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or _place(a) == _place(b):
+        """The name of the module whose output is added to something else; None if there is none."""
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or _address(a) == _address(b):
             return None
         for y, other in ((a, b), (b, a)):
-            mine = self._outputs.get(_place(y))
-            if mine is None or len(self.found[mine[0]]) == self.calls[mine[0]]:
-                continue  # a second use of it
-            name, output = mine
+            if (known := self._outputs.get(_address(y))) is None:
+                continue
+            name, output = known
+            if len(self.addends[name]) == self.calls[name]:
+                continue  # a second use of the same output
             alike = y.shape == output.shape == other.shape and y.dtype == other.dtype
-            if alike and y.stride() == output.stride() and _place(other) not in self._outputs:
-                self.found[name].append(other.detach().clone())
+            if alike and y.stride() == output.stride() and _address(other) not in self._outputs:
+                self.addends[name].append(other.detach().clone())
                 return name
         return None
 
 
-def _place(x: Tensor) -> int:
-    """Where its memory is; 0 for tensors that have none of their own."""
+def _address(x: Tensor) -> int:
+    """The address of a tensor's storage; 0 if it has none."""
     try:
         return x.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):

@@ -1,8 +1,8 @@
-"""Seeing the inputs of weights that modules hand to matrix products themselves.
+"""Observing the inputs of weights that modules multiply by themselves (see ``layers/matrix.py``).
 
-While it is active, every product of which an operand lies in the memory of a watched weight is
-reported with the rows it is multiplied by. Any other use of that memory is refused: then nobody
-knows what the weight does.
+Every matrix product with an operand in the memory of a watched weight is reported, with the rows
+that the weight is multiplied by. Any other use of that memory is an error, since the weight's
+effect on the output is then unknown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lobs_native.layers.matrix import Matrix
 __all__ = ["Watch"]
 
 _aten = torch.ops.aten
-_PRODUCTS = {  # where the two operands stand
+_PRODUCTS = {  # the position of the first of the two operands
     _aten.mm.default: 0,
     _aten.bmm.default: 0,
     _aten.mv.default: 0,
@@ -34,7 +34,8 @@ _PRODUCTS = {  # where the two operands stand
 
 
 class Watch(TorchDispatchMode):
-    """Calls ``see(layer, group, X)`` with X (n, C) at every product with a weight of ``layers``."""
+    """While active, calls ``see(layer, group, X)`` with X (n, C) at every product with a weight of
+    ``layers``."""
 
     supports_higher_order_operators = True
 
@@ -50,26 +51,28 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not getattr(func, "is_view", False):
-            mine = [
+            touched = [
                 layer
                 for x in tree_leaves((args, kwargs))
                 if isinstance(x, Tensor)
                 for layer, _, _ in self._touching(x)
             ]
-            if mine and func in _PRODUCTS:
-                self._product(func, *args[_PRODUCTS[func] : _PRODUCTS[func] + 2])
-            elif mine:
+            if touched and func in _PRODUCTS:
+                first = _PRODUCTS[func]
+                self._product(*args[first : first + 2])
+            elif touched:
                 result: Any = NotImplemented
                 if isinstance(func, OpOverload):
-                    with self:  # linear and matmul arrive whole in inference mode
+                    with self:  # in inference mode, linear and matmul are not yet decomposed
                         result = func.decompose(*args, **kwargs)
                 if result is NotImplemented:
-                    raise _strange(mine[0], f"used by {func.name()}")
+                    raise _unobservable(touched[0], f"used by {func.name()}")
                 return result
         return func(*args, **kwargs)
 
     def _touching(self, x: Tensor) -> Iterator[tuple[Matrix, Tensor, int]]:
-        """The watched weights in whose memory ``x`` lies."""
+        """The watched weights whose memory overlaps that of ``x``: (layer, its matrices, the
+        address of ``x``)."""
         start, end = _span(x)
         i = bisect_right(self._ends, start)
         while start < end and i < len(self._spans) and self._spans[i][0] < end:
@@ -77,7 +80,7 @@ class Watch(TorchDispatchMode):
             yield layer, matrices, start
             i += 1
 
-    def _product(self, func: Any, left: Tensor, right: Tensor) -> None:
+    def _product(self, left: Tensor, right: Tensor) -> None:
         if right.ndim == left.ndim - 1:  # a vector
             right = right[..., None]
         if left.ndim == 2:
@@ -87,14 +90,15 @@ class Watch(TorchDispatchMode):
             self._uses(b.T, a.T)
 
     def _uses(self, x: Tensor, weight: Tensor) -> None:
-        """x (n, C) @ weight (C, r), where r may be the rows of several layers or groups."""
+        """Report x (n, C) @ weight (C, r), whose r columns may be rows of several layers or
+        groups."""
         for layer, matrices, start in self._touching(weight):
-            apart = max(1, matrices.stride(0) * matrices.element_size())
-            first = max(0, (start - matrices.data_ptr()) // apart)
-            last = min(layer.groups - 1, (_span(weight)[1] - 1 - matrices.data_ptr()) // apart)
+            step = max(1, matrices.stride(0) * matrices.element_size())
+            first = max(0, (start - matrices.data_ptr()) // step)
+            last = min(layer.groups - 1, (_span(weight)[1] - 1 - matrices.data_ptr()) // step)
             for g in range(first, last + 1):
                 if not _contains(weight, matrices[g]):
-                    raise _strange(layer, "used in parts, or in another orientation")
+                    raise _unobservable(layer, "used in parts, or in another orientation")
                 self.see(layer, g, x)
 
 
@@ -116,7 +120,7 @@ def _contains(weight: Tensor, matrix: Tensor) -> bool:
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """First byte and the one after the last; (0, 0) for tensors without memory of their own."""
+    """The address range [first, last) of a tensor's bytes; (0, 0) if it has no memory."""
     try:
         start = x.data_ptr()
         reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -125,8 +129,8 @@ def _span(x: Tensor) -> tuple[int, int]:
     return (start, start + (reach + 1) * x.element_size()) if x.numel() else (0, 0)
 
 
-def _strange(layer: Matrix, how: str) -> ArgumentError:
+def _unobservable(layer: Matrix, use: str) -> ArgumentError:
     return ArgumentError(
-        f"layer {layer.name!r}: its weight is {how}, so its inputs cannot be seen; exclude it (or "
-        "turn autocast and compilation off, which copy weights)"
+        f"layer {layer.name!r}: its weight is {use}, so its inputs cannot be observed; exclude it, "
+        "or turn off autocast and compilation, which copy weights"
     )
