@@ -1,4 +1,4 @@
-"""Folders in the style of Hugging Face: what is pruned in memory is what is read again."""
+"""Hugging Face folders: the network that is read back is the one that was pruned in memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import lobs_native as lobs
 from lobs_native.cli import commands as cli
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
 from lobs_native.huggingface import checkpoint as hf
+from lobs_native.huggingface import library
 from lobs_native.huggingface.text import text_batches
 
 transformers = pytest.importorskip(
@@ -43,7 +44,7 @@ KINDS = (
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("a connection was tried")
+        raise AssertionError("a connection was attempted")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -56,7 +57,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def prune(source: Path, text: Path, *more: str, code: int = cli.OK) -> Path:
-    """Prune a folder by the command line into one beside it."""
+    """Prune a folder with the command line into a folder beside it."""
     out = source.parent / "out"
     arguments = ["--sparsity", "0.5", "--length", "32", "--out", str(out), *more]
     assert cli.main(["prune", str(source), "--calibration", str(text), *arguments]) == code
@@ -78,12 +79,12 @@ def headers(folder: Path) -> dict[str, str]:
     return found
 
 
-# ---- all the way ---------------------------------------------------------------------------------
+# ---- end to end ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_folder_holds_what_was_pruned_in_memory(tmp_path, text, kind, dtype, monkeypatch):
+def test_the_folder_holds_the_network_pruned_in_memory(tmp_path, text, kind, dtype, monkeypatch):
     source = hf_folders.save(tmp_path / "in", kind, dtype=dtype)
     kept: list[nn.Module] = []
     load = hf.load
@@ -119,7 +120,7 @@ def test_the_folder_holds_what_was_pruned_in_memory(tmp_path, text, kind, dtype,
     lobs.keep_masks(again, masks).remove()  # they are masks of this network
 
 
-def test_the_same_as_pruning_in_python(tmp_path, text):
+def test_the_command_prunes_as_the_python_function_does(tmp_path, text):
     source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM")
     out = prune(source, text)
     model = transformers.LlamaForCausalLM.from_pretrained(source)
@@ -137,7 +138,7 @@ def test_the_same_as_pruning_in_python(tmp_path, text):
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_everything_but_the_weights_is_copied_as_it_was(tmp_path, text):
+def test_everything_but_the_weights_is_copied_unchanged(tmp_path, text):
     source = hf_folders.save(tmp_path / "in")
     (source / "LICENSE").write_text("do as you like")
     (source / "1_Pooling").mkdir()
@@ -179,7 +180,7 @@ def test_large_weights_are_written_in_shards_with_an_index(tmp_path, text):
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"])
-def test_the_layer_of_the_logits_is_left_alone_and_that_is_said(tmp_path, text, kind):
+def test_the_layer_of_the_logits_is_skipped_and_reported(tmp_path, text, kind):
     source = hf_folders.save(tmp_path / "in", kind)
     dense = hf_folders.network(kind).get_output_embeddings()
     out = prune(source, text)
@@ -199,14 +200,14 @@ def test_tied_embeddings_stay_tied(tmp_path, text):
     prune(source, text, "--include", "lm_head", "--overwrite", code=cli.USAGE)
 
 
-def test_the_head_is_pruned_where_it_is_included(tmp_path, text):
+def test_the_head_is_pruned_if_it_is_included(tmp_path, text):
     source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM")
     out = prune(source, text, "--include", "lm_*")
     again = transformers.LlamaForCausalLM.from_pretrained(out)
     assert int((again.lm_head.weight == 0).sum()) == again.lm_head.weight.numel() // 2
 
 
-def test_a_second_run_replaces_the_first_only_if_asked_and_only_a_result(tmp_path, text, capsys):
+def test_a_second_run_replaces_only_a_result_and_only_on_request(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "in")
     out = prune(source, text)
     first = (out / "model.safetensors").read_bytes()
@@ -216,7 +217,7 @@ def test_a_second_run_replaces_the_first_only_if_asked_and_only_a_result(tmp_pat
     assert (out / "model.safetensors").read_bytes() != first
     (out / "report.json").unlink()
     prune(source, text, "--overwrite", code=cli.USAGE)
-    assert "no earlier result" in capsys.readouterr().err
+    assert "not an earlier result" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "text.txt"]
 
 
@@ -231,7 +232,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, text, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
 
 
-def test_files_that_do_not_give_the_same_network_are_an_error(tmp_path, text, monkeypatch, capsys):
+def test_files_that_hold_another_network_are_an_error(tmp_path, text, monkeypatch, capsys):
     source = hf_folders.save(tmp_path / "in")
     load = hf._from_pretrained
 
@@ -244,11 +245,12 @@ def test_files_that_do_not_give_the_same_network_are_an_error(tmp_path, text, mo
 
     monkeypatch.setattr(hf, "_from_pretrained", change)
     prune(source, text, code=cli.FAILED)
-    assert "encoder.layer.1.output.dense.weight is not what was written" in capsys.readouterr().err
+    message = "encoder.layer.1.output.dense.weight differs from what was written"
+    assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
 
 
-def test_a_tensor_in_another_dtype_is_converted_and_that_is_said(tmp_path, text, capsys):
+def test_a_tensor_in_another_dtype_is_converted_and_reported(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "in", dtype=torch.bfloat16)
     tensors = load_file(source / "model.safetensors")
     name = "encoder.layer.0.output.LayerNorm.bias"
@@ -262,7 +264,7 @@ def test_a_tensor_in_another_dtype_is_converted_and_that_is_said(tmp_path, text,
     assert f"lobs-native: tensors converted: {name}\n" in capsys.readouterr().err
 
 
-def test_without_architectures_the_network_is_what_automodel_makes_of_it(tmp_path, text):
+def test_without_architectures_automodel_chooses_the_class(tmp_path, text):
     source = hf_folders.save(tmp_path / "in")
     config = json.loads((source / "config.json").read_text())
     del config["architectures"]
@@ -302,7 +304,7 @@ def test_a_causal_language_model_reads_blocks(tmp_path, text):
     assert found.settings["text as"] == "blocks of 30 tokens"
 
 
-# ---- what is wrong with a folder -----------------------------------------------------------------
+# ---- damaged folders -----------------------------------------------------------------------------
 
 
 def without(name: str) -> Any:
@@ -341,7 +343,7 @@ def index_of(text: str) -> Any:
 
 
 def twice(folder: Path) -> None:
-    """Two entries of the same name: which of them counts depends on who reads."""
+    """Two entries of the same name: which of them counts depends on the reader."""
     path = folder / "model.safetensors"
     data = path.read_bytes()
     assert data.count(b'"pooler.dense.bias"') == 1
@@ -394,16 +396,16 @@ WRONG: dict[str, tuple[Any, type[LobsError], str]] = {
     "pickle": (
         pickled,
         ArgumentError,
-        "pytorch_model.bin, one of the pickles.*save it as safetensors",
+        "pytorch_model.bin, a pickle.*save it as safetensors",
     ),
-    "cut": (cut, CheckpointError, "model.safetensors: is no whole safetensors file"),
+    "cut": (cut, CheckpointError, "model.safetensors: is not a complete safetensors file"),
     "empty": (
         lambda f: (f / "model.safetensors").write_bytes(b""),
         CheckpointError,
-        "no whole safetensors file",
+        "not a complete safetensors file",
     ),
     "tensor twice": (twice, CheckpointError, "'pooler.dense.bias' occurs twice"),
-    "header of 17 MB": (long_header, CheckpointError, "header has 17825792 bytes; more than"),
+    "header of 17 MB": (long_header, CheckpointError, "a header of 17825792 bytes; the limit is"),
     "index key twice": (index_of('{"weight_map":{},"weight_map":{}}'), CheckpointError, "twice"),
     "shard elsewhere": (
         index_of('{"weight_map":{"a":"../in/model.safetensors"}}'),
@@ -453,16 +455,16 @@ WRONG: dict[str, tuple[Any, type[LobsError], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_with_a_folder_is_said_and_nothing_is_written(tmp_path, text, wrong, capsys):
-    change, error, said = WRONG[wrong]
+def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path, text, wrong, capsys):
+    change, error, message = WRONG[wrong]
     source = hf_folders.save(tmp_path / "in")
     change(source)
-    capsys.readouterr()  # what transformers says while it saves
+    capsys.readouterr()  # discard what transformers prints while it saves
     code = cli.USAGE if error is ArgumentError else cli.FAILED
     prune(source, text, code=code)
     captured = capsys.readouterr()
     assert captured.out == ""
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         _raise_again(source, text)
     (line,) = captured.err.splitlines()
     assert line.startswith("lobs-native: ")
@@ -478,18 +480,18 @@ def _raise_again(source: Path, text: Path) -> None:
 
 def test_a_tokenizer_of_another_network_is_refused(tmp_path, text):
     source = hf_folders.save(tmp_path / "in", vocab_size=30)
-    with pytest.raises(CheckpointError, match=r"gives token 6\d, but the network knows 30"):
+    with pytest.raises(CheckpointError, match=r"returns token 6\d, but the network knows 30"):
         _raise_again(source, text)
 
 
-def test_a_text_of_words_that_the_tokenizer_does_not_know_is_refused(tmp_path, text):
+def test_a_text_of_unknown_words_is_refused(tmp_path, text):
     source = hf_folders.save(tmp_path / "in")
     text.write_text(hf_folders.text().replace("w", "v"))
     with pytest.raises(ArgumentError, match=r"9\d % of its tokens are unknown to the tokenizer"):
         _raise_again(source, text)
 
 
-def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path):
+def test_an_encoder_decoder_is_refused_with_a_way_out(tmp_path):
     config = transformers.T5Config(
         vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )
@@ -508,7 +510,7 @@ def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_the_oldest_transformers_is_the_one_of_the_extra():
     project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    assert 'hf = ["transformers>={}.{}"]'.format(*hf.OLDEST) in project
+    assert 'hf = ["transformers>={}.{}"]'.format(*library.OLDEST) in project
 
 
 def test_an_old_transformers_is_refused(tmp_path, monkeypatch):

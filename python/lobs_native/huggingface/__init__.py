@@ -1,1 +1,1 @@
-"""Folders in the style of Hugging Face: checkpoints, and text to calibrate on."""
+"""Checkpoint folders in Hugging Face format, and calibration on text."""

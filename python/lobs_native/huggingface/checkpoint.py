@@ -1,18 +1,14 @@
-"""Folders in the style of Hugging Face: read, calibrated on a text, and written again. For the
-command line.
+"""Checkpoint folders in Hugging Face format, for the command line: examining, loading, saving.
 
 Nothing is downloaded, no code from a folder is run, and pickles are not opened.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobs_native.errors import ArgumentError, CheckpointError, LobsError
-from lobs_native.files import safefile
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.files import regular, safefile, strict_json
 from lobs_native.files.atomic import writing
+from lobs_native.huggingface.library import one_line, quiet, transformers_library
 from lobs_native.layers import layers_for, layers_of
 
 __all__ = [
@@ -37,16 +34,14 @@ __all__ = [
 ]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OLDEST = (4, 56)  # of transformers, see pyproject.toml
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-OWN = ("masks.safetensors", "report.json", "report.html")  # of an earlier run
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-# Endings of files with weights: those of the dense network, which must not go with the pruned one.
+OWN = ("masks.safetensors", "report.json", "report.html")  # files of an earlier run
+# Suffixes of weight files. Those of the dense network must not accompany the pruned one.
 _WEIGHT_FILES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot"),
     *(".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel"),
@@ -55,44 +50,44 @@ _WEIGHT_FILES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder says it holds, without its weights being read."""
+    """The description of a folder, without its weights."""
 
     folder: Path
     config: dict[str, Any]
-    files: tuple[str, ...]  # with the weights
-    dtypes: dict[str, str]  # tensor name -> dtype as safetensors writes it
-    dtype: torch.dtype  # of most of the weights
+    files: tuple[str, ...]  # the weight files
+    dtypes: dict[str, str]  # tensor name -> dtype in the notation of safetensors
+    dtype: torch.dtype  # the dtype of most weights
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def examine(folder: Path) -> Checkpoint:
-    """Look at a folder's config and at the headers of its weight files.
+    """Read a folder's config and the headers of its weight files.
 
     Raises
     ------
     ArgumentError
-        The folder is no such checkpoint, or one of a kind that is refused: pickles, quantised
-        weights, adapters. The message says what to do.
+        The folder is not such a checkpoint, or is of a kind that is refused: pickles, quantised
+        weights, adapters. The message says what to do instead.
     CheckpointError
-        A file is missing, cut, or not what it claims to be.
+        A file is missing, truncated, or not what it claims to be.
     """
     if not (folder / "config.json").is_file():
         raise ArgumentError(
-            f"MODEL: {folder} has no config.json; name a folder with config.json and {WEIGHTS} "
-            "(as save_pretrained writes it), or a function as module:function"
+            f"MODEL: {folder} has no config.json; name a folder with config.json and {WEIGHTS}, as "
+            "save_pretrained writes it, or a function as module:function"
         )
     config = _json(folder / "config.json")
     if "quantization_config" in config:
         raise ArgumentError(
             f"MODEL: the weights in {folder} are quantised (config.json has a quantization_config);"
-            " prune the floating-point checkpoint they were made from"
+            " prune the floating-point checkpoint from which they were made"
         )
     if (folder / "adapter_config.json").is_file():
         raise ArgumentError(
-            f"MODEL: {folder} holds an adapter (adapter_config.json); merge it into its model "
-            "first and save that"
+            f"MODEL: {folder} holds an adapter (adapter_config.json); merge it into its base model "
+            "and save the result first"
         )
     dtypes: dict[str, str] = {}
     sizes: dict[str, int] = {}
@@ -105,10 +100,10 @@ def examine(folder: Path) -> Checkpoint:
         for key, entry in entries.items():
             dtypes[key] = entry.dtype
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
-    if strange := sorted(d for d in sizes if d.startswith("F8")):
+    if quantised := sorted(d for d in sizes if d.startswith("F8")):
         raise ArgumentError(
-            f"MODEL: weights in {folder} are {', '.join(strange)}, which is quantised; prune the "
-            "floating-point checkpoint they were made from"
+            f"MODEL: weights in {folder} are {', '.join(quantised)}, which is quantised; prune the "
+            "floating-point checkpoint from which they were made"
         )
     floats = {d: n for d, n in sizes.items() if d in _FLOATS}
     if not floats:
@@ -119,24 +114,27 @@ def examine(folder: Path) -> Checkpoint:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"MODEL: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"MODEL: {path} holds a {type(found).__name__}, not an object")
-    return found
+    return _object(values, path)
 
 
 def _index(path: Path) -> dict[str, Any]:
-    """As :func:`_json`, bounded: an index names one file per tensor and nothing else."""
+    """Like :func:`_json`, but within the limits of strict_json, which suffice for one entry per
+    tensor."""
     try:
-        data = safefile.read_whole(path, str(path), most=safefile.MOST_JSON, follow=True)
-        found = safefile.parse_json(data, str(path))
+        data = regular.read_whole(path, str(path), most=strict_json.MOST_JSON, follow=True)
+        values = strict_json.parse_json(data, str(path))
     except CheckpointError as error:
         raise CheckpointError(f"MODEL: {error}; copy or save it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"MODEL: {path} holds a {type(found).__name__}, not an object")
-    return found
+    return _object(values, path)
+
+
+def _object(values: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"MODEL: {path} holds a {type(values).__name__}, not an object")
+    return values
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -157,34 +155,36 @@ def _weight_files(folder: Path) -> list[str]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
     if pickles:
         raise ArgumentError(
-            f"MODEL: {folder} has its weights in {pickles[0]}, one of the pickles, which can "
-            "run any code when they are opened and are refused; where you trust it, save it as "
-            "safetensors first: AutoModel.from_pretrained(folder).save_pretrained(other)"
+            f"MODEL: {folder} has its weights in {pickles[0]}, a pickle, which could run any code "
+            "when opened, and is refused; if you trust it, save it as safetensors first: "
+            "AutoModel.from_pretrained(folder).save_pretrained(other)"
         )
     raise ArgumentError(f"MODEL: {folder} has no {WEIGHTS} and no {INDEX}")
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:
-    """The network of a folder, on the CPU, in the dtype in which most of it is stored.
+    """The network of a folder, on the CPU, in the dtype of most of its weights.
 
-    Its class is the first of ``architectures`` in config.json that transformers has, else what
-    ``AutoModel`` makes of it.
+    Its class is the first of ``architectures`` in config.json that transformers has, or else the
+    class that ``AutoModel`` chooses.
 
     Raises
     ------
     LobsError
         transformers is missing or too old.
     ArgumentError
-        An encoder-decoder, which a text alone does not run.
+        The network is an encoder-decoder, which a text alone cannot run.
     CheckpointError
-        transformers cannot load it, or the files lack weights, which would be random.
+        transformers cannot load it, or weights are missing, which would be random.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     kind: Any = transformers.AutoModel
     for name in checkpoint.config.get("architectures") or []:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            kind = found
+        architecture = getattr(transformers, str(name), None)
+        if isinstance(architecture, type) and issubclass(
+            architecture, transformers.PreTrainedModel
+        ):
+            kind = architecture
             break
     model, info = _from_pretrained(transformers, kind, checkpoint.folder, checkpoint.dtype)
     if missing := sorted(info["missing_keys"]):
@@ -196,35 +196,18 @@ def load(checkpoint: Checkpoint) -> nn.Module:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ArgumentError(
             f"MODEL: {type(model).__name__} has an encoder and a decoder, which a text file alone "
-            "does not run; give a function as module:function that returns the model and batches"
+            "cannot run; pass a function as module:function that returns the model and batches"
         )
-    # A cache would grow with every batch for nothing; config.json is copied as it was.
+    # A cache would only use memory. The saved config.json is a copy of the original.
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise LobsError(
-            'a Hugging Face folder needs transformers: pip install "lobs-native[hf]"'
-        ) from error
-    version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
-    if version < OLDEST:
-        raise LobsError(
-            f"transformers {transformers.__version__} is too old: pip install "
-            f'"transformers>={OLDEST[0]}.{OLDEST[1]}"'
-        )
-    return transformers
 
 
 def _from_pretrained(
     transformers: Any, kind: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             return kind.from_pretrained(  # type: ignore[no-any-return]
                 str(folder),
                 dtype=dtype,
@@ -233,29 +216,10 @@ def _from_pretrained(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever a configuration of someone else's makes it raise
+    except Exception as error:  # a foreign configuration may make it raise anything
         raise CheckpointError(
-            f"MODEL: transformers cannot load {folder}: {_line(error)}"
+            f"MODEL: transformers cannot load {folder}: {one_line(error)}"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no warnings of transformers: what matters is checked here."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -263,15 +227,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def output_layer(model: nn.Module) -> str | None:
-    """The name of the layer that makes logits, if it is of a prunable type: by convention it is
-    left alone."""
+    """The name of the layer that computes the logits, which by convention is not pruned; None if
+    there is none of a prunable type."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
     return names[head] if head in names and layers_for(names[head], head) else None
 
 
 def first_output(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """Run the model and give the logits or hidden states."""
+    """Run the model and return the logits or hidden states."""
     return model(**batch)[0]
 
 
@@ -286,43 +250,42 @@ def save(
     *,
     shard_bytes: int,
 ) -> dict[str, Any]:
-    """Write the network into ``folder``, read it again and compare.
+    """Write the network into ``folder``, then read it back and compare.
 
     Parameters
     ----------
     model : nn.Module
-        From :func:`load`, pruned.
+        The pruned network, from :func:`load`.
     checkpoint : Checkpoint
-        Everything in its folder that holds no weights (config, tokenizer, texts) is copied as it
-        is; hidden files are not.
+        Its other files (config, tokenizer, texts) are copied unchanged, except hidden ones.
     folder : Path
-        It exists and is empty.
+        An existing, empty folder.
     masks : {layer name: bool tensor}
-        Where they are False, weights must be zero in the files.
+        Weights must be zero in the files where the mask is False.
     shard_bytes : int
-        Weights that are larger are written into several files with an index.
+        Larger weights are divided into several files with an index.
 
     Returns
     -------
     dict
-        What of the old folder is not in the new one, for the report.
+        The files and tensors of the old folder that are not in the new one, for the report.
 
     Raises
     ------
     CheckpointError
-        It could not be written, or what is read again differs from the network in memory.
+        It could not be written, or the network read back differs from the one in memory.
     """
-    transformers = _transformers()
-    with writing(folder), _quiet(transformers):
+    transformers = transformers_library()
+    with writing(folder), quiet(transformers):
         left_out = _copy_others(checkpoint, folder)
-        staging = folder / ".weights"  # save_pretrained writes a config too, in its own words
+        staging = folder / ".weights"  # save_pretrained also writes a config, unlike the original
         model.save_pretrained(str(staging), max_shard_size=shard_bytes)  # type: ignore[operator]
         for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
             path.rename(folder / path.name)
         shutil.rmtree(staging)
     written = examine(folder)
-    again, _ = _from_pretrained(transformers, type(model), folder, checkpoint.dtype)
-    _compare(model, again, masks)
+    read_back, _ = _from_pretrained(transformers, type(model), folder, checkpoint.dtype)
+    _compare(model, read_back, masks)
     return {
         "files left out": left_out,
         "tensors left out": sorted(set(checkpoint.dtypes) - set(written.dtypes)),
@@ -333,7 +296,7 @@ def save(
 
 
 def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Copy what holds no weights of the network itself; the names of the weights left out."""
+    """Copy the files that do not hold weights of the network. Returns the weight files left out."""
     replaced = {*checkpoint.files, INDEX, *OWN}
     left_out = []
     for path in sorted(checkpoint.folder.rglob("*")):
@@ -350,27 +313,28 @@ def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
     return left_out
 
 
-def _compare(model: nn.Module, again: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse files that do not give the same network, bit by bit, with zeros where masks say so."""
-    mine, theirs = model.state_dict(), again.state_dict()
-    if list(mine) != list(theirs):
-        strange = sorted(set(mine) ^ set(theirs)) or ["another order"]
-        raise CheckpointError(f"MODEL: read again, the written weights differ: {_some(strange)}")
-    for name, value in mine.items():
-        if not same_bits(value.detach().cpu(), theirs[name].detach()):
-            raise CheckpointError(f"MODEL: {name} is not what was written when it is read again")
-    check_zeros(again, masks)
+def _compare(model: nn.Module, read_back: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuse a network read back that is not the same bit for bit, or not zero where masks are
+    False."""
+    expected, actual = model.state_dict(), read_back.state_dict()
+    if list(expected) != list(actual):
+        different = sorted(set(expected) ^ set(actual)) or ["another order"]
+        raise CheckpointError(f"MODEL: read back, the written weights differ: {_some(different)}")
+    for name, value in expected.items():
+        if not same_bits(value.detach().cpu(), actual[name].detach()):
+            raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
+    check_zeros(read_back, masks)
 
 
 def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse a network that is not zero where its masks say so."""
+    """Refuse a network whose weights are not zero where its masks are False."""
     layers = {layer.name: layer for layer in layers_of(model)}
     for name, mask in masks.items():
         weight = layers[name].stored(layers[name].weight_part)
-        alive = int((weight[~mask.to(weight.device)] != 0).sum())
-        if alive:
+        nonzero = int((weight[~mask.to(weight.device)] != 0).sum())
+        if nonzero:
             raise CheckpointError(
-                f"MODEL: layer {name!r} would be written with {alive} weights that were removed"
+                f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
             )
 
 
