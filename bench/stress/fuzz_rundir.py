@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from lobs_native.errors import LobsError
-from lobs_native.files import safefile
+from lobs_native.files import strict_json
 from lobs_native.rundir.directory import RunDirectory
 
 MANIFEST, HEADER = "manifest.jsonl", "run.json"
@@ -198,7 +198,7 @@ def seal_again(data: bytes, **change: Any) -> bytes:
     try:
         values = json.loads(data)
         values.pop("check", None)
-        return safefile.seal({**values, **change})
+        return strict_json.seal({**values, **change})
     except (ValueError, AttributeError, TypeError, RecursionError):
         return data
 

@@ -476,7 +476,7 @@ def computed():
     [
         (lambda: TrueOBS(torch.eye(3)), lobs.DtypeError, "layer: expected a torch.nn.Module"),
         (lambda: TrueOBS(nn.Embedding(3, 3)), lobs.DtypeError, "layer: Embedding"),
-        (lambda: TrueOBS(computed()), lobs.ArgumentError, "does not take a pruned value"),
+        (lambda: TrueOBS(computed()), lobs.ArgumentError, "cannot hold a pruned value"),
         (lambda: TrueOBS(nn.Linear(3, 3), -1), lobs.ArgumentError, "rel_damp: -1"),
         (lambda: TrueOBS(nn.Linear(3, 3), numerics="none"), lobs.ArgumentError, "numerics: 'none'"),
     ],

@@ -1,4 +1,4 @@
-"""A folder appears under its name whole or not at all, and nothing that must stay is replaced."""
+"""Folders are written atomically, and nothing that must stay is replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lobs_native.files import atomic as files
 
 
 def result(folder: Path, content: str) -> None:
-    """Write what counts as an earlier result, by way of new_folder."""
+    """Write a folder that counts as an earlier result, with new_folder."""
     with files.new_folder(folder, overwrite=True) as inside:
         (inside / "sub").mkdir()
         (inside / "sub" / "a.txt").write_text(content)
@@ -23,7 +23,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_the_folder_is_not_there_until_it_is_whole(tmp_path):
+def test_the_folder_does_not_exist_until_it_is_complete(tmp_path):
     out = tmp_path / "deep" / "out"
     with files.new_folder(out) as inside:
         assert not out.exists()
@@ -38,7 +38,7 @@ def test_the_folder_is_not_there_until_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError, SystemExit])
-def test_after_any_exception_there_is_nothing_and_the_exception_is_the_same(tmp_path, error):
+def test_after_any_exception_nothing_is_left_and_the_exception_propagates(tmp_path, error):
     def fail() -> None:
         with files.new_folder(tmp_path / "deep" / "out") as inside:
             (inside / "a.txt").write_text("half")
@@ -49,7 +49,7 @@ def test_after_any_exception_there_is_nothing_and_the_exception_is_the_same(tmp_
     assert names(tmp_path) == []
 
 
-def test_an_empty_folder_is_filled_and_one_that_is_not_empty_is_refused(tmp_path):
+def test_an_empty_folder_is_filled_and_any_other_is_refused(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     result(out, "first")
@@ -57,11 +57,11 @@ def test_an_empty_folder_is_filled_and_one_that_is_not_empty_is_refused(tmp_path
     with pytest.raises(ArgumentError, match=r"out: .* not empty.*overwrite"):
         files.check_new_folder(out)
     with pytest.raises(ArgumentError, match="not empty"), files.new_folder(out):
-        pytest.fail("it must not get here")
+        pytest.fail("the block must not be entered")
     assert names(tmp_path) == before
 
 
-def test_overwriting_replaces_an_earlier_result_as_a_whole(tmp_path):
+def test_overwriting_replaces_the_whole_earlier_result(tmp_path):
     out = tmp_path / "out"
     result(out, "first")
     (out / "more.txt").write_text("of the first")
@@ -87,9 +87,9 @@ def test_overwriting_keeps_the_earlier_result_if_the_new_one_fails(tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_is_no_result_is_never_replaced(tmp_path):
+def test_a_folder_that_is_not_a_result_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArgumentError, match=r"holds no report\.json, so it is no earlier result"):
+    with pytest.raises(ArgumentError, match=r"has no report\.json, so it is not an earlier result"):
         files.check_new_folder(tmp_path, overwrite=True)
 
 
@@ -101,10 +101,10 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         pytest.raises(CheckpointError, match="could not be written"),
         files.new_folder(tmp_path / "out" / "below"),
     ):
-        pytest.fail("it must not get here")
+        pytest.fail("the block must not be entered")
 
 
-def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
 
     def race() -> None:

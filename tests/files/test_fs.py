@@ -1,4 +1,4 @@
-"""Every call to the file system goes through one function, and short answers are asked again."""
+"""Every call to the file system goes through one function, and short reads and writes continue."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ PACKAGE = Path(fs.__file__).parents[1]
 SEAM = {
     "files/fs",
     "files/atomic",
+    "files/regular",
     "files/safefile",
+    "files/strict_json",
     "rundir/manifest",
     "rundir/directory",
 }  # modules whose only way to a file is fs
 
 
-def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+def open_handle(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return fs.open_file(path, flags)
 
 
-def test_the_modules_of_the_seam_make_no_call_of_their_own():
+def test_the_modules_of_the_seam_make_no_calls_of_their_own():
     harmless = {"fspath", "fsencode", "fsdecode", "getpid", "PathLike", "uname"}
     for name in SEAM - {"files/fs"}:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
@@ -59,22 +61,17 @@ def test_every_function_of_the_seam_goes_through_call():
         assert called & (own - {function.name}), function.name
 
 
-def test_a_write_that_falls_short_is_continued(tmp_path):
+def test_a_short_write_is_continued(tmp_path):
     data = bytes(range(256)) * 5
-    short = Counter.short
-
-    def always(operation, function, *args, **kw):
-        return short(operation, function, *args, **kw)
-
-    handle = opened(tmp_path / "a")
-    with installed(always):
+    handle = open_handle(tmp_path / "a")
+    with installed(Counter.short):
         fs.write(handle, data)
         fs.close(handle)
     assert (tmp_path / "a").read_bytes() == data
 
 
 def test_a_write_that_writes_nothing_is_an_error(tmp_path):
-    handle = opened(tmp_path / "a")
+    handle = open_handle(tmp_path / "a")
     with installed(Counter(1, lambda: 0)), pytest.raises(OSError, match="wrote nothing"):
         fs.write(handle, b"data")
     fs.close(handle)
@@ -82,7 +79,7 @@ def test_a_write_that_writes_nothing_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("data", [b"", memoryview(b""), bytearray(3), memoryview(b"abc")])
 def test_any_buffer_can_be_written(tmp_path, data):
-    handle = opened(tmp_path / "a")
+    handle = open_handle(tmp_path / "a")
     fs.write(handle, data)
     fs.close(handle)
     assert (tmp_path / "a").read_bytes() == bytes(data)
@@ -90,23 +87,23 @@ def test_any_buffer_can_be_written(tmp_path, data):
 
 def test_reading_stops_at_the_end_of_the_file_or_at_the_limit(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
-    handle = opened(tmp_path / "a", os.O_RDONLY)
+    handle = open_handle(tmp_path / "a", os.O_RDONLY)
     assert fs.read(handle, 4) == b"0123"
     assert fs.read(handle, 100) == b"456789"
     assert fs.read(handle, 100) == b""
     fs.close(handle)
 
 
-def test_reading_into_a_buffer_says_how_much_there_was(tmp_path):
+def test_reading_into_a_buffer_returns_the_number_of_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
-    handle = opened(tmp_path / "a", os.O_RDONLY)
+    handle = open_handle(tmp_path / "a", os.O_RDONLY)
     buffer = bytearray(16)
     assert fs.read_into(handle, memoryview(buffer)) == 10
     assert buffer == b"0123456789" + bytes(6)
     fs.close(handle)
 
 
-def test_reads_that_fall_short_are_continued(tmp_path):
+def test_short_reads_are_continued(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
 
     def one_byte(operation, function, *args, **kw):
@@ -116,7 +113,7 @@ def test_reads_that_fall_short_are_continued(tmp_path):
             return function(args[0], [args[1][0][:1]])
         return function(*args, **kw)
 
-    handle = opened(tmp_path / "a", os.O_RDONLY)
+    handle = open_handle(tmp_path / "a", os.O_RDONLY)
     with installed(one_byte):
         assert fs.read(handle, 100) == b"0123456789"
         os.lseek(handle, 0, os.SEEK_SET)
@@ -126,7 +123,7 @@ def test_reads_that_fall_short_are_continued(tmp_path):
     fs.close(handle)
 
 
-def test_names_are_relative_to_the_folder_that_is_open(tmp_path):
+def test_names_are_relative_to_the_open_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     folder = fs.open_folder(tmp_path / "inside")
     (tmp_path / "inside").rename(tmp_path / "moved")
@@ -142,7 +139,7 @@ def test_names_are_relative_to_the_folder_that_is_open(tmp_path):
     assert [p.name for p in (tmp_path / "moved").iterdir()] == ["sub"]
 
 
-def test_a_folder_that_is_a_link_is_opened_only_where_that_is_asked(tmp_path):
+def test_a_link_to_a_folder_is_opened_only_on_request(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with pytest.raises(NotADirectoryError):
@@ -160,7 +157,7 @@ def test_a_file_system_that_cannot_sync_folders_is_not_an_error(tmp_path):
 
 
 def test_one_lock_at_a_time(tmp_path):
-    first, second = (opened(tmp_path / "LOCK") for _ in range(2))
+    first, second = (open_handle(tmp_path / "LOCK") for _ in range(2))
     assert fs.lock(first)
     assert not fs.lock(second)
     fs.close(first)
@@ -168,19 +165,19 @@ def test_one_lock_at_a_time(tmp_path):
     fs.close(second)
 
 
-# ---- files on top of it --------------------------------------------------------------------------
+# ---- files written with it -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_file_is_written_whole_or_not_whatever_call_fails(tmp_path, code):
+def test_a_file_is_written_atomically_whichever_call_fails(tmp_path, code):
     target = tmp_path / "a.txt"
     for k in range(1, 100):
         target.write_text("old")
         counter = Counter(k, failing(code))
         with installed(counter):
-            said = refusal(lambda: files.write_file(target, "new"))
-        for part in (str(target), os.strerror(code), "(3 bytes)") if said else ():
-            assert part in said
+            message = refusal(lambda: files.write_file(target, "new"))
+        for part in (str(target), os.strerror(code), "(3 bytes)") if message else ():
+            assert part in message
         assert target.read_text() in {"old", "new"}
         assert [p.name for p in tmp_path.iterdir()] == ["a.txt"], counter.calls
         if not counter.fired:
@@ -204,7 +201,7 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_folder_is_there_whole_or_not_whatever_call_fails(tmp_path, code):
+def test_a_folder_is_written_atomically_whichever_call_fails(tmp_path, code):
     out = tmp_path / "deep" / "out"
 
     def write() -> None:
@@ -214,8 +211,8 @@ def test_a_folder_is_there_whole_or_not_whatever_call_fails(tmp_path, code):
     for k in range(1, 100):
         counter = Counter(k, failing(code))
         with installed(counter):
-            said = refusal(write)
-        assert said is None or os.strerror(code) in said
+            message = refusal(write)
+        assert message is None or os.strerror(code) in message
         found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
         assert found in ([], ["deep", "deep/out", "deep/out/a.txt"]), (k, counter.calls)
         if not counter.fired:
@@ -224,10 +221,10 @@ def test_a_folder_is_there_whole_or_not_whatever_call_fails(tmp_path, code):
     assert 8 < k < 99
 
 
-def test_space_is_asked_for_before_a_start(tmp_path):
-    files.need_space(tmp_path / "not" / "there yet", 1)
-    with pytest.raises(CheckpointError, match=r"there yet: needs \d{19} bytes, and \d+ are free"):
-        files.need_space(tmp_path / "not" / "there yet", 1 << 62)
+def test_free_space_is_checked_before_a_run(tmp_path):
+    files.need_space(tmp_path / "not" / "new", 1)
+    with pytest.raises(CheckpointError, match=r"new: needs \d{19} bytes, but \d+ are free"):
+        files.need_space(tmp_path / "not" / "new", 1 << 62)
     with (
         installed(Counter(1, failing(errno.EIO))),
         pytest.raises(CheckpointError, match="Input/output"),

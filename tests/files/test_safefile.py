@@ -1,4 +1,4 @@
-"""The bytes are those of safetensors, and what is read again is what was written."""
+"""The bytes are those of the safetensors library, and reading returns what was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError
 from lobs_native.files import atomic as files
-from lobs_native.files import fs, safefile
+from lobs_native.files import fs, safefile, strict_json
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(
     lambda name: name != "__metadata__"
@@ -49,7 +49,7 @@ def raw(data: bytes) -> torch.Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(tensors())
-def test_the_bytes_are_those_of_safetensors(values):
+def test_the_bytes_are_those_of_the_library(values):
     data = written(values)
     assert data == save(values)
     assert len(data) == safefile.size(values)
@@ -61,7 +61,7 @@ def test_the_bytes_are_those_of_safetensors(values):
         assert torch.equal(load(data)[name], value)
 
 
-def test_tensors_need_not_lie_in_one_piece():
+def test_tensors_need_not_be_contiguous():
     whole = torch.arange(24.0).reshape(4, 6)
     values = {"t": whole.T, "s": whole[1:3, ::2], "p": torch.nn.Parameter(whole), "n": whole[0, 0]}
     again = safefile.tensors_of(raw(written(values)), "file")
@@ -71,7 +71,7 @@ def test_tensors_need_not_lie_in_one_piece():
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "said"),
+    ("values", "error", "message"),
     [
         (
             {"a": torch.ones(2, dtype=torch.complex64)},
@@ -80,14 +80,14 @@ def test_tensors_need_not_lie_in_one_piece():
         ),
         ({"a": [1.0]}, DtypeError, r"tensors\['a'\]: expected a torch\.Tensor, got list"),
         ({"a": torch.ones(2, device="meta")}, DtypeError, "meta device"),
-        ({3: torch.ones(2)}, ArgumentError, "tensors: 3 is no name"),
-        ({"__metadata__": torch.ones(2)}, ArgumentError, "'__metadata__' is no name"),
-        ({"\ud800": torch.ones(2)}, ArgumentError, "is no name"),
+        ({3: torch.ones(2)}, ArgumentError, "tensors: 3 cannot be the name"),
+        ({"__metadata__": torch.ones(2)}, ArgumentError, "'__metadata__' cannot be the name"),
+        ({"\ud800": torch.ones(2)}, ArgumentError, "cannot be the name"),
         ({"n" * 100_000: torch.ones(2)}, ArgumentError, "names are too long"),
     ],
 )
-def test_what_cannot_be_written_is_refused_by_name(values, error, said):
-    with pytest.raises(error, match=said):
+def test_a_tensor_that_cannot_be_written_is_refused_by_name(values, error, message):
+    with pytest.raises(error, match=message):
         written(values)
 
 
@@ -104,7 +104,7 @@ def test_a_header_is_read_without_the_tensors(tmp_path):
     assert [(e.begin, e.end) for e in found.values()] == [(0, 48), (48, 53)]
 
 
-def test_a_header_is_read_through_a_link_as_caches_make_them(tmp_path):
+def test_a_header_is_read_through_a_link_as_in_caches(tmp_path):
     (tmp_path / "blob").write_bytes(save({"a": torch.ones(2)}))
     (tmp_path / "a.safetensors").symlink_to("blob")
     assert list(safefile.read_header(tmp_path / "a.safetensors")) == ["a"]
@@ -121,25 +121,25 @@ def test_a_header_is_read_through_a_link_as_caches_make_them(tmp_path):
         max_leaves=20,
     )
 )
-def test_json_that_is_sealed_is_read_again(value):
-    sealed = safefile.seal({"value": value, "more": 1})
-    again, check = safefile.unseal(sealed, "file")
+def test_sealed_json_is_read_back(value):
+    sealed = strict_json.seal({"value": value, "more": 1})
+    again, check = strict_json.unseal(sealed, "file")
     assert json.dumps(again) == json.dumps({"value": value, "more": 1})
     assert sealed.endswith(b',"check":"' + check.encode() + b'"}')
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_seal_notices_every_bit(indent):
-    sealed = safefile.seal({"format": 1, "name": "layer \N{SNOWMAN}"}, indent=indent)
+def test_a_seal_detects_every_flipped_bit_and_every_cut(indent):
+    sealed = strict_json.seal({"format": 1, "name": "layer \N{SNOWMAN}"}, indent=indent)
     assert json.loads(sealed)["name"] == "layer \N{SNOWMAN}"
     for bit in range(8 * len(sealed)):
         changed = bytearray(sealed)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CheckpointError, match=r"^file: "):
-            safefile.unseal(bytes(changed), "file")
+            strict_json.unseal(bytes(changed), "file")
     for length in range(len(sealed)):
         with pytest.raises(CheckpointError, match=r"^file: "):
-            safefile.unseal(sealed[:length], "file")
+            strict_json.unseal(sealed[:length], "file")
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_a_seal_notices_every_bit(indent):
     ],
     ids=repr,
 )
-def test_values_that_could_not_be_read_again_are_not_written(value):
+def test_values_that_could_not_be_read_back_are_refused(value):
     with pytest.raises(ArgumentError, match=r"^info: "):
-        safefile.plain(value, "info")
+        strict_json.plain(value, "info")
 
 
-def test_plain_values_are_what_is_read_again():
-    assert safefile.plain({"a": (1, 2), "b": None}, "info") == {"a": [1, 2], "b": None}
+def test_plain_values_are_those_read_back():
+    assert strict_json.plain({"a": (1, 2), "b": None}, "info") == {"a": [1, 2], "b": None}
 
 
 def test_writing_copies_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed, or whose disk fails, is full or loses power, goes on to the same end."""
+"""A run resumes to the same result after a kill, a failing or full disk, or loss of power."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[crash.Server]:
-    with crash.Server() as made:
-        yield made
+    with crash.Server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a run that nobody disturbed."""
+    """The files of an undisturbed run."""
     path = tmp_path_factory.mktemp("right") / "run"
     crash.work(path, LAYERS, lambda name: None)
     return crash.files(path)
 
 
 def finish(path: Path) -> list[str]:
-    """Go on with a run to its end; the layers that were made."""
-    made: list[str] = []
-    crash.work(path, LAYERS, made.append)
+    """Resume a run to its end. Returns the layers that were computed."""
+    computed: list[str] = []
+    crash.work(path, LAYERS, computed.append)
     with RunDirectory.open(path, write=False) as run:
         assert run.check() == []
-    return made
+    return computed
 
 
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def test_nothing_acknowledged_is_lost_by_kills(in_memory, record_property):
+def test_kills_lose_nothing_that_was_acknowledged(in_memory, record_property):
     count = int(os.environ.get("LOBS_KILLS", "200"))
-    found = crash.kills(count, in_memory)
-    record_property("found", found)
-    print(found)
-    assert found["kills"] == count
-    assert found["runs completed"] > 0
-    assert found["lost"] == found["damaged"] == found["other bytes than undisturbed"] == 0
+    counts = crash.kills(count, in_memory)
+    record_property("found", counts)
+    print(counts)
+    assert counts["kills"] == count
+    assert counts["runs completed"] > 0
+    assert counts["lost"] == counts["damaged"] == counts["other bytes than undisturbed"] == 0
 
 
-def test_an_end_at_any_call_is_recovered_from(in_memory, server, right):
+def test_a_process_that_ends_at_any_call_is_recovered_from(in_memory, server, right):
     for k in range(1, 1000):
         path = in_memory / f"run {k}"
         code = server.run(path=path, layers=LAYERS, exit_at=k)
         assert code in {0, crash.KILLED}
         assert crash.acknowledged_are_there(path, server.said) == (0, 0)
-        made = finish(path)
-        assert set(server.said) & set(made) == set(), "nothing is made twice"
+        computed = finish(path)
+        assert set(server.said) & set(computed) == set(), "nothing is computed twice"
         assert crash.files(path) == right
         if code == 0:
             break
@@ -81,22 +81,22 @@ def test_an_end_at_any_call_is_recovered_from(in_memory, server, right):
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EDQUOT, None], ids=str)
-def test_a_failure_of_any_call_is_a_clean_error_and_the_run_goes_on(in_memory, right, fault):
-    """None: a write takes half of what it is given, which is no failure at all."""
+def test_a_failure_of_any_call_is_a_clean_error_and_the_run_resumes(in_memory, right, fault):
+    """With fault None, a write accepts half of its bytes, which is not a failure."""
     errors = 0
     for k in range(1, 1000):
         path = in_memory / f"run {k}"
         counter = Counter(k, None if fault is None else failing(fault))
         acknowledged: list[str] = []
         with installed(counter):
-            said = refusal(lambda: crash.work(path, LAYERS, acknowledged.append))  # noqa: B023
-        if said is not None:
+            message = refusal(lambda: crash.work(path, LAYERS, acknowledged.append))  # noqa: B023
+        if message is not None:
             errors += 1
             assert fault is not None
-            assert f"run {k}" in said
-            assert os.strerror(fault) in said
-            if fault in {errno.ENOSPC, errno.EDQUOT} and "written" in said:
-                assert "make room" in said
+            assert f"run {k}" in message
+            assert os.strerror(fault) in message
+            if fault in {errno.ENOSPC, errno.EDQUOT} and "written" in message:
+                assert "free some space" in message
         left = [str(p) for p in in_memory.rglob(".*.tmp")]
         assert not left or counter.calls[k - 1] == "unlink"
         assert crash.acknowledged_are_there(path, acknowledged) == (0, 0)
@@ -110,16 +110,16 @@ def test_a_failure_of_any_call_is_a_clean_error_and_the_run_goes_on(in_memory, r
     assert errors == 0 if fault is None else errors > k / 2
 
 
-def test_the_same_object_can_go_on_after_a_failure(in_memory):
-    """Whatever the failed commit has left in the manifest does not stand before the next line."""
+def test_the_same_object_can_be_used_after_a_failure(in_memory):
+    """Remains of the failed commit in the manifest do not precede the next line."""
     for k in range(1, 100):
         path = in_memory / f"run {k}"
         with RunDirectory.create(path, {}) as run:
             run.commit("first", crash.tensors(0))
             counter = Counter(k, failing(errno.EIO))
             with installed(counter):
-                said = refusal(lambda: run.commit("x" * 1000, crash.tensors(1)))
-            assert [r.seq for r in run.records] == ([0] if said else [0, 1])
+                message = refusal(lambda: run.commit("x" * 1000, crash.tensors(1)))
+            assert [r.seq for r in run.records] == ([0] if message else [0, 1])
             run.commit("y", crash.tensors(2))
         with RunDirectory.open(path, write=False) as run:
             assert run.find("y") is not None
@@ -130,7 +130,7 @@ def test_the_same_object_can_go_on_after_a_failure(in_memory):
     assert 10 < k < 99
 
 
-# ---- a disk that is full -------------------------------------------------------------------------
+# ---- a full disk ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -146,19 +146,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_named_and_after_making_room_the_run_goes_on(small_disk):
+def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_space(small_disk):
     path = small_disk / "run"
     weights = {"w": torch.ones(1 << 18)}  # 1 MB
     with RunDirectory.create(path, {}) as run:
-        said = None
+        message = None
         for i in range(5):
-            said = said or refusal(lambda: run.commit(f"layer.{i}", weights))  # noqa: B023
-        assert said is not None
+            message = message or refusal(lambda: run.commit(f"layer.{i}", weights))  # noqa: B023
+        assert message is not None
         done = len(run.records)
         assert 2 <= done <= 3
         size = run.records[0].size
-        found = re.search(r"run/(\w+)/.* \((\d+) bytes\): No space .*\((\d+) bytes are free", said)
-        assert found is not None, said
+        found = re.search(
+            r"run/(\w+)/.* \((\d+) bytes\): No space .*\((\d+) bytes are free", message
+        )
+        assert found is not None, message
         assert found[1] == rundir.LAYERS
         assert int(found[2]) == size > int(found[3])
         assert not list(path.rglob(".*.tmp"))
@@ -171,7 +173,7 @@ def test_a_full_disk_is_named_and_after_making_room_the_run_goes_on(small_disk):
         assert run.check() == []
 
 
-def test_a_disk_that_is_mounted_to_read_only_can_be_read(small_disk):
+def test_a_disk_that_is_mounted_read_only_can_be_read(small_disk):
     path = small_disk / "run"
     with RunDirectory.create(path, {}) as run:
         run.commit("a", crash.tensors(0))
@@ -184,7 +186,7 @@ def test_a_disk_that_is_mounted_to_read_only_can_be_read(small_disk):
         assert run.check() == []
 
 
-def test_a_limit_on_the_size_of_files_is_a_clean_error(in_memory, server, right):
+def test_exceeding_a_limit_on_file_size_is_a_clean_error(in_memory, server, right):
     path = in_memory / "run"
     assert server.run(path=path, layers=LAYERS, largest_file=400) == crash.FAILED
     assert "layers/00000" in server.said[-1] or "state/" in server.said[-1]
@@ -218,8 +220,8 @@ def test_a_second_process_is_refused_until_the_first_is_dead(in_memory, server):
 
 
 class Inode:
-    """A file or folder: what the system sees, what the disk holds for certain, and the changes in
-    between, of which it may hold any."""
+    """A file or folder: what the system sees, what is certainly on the disk, and the changes in
+    between, any of which may be on the disk."""
 
     def __init__(self) -> None:
         self.data = self.synced_data = b""
@@ -235,7 +237,7 @@ class Inode:
         self.pending = []
 
     def on_disk(self, keep: Callable[[], str]) -> tuple[bytes, dict[str, Inode]]:
-        """What a power cut leaves; ``keep`` says of each change "yes", "no" or "half"."""
+        """What a power cut leaves. ``keep`` returns "yes", "no" or "half" for each change."""
         data, names = self.synced_data, dict(self.synced_names)
         for what, *more in self.pending:
             kept = keep()
@@ -255,15 +257,15 @@ class Inode:
 
 
 class Ended(BaseException):
-    """The process is gone: nothing it would have cleaned up is done."""
+    """The process has ended: no cleanup happens."""
 
 
 class Recorder:
-    """Stands in for ``fs.call``: does every call, and knows what a power cut would leave.
+    """A replacement for ``fs.call`` that makes every call and tracks what a power cut would leave.
 
-    The harshest reading of the standard: content is on the disk after fsync of the file, a name
-    after fsync of the folder; until then every single change may be there or not, whatever the
-    others are, and a write by half.
+    It reads the standard as strictly as possible: contents are on the disk after fsync of the file,
+    and a name after fsync of the folder. Until then each change may be there or not, independently
+    of the others, and a write may be there by half.
     """
 
     WRITING = frozenset({"write", "truncate", "fsync", "fsync_folder", "rename", "unlink", "open"})
@@ -295,7 +297,7 @@ class Recorder:
         return result
 
     def folder(self, name: Any, dir_fd: int | None) -> Inode | None:
-        """The folder that a name is in, where it is below ``top``."""
+        """The folder that contains a name, if it is below ``top``."""
         if dir_fd is not None:
             return self.open[dir_fd]
         return self.root if Path(name).parent == self.top else None
@@ -333,14 +335,14 @@ class Recorder:
         self.open[dir_fd].change("unlink", name)
 
     def cut_the_power(self) -> None:
-        """Write down what could be left now: nothing and everything of what is not synced; all
-        choices where there are up to six changes, and 16 at random where there are more."""
-        asked: list[None] = []
-        self.note(lambda: asked.append(None) or "yes", True)
+        """Record what a power cut now could leave: none and all of the changes that are not synced,
+        every subset of up to six changes, and 16 random choices."""
+        changes: list[None] = []
+        self.note(lambda: changes.append(None) or "yes", True)
         self.note(lambda: "no", True)
-        if len(asked) <= 6:
-            for choice in range(1 << len(asked)):
-                bits = iter(f"{choice:0{len(asked) + 1}b}")
+        if len(changes) <= 6:
+            for choice in range(1 << len(changes)):
+                bits = iter(f"{choice:0{len(changes) + 1}b}")
                 self.note(lambda: "yes" if next(bits, "0") == "1" else "no", False)  # noqa: B023
         for _ in range(16):
             self.note(lambda: self.generator.choice(["yes", "no", "half"]), False)
@@ -359,9 +361,9 @@ class Recorder:
 
         visit(self.root, "")
         known = self.cuts.get(tuple(found))
-        # What is there must satisfy whoever has been told the most.
-        told = max(self.acknowledged, known[0] if known else [], key=len)
-        self.cuts[tuple(found)] = list(told), extreme or bool(known and known[1])
+        # The same disk must satisfy the longest list of acknowledgements.
+        acknowledged = max(self.acknowledged, known[0] if known else [], key=len)
+        self.cuts[tuple(found)] = list(acknowledged), extreme or bool(known and known[1])
 
 
 def restore(folder: Path, tree: tuple[tuple[str, bytes | None], ...]) -> None:
@@ -373,8 +375,8 @@ def restore(folder: Path, tree: tuple[tuple[str, bytes | None], ...]) -> None:
 
 
 def recorded(top: Path, generator: random.Random, killed_at: int) -> Recorder:
-    """A run of which every moment is known; killed once and gone on with, unless ``killed_at`` is
-    beyond its end."""
+    """A run with every moment recorded, killed once and resumed unless ``killed_at`` is beyond
+    its end."""
     recorder = Recorder(top, generator)
     recorder.left = killed_at
     with installed(recorder):
@@ -388,7 +390,7 @@ def recorded(top: Path, generator: random.Random, killed_at: int) -> Recorder:
     return recorder
 
 
-def test_power_may_be_lost_at_any_moment(in_memory, right):
+def test_power_may_fail_at_any_moment(in_memory, right):
     generator = random.Random(0)
     cuts: dict[Any, tuple[list[str], bool]] = {}
     for trial, killed_at in enumerate([10_000, *generator.sample(range(40, 250), 12)]):
@@ -396,9 +398,9 @@ def test_power_may_be_lost_at_any_moment(in_memory, right):
         top.mkdir()
         recorder = recorded(top, generator, killed_at)
         assert crash.files(top / "run") == right
-        for tree, (told, extreme) in recorder.cuts.items():
+        for tree, (acknowledged, extreme) in recorder.cuts.items():
             known = cuts.get(tree, ([], False))
-            cuts[tree] = max(told, known[0], key=len), extreme or known[1]
+            cuts[tree] = max(acknowledged, known[0], key=len), extreme or known[1]
     extremes = [tree for tree, (_, extreme) in cuts.items() if extreme]
     others = [tree for tree, (_, extreme) in cuts.items() if not extreme]
     chosen = generator.sample(extremes, min(300, len(extremes)))
@@ -407,8 +409,8 @@ def test_power_may_be_lost_at_any_moment(in_memory, right):
         top = in_memory / f"cut {i}"
         top.mkdir()
         restore(top, tree)
-        told, _ = cuts[tree]
-        assert crash.acknowledged_are_there(top / "run", told) == (0, 0)
+        acknowledged, _ = cuts[tree]
+        assert crash.acknowledged_are_there(top / "run", acknowledged) == (0, 0)
         finish(top / "run")
         assert crash.files(top / "run") == right
         shutil.rmtree(top)
@@ -417,19 +419,19 @@ def test_power_may_be_lost_at_any_moment(in_memory, right):
 
 
 @pytest.mark.parametrize("missing", ["fsync", "fsync_folder"])
-def test_the_model_of_power_loss_finds_a_missing_sync(in_memory, missing, monkeypatch):
-    """It would be worth little if it could not fail."""
+def test_the_model_of_power_loss_detects_a_missing_sync(in_memory, missing, monkeypatch):
+    """The test above would prove little if it could not fail."""
     recorder_sync = getattr(Recorder, f"on_{missing}")
     assert recorder_sync is not None
     monkeypatch.setattr(Recorder, f"on_{missing}", lambda *_: None)
     recorder = recorded(in_memory, random.Random(0), 10_000)
     lost = 0
-    for i, (tree, (told, _)) in enumerate(recorder.cuts.items()):
+    for i, (tree, (acknowledged, _)) in enumerate(recorder.cuts.items()):
         top = in_memory / f"cut {i}"
         top.mkdir()
         restore(top, tree)
         try:
-            lost += crash.acknowledged_are_there(top / "run", told) != (0, 0)
+            lost += crash.acknowledged_are_there(top / "run", acknowledged) != (0, 0)
         except CheckpointError:
             lost += 1
         shutil.rmtree(top)
@@ -441,8 +443,8 @@ def test_the_model_of_power_loss_finds_a_missing_sync(in_memory, missing, monkey
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def test_every_flipped_bit_and_every_cut_is_found_and_named(in_memory, right):
-    """1,000 places in each file, every tenth with a repair and a run to the end."""
+def test_every_flipped_bit_and_every_cut_is_detected_and_named(in_memory, right):
+    """1,000 positions in each file; every tenth is followed by a repair and a run to the end."""
     path = in_memory / "run"
     with RunDirectory.create(path, {"config": {"layers": LAYERS}}) as run:
         for i in range(LAYERS):
@@ -461,7 +463,7 @@ def test_every_flipped_bit_and_every_cut_is_found_and_named(in_memory, right):
                 changed, kind = data[:place] + bytes([flipped]) + data[place + 1 :], "flips"
             (path / name).write_bytes(changed)
             counts[kind] += 1
-            assert name in what_is_wrong(path), (name, place, kind)
+            assert name in messages_about(path), (name, place, kind)
             if trial % 10 == 0 and name != rundir.HEADER:
                 counts["repairs"] += 1
                 with RunDirectory.open(path, write=True, repair=True) as run:
@@ -473,13 +475,13 @@ def test_every_flipped_bit_and_every_cut_is_found_and_named(in_memory, right):
                 for other, content in whole.items():
                     (path / other).write_bytes(content)
         (path / name).write_bytes(data)
-        assert what_is_wrong(path) == ""
+        assert messages_about(path) == ""
     print(counts)
     assert counts["flips"] + counts["cuts"] == 1000 * len(whole) == 7000
 
 
-def what_is_wrong(path: Path) -> str:
-    """All that opening to read and checking say."""
+def messages_about(path: Path) -> str:
+    """All messages of opening the run read-only and checking it."""
     try:
         with RunDirectory.open(path, write=False) as run:
             return " ".join([*run.messages, *map(str, run.check())])

@@ -1,4 +1,4 @@
-"""A run's folder: what is committed stays, what is damaged is found, and one process writes."""
+"""The run directory: committed records stay, damage is detected, and one process writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError
-from lobs_native.files import safefile
+from lobs_native.files import strict_json
 from lobs_native.rundir import directory as rundir
 from lobs_native.rundir.directory import RunDirectory
 
@@ -42,7 +42,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def tmp_path(in_memory: Path) -> Path:
-    """Of the many commits here, each would wait for the disk."""
+    """A folder in memory: every one of the many commits here would wait for the disk."""
     return in_memory
 
 
@@ -53,7 +53,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def filled(path: Path) -> Path:
-    """A run of four records and a state, closed."""
+    """A closed run with four records and a state."""
     with RunDirectory.create(path, HEADER) as run:
         for i, name in enumerate(NAMES):
             run.commit(name, layer(i), {"error": 0.5 * i})
@@ -79,10 +79,10 @@ def flip(file: Path, at: int = -1) -> None:
     file.write_bytes(data)
 
 
-# ---- what is written is read again ---------------------------------------------------------------
+# ---- writing and reading -------------------------------------------------------------------------
 
 
-def test_what_is_committed_is_read_again(filled):
+def test_committed_records_are_read_back(filled):
     with RunDirectory.open(filled, write=False) as run:
         assert run.header == HEADER
         assert [r.name for r in run.records] == NAMES
@@ -99,8 +99,8 @@ def test_what_is_committed_is_read_again(filled):
         assert run.messages == []
 
 
-def test_the_files_are_what_they_are_said_to_be(filled):
-    """The layout that other tools may rely on."""
+def test_the_files_have_the_documented_layout(filled):
+    """Other tools may rely on it."""
     for i, (line, name) in enumerate(zip(lines(filled), NAMES, strict=True)):
         entry = json.loads(line)
         digest = hashlib.sha256(name.encode()).hexdigest()
@@ -128,7 +128,7 @@ def test_the_files_are_what_they_are_said_to_be(filled):
     ]
 
 
-def test_a_run_goes_on_where_it_stopped(path):
+def test_a_run_resumes_where_it_stopped(path):
     with RunDirectory.create(path, HEADER) as run:
         first = run.commit("a", layer(0))
     with RunDirectory.open(path, write=True) as run:
@@ -145,7 +145,7 @@ def test_a_run_goes_on_where_it_stopped(path):
         assert run.check() == []
 
 
-def test_the_order_is_the_one_that_survives(path):
+def test_calls_are_made_in_the_order_that_survives_a_crash(path):
     with RunDirectory.create(path, HEADER) as run:
         counter = Counter()
         with installed(counter):
@@ -176,14 +176,14 @@ def test_the_same_work_gives_the_same_bytes(tmp_path):
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def test_tensors_that_are_read_are_the_readers_own(filled):
+def test_loaded_tensors_belong_to_the_caller(filled):
     with RunDirectory.open(filled, write=False) as run:
         found = run.load(run.records[0])
         found["weight"].zero_()
         assert same(run.load(run.records[0]), layer(0))
 
 
-def test_info_is_kept_as_json(path):
+def test_info_is_stored_as_json(path):
     with RunDirectory.create(path, HEADER) as run:
         record = run.commit("a", layer(0), {"shape": (3, 4), "notes": ["ä"], "none": None})
         assert record.info == {"shape": [3, 4], "notes": ["ä"], "none": None}
@@ -191,8 +191,8 @@ def test_info_is_kept_as_json(path):
         assert run.records == (record,)
 
 
-def test_one_copy_of_a_layer_is_held_while_it_is_read(path):
-    """Measured in another process, where nothing else has used the memory before."""
+def test_reading_a_layer_takes_memory_for_one_copy(path):
+    """Measured in another process, where nothing else has used memory before."""
     code = f"""if True:
         import resource, torch
         from pathlib import Path
@@ -233,72 +233,74 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "phrase"),
     [
-        ({"format": 2}, "header: 'format' is written by the run itself"),
-        ({"check": ""}, "header: 'check' is written by the run itself"),
-        ({"a": float("nan")}, "header: cannot be kept as JSON"),
-        ({"a": Path("x")}, "header: cannot be kept as JSON"),
+        ({"format": 2}, "header: 'format' is added automatically"),
+        ({"check": ""}, "header: 'check' is added automatically"),
+        ({"a": float("nan")}, "header: cannot be stored as JSON"),
+        ({"a": Path("x")}, "header: cannot be stored as JSON"),
         ([1], "header: must be a dict"),
-        ({"a": "x" * (16 << 20)}, "header: makes a run.json of 16777\\d+ bytes; more than"),
+        ({"a": "x" * (16 << 20)}, "header: takes 16777\\d+ bytes in run.json; the limit is"),
         ({"a": [0] * 500_001}, "header: holds about 500\\d+ values"),
     ],
 )
-def test_a_header_that_could_not_be_read_again_is_refused(path, header, said):
-    with pytest.raises(ArgumentError, match=said):
+def test_a_header_that_could_not_be_read_back_is_refused(path, header, phrase):
+    with pytest.raises(ArgumentError, match=phrase):
         RunDirectory.create(path, header)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "phrase"),
     [
-        ({"name": 3}, ArgumentError, "name: 3 is no name"),
-        ({"name": "\ud800"}, ArgumentError, "name: .* is no name"),
-        ({"name": "x" * 1001}, ArgumentError, "name: .* is no name"),
+        ({"name": 3}, ArgumentError, "name: 3 is not a name"),
+        ({"name": "\ud800"}, ArgumentError, "name: .* is not a name"),
+        ({"name": "x" * 1001}, ArgumentError, "name: .* is not a name"),
         ({"kind": "A b"}, ArgumentError, "kind: 'A b'"),
-        ({"info": {"a": float("inf")}}, ArgumentError, "info: cannot be kept as JSON"),
+        ({"info": {"a": float("inf")}}, ArgumentError, "info: cannot be stored as JSON"),
         ({"info": [1]}, ArgumentError, "info: must be a dict"),
-        ({"info": {"a": "x" * (1 << 20)}}, ArgumentError, "info: .* more than 1048576 bytes"),
+        ({"info": {"a": "x" * (1 << 20)}}, ArgumentError, "info: .* the limit is 1048576 bytes"),
         ({"info": {"a": [0] * 30_000}}, ArgumentError, "info: holds about 3\\d+ values"),
         ({"tensors": {"a": 3}}, DtypeError, "tensors\\['a'\\]"),
-        ({"tensors": {3: torch.ones(1)}}, ArgumentError, "tensors: 3 is no name"),
-        ({"name": "there"}, ArgumentError, "name: layer 'there' is committed already"),
+        ({"tensors": {3: torch.ones(1)}}, ArgumentError, "tensors: 3 cannot be the name"),
+        ({"name": "there"}, ArgumentError, "name: layer 'there' is already committed"),
     ],
 )
-def test_a_wrong_argument_is_refused_and_nothing_changes(path, change, error, said):
+def test_a_wrong_argument_is_refused_and_nothing_changes(path, change, error, phrase):
     with RunDirectory.create(path, HEADER) as run:
         run.commit("there", layer(0))
         before = tree(path)
         arguments = {"name": "new", "tensors": layer(1), "info": {}, "kind": "layer", **change}
         name, tensors, info = (arguments.pop(k) for k in ("name", "tensors", "info"))
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=phrase):
             run.commit(name, tensors, info, **arguments)
         assert tree(path) == before
         if "kind" not in change and change.get("name") != "there":
-            with pytest.raises(error, match=said.replace("name:", "key:")):
+            with pytest.raises(error, match=phrase.replace("name:", "key:")):
                 run.put_state(name, tensors, info)
             assert tree(path) == before
 
 
 def test_a_run_is_created_once(filled):
     before = tree(filled)
-    with pytest.raises(ArgumentError, match="holds a run already; open it, or name another folder"):
+    with pytest.raises(ArgumentError, match="already holds a run; open it, or name another folder"):
         RunDirectory.create(filled, HEADER)
     assert tree(filled) == before
 
 
-def test_a_run_is_not_created_in_the_place_of_a_file(tmp_path):
+def test_a_run_does_not_replace_a_file(tmp_path):
     file = tmp_path / "thesis.txt"
     file.write_text("years of work")
-    with pytest.raises(ArgumentError, match=r"thesis\.txt: not a folder; name one that is empty"):
+    with pytest.raises(
+        ArgumentError, match=r"thesis\.txt: not a folder; name a new or an empty folder"
+    ):
         RunDirectory.create(file, HEADER)
     assert file.read_text() == "years of work"
 
 
 def test_a_run_is_not_created_among_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArgumentError, match=r"holds other things \('thesis.txt'\)"):
+    with pytest.raises(ArgumentError, match=r"holds other files \('thesis.txt'\)"):
         RunDirectory.create(tmp_path, HEADER)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -311,19 +313,19 @@ def test_parts_of_a_run_without_run_json_are_not_reused(filled):
     assert tree(filled) == before
 
 
-def test_what_is_not_a_run_is_not_opened(tmp_path):
+def test_a_folder_that_is_not_a_run_is_not_opened(tmp_path):
     for write in (False, True):
-        with pytest.raises(CheckpointError, match="no/where: is no folder"):
+        with pytest.raises(CheckpointError, match="no/where: is not a folder"):
             RunDirectory.open(tmp_path / "no" / "where", write=write)
         with pytest.raises(CheckpointError, match=r"run\.json: is missing.*create"):
             RunDirectory.open(tmp_path, write=write)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file: is no folder"):
+    with pytest.raises(CheckpointError, match="file: is not a folder"):
         RunDirectory.open(tmp_path / "file", write=False)
     assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing was written"
 
 
-def test_a_run_opened_to_read_cannot_be_changed(filled):
+def test_a_run_opened_read_only_cannot_be_changed(filled):
     before = tree(filled)
     with RunDirectory.open(filled, write=False) as run:
         for action in (
@@ -332,12 +334,12 @@ def test_a_run_opened_to_read_cannot_be_changed(filled):
             lambda: run.drop_state("hidden"),
             run.repair,
         ):
-            with pytest.raises(ArgumentError, match="was opened to read only"):
+            with pytest.raises(ArgumentError, match="was opened read-only"):
                 action()
     assert tree(filled) == before
 
 
-def test_a_run_that_is_closed_says_so(filled):
+def test_using_a_closed_run_is_an_error(filled):
     run = RunDirectory.open(filled, write=True)
     record = run.records[0]
     run.close()
@@ -392,7 +394,7 @@ def test_a_state_is_replaced_and_dropped(path):
         assert run.check() == []
 
 
-def test_a_state_lives_on_after_later_commits(path):
+def test_a_state_survives_later_commits(path):
     with RunDirectory.create(path, HEADER) as run:
         run.put_state("s", layer(0))
         run.commit("a", layer(1))
@@ -401,7 +403,7 @@ def test_a_state_lives_on_after_later_commits(path):
         assert run.state("s") is not None
 
 
-def test_a_state_that_follows_records_which_are_gone_is_dropped(path):
+def test_a_state_that_follows_lost_records_is_dropped(path):
     with RunDirectory.create(path, HEADER) as run:
         run.put_state("early", layer(0))
         run.commit("a", layer(1))
@@ -410,15 +412,15 @@ def test_a_state_that_follows_records_which_are_gone_is_dropped(path):
     with RunDirectory.open(path, write=False) as run:
         assert run.state("late") is None
         assert run.state("early") is not None
-        assert any("follows 1 records" in p.what for p in run.check())
+        assert any("follows 1 records" in p.description for p in run.check())
     with RunDirectory.open(path, write=True) as run:
         assert run.messages == [
-            "state 'late': dropped: it follows 1 records, of which some are gone"
+            "state 'late': dropped: it follows 1 records, some of which are gone"
         ]
         assert len(list((path / "state").iterdir())) == 2
 
 
-def test_what_an_interrupted_put_state_leaves_is_removed(path):
+def test_remains_of_an_interrupted_put_state_are_removed(path):
     with RunDirectory.create(path, HEADER) as run:
         run.put_state("s", layer(0))
         (old,) = (path / "state").glob("*.safetensors")
@@ -449,10 +451,10 @@ def test_a_damaged_state_is_an_error_until_it_is_dropped(filled):
             run.put_state("hidden", layer(0))
 
 
-# ---- reading with expectations -------------------------------------------------------------------
+# ---- checks of what is loaded --------------------------------------------------------------------
 
 
-def test_what_is_expected_is_checked(filled):
+def test_loaded_tensors_must_be_those_expected(filled):
     good = {"weight": ((3, 4), torch.float32), "mask": ((3, 4), torch.bool)}
     with RunDirectory.open(filled, write=False) as run:
         assert same(run.load(run.records[1], good), layer(1))
@@ -462,13 +464,13 @@ def test_what_is_expected_is_checked(filled):
             run.state("hidden", {"hidden": ((5,), torch.float32)})
 
 
-def test_a_file_larger_than_what_is_expected_is_not_read(path):
+def test_a_file_larger_than_expected_is_not_read(path):
     with RunDirectory.create(path, HEADER) as run:
         record = run.commit("a", {"w": torch.ones(100_000)})
         counter = Counter()
         with (
             installed(counter),
-            pytest.raises(CheckpointError, match=r"has 4000\d\d bytes, but what is expected"),
+            pytest.raises(CheckpointError, match=r"has 4000\d\d bytes, but the tensors expected"),
         ):
             run.load(record, {"w": ((10,), torch.float32)})
         assert "read_into" not in counter.calls
@@ -502,29 +504,29 @@ def damaged_layer(seq: int, how: str):
 
 @pytest.mark.parametrize("seq", [0, 2, 3])
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "phrase"),
     [
-        ("flip", "has another sha256 than its record says"),
-        ("zero", "has another sha256 than its record says"),
-        ("cut", "bytes, its record says"),
-        ("grow", "bytes, its record says"),
+        ("flip", "does not have the sha256 in its record"),
+        ("zero", "does not have the sha256 in its record"),
+        ("cut", "bytes, but its record has"),
+        ("grow", "bytes, but its record has"),
         ("unlink", "is missing"),
         ("folder", "is a folder"),
         ("link", "is a link"),
         ("pipe", "is a pipe"),
     ],
 )
-def test_a_damaged_file_is_named_and_repaired(filled, seq, how, said):
+def test_a_damaged_file_is_named_and_repaired(filled, seq, how, phrase):
     damaged_layer(seq, how)(filled)
     with RunDirectory.open(filled, write=True) as run:
         record = run.records[seq]
-        with pytest.raises(CheckpointError, match=f"{record.file}: .*{said}.*repair"):
+        with pytest.raises(CheckpointError, match=f"{record.file}: .*{phrase}.*repair"):
             run.load(record)
-        (problem,) = run.check()
-        assert problem.file == record.file
-        assert problem.seq == seq
-        assert said in problem.what
-        assert str(problem) == f"{problem.file}: {problem.what}"
+        (damage,) = run.check()
+        assert damage.file == record.file
+        assert damage.seq == seq
+        assert phrase in damage.description
+        assert str(damage) == f"{damage.file}: {damage.description}"
         done = run.repair()
         assert [r.seq for r in run.records] == list(range(seq))
         assert f"record {seq}" in done[0]
@@ -538,11 +540,11 @@ def test_a_damaged_file_is_named_and_repaired(filled, seq, how, said):
             run.commit(NAMES[i], layer(i), {"error": 0.5 * i})
         run.put_state("hidden", {"h": torch.ones(5)}, {"batch": 3})
         repaired = tree(filled)
-    with RunDirectory.create(filled.parent / "anew", HEADER) as run:
+    with RunDirectory.create(filled.parent / "again", HEADER) as run:
         for i, name in enumerate(NAMES):
             run.commit(name, layer(i), {"error": 0.5 * i})
         run.put_state("hidden", {"h": torch.ones(5)}, {"batch": 3})
-    assert repaired == tree(filled.parent / "anew")
+    assert repaired == tree(filled.parent / "again")
 
 
 def test_a_torn_last_line_does_not_count_and_is_cut_off(filled):
@@ -583,7 +585,7 @@ def flipped(found: list[bytes]) -> list[bytes]:
     ("change", "line"),
     [(shuffled, 1), (replayed, 5), (without_one, 2), (blank, 2), (flipped, 2)],
 )
-def test_a_manifest_that_is_not_what_was_written_is_refused_by_line(filled, change, line):
+def test_a_changed_manifest_is_refused_by_line(filled, change, line):
     (filled / "manifest.jsonl").write_bytes(b"".join(change(lines(filled))))
     with pytest.raises(CheckpointError, match=rf"manifest\.jsonl: line {line}: .*repair"):
         RunDirectory.open(filled, write=False)
@@ -604,12 +606,12 @@ def test_a_manifest_of_another_run_is_refused(filled, path):
         RunDirectory.open(filled, write=False)
 
 
-def test_a_manifest_cut_at_a_line_shows_by_the_files_that_it_lacks(filled):
+def test_a_manifest_truncated_at_a_line_is_detected_by_the_files_it_lacks(filled):
     (filled / "manifest.jsonl").write_bytes(b"".join(lines(filled)[:2]))
     with RunDirectory.open(filled, write=True) as run:
         stray = [p for p in run.check() if p.file.startswith("layers/")]
         assert [p.file[:12] for p in stray] == ["layers/00002", "layers/00003"]
-        assert "is not in the manifest" in stray[0].what
+        assert "is not in the manifest" in stray[0].description
         run.commit(NAMES[2], layer(2))
         assert len(run.check()) == 1
         assert len(run.repair()) == 1
@@ -617,7 +619,7 @@ def test_a_manifest_cut_at_a_line_shows_by_the_files_that_it_lacks(filled):
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "layers", "state"])
-def test_a_missing_part_is_named_and_made_again_by_repair(filled, name):
+def test_a_missing_part_is_named_and_recreated_by_repair(filled, name):
     import shutil
 
     (shutil.rmtree if (filled / name).is_dir() else os.unlink)(filled / name)
@@ -635,7 +637,7 @@ def test_a_missing_part_is_named_and_made_again_by_repair(filled, name):
 def test_a_folder_that_is_a_link_is_refused(filled, name):
     (filled / name).rename(filled.parent / "elsewhere")
     (filled / name).symlink_to(filled.parent / "elsewhere")
-    with pytest.raises(CheckpointError, match=f"{name}: is a link or no folder"):
+    with pytest.raises(CheckpointError, match=f"{name}: is a link or not a folder"):
         RunDirectory.open(filled, write=True, repair=True)
 
 
@@ -652,27 +654,27 @@ def test_temporary_files_are_removed_by_the_next_writer(filled):
     assert (filled / ".mine.tmp").read_text() == "of someone else"
 
 
-def test_files_of_others_are_named_and_left(filled):
+def test_foreign_files_are_named_and_left(filled):
     for name in ("layers/notes.txt", "state/\x1b[31m"):
-        (filled / name).write_text("mine")
+        (filled / name).write_text("another's")
     with RunDirectory.open(filled, write=True) as run:
-        said = [str(p) for p in run.check()]
-        assert said == [
+        lines = [str(p) for p in run.check()]
+        assert lines == [
             "layers/notes.txt: is not in the manifest",
             "'state/\\x1b[31m': belongs to no state",
         ]
-        left = ": left: no run has made it; remove it yourself"
-        assert run.repair() == [said[1] + left, said[0] + left]
-        assert (filled / "layers/notes.txt").read_text() == "mine"
+        left = ": left: it is not from a run; remove it yourself"
+        assert run.repair() == [lines[1] + left, lines[0] + left]
+        assert (filled / "layers/notes.txt").read_text() == "another's"
         assert len(run.records) == 4
 
 
-def test_a_header_from_the_future_is_refused_with_advice(filled):
+def test_a_header_of_another_format_is_refused_with_a_way_out(filled):
     values = json.loads((filled / "run.json").read_bytes())
     for version in (2, 0, "1", None, 1.0, True):
         changed = {**values, "format": version}
         del changed["check"]
-        (filled / "run.json").write_bytes(safefile.seal(changed, indent=1) + b"\n")
+        (filled / "run.json").write_bytes(strict_json.seal(changed, indent=1) + b"\n")
         with pytest.raises(
             CheckpointError, match=r"run\.json: has format .*reads format 1.*version"
         ):
@@ -703,7 +705,7 @@ def changed_header(path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "phrase"),
     [
         (changed_header("config.sparsity", 0.7), "config.sparsity: 0.5 in the run, 0.7 now"),
         (
@@ -734,13 +736,13 @@ def changed_header(path: str, value: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_differs_is_listed_with_both_values(filled, header, said):
+def test_differences_are_listed_with_both_values(filled, header, phrase):
     with RunDirectory.open(filled, write=False) as run:
         (found,) = run.differences(header)
-        assert said in found
+        assert phrase in found
 
 
-def test_long_values_are_shortened_where_they_differ(path):
+def test_long_values_are_shortened_to_where_they_differ(path):
     long = "x" * 1000
     with RunDirectory.create(path, {"text": long + "abc"}) as run:
         (found,) = run.differences({"text": long + "abd"})
@@ -781,7 +783,7 @@ def test_a_creation_takes_the_lock(path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "phrase"),
     [
         (
             '{"pid":4194305,"host":"HOST","since":"2026-01-02T03:04:05+00:00"}',
@@ -794,11 +796,11 @@ def test_a_creation_takes_the_lock(path):
         ("x" * 10_000_000, "an unknown process"),
     ],
 )
-def test_a_lock_that_nobody_holds_is_taken_over_and_that_is_said(filled, content, said):
+def test_an_abandoned_lock_is_taken_over_with_a_message(filled, content, phrase):
     (filled / "LOCK").write_text(content.replace("HOST", os.uname().nodename))
     with RunDirectory.open(filled, write=True) as run:
         (message,) = run.messages
-        assert re.search(said, message)
+        assert re.search(phrase, message)
         assert ("another computer" in message) == ("elsewhere" in content)
         assert message.isprintable()
     with RunDirectory.open(filled, write=True) as run:
@@ -806,17 +808,17 @@ def test_a_lock_that_nobody_holds_is_taken_over_and_that_is_said(filled, content
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "phrase"),
     [
         (os.mkfifo, "LOCK: is a pipe"),
         (os.mkdir, "LOCK: .*Is a directory"),
         (lambda p: os.symlink("x", p), "LOCK: .*symbolic"),
     ],
 )
-def test_a_lock_that_is_no_file_is_refused(filled, make, said):
+def test_a_lock_that_is_not_a_file_is_refused(filled, make, phrase):
     (filled / "LOCK").unlink()
     make(filled / "LOCK")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=phrase):
         RunDirectory.open(filled, write=True)
 
 
@@ -836,7 +838,7 @@ def test_a_forked_child_cannot_write(filled, monkeypatch):
     "name",
     ["with space", "line\nbreak", "\N{SNOWMAN}" * 85, "n" * 255, "-rf", "~", "a'b\"c", "\udcff"],
 )
-def test_any_name_of_a_folder_will_do(tmp_path, name):
+def test_the_folder_may_have_any_name(tmp_path, name):
     path = tmp_path / name
     with RunDirectory.create(path, HEADER) as run:
         record = run.commit("a", layer(0))
@@ -850,7 +852,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, name):
         assert str(caught.value).isprintable()
 
 
-def test_names_that_differ_only_in_case_are_two(path):
+def test_names_that_differ_only_in_case_are_distinct(path):
     with RunDirectory.create(path, HEADER) as run:
         files = [run.commit(name, layer(0)).file.lower() for name in ("fc", "FC", "Fc")]
         run.put_state("s", layer(1))
@@ -885,27 +887,27 @@ def test_relative_paths_are_kept_when_the_working_folder_changes(tmp_path, monke
         assert run.path == tmp_path / "run"
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error_and_can_be_read(filled):
-    """As root nothing is forbidden, so that the system's refusal is acted."""
+def test_an_unwritable_folder_is_an_error_when_writing_but_can_be_read(filled):
+    """Nothing is forbidden to root, so the system's refusal is simulated."""
     before = tree(filled)
     for code in (errno.EACCES, errno.EROFS):
         with installed(Counter(4, failing(code))):
-            said = refusal(lambda: RunDirectory.open(filled, write=True))
-        assert said is not None
-        assert os.strerror(code) in said
+            text = refusal(lambda: RunDirectory.open(filled, write=True))
+        assert text is not None
+        assert os.strerror(code) in text
     assert tree(filled) == before
 
 
 # ---- creation ------------------------------------------------------------------------------------
 
 
-def test_a_creation_that_was_interrupted_is_done_again(path):
+def test_an_interrupted_creation_can_be_repeated(path):
     for k in range(1, 200):
         counter = Counter(k, failing(errno.EIO))
         with installed(counter):
-            said = refusal(lambda: RunDirectory.create(path, HEADER).close())
-        if said is not None:
-            assert "deep" in said
+            text = refusal(lambda: RunDirectory.create(path, HEADER).close())
+        if text is not None:
+            assert "deep" in text
             assert not list(path.parent.rglob("*.tmp")), counter.calls
         if not (path / "run.json").exists():
             RunDirectory.create(path, HEADER).close()
@@ -918,6 +920,6 @@ def test_a_creation_that_was_interrupted_is_done_again(path):
     assert 20 < k < 199
 
 
-def test_free_space_is_told(filled):
+def test_free_space_is_reported(filled):
     with RunDirectory.open(filled, write=False) as run:
         assert 0 < run.free_bytes() < 1 << 60

@@ -1,1 +1,1 @@
-"""Files: written atomically, and read as if they were hostile."""
+"""Files: atomic writes, and reads that trust nothing."""

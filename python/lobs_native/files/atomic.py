@@ -1,4 +1,4 @@
-"""Writing a file or a folder so that its final name never stands for half of it."""
+"""Atomic writes of files and folders: a name never refers to a part of the new contents."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lobs_native.files import fs
 
 __all__ = ["check_new_folder", "need_space", "new_folder", "put", "write_file", "writing"]
 
-SIGN = "report.json"  # a folder that holds it was written by this package and may be replaced
-_BEGINNING = 60  # characters of a name in a temporary one, which may have 255 bytes
+SIGN = "report.json"  # marks a folder that this package wrote, and that may be replaced
+_BEGINNING = 60  # characters of the name in a temporary name, which may have 255 bytes
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write ``content`` to ``path``: temporary file in the same folder, fsync, rename, fsync of the
-    folder.
+    """Write ``content`` to ``path`` atomically: temporary file in the same folder, fsync, rename,
+    fsync of the folder.
 
-    A kill at any moment leaves the old file, the new one, or none under that name, never a part; it
-    may leave a file ``.<name>.<random>.tmp`` beside it. Missing folders are made. Raises
+    A kill at any moment leaves the old file, the new one, or neither, but never a part of one; a
+    file ``.<name>.<random>.tmp`` may remain beside it. Missing folders are made. Raises
     CheckpointError with the path and the cause.
     """
     target = Path(path)
@@ -47,11 +47,11 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
 def put(
     folder: int, name: str | Callable[[str], str], pieces: Iterable[fs.Buffer]
 ) -> tuple[int, str]:
-    """Write ``pieces``, one after another, as the file ``name`` of an open folder: temporary file,
+    """Write ``pieces`` in order to the file ``name`` of an open folder, atomically: temporary file,
     fsync, rename, fsync of the folder. ``name`` may be a function of the content's sha256.
 
-    Returns the number of bytes and their sha256. After any exception the temporary file is gone and
-    what had the name still has it, unless the last step failed. Raises OSError.
+    Returns the number of bytes and their sha256. After any exception the temporary file is removed,
+    and an earlier file of that name is still there, unless the last step failed. Raises OSError.
     """
     beginning = name[:_BEGINNING] if isinstance(name, str) else "content"
     temporary = f".{beginning}.{secrets.token_hex(4)}.tmp"
@@ -85,37 +85,37 @@ def need_space(path: str | os.PathLike[str], needed: int) -> None:
     try:
         free = fs.free_bytes(where)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot tell what is free there: {error}") from error
+        raise CheckpointError(f"{path}: cannot determine the free space there: {error}") from error
     if free < needed:
         raise CheckpointError(
-            f"{path}: needs {needed} bytes, and {free} are free there; make room or name another "
-            "folder"
+            f"{path}: needs {needed} bytes, but {free} are free there; free some space or name "
+            "another folder"
         )
 
 
 def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The resolved ``path``, if :func:`new_folder` may write there. Changes nothing.
 
-    Raises ArgumentError if something is there that must stay: a file, or a folder that is not empty
-    and is not an earlier result (it holds no report.json) or not to be overwritten.
+    Raises ArgumentError if something is there that must not be replaced: a file, or a folder that
+    is not empty, unless it is an earlier result (it has a report.json) and ``overwrite`` is True.
     """
     try:
         target = Path(path).resolve()
         if not target.exists():
             return target
         if not target.is_dir():
-            raise ArgumentError(f"out: {target} is a file; name a folder that is not there yet")
+            raise ArgumentError(f"out: {target} is a file; name a new folder")
         if not any(target.iterdir()):
             return target
     except OSError as error:
-        raise CheckpointError(f"out: {os.fspath(path)} cannot be looked at: {error}") from error
+        raise CheckpointError(f"out: {os.fspath(path)} cannot be examined: {error}") from error
     if not overwrite:
         raise ArgumentError(
-            f"out: {target} is there and not empty; name another folder, or say overwrite"
+            f"out: {target} exists and is not empty; name another folder, or pass overwrite"
         )
     if not (target / SIGN).is_file():
         raise ArgumentError(
-            f"out: {target} holds no {SIGN}, so it is no earlier result and is not overwritten; "
+            f"out: {target} has no {SIGN}, so it is not an earlier result and is not overwritten; "
             "name another folder"
         )
     return target
@@ -123,16 +123,17 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside ``path``; when the block ends well, it is ``path``.
+    """Yield a temporary folder beside ``path``, which becomes ``path`` when the block succeeds.
 
-    Everything in it is synced to disk, then the folder is renamed. After any exception it is
-    removed, with the parents that were made for it. A kill leaves ``.<name>.<random>.tmp`` beside
-    ``path``. Raises as :func:`check_new_folder`, and CheckpointError with the path and the cause.
-    An earlier result is moved aside before, and removed after, the new one has the name; a kill
-    between the two leaves both complete under temporary names.
+    Its contents are synced to disk, then it is renamed. After any exception it is removed, with the
+    parents that were made for it. A kill leaves ``.<name>.<random>.tmp`` beside ``path``. An
+    earlier result is moved aside before the rename and removed after it; a kill in between leaves
+    both complete, under temporary names.
+
+    Raises as :func:`check_new_folder` does, and CheckpointError with the path and the cause.
     """
     target = check_new_folder(path, overwrite=overwrite)
-    made = [parent for parent in target.parents if not parent.exists()]
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     temporary = None
     try:
         with writing(target):
@@ -143,7 +144,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             mask = fs.umask()
             for folder, names in fs.tree(temporary):
                 for name in names:
-                    fs.change_mode(Path(folder) / name, 0o666 & ~mask)  # safetensors: private
+                    # The safetensors library writes private files.
+                    fs.change_mode(Path(folder) / name, 0o666 & ~mask)
                     _sync(Path(folder) / name)
                 fs.change_mode(folder, 0o777 & ~mask)
                 _sync_folder(Path(folder))
@@ -151,7 +153,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     except BaseException:
         if temporary is not None:
             fs.remove_tree(temporary)
-        for parent in made:
+        for parent in new_parents:
             with contextlib.suppress(OSError):
                 fs.remove_empty(parent)
         raise
@@ -159,7 +161,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Failures of the file system and of safetensors become CheckpointError with ``target``."""
+    """Turn errors of the file system and of safetensors into a CheckpointError about ``target``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -171,11 +173,11 @@ def _beside(target: Path) -> Path:
 
 
 def _rename(temporary: Path, target: Path, overwrite: bool) -> None:
-    check_new_folder(target, overwrite=overwrite)  # again: time has passed
+    check_new_folder(target, overwrite=overwrite)  # again, since it may have changed
     old = None
     if target.exists() and any(target.iterdir()):
         old = _beside(target)
-        fs.rename(target, old)  # onto the empty one
+        fs.rename(target, old)  # replaces the empty folder
     try:
         fs.rename(temporary, target)
     except OSError:

@@ -1,13 +1,13 @@
-"""The calls to the file system that :mod:`files`, :mod:`safefile` and :mod:`rundir` are made of.
+"""The file-system calls of this package's file formats and run directories.
 
-Each of them is one call of :func:`call`, which tests replace: to let the k-th one fail, fall short
-or be the last of the process, and to write down in which order things reach the disk. Nothing here
-knows what the files mean. All raise OSError.
+Each goes through :func:`call`, which tests replace to make the k-th one fail, fall short or be the
+last of the process, and to record the order in which things reach the disk. Nothing here knows what
+the files mean. All functions raise OSError.
 
-Looking whether a path is there before a start is left to pathlib in :mod:`files`.
+(Checks of paths before a run are the exception: :mod:`lobs_native.files.atomic` uses pathlib.)
 
-Names are relative to ``folder``, the descriptor of an open folder, where one is given. A call that
-is interrupted by a signal is repeated by Python itself.
+Names are relative to ``folder``, the descriptor of an open folder, if it is passed. Python itself
+repeats a call that a signal interrupts.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Name = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
-_PIECE = 1 << 20  # bytes read together
+_PIECE = 1 << 20  # bytes per read
 
 
 def call(operation: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do one call to the file system; ``operation`` is its name for those that stand in."""
+    """Make one call to the file system. ``operation`` is its name for a test's replacement."""
     return function(*args, **kwargs)
 
 
@@ -64,7 +64,7 @@ def call(operation: str, function: Callable[P, T], /, *args: P.args, **kwargs: P
 
 
 def open_file(name: Name, flags: int, *, folder: int | None = None) -> int:
-    """A descriptor, closed on exec. A new file gets the mode that the process's umask leaves."""
+    """Open a file; the descriptor is closed on exec. A new file gets mode 0666 less the umask."""
     return call("open", os.open, name, flags | os.O_CLOEXEC, 0o666, dir_fd=folder)
 
 
@@ -73,18 +73,18 @@ def close(handle: int) -> None:
 
 
 def read(handle: int, most: int) -> bytes:
-    """Up to ``most`` bytes; fewer only where the file ends."""
-    found = bytearray()
-    while len(found) < most:
-        piece = call("read", os.read, handle, min(most - len(found), _PIECE))
+    """Up to ``most`` bytes; fewer only at the end of the file."""
+    data = bytearray()
+    while len(data) < most:
+        piece = call("read", os.read, handle, min(most - len(data), _PIECE))
         if not piece:
             break
-        found += piece
-    return bytes(found)
+        data += piece
+    return bytes(data)
 
 
 def read_into(handle: int, buffer: memoryview) -> int:
-    """Fill ``buffer`` (bytes); how many there were, fewer only where the file ends."""
+    """Fill ``buffer``. Returns the number of bytes read: fewer only at the end of the file."""
     done = 0
     while done < len(buffer):
         count = call("read_into", os.readv, handle, [buffer[done:]])
@@ -95,17 +95,17 @@ def read_into(handle: int, buffer: memoryview) -> int:
 
 
 def write(handle: int, data: Buffer) -> None:
-    """Write all of ``data``, however little the system takes at a time."""
+    """Write all of ``data``, however little the system accepts at a time."""
     left = memoryview(data)
     while len(left):
         count = call("write", os.write, handle, left)
         if not count:
-            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            raise OSError(errno.EIO, "the system wrote nothing, without an error")
         left = left[count:]
 
 
 def sync(handle: int) -> None:
-    """Wait until a file's content is on the disk."""
+    """Wait until a file's contents are on the disk."""
     call("fsync", os.fsync, handle)
 
 
@@ -118,8 +118,9 @@ def stat(handle: int) -> os.stat_result:
 
 
 def lock(handle: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; False where another holds it. The
-    system gives it back when the last descriptor is closed, by the end of the process at latest."""
+    """Take the exclusive lock of an open file without waiting; False if another process holds it.
+    The system releases it when the last descriptor is closed, at the latest when the process ends.
+    """
     try:
         call("lock", fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,7 +132,7 @@ def lock(handle: int) -> bool:
 
 
 def open_folder(name: Name, *, folder: int | None = None, follow: bool = False) -> int:
-    """A descriptor of a folder; a symbolic link to one only with ``follow``."""
+    """Open a folder. A symbolic link to one is refused unless ``follow``."""
     flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
     return open_file(name, flags, folder=folder)
 
@@ -142,7 +143,7 @@ def listing(folder: int) -> list[str]:
 
 
 def exists(name: Name, *, folder: int | None = None) -> bool:
-    """Whether the name is there, be it a link to nothing."""
+    """Whether the name exists, even as a dangling link."""
     try:
         call("exists", os.stat, name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -151,8 +152,8 @@ def exists(name: Name, *, folder: int | None = None) -> bool:
 
 
 def make_folder(name: Name, *, folder: int | None = None, parents: bool = False) -> None:
-    """Make a folder; one that is there already is left as it is. With ``parents`` those above it
-    too, and ``folder`` does not count."""
+    """Make a folder, unless it exists. ``parents`` makes those above it too, and ignores
+    ``folder``."""
     if parents:
         call("make_folder", Path(name).mkdir, parents=True, exist_ok=True)
         return
@@ -163,7 +164,7 @@ def make_folder(name: Name, *, folder: int | None = None, parents: bool = False)
 
 
 def rename(source: Name, target: Name, *, folder: int | None = None) -> None:
-    """Give ``source`` the name ``target``, in place of what has it, in one step."""
+    """Rename ``source`` to ``target``, replacing it atomically."""
     if folder is None:
         call("rename", os.rename, source, target)
     else:
@@ -175,8 +176,8 @@ def unlink(name: Name, *, folder: int | None = None) -> None:
 
 
 def sync_folder(folder: int) -> None:
-    """Wait until the names in a folder are on the disk. Where a file system cannot do that for
-    folders, it says so with EINVAL, which is no failure."""
+    """Wait until the names in a folder are on the disk. EINVAL is not a failure: the file system
+    cannot sync folders."""
     try:
         call("fsync_folder", os.fsync, folder)
     except OSError as error:
@@ -185,9 +186,9 @@ def sync_folder(folder: int) -> None:
 
 
 def free_bytes(where: Name | int) -> int:
-    """Bytes that a process without privileges may still write there."""
-    found = call("free", os.statvfs, where)
-    return found.f_bavail * found.f_frsize
+    """The bytes that an unprivileged process may still write there."""
+    info = call("free", os.statvfs, where)
+    return info.f_bavail * info.f_frsize
 
 
 def temporary_folder(prefix: str, parent: Path) -> Path:
@@ -205,7 +206,7 @@ def change_mode(name: Name, mode: int) -> None:
 
 
 def umask() -> int:
-    """The bits that new files of this process do not get."""
+    """The permission bits that new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -216,5 +217,5 @@ def remove_empty(name: Name) -> None:
 
 
 def remove_tree(name: Name) -> None:
-    """Remove a folder with all that is in it, as far as that is possible."""
+    """Remove a folder and its contents, as far as possible, without errors."""
     call("unlink", shutil.rmtree, name, ignore_errors=True)

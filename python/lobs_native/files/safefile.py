@@ -1,26 +1,22 @@
-"""Reading files that may be damaged or made to do harm: safetensors and JSON, in bounded time and
-memory.
+"""safetensors files that may be damaged or malicious, read in bounded time and memory; and written
+piece by piece.
 
-The safetensors library refuses most of what is wrong with a file, but takes the last of two equal
-keys, and a large header may cost it minutes and gigabytes. Here the length of a header is bounded
-before it is read, and so is the number of values in any JSON before it is parsed. Tensors are read
-into one buffer with plain reads, never mapped: a file that is cut meanwhile is an error and not a
-signal.
+The safetensors library refuses most damage, but it accepts duplicate keys (the last one counts),
+and a large header may cost it minutes and gigabytes. Here the length of the header is bounded
+before it is read, and the number of its values before it is parsed.
 
-Sealed JSON is an object whose last entry, ``"check"``, is the sha256 of the bytes before it, so
-that a changed bit is noticed before anything is believed.
+The library is not used for the rest either. It maps a file into memory, so that a file truncated
+meanwhile ends the process with a signal, or it copies all bytes; and it writes to a path by itself.
+Here a file is read into one buffer, to which the tensors refer, and written through the caller's
+descriptor without copies, so that it can be synced and renamed. The bytes are those that the
+library writes.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import itertools
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,42 +28,28 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import fs
+from lobs_native.files.regular import open_regular
+from lobs_native.files.strict_json import LARGEST_INTEGER, MOST_JSON, parse_json, shown
 
 __all__ = [
     "NAME",
     "TYPES",
     "Entry",
     "Expected",
-    "check_regular",
-    "count_marks",
     "largest",
     "longest_header",
-    "open_regular",
     "parse_header",
-    "parse_json",
     "pieces",
-    "plain",
     "read_header",
-    "read_whole",
-    "seal",
-    "shown",
     "size",
     "tensors_of",
-    "unseal",
 ]
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")  # of a file that others may name
-MOST_JSON = 16 << 20  # bytes
-MOST_MARKS = 500_000  # of "{", "[", ":" and ",": a value costs up to about 200 bytes when parsed
-DEEPEST = 32
-_LARGEST = (1 << 63) - 1
-_LONGEST_NUMBER = 64  # characters
+NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")  # a file name that an index may contain
 _DIMENSIONS = 64
 _METADATA = "__metadata__"
-_SEAL = re.compile(rb',"check":"([0-9a-f]{64})"\}')
-_SEAL_BYTES = 76
 
-# By rising alignment, as safetensors orders the tensors in a file, falling; bits per element.
+# Bits per element, in ascending order of alignment: safetensors stores tensors in descending order.
 _BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -107,14 +89,6 @@ TYPES = {
 }
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every tensor
 
 
@@ -122,280 +96,104 @@ Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype 
 class Entry:
     """One tensor in the header of a safetensors file."""
 
-    dtype: str  # as safetensors writes it: "F32", "BF16"
+    dtype: str  # in the notation of safetensors: "F32", "BF16"
     shape: tuple[int, ...]
-    begin: int  # first byte, from the end of the header
+    begin: int  # first byte, counted from the end of the header
     end: int  # last byte, exclusive
 
 
-def shown(value: Any) -> str:
-    """``value`` for a message: at most 80 characters, none that a terminal would act on."""
-    text = ascii(value[:200]) if isinstance(value, (str, bytes)) else ascii(value)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def open_regular(
-    name: fs.Name, what: str, *, folder: int | None = None, follow: bool = False
-) -> int:
-    """Open a regular file for reading.
-
-    Nothing else is opened for longer than it takes to see what it is, and without waiting for
-    another end of a pipe. A symbolic link is refused, or with ``follow`` taken for what it leads
-    to. Raises CheckpointError with ``what``, the name for messages.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
-    try:
-        handle = fs.open_file(name, flags, folder=folder)
-    except ValueError as error:  # a NUL in the name
-        raise CheckpointError(f"{what}: is no name of a file: {error}") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{what}: is missing") from error
-    except OSError as error:
-        if error.errno == errno.ELOOP and not follow:
-            raise CheckpointError(f"{what}: is a link; put the file itself there") from error
-        raise CheckpointError(f"{what}: cannot be opened: {error.strerror}") from error
-    try:
-        check_regular(handle, what)
-    except OSError as error:
-        fs.close(handle)
-        raise CheckpointError(f"{what}: cannot be looked at: {error.strerror}") from error
-    except CheckpointError:
-        fs.close(handle)
-        raise
-    return handle
-
-
-def check_regular(handle: int, what: str) -> None:
-    """Raise CheckpointError with ``what`` unless this is a regular file. Raises OSError too."""
-    mode = fs.stat(handle).st_mode
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise CheckpointError(f"{what}: is {kind} and no file; remove it")
-
-
-def read_whole(
-    name: fs.Name, what: str, *, most: int, folder: int | None = None, follow: bool = False
-) -> bytes:
-    """The content of a small regular file. Raises CheckpointError; beyond ``most`` bytes, before
-    anything is read."""
-    handle = open_regular(name, what, folder=folder, follow=follow)
-    try:
-        size = fs.stat(handle).st_size
-        if size > most:
-            raise CheckpointError(f"{what}: has {size} bytes; more than {most} are not read")
-        return fs.read(handle, most)
-    except OSError as error:
-        raise CheckpointError(f"{what}: cannot be read: {error.strerror}") from error
-    finally:
-        fs.close(handle)
-
-
-# ---- JSON ----------------------------------------------------------------------------------------
-
-
-def parse_json(data: bytes, what: str, *, marks: int = MOST_MARKS) -> Any:
-    """Parse JSON that may be hostile.
-
-    Refused with a CheckpointError that begins with ``what``: more than ``marks`` separators and
-    brackets (before parsing), a depth beyond 32, keys that occur twice, NaN, infinities, integers
-    of more than 64 bits, numbers of more than 64 characters, and text that is not UTF-8.
-    """
-    found = count_marks(data)
-    if found > marks:
-        raise CheckpointError(f"{what}: holds about {found} values; more than {marks} are not read")
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(
-            text,
-            object_pairs_hook=_once,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=_constant,
-        )
-        if "\\u" in text:  # half of a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise CheckpointError(f"{what}: is nested too deeply") from error
-    except ValueError as error:
-        raise CheckpointError(f"{what}: is not the JSON it should be: {error}") from error
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    if level:
-        raise CheckpointError(f"{what}: is nested more than {DEEPEST} deep")
-    return value
-
-
-def count_marks(data: bytes) -> int:
-    """Brackets and separators in JSON: no fewer than half of the values in it."""
-    return len(data) - len(data.translate(None, b"{[:,"))
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = sorted(key for key, _ in pairs)
-        twice = next(a for a, b in itertools.pairwise(keys) if a == b)
-        raise ValueError(f"{shown(twice)} occurs twice")
-    return found
-
-
-def _integer(text: str) -> int:
-    value = int(text) if len(text) <= _LONGEST_NUMBER else _LARGEST + 1
-    if abs(value) > _LARGEST:
-        raise ValueError(f"the integer {shown(text)} is too large")
-    return value
-
-
-def _float(text: str) -> float:
-    value = float(text) if len(text) <= _LONGEST_NUMBER else math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"the number {shown(text)} is too large or too long")
-    return value
-
-
-def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")
-
-
-def plain(value: Any, what: str) -> Any:
-    """``value`` as it will be read again from JSON (tuples become lists, keys text). ArgumentError
-    with ``what`` if it would not be."""
-    try:
-        return parse_json(json.dumps(value, allow_nan=False).encode(), what)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"{what}: cannot be kept as JSON: {error}") from error
-    except CheckpointError as error:
-        raise ArgumentError(str(error)) from error
-
-
-def seal(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
-    """JSON of an object, plus ``"check"``: the sha256 of what stands before it."""
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(values, indent=indent, separators=separators, allow_nan=False)
-    stem = text[:-1].rstrip().encode()
-    return stem + b',"check":"' + hashlib.sha256(stem).hexdigest().encode() + b'"}'
-
-
-def unseal(data: bytes, what: str, *, marks: int = MOST_MARKS) -> tuple[dict[str, Any], str]:
-    """The object that :func:`seal` was given, and its check. Raises CheckpointError with ``what``,
-    before anything is parsed if a bit has changed."""
-    stem, found = data[:-_SEAL_BYTES], _SEAL.fullmatch(data[-_SEAL_BYTES:])
-    if found is None or hashlib.sha256(stem).hexdigest().encode() != found[1]:
-        raise CheckpointError(
-            f"{what}: was damaged or changed: its check is not that of its content"
-        )
-    values = parse_json(data, what, marks=marks)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{what}: holds a {type(values).__name__}, not an object")
-    return values, str(values.pop("check"))
-
-
-# ---- safetensors ---------------------------------------------------------------------------------
-
-
 def longest_header(tensors: int | None = None) -> int:
-    """The most bytes that the header of a file with so many tensors may have."""
+    """The largest size in bytes of the header of a file with so many tensors."""
     return MOST_JSON if tensors is None else min(MOST_JSON, (tensors << 10) + (64 << 10))
 
 
 def largest(expected: Expected) -> int:
-    """The most bytes that a file of these tensors may have."""
+    """The largest size in bytes of a file of these tensors."""
     data = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     return 8 + longest_header(len(expected)) + data
 
 
 def read_header(path: Path, *, tensors: int | None = None) -> dict[str, Entry]:
-    """The header of a safetensors file, in the order of its data, without its data.
+    """The header of a safetensors file, in the order of its data, without the data.
 
-    Symbolic links are followed: this is for folders that a user has named, where caches keep files
+    Symbolic links are followed: this is for folders that the user names, and caches store files
     under other names and link to them.
 
     Parameters
     ----------
     path : Path
     tensors : int, optional
-        How many there should be at most; bounds the header more tightly.
+        The largest number of tensors expected; it bounds the header more tightly.
 
     Raises
     ------
     CheckpointError
-        It is no whole safetensors file, or its header is too long to be read.
+        The file is not a complete safetensors file, or its header is too long to be read.
     """
-    what = str(path)
-    handle = open_regular(path, what, follow=True)
+    label = str(path)
+    handle = open_regular(path, label, follow=True)
     try:
         total = fs.stat(handle).st_size
-        length = _header_length(fs.read(handle, 8), total, what, longest_header(tensors))
-        return parse_header(fs.read(handle, length), total - 8 - length, what)
+        length = _header_length(fs.read(handle, 8), total, label, longest_header(tensors))
+        return parse_header(fs.read(handle, length), total - 8 - length, label)
     except OSError as error:
-        raise CheckpointError(f"{what}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from error
     finally:
         fs.close(handle)
 
 
-def _header_length(first: bytes, total: int, what: str, most: int) -> int:
+def _header_length(first: bytes, total: int, label: str, most: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > total - 8:
-        raise CheckpointError(f"{what}: is no whole safetensors file; it has {total} bytes")
+        raise CheckpointError(f"{label}: is not a complete safetensors file; it has {total} bytes")
     if length > most:
-        raise CheckpointError(
-            f"{what}: says that its header has {length} bytes; more than {most} are not read"
-        )
+        raise CheckpointError(f"{label}: claims a header of {length} bytes; the limit is {most}")
     return length
 
 
-def parse_header(header: bytes, data_bytes: int, what: str) -> dict[str, Entry]:
+def parse_header(header: bytes, data_bytes: int, label: str) -> dict[str, Entry]:
     """The tensors of a header, which must cover ``data_bytes`` without gap or overlap. Raises
-    CheckpointError with ``what``."""
-    found = parse_json(header, f"{what}: its header")
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{what}: its header is no object")
-    metadata = found.pop(_METADATA, {})
+    CheckpointError, which calls the file ``label``."""
+    values = parse_json(header, f"{label}: its header")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{label}: its header is not an object")
+    metadata = values.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{what}: its metadata is not text by name")
-    entries = {name: _entry(value, f"{what}: {shown(name)}") for name, value in found.items()}
+        raise CheckpointError(f"{label}: its metadata does not map names to text")
+    entries = {name: _entry(value, f"{label}: {shown(name)}") for name, value in values.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    place = 0
+    position = 0
     for name, entry in ordered.items():
-        if entry.begin != place:
+        if entry.begin != position:
             raise CheckpointError(
-                f"{what}: {shown(name)} begins at byte {entry.begin}, not at {place} where the one "
-                "before it ends"
+                f"{label}: {shown(name)} begins at byte {entry.begin}, but the tensor before it "
+                f"ends at {position}"
             )
-        place = entry.end
-    if place != data_bytes:
+        position = entry.end
+    if position != data_bytes:
         raise CheckpointError(
-            f"{what}: is no whole safetensors file; it has {data_bytes} bytes of tensors and its "
-            f"header says {place}"
+            f"{label}: is not a complete safetensors file; it has {data_bytes} bytes of tensors, "
+            f"but its header claims {position}"
         )
     return ordered
 
 
-def _entry(value: Any, what: str) -> Entry:
+def _entry(value: Any, label: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{what} has not exactly dtype, shape and data_offsets")
+        raise CheckpointError(f"{label} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{what} has the unknown dtype {shown(dtype)}")
+        raise CheckpointError(f"{label} has the unknown dtype {shown(dtype)}")
     if not _whole_numbers(shape) or len(shape) > _DIMENSIONS:
-        raise CheckpointError(f"{what} has the impossible shape {shown(shape)}")
+        raise CheckpointError(f"{label} has the impossible shape {shown(shape)}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{what} has the impossible place {shown(offsets)}")
+        raise CheckpointError(f"{label} has the impossible offsets {shown(offsets)}")
     begin, end = offsets
-    if math.prod(max(n, 1) for n in shape) * _BITS[dtype] > _LARGEST:
-        raise CheckpointError(f"{what} has the impossible shape {shown(shape)}")
+    if math.prod(max(n, 1) for n in shape) * _BITS[dtype] > LARGEST_INTEGER:
+        raise CheckpointError(f"{label} has the impossible shape {shown(shape)}")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         raise CheckpointError(
-            f"{what} has {end - begin} bytes, which is not what {dtype} {shown(shape)} needs"
+            f"{label} has {end - begin} bytes, which does not fit {dtype} {shown(shape)}"
         )
     return Entry(dtype, tuple(shape), begin, end)
 
@@ -405,15 +203,15 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the safetensors file that :func:`pieces` makes."""
+    """The size in bytes of the file that :func:`pieces` yields."""
     return len(_header(_ordered(tensors))) + sum(t.numel() * t.itemsize for t in tensors.values())
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[fs.Buffer]:
-    """The bytes of a safetensors file, piece by piece: those that the library would write.
+    """The bytes of a safetensors file, piece by piece.
 
-    Only one tensor at a time is copied, and only if it does not lie in one piece on the CPU. Raises
-    DtypeError, ShapeError or ArgumentError by name before the first piece.
+    One tensor at a time is copied, and only if it is not contiguous on the CPU. Raises DtypeError,
+    ShapeError or ArgumentError before the first piece.
     """
     ordered = _ordered(tensors)
     yield _header(ordered)
@@ -425,7 +223,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[fs.Buffer]:
 def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in tensors:
         if not isinstance(name, str) or name == _METADATA or not _is_text(name):
-            raise ArgumentError(f"tensors: {shown(name)} is no name for a tensor")
+            raise ArgumentError(f"tensors: {shown(name)} cannot be the name of a tensor")
     checked = {
         name: checks.tensor(value, f"tensors[{name!r}]", dtypes=TYPES.values())
         for name, value in tensors.items()
@@ -442,76 +240,78 @@ def _is_text(name: str) -> bool:
 
 
 def _header(ordered: Mapping[str, Tensor]) -> bytes:
-    entries, place = {}, 0
+    entries, position = {}, 0
     for name, value in ordered.items():
-        end = place + value.numel() * value.itemsize
+        end = position + value.numel() * value.itemsize
         entries[name] = {
             "dtype": _NAMES[value.dtype],
             "shape": list(value.shape),
-            "data_offsets": [place, end],
+            "data_offsets": [position, end],
         }
-        place = end
+        position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > longest_header(len(ordered)):
-        raise ArgumentError("tensors: their names are too long to be read again; shorten them")
+        raise ArgumentError("tensors: their names are too long to be read back; shorten them")
     return len(text).to_bytes(8, "little") + text
 
 
-def tensors_of(raw: Tensor, what: str, expected: Expected | None = None) -> dict[str, Tensor]:
-    """The tensors in the bytes of a safetensors file, which they keep and do not copy.
+def tensors_of(raw: Tensor, label: str, expected: Expected | None = None) -> dict[str, Tensor]:
+    """The tensors in the bytes of a safetensors file, as views that keep those bytes in memory.
 
     Parameters
     ----------
     raw : (bytes,) uint8, on the CPU
         The whole file.
-    what : str
+    label : str
         Its name, for messages.
     expected : {name: (shape, dtype)}, optional
-        Exactly what must be in it.
+        Exactly the tensors that must be in it.
 
     Raises
     ------
     CheckpointError
-        It is no whole safetensors file, or not what is expected.
+        The bytes are not a complete safetensors file, or its tensors are not those expected.
     """
     memory = raw.numpy().data
     most = longest_header(None if expected is None else len(expected))
-    length = _header_length(bytes(memory[:8]), len(memory), what, most)
-    entries = parse_header(bytes(memory[8 : 8 + length]), len(memory) - 8 - length, what)
+    length = _header_length(bytes(memory[:8]), len(memory), label, most)
+    entries = parse_header(bytes(memory[8 : 8 + length]), len(memory) - 8 - length, label)
     for name, entry in entries.items():
         if entry.dtype not in TYPES:
             raise CheckpointError(
-                f"{what}: {shown(name)} is {entry.dtype}, which is never kept here"
+                f"{label}: {shown(name)} is {entry.dtype}, which this package never writes"
             )
     if expected is not None:
-        _compare(entries, expected, what)
+        _check_expected(entries, expected, label)
     data = raw[8 + length :]
-    return {name: _tensor(data, entry, f"{what}: {shown(name)}") for name, entry in entries.items()}
+    return {
+        name: _tensor(data, entry, f"{label}: {shown(name)}") for name, entry in entries.items()
+    }
 
 
-def _compare(entries: Mapping[str, Entry], expected: Expected, what: str) -> None:
+def _check_expected(entries: Mapping[str, Entry], expected: Expected, label: str) -> None:
     if set(entries) != set(expected):
-        missing, more = sorted(set(expected) - set(entries)), sorted(set(entries) - set(expected))
+        missing, extra = sorted(set(expected) - set(entries)), sorted(set(entries) - set(expected))
         parts = [f"lacks {shown(missing[0])}"] if missing else []
-        parts += [f"has {shown(more[0])}, which is not expected"] if more else []
-        raise CheckpointError(f"{what}: {' and '.join(parts)}")
+        parts += [f"has {shown(extra[0])}, which is not expected"] if extra else []
+        raise CheckpointError(f"{label}: {' and '.join(parts)}")
     for name, (shape, dtype) in expected.items():
         entry = entries[name]
         if entry.shape != tuple(shape) or TYPES[entry.dtype] != dtype:
             raise CheckpointError(
-                f"{what}: {shown(name)} is {entry.dtype} {shown(entry.shape)}, not "
+                f"{label}: {shown(name)} is {entry.dtype} {shown(entry.shape)}, not "
                 f"{_NAMES.get(dtype, dtype)} {shown(tuple(shape))} as expected"
             )
 
 
-def _tensor(data: Tensor, entry: Entry, what: str) -> Tensor:
+def _tensor(data: Tensor, entry: Entry, label: str) -> Tensor:
     dtype = TYPES[entry.dtype]
     if entry.begin == entry.end:
         return torch.empty(entry.shape, dtype=dtype)
     own = data[entry.begin : entry.end]
     if own.data_ptr() % dtype.itemsize:
-        raise CheckpointError(f"{what} is not aligned; write the file again")
+        raise CheckpointError(f"{label} is not aligned; write the file again")
     if dtype == torch.bool and int(own.max()) > 1:
-        raise CheckpointError(f"{what} has a bool that is neither true nor false")
+        raise CheckpointError(f"{label} has a bool that is neither true nor false")
     return torch.frombuffer(own.numpy().data, dtype=dtype).reshape(entry.shape)

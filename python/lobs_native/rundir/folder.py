@@ -1,5 +1,5 @@
-"""The folder of a run and its two subfolders, open: reading what is in them, and errors that name
-their files."""
+"""Open descriptors of a run's folder and its two subfolders: verified reads, and errors that name
+the files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lobs_native.errors import CheckpointError
-from lobs_native.files import fs, safefile
+from lobs_native.files import fs, regular, safefile
 from lobs_native.files.atomic import put
 from lobs_native.files.safefile import Expected
-from lobs_native.rundir.manifest import Record, State
+from lobs_native.rundir.manifest import ManifestRecord, State
 
 __all__ = [
     "DROP",
@@ -34,54 +34,57 @@ __all__ = [
 HEADER, MANIFEST, LAYERS, STATE = "run.json", "manifest.jsonl", "layers", "state"
 REPAIR = "; repair the run"
 DROP = "; repair the run, or drop the state"
-_TEMPORARY = re.compile(r"(.*/)?\.[^/]*\.[0-9a-f]{8}\.tmp")  # see files.put
-_PIECE = 1 << 20
-_WRONG_CONTENT = "has another sha256 than its record says"
+_TEMPORARY = re.compile(r"(.*/)?\.[^/]*\.[0-9a-f]{8}\.tmp")  # see lobs_native.files.atomic.put
+_PIECE = 1 << 20  # bytes
+_WRONG_CONTENT = "does not have the sha256 in its record"
 
 
 class RunFolder:
-    """Open handles on a run's folder, ``layers/`` and ``state/``; -1 where not open."""
+    """Descriptors of a run's folder, ``layers/`` and ``state/``; -1 if not open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = self.layers = self.states = -1
 
     def open_root(self) -> None:
-        """Open the folder of a run that exists."""
+        """Open the folder of an existing run."""
         with self.reading(""):
             try:
                 self.root = fs.open_folder(self.path, follow=True)
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise CheckpointError(f"{self.what()}: is no folder; create a run there") from error
+                raise CheckpointError(
+                    f"{self.label()}: is not a folder; create a run there"
+                ) from error
             if not fs.exists(HEADER, folder=self.root):
                 raise CheckpointError(
-                    f"{self.what(HEADER)}: is missing, so no run was begun there; create one"
+                    f"{self.label(HEADER)}: is missing, so there is no run; create one"
                 )
 
     def open_parts(self, *, make: bool) -> None:
-        """Open layers/ and state/, and see that there is a manifest; ``make`` what is missing."""
+        """Open layers/ and state/, and check that there is a manifest. ``make`` creates what is
+        missing."""
         if make:
             for name in (LAYERS, STATE):
                 fs.make_folder(name, folder=self.root)
         self.layers, self.states = self.part(LAYERS), self.part(STATE)
         if not fs.exists(MANIFEST, folder=self.root):
             if not make:
-                raise CheckpointError(f"{self.what(MANIFEST)}: is missing{REPAIR}")
+                raise CheckpointError(f"{self.label(MANIFEST)}: is missing{REPAIR}")
             put(self.root, MANIFEST, [b""])
 
     def part(self, name: str) -> int:
-        """Open a folder in it."""
+        """Open a subfolder."""
         try:
             return fs.open_folder(name, folder=self.root)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self.what(name)}: is missing{REPAIR}") from error
+            raise CheckpointError(f"{self.label(name)}: is missing{REPAIR}") from error
         except NotADirectoryError as error:
             raise CheckpointError(
-                f"{self.what(name)}: is a link or no folder; put the folder itself there"
+                f"{self.label(name)}: is a link or not a folder; put the folder itself there"
             ) from error
 
     def close(self) -> None:
-        """Close all handles."""
+        """Close all descriptors."""
         handles = (self.states, self.layers, self.root)
         self.root = self.layers = self.states = -1
         for handle in handles:
@@ -89,51 +92,53 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     fs.close(handle)
 
-    def holder(self, file: str) -> tuple[int, str]:
-        """The open folder of a file, and its name there."""
+    def location(self, file: str) -> tuple[int, str]:
+        """The descriptor of a file's folder, and the file's name in it."""
         part, _, name = file.rpartition("/")
         return {"": self.root, LAYERS: self.layers, STATE: self.states}[part], name
 
     # ---- files with tensors ----------------------------------------------------------------------
 
     def load(
-        self, item: Record | State, expected: Expected | None, way_out: str
+        self, item: ManifestRecord | State, expected: Expected | None, way_out: str
     ) -> dict[str, Tensor]:
-        """The tensors of a file, after its size and hash have been found right."""
-        what = self.what(item.file)
+        """The tensors of a file, once its size and hash are verified."""
+        label = self.label(item.file)
         try:
-            raw = self._read_verified(item, expected, what)
+            raw = self._read_verified(item, expected, label)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{way_out}") from error
-        return safefile.tensors_of(raw, what, expected)
+        return safefile.tensors_of(raw, label, expected)
 
-    def _read_verified(self, item: Record | State, expected: Expected | None, what: str) -> Tensor:
-        """(bytes,) uint8: the content of a file, which is what was written."""
+    def _read_verified(
+        self, item: ManifestRecord | State, expected: Expected | None, label: str
+    ) -> Tensor:
+        """(bytes,) uint8: the verified contents of a file."""
         if expected is not None and item.size > (most := safefile.largest(expected)):
             raise CheckpointError(
-                f"{what}: has {item.size} bytes, but what is expected makes {most} at most"
+                f"{label}: has {item.size} bytes, but the tensors expected take at most {most}"
             )
-        folder, name = self.holder(item.file)
+        folder, name = self.location(item.file)
         with self.reading(item.file):
-            handle = safefile.open_regular(name, what, folder=folder)
+            handle = regular.open_regular(name, label, folder=folder)
             try:
                 size = fs.stat(handle).st_size
                 if size != item.size:
-                    raise CheckpointError(f"{what}: {_wrong_size(size, item.size)}")
-                raw = _buffer(size, what)
+                    raise CheckpointError(f"{label}: {_wrong_size(size, item.size)}")
+                raw = _buffer(size, label)
                 if fs.read_into(handle, raw.numpy().data) < size:
-                    raise CheckpointError(f"{what}: was cut while it was read")
+                    raise CheckpointError(f"{label}: was truncated while it was read")
             finally:
                 fs.close(handle)
         if hashlib.sha256(raw.numpy().data).hexdigest() != item.sha256:
-            raise CheckpointError(f"{what}: {_WRONG_CONTENT}")
+            raise CheckpointError(f"{label}: {_WRONG_CONTENT}")
         return raw
 
-    def damage(self, item: Record | State) -> str | None:
-        """What is wrong with a file, read piece by piece."""
-        folder, name = self.holder(item.file)
+    def damage(self, item: ManifestRecord | State) -> str | None:
+        """What is wrong with a file, which is read piece by piece; None if nothing."""
+        folder, name = self.location(item.file)
         try:
-            handle = safefile.open_regular(name, item.file, folder=folder)
+            handle = regular.open_regular(name, item.file, folder=folder)
         except CheckpointError as error:
             return str(error).removeprefix(f"{item.file}: ")
         try:
@@ -151,56 +156,56 @@ class RunFolder:
 
     # ---- messages --------------------------------------------------------------------------------
 
-    def what(self, file: str = "") -> str:
-        """The whole path of a file of the run, for messages."""
+    def label(self, file: str = "") -> str:
+        """The full path of a file of the run, for messages."""
         return printable(str(self.path / file))
 
     @contextlib.contextmanager
     def reading(self, file: str) -> Iterator[None]:
-        """OSError becomes a CheckpointError that names the file."""
+        """Turn OSError into a CheckpointError that names the file."""
         try:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"{self.what(file)}: cannot be read: {error.strerror or error}"
+                f"{self.label(file)}: cannot be read: {error.strerror or error}"
             ) from error
 
     @contextlib.contextmanager
     def writing(self, file: str, needed: int | None) -> Iterator[None]:
-        """OSError becomes a CheckpointError that names the file; ``needed``: its bytes, where they
-        are known."""
+        """Turn OSError into a CheckpointError that names the file and, if known, the bytes
+        ``needed``."""
         try:
             yield
         except OSError as error:
             size = "" if needed is None else f" ({needed} bytes)"
-            text = f"{self.what(file)}: could not be written{size}: {error.strerror or error}"
+            text = f"{self.label(file)}: could not be written{size}: {error.strerror or error}"
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                text += "; make room"
+                text += "; free some space"
                 with contextlib.suppress(OSError):
                     text += f" ({fs.free_bytes(self.root)} bytes are free)"
             raise CheckpointError(
-                f"{text}; what is committed is safe, and the run can go on from there"
+                f"{text}; what is committed is safe, and the run can resume from there"
             ) from error
 
 
 def printable(text: str) -> str:
-    """``text``, or its ``ascii`` where it would not stay on its line."""
+    """``text``, or its ``ascii`` if it has unprintable characters."""
     return text if text.isprintable() else ascii(text)
 
 
 def is_temporary(file: str) -> bool:
-    """Whether a write that was interrupted has left it."""
+    """Whether a file is left over from an interrupted write."""
     return _TEMPORARY.fullmatch(file) is not None
 
 
-def _wrong_size(size: int, right: int) -> str:
-    return f"has {size} bytes, its record says {right}"
+def _wrong_size(size: int, expected: int) -> str:
+    return f"has {size} bytes, but its record has {expected}"
 
 
-def _buffer(size: int, what: str) -> Tensor:
+def _buffer(size: int, label: str) -> Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{what}: needs {size} bytes of memory; they are not there"
+            f"{label}: needs {size} bytes of memory, which are not available"
         ) from error

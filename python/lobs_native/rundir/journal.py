@@ -1,4 +1,4 @@
-"""The manifest of a run as a file: lines appended one by one, each on the disk before it counts."""
+"""The file of a run's manifest, to which lines are appended durably."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import os
 
 from lobs_native.errors import CheckpointError
-from lobs_native.files import fs, safefile
-from lobs_native.files.safefile import shown
+from lobs_native.files import fs, regular, strict_json
+from lobs_native.files.strict_json import shown
 from lobs_native.rundir import manifest
 from lobs_native.rundir.folder import MANIFEST, RunFolder
-from lobs_native.rundir.manifest import Record
+from lobs_native.rundir.manifest import ManifestRecord
 
 __all__ = ["Journal"]
 
@@ -19,35 +19,37 @@ MOST_MARKS = 2_000_000
 
 
 class Journal:
-    """The records of a run, in order, and the file that holds them.
+    """The records of a run, in order, and the file in which they are stored.
 
     Attributes
     ----------
-    records : list of Record
-    known : {(kind, name): Record}
+    records : list of ManifestRecord
+    known : {(kind, name): ManifestRecord}
     checks : list of str
-        Of run.json, then of each line.
+        The check of run.json, then that of each line.
     torn : int
-        Bytes of an unfinished last line.
+        The number of bytes of an unfinished last line.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.records: list[Record] = []
-        self.known: dict[tuple[str, str], Record] = {}
+        self.records: list[ManifestRecord] = []
+        self.known: dict[tuple[str, str], ManifestRecord] = {}
         self.checks = [""]
         self.torn = 0
-        self._ends = [0]  # of the file after n records, in bytes
-        self._marks = 0  # of all lines
+        self._ends = [0]  # size of the file after n records, in bytes
+        self._marks = 0  # in all lines, see strict_json.count_marks
 
     def read(self) -> str | None:
-        """Take over all lines that are whole and right; what is wrong with the next one, if there
-        is one."""
-        what = self.folder.what(MANIFEST)
+        """Read all lines up to the first damaged one. Returns a description of that one's damage,
+        or None."""
+        label = self.folder.label(MANIFEST)
         with self.folder.reading(MANIFEST):
-            data = safefile.read_whole(MANIFEST, what, most=MOST_BYTES, folder=self.folder.root)
-        if safefile.count_marks(data) > MOST_MARKS:
-            raise CheckpointError(f"{what}: holds more values than are read; begin a new run")
+            data = regular.read_whole(MANIFEST, label, most=MOST_BYTES, folder=self.folder.root)
+        if strict_json.count_marks(data) > MOST_MARKS:
+            raise CheckpointError(
+                f"{label}: holds more than {MOST_MARKS} values, the limit; begin a new run"
+            )
         while self._ends[-1] < len(data):
             seq, begin = len(self.records), self._ends[-1]
             end = data.find(b"\n", begin)
@@ -60,17 +62,17 @@ class Journal:
             except CheckpointError as error:
                 return str(error)
             if (record.kind, record.name) in self.known:
-                return f"{where}: is the second {record.kind} {shown(record.name)}"
+                return f"{where}: is a second {record.kind} {shown(record.name)}"
             self._add(record, data[begin : end + 1])
         return None
 
     def unfinished(self) -> str:
-        """What to say of a torn line."""
+        """The message about a torn line."""
         line = len(self.records) + 1
         return f"line {line} was never finished ({self.torn} bytes) and does not count"
 
     def settle(self) -> None:
-        """Sync what has been read: its writer may have been killed before it did."""
+        """Sync the file: its last writer may have been killed before doing so."""
         handle = self._open()
         try:
             fs.sync(handle)
@@ -78,19 +80,19 @@ class Journal:
             fs.close(handle)
         fs.sync_folder(self.folder.root)
 
-    def check_room(self, draft: Record) -> None:
-        """CheckpointError if the line of a record would make the file longer than is read."""
+    def check_room(self, draft: ManifestRecord) -> None:
+        """Raise CheckpointError if the file, with the line of a record, would exceed the limits."""
         line = manifest.line_bytes(draft, self.checks[-1])
-        marks = self._marks + safefile.count_marks(line)
+        marks = self._marks + strict_json.count_marks(line)
         if self._ends[-1] + len(line) > MOST_BYTES or marks > MOST_MARKS:
             raise CheckpointError(
-                f"{self.folder.what(MANIFEST)}: is as long as it may become; begin another run, "
+                f"{self.folder.label(MANIFEST)}: has reached its size limit; begin another run, "
                 "with less in info"
             )
 
-    def append(self, record: Record) -> None:
-        """Put a line after the last one that counts. After an exception it is not there, as far as
-        the system still obeys."""
+    def append(self, record: ManifestRecord) -> None:
+        """Append a line after the last one that counts. After an exception the line is removed
+        again, if the system still allows it."""
         line, end = manifest.line_bytes(record, self.checks[-1]), self._ends[-1]
         handle = self._open()
         try:
@@ -118,12 +120,12 @@ class Journal:
         del self.records[count:], self._ends[count + 1 :], self.checks[count + 1 :]
         self.torn = 0
 
-    def _add(self, record: Record, line: bytes) -> None:
+    def _add(self, record: ManifestRecord, line: bytes) -> None:
         self.records.append(record)
         self.known[record.kind, record.name] = record
         self._ends.append(self._ends[-1] + len(line))
         self.checks.append(manifest.check_of_line(line))
-        self._marks += safefile.count_marks(line)
+        self._marks += strict_json.count_marks(line)
         self.torn = 0
 
     def _open(self) -> int:
@@ -131,13 +133,16 @@ class Journal:
         return fs.open_file(MANIFEST, flags, folder=self.folder.root)
 
     def _cut_at(self, handle: int, end: int) -> None:
-        """Cut off what stands after the last line that counts. Synced by itself: if the next line
-        reached the disk and the cut did not, the end of what was there would follow it."""
+        """Truncate the file after the last line that counts.
+
+        This is synced separately: if the next line reached the disk and the truncation did not,
+        the end of the old contents would follow that line.
+        """
         size = fs.stat(handle).st_size
         if size < end:
             raise CheckpointError(
-                f"{self.folder.what(MANIFEST)}: was cut by someone else to {size} bytes; open it "
-                "again"
+                f"{self.folder.label(MANIFEST)}: another program truncated it to {size} bytes; "
+                "open the run again"
             )
         if size > end:
             fs.truncate(handle, end)

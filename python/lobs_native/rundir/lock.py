@@ -1,4 +1,4 @@
-"""The lock of a run: one process writes, and others are told which."""
+"""The lock of a run: one process writes, and others learn which one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 
 from lobs_native.errors import CheckpointError
-from lobs_native.files import fs, safefile
+from lobs_native.files import fs, regular, strict_json
 from lobs_native.rundir.folder import RunFolder
 
 __all__ = ["LOCK", "Lock"]
@@ -19,9 +19,9 @@ _HOLDER = re.compile(r"[A-Za-z0-9._:+-]{1,253}")
 
 
 class Lock:
-    """Held from :meth:`take` to :meth:`give_back`; the system gives it back when the process ends.
+    """Held from :meth:`take` to :meth:`release`, or until the process ends.
 
-    ``owner`` is the process that took it, None where it was not taken.
+    ``owner`` is the process that took it, or None.
     """
 
     def __init__(self) -> None:
@@ -29,16 +29,16 @@ class Lock:
         self._handle = -1
 
     def take(self, folder: RunFolder) -> list[str]:
-        """Take it; whose it was, if somebody ended without giving it back. CheckpointError, with
-        the holder's number and computer, if it is held."""
+        """Take the lock. Returns a message if its last holder ended without releasing it. Raises
+        CheckpointError, with the holder's number and host, if it is held."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         self._handle = fs.open_file(LOCK, flags, folder=folder.root)
-        safefile.check_regular(self._handle, folder.what(LOCK))
+        regular.check_regular(self._handle, folder.label(LOCK))
         free = fs.lock(self._handle)
         who, elsewhere = _holder(fs.read(self._handle, 4096))
         if not free:
             raise CheckpointError(
-                f"{folder.what()}: {who or 'another process'} is writing there; wait until it has "
+                f"{folder.label()}: {who or 'another process'} is writing there; wait until it has "
                 "ended, or name another folder"
             )
         self.owner = os.getpid()
@@ -52,13 +52,13 @@ class Lock:
         if not who:
             return []
         return [
-            f"{LOCK}: {who} ended without giving it back; taken over"
+            f"{LOCK}: {who} ended without releasing it; taken over"
             + ("; that is another computer: make sure that it has ended" if elsewhere else "")
         ]
 
-    def give_back(self) -> None:
-        """May be called twice, and by a child of the process that took it, which changes nothing
-        for that one."""
+    def release(self) -> None:
+        """Release the lock. It may be called twice. In a child of the process that took the lock,
+        it does not affect that process."""
         if self.owner is not None and self.owner == os.getpid():
             with contextlib.suppress(OSError):
                 fs.truncate(self._handle, 0)
@@ -69,12 +69,13 @@ class Lock:
 
 
 def _holder(data: bytes) -> tuple[str, bool]:
-    """Who has written this into the lock, "" if nobody; and whether that was another computer."""
+    """The process that wrote ``data`` into the lock file ("" if none), and whether it was on
+    another computer."""
     if not data:
         return "", False
     unknown = "an unknown process", False
     try:
-        values = safefile.parse_json(data, LOCK)
+        values = strict_json.parse_json(data, LOCK)
     except CheckpointError:
         return unknown
     if not isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""The JSON in the folder of a run: bytes in, checked values out, and back. Opens no files.
+"""The JSON of a run directory: parsing and checking its bytes, and making them. It opens no files.
 
-Everything is sealed (:func:`lobs_native.safefile.seal`), exactly the fields listed here are
-allowed, and each has its type: what passes was written by this package, or by someone who could as
-well have written another run.
+Everything is sealed (:func:`lobs_native.files.strict_json.seal`), only the fields listed here are
+allowed, and each has one type. What passes was written by this package, or by someone who could
+just as well have written another run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lobs_native.errors import ArgumentError, CheckpointError
-from lobs_native.files import safefile
-from lobs_native.files.safefile import shown
+from lobs_native.files import strict_json
+from lobs_native.files.strict_json import shown
 
 __all__ = [
     "FORMAT",
-    "Record",
+    "LONGEST_LINE",
+    "ManifestRecord",
     "State",
     "check_kind",
     "check_name",
@@ -40,7 +41,7 @@ __all__ = [
 
 FORMAT = 1
 LONGEST_LINE = 1 << 20  # bytes
-_LINE_MARKS = 20_000  # see safefile.MOST_MARKS
+_LINE_MARKS = 20_000  # see strict_json.count_marks
 _LONGEST_NAME = 1000
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -58,44 +59,46 @@ _STATE = {**_BOTH, "after": int}
 
 
 @dataclass(frozen=True)
-class Record:
+class ManifestRecord:
     """One committed line of the manifest."""
 
     seq: int  # 0, 1, 2, ...
     kind: str
     name: str  # unique within its kind
-    file: str  # below the folder of the run
+    file: str  # relative to the run directory
     size: int  # of the file, in bytes
     sha256: str
     info: dict[str, Any]  # plain JSON values
 
 
 class State(NamedTuple):
-    """What is kept about a state."""
+    """The record of a state."""
 
     key: str
-    file: str  # below the folder of the run
-    size: int
+    file: str  # relative to the run directory
+    size: int  # of the file, in bytes
     sha256: str
     info: dict[str, Any]
-    after: int  # records that were committed when it was put
-    prev: str  # check of the last of them
+    after: int  # how many records were committed when it was saved
+    prev: str  # the check of the last of them
 
 
 # ---- names ---------------------------------------------------------------------------------------
 
 
 def check_name(name: Any, argument: str) -> str:
-    """``name`` if a record or state may have it; ArgumentError by ``argument`` otherwise."""
+    """Return ``name`` if a record or state may have it; otherwise raise ArgumentError, which calls
+    it ``argument``."""
     if not _is_name(name):
         raise ArgumentError(
-            f"{argument}: {shown(name)} is no name; give text of at most {_LONGEST_NAME} characters"
+            f"{argument}: {shown(name)} is not a name; pass text of at most {_LONGEST_NAME} "
+            "characters"
         )
     return str(name)
 
 
 def check_kind(kind: Any) -> str:
-    """``kind`` if a record may have it; ArgumentError otherwise."""
+    """Return ``kind`` if a record may have it; otherwise raise ArgumentError."""
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise ArgumentError(f"kind: {shown(kind)}; use lower-case letters, digits, - and _")
     return kind
@@ -109,18 +112,18 @@ def _is_name(name: Any) -> bool:
 
 
 def layer_file(seq: int, name: str) -> str:
-    """The file of a record, below the folder of the run. It says nothing of the name, which may
-    hold anything, and differs where names differ only in case."""
+    """The file of a record, relative to the run directory. A hash stands for the name, which may
+    contain any character, and whose case the file system may ignore."""
     return f"layers/{seq:05d}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
 
 
 def state_record(key: str) -> str:
-    """The file of a state's record, below the folder of the run."""
+    """The file of a state's record, relative to the run directory."""
     return f"state/{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def state_file(key: str, sha256: str) -> str:
-    """The file of a state with this content."""
+    """The file of a state whose contents have this sha256, relative to the run directory."""
     return f"{state_record(key).removesuffix('.json')}-{sha256[:16]}.safetensors"
 
 
@@ -128,18 +131,17 @@ def state_file(key: str, sha256: str) -> str:
 
 
 def header_bytes(header: Any) -> tuple[bytes, dict[str, Any], str]:
-    """The content of run.json, the header as it will be read again, and its check. ArgumentError if
-    it could not be read again."""
-    values = safefile.plain(header, "header")
+    """The contents of run.json, the header as it will be read back, and its check. Raises
+    ArgumentError if it could not be read back."""
+    values = strict_json.plain(header, "header")
     if not isinstance(values, dict):
         raise ArgumentError(f"header: must be a dict, not a {type(header).__name__}")
     if own := {"format", "check"} & set(values):
-        raise ArgumentError(f"header: {min(own)!r} is written by the run itself; leave it out")
-    data = safefile.seal({"format": FORMAT, **values}, indent=1) + b"\n"
-    if len(data) > safefile.MOST_JSON:
+        raise ArgumentError(f"header: {min(own)!r} is added automatically; leave it out")
+    data = strict_json.seal({"format": FORMAT, **values}, indent=1) + b"\n"
+    if len(data) > strict_json.MOST_JSON:
         raise ArgumentError(
-            f"header: makes a run.json of {len(data)} bytes; more than {safefile.MOST_JSON} would "
-            "not be read again"
+            f"header: takes {len(data)} bytes in run.json; the limit is {strict_json.MOST_JSON}"
         )
     try:
         return data, *parse_header(data, "header")
@@ -147,38 +149,38 @@ def header_bytes(header: Any) -> tuple[bytes, dict[str, Any], str]:
         raise ArgumentError(str(error)) from error
 
 
-def parse_header(data: bytes, what: str) -> tuple[dict[str, Any], str]:
-    """The header in run.json and its check. Raises CheckpointError with ``what``."""
-    way_out = "; put a copy of it there, or begin a new run"
+def parse_header(data: bytes, label: str) -> tuple[dict[str, Any], str]:
+    """The header in run.json, and its check. Raises CheckpointError."""
+    way_out = "; restore it from a copy, or begin a new run"
     try:
-        values = safefile.parse_json(data, what)
+        values = strict_json.parse_json(data, label)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{way_out}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{what}: holds a {type(values).__name__}, not an object{way_out}")
+        raise CheckpointError(f"{label}: holds a {type(values).__name__}, not an object{way_out}")
     version = values.get("format")
     if type(version) is not int or version != FORMAT:
         raise CheckpointError(
-            f"{what}: has format {shown(version)}, but this version of lobs_native reads format "
+            f"{label}: has format {shown(version)}, but this version of lobs_native reads format "
             f"{FORMAT}; use the version that wrote it, or begin a new run"
         )
     try:
-        values, check = _unseal_file(data, what)
+        values, check = _unseal_file(data, label)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{way_out}") from error
     del values["format"]
     return values, check
 
 
-def _unseal_file(data: bytes, what: str) -> tuple[dict[str, Any], str]:
-    """A sealed object with a line break after it."""
+def _unseal_file(data: bytes, label: str) -> tuple[dict[str, Any], str]:
+    """The object in a sealed file that ends with a line break, and its check."""
     if not data.endswith(b"\n"):
-        raise CheckpointError(f"{what}: is damaged: its end is missing")
-    return safefile.unseal(data[:-1], what)
+        raise CheckpointError(f"{label}: is damaged: its end is missing")
+    return strict_json.unseal(data[:-1], label)
 
 
 def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
-    """One line for each value that differs between two headers: its place and both values."""
+    """A line for each value that differs between two headers: its path, and both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             text = key if key.isprintable() else ascii(key)
@@ -200,8 +202,7 @@ def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
 
 
 def _short(value: Any, other: Any = None) -> str:
-    """A value as JSON, at most 40 characters of it: from the place where ``other`` differs, if that
-    is further on."""
+    """At most 40 characters of a value as JSON, near the first difference from ``other``."""
     text, different = json.dumps(value), json.dumps(other)
     pairs = enumerate(zip(text, different, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(different)))
@@ -214,18 +215,18 @@ def _short(value: Any, other: Any = None) -> str:
 
 
 def info_of(info: Mapping[str, Any] | None) -> dict[str, Any]:
-    """``info`` as it will be read again. Raises ArgumentError."""
-    found = safefile.plain(dict(info) if isinstance(info, Mapping) else info, "info")
-    if found is None:
+    """``info`` as it will be read back. Raises ArgumentError."""
+    values = strict_json.plain(dict(info) if isinstance(info, Mapping) else info, "info")
+    if values is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ArgumentError(f"info: must be a dict, not a {type(info).__name__}")
-    return found
+    return values
 
 
-def line_bytes(record: Record, prev: str) -> bytes:
-    """The line of a record, with its line break; ``prev`` is the check of what stands before it.
-    ArgumentError if its info makes it too large to be read again."""
+def line_bytes(record: ManifestRecord, prev: str) -> bytes:
+    """The line of a record, with its line break. ``prev`` is the check of the line before it, or of
+    run.json. Raises ArgumentError if its info makes the line too long."""
     return _sealed_line(
         {
             "seq": record.seq,
@@ -241,66 +242,65 @@ def line_bytes(record: Record, prev: str) -> bytes:
 
 
 def _sealed_line(values: Mapping[str, Any]) -> bytes:
-    data = safefile.seal(values)
+    data = strict_json.seal(values)
     if len(data) > LONGEST_LINE:
         raise ArgumentError(
-            f"info: makes a line of {len(data)} bytes, and more than {LONGEST_LINE} bytes would "
-            "not be read again"
+            f"info: makes a line of {len(data)} bytes; the limit is {LONGEST_LINE} bytes"
         )
     try:
-        safefile.unseal(data, "info", marks=_LINE_MARKS)
+        strict_json.unseal(data, "info", marks=_LINE_MARKS)
     except CheckpointError as error:
         raise ArgumentError(str(error)) from error
     return data + b"\n"
 
 
 def check_of_line(line: bytes) -> str:
-    """The check in a line (with its line break) that has been parsed or made here."""
+    """The check in a line (with its line break) from :func:`line_bytes` or already parsed."""
     return line[-67:-3].decode()
 
 
-def parse_line(data: bytes, what: str, seq: int, prev: str) -> Record:
-    """The record in line ``seq`` of a manifest, without its line break. Raises CheckpointError with
-    ``what`` if anything in it is not as :func:`line_bytes` would have made it."""
-    v = _fields(data, what, _RECORD)
+def parse_line(data: bytes, label: str, seq: int, prev: str) -> ManifestRecord:
+    """The record in line ``seq`` of a manifest, without its line break. Raises CheckpointError if
+    it is not what :func:`line_bytes` makes."""
+    v = _fields(data, label, _RECORD)
     if v["prev"] != prev:
-        raise CheckpointError(f"{what}: does not follow {f'line {seq}' if seq else 'run.json'}")
+        raise CheckpointError(f"{label}: does not follow {f'line {seq}' if seq else 'run.json'}")
     if v["seq"] != seq:
-        raise CheckpointError(f"{what}: has the number {v['seq']}, not {seq}")
+        raise CheckpointError(f"{label}: has the number {v['seq']}, not {seq}")
     if not _KIND.fullmatch(v["kind"]):
-        raise CheckpointError(f"{what}: has the impossible kind {shown(v['kind'])}")
-    _check_file(v, layer_file(seq, v["name"]), what)
-    return Record(seq, v["kind"], v["name"], v["file"], v["bytes"], v["sha256"], v["info"])
+        raise CheckpointError(f"{label}: has the invalid kind {shown(v['kind'])}")
+    _check_file(v, layer_file(seq, v["name"]), label)
+    return ManifestRecord(seq, v["kind"], v["name"], v["file"], v["bytes"], v["sha256"], v["info"])
 
 
-def _fields(data: bytes, what: str, types: Mapping[str, type]) -> dict[str, Any]:
+def _fields(data: bytes, label: str, types: Mapping[str, type]) -> dict[str, Any]:
     if len(data) > LONGEST_LINE:
-        raise CheckpointError(
-            f"{what}: has {len(data)} bytes; more than {LONGEST_LINE} are not read"
-        )
-    values, _ = safefile.unseal(data, what, marks=_LINE_MARKS)
+        raise CheckpointError(f"{label}: has {len(data)} bytes; the limit is {LONGEST_LINE}")
+    values, _ = strict_json.unseal(data, label, marks=_LINE_MARKS)
     if set(values) != set(types):
-        raise CheckpointError(f"{what}: has not exactly the fields {', '.join(types)}")
+        raise CheckpointError(f"{label}: does not have exactly the fields {', '.join(types)}")
     for name, kind in types.items():
         if type(values[name]) is not kind:
-            raise CheckpointError(f"{what}: {name} is {shown(values[name])}, no {kind.__name__}")
+            raise CheckpointError(
+                f"{label}: {name} is {shown(values[name])}, not of type {kind.__name__}"
+            )
     return values
 
 
-def _check_file(values: Mapping[str, Any], file: str, what: str) -> None:
+def _check_file(values: Mapping[str, Any], file: str, label: str) -> None:
     if not _is_name(values["name"]):
-        raise CheckpointError(f"{what}: has the impossible name {shown(values['name'])}")
+        raise CheckpointError(f"{label}: has the invalid name {shown(values['name'])}")
     if values["file"] != file:
-        raise CheckpointError(f"{what}: names the file {shown(values['file'])}, not {file}")
+        raise CheckpointError(f"{label}: refers to the file {shown(values['file'])}, not {file}")
     if values["bytes"] < 0 or not _HEX.fullmatch(values["sha256"]):
-        raise CheckpointError(f"{what}: has an impossible size or sha256")
+        raise CheckpointError(f"{label}: has an invalid size or sha256")
 
 
 # ---- state/*.json --------------------------------------------------------------------------------
 
 
 def state_bytes(state: State) -> bytes:
-    """The content of a state's record. ArgumentError as for :func:`line_bytes`."""
+    """The contents of a state's record. Raises ArgumentError as :func:`line_bytes` does."""
     return _sealed_line(
         {
             "kind": "state",
@@ -315,17 +315,16 @@ def state_bytes(state: State) -> bytes:
     )
 
 
-def parse_state(data: bytes, what: str, record: str) -> State:
-    """The state that the file ``record`` (below the folder of the run) is about. Raises
-    CheckpointError with ``what``."""
+def parse_state(data: bytes, label: str, record: str) -> State:
+    """The state in the file ``record`` (relative to the run directory). Raises CheckpointError."""
     if not data.endswith(b"\n"):
-        raise CheckpointError(f"{what}: is damaged: its end is missing")
-    v = _fields(data[:-1], what, _STATE)
+        raise CheckpointError(f"{label}: is damaged: its end is missing")
+    v = _fields(data[:-1], label, _STATE)
     if v["kind"] != "state" or v["after"] < 0 or not _HEX.fullmatch(v["prev"]):
-        raise CheckpointError(f"{what}: is not about a state")
-    _check_file(v, state_file(v["name"], v["sha256"]), what)
+        raise CheckpointError(f"{label}: is not the record of a state")
+    _check_file(v, state_file(v["name"], v["sha256"]), label)
     if state_record(v["name"]) != record:
         raise CheckpointError(
-            f"{what}: is about the state {shown(v['name'])}, which has another file"
+            f"{label}: is the record of the state {shown(v['name'])}, which has another file"
         )
     return State(v["name"], v["file"], v["bytes"], v["sha256"], v["info"], v["after"], v["prev"])

@@ -1,4 +1,4 @@
-"""The states of a run: tensors under a key that are replaced many times, never half."""
+"""The states of a run: tensors under a key, replaced often and atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lobs_native.errors import CheckpointError
-from lobs_native.files import fs, safefile
+from lobs_native.files import fs, regular, safefile
 from lobs_native.files.atomic import put
 from lobs_native.rundir import manifest
 from lobs_native.rundir.folder import DROP, STATE, RunFolder, is_temporary
@@ -25,14 +25,14 @@ _STATE_RECORD = re.compile(r"state/([0-9a-f]{16})\.json")
 
 
 class StateStore:
-    """What is in ``state/``."""
+    """The contents of ``state/``."""
 
     def __init__(self, folder: RunFolder, journal: Journal) -> None:
         self.folder = folder
         self.journal = journal
 
     def put(self, key: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None) -> None:
-        """Replace what is under ``key``, in one step: its record names a file called by its
+        """Replace the state under ``key`` atomically: its record refers to a file named by its
         content."""
         manifest.check_name(key, "key")
         after, prev = len(self.journal.records), self.journal.checks[-1]
@@ -54,19 +54,19 @@ class StateStore:
                 fs.unlink(name, folder=self.folder.states)
 
     def current(self, key: str) -> State | None:
-        """The record of a state, unless it follows records that are gone."""
+        """The record of a state; None if there is none, or if records that it follows are gone."""
         record = manifest.state_record(manifest.check_name(key, "key"))
         with self.folder.reading(record):
             if not fs.exists(Path(record).name, folder=self.folder.states):
                 return None
         try:
-            found = self._read(record)
+            state = self._read(record)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{DROP}") from error
-        return None if self._is_stale(found) else found
+        return None if self._is_stale(state) else state
 
     def keys(self) -> list[str]:
-        """Under which there are states, sorted."""
+        """The keys of all states, sorted."""
         with self.folder.reading(STATE):
             names = sorted(f"{STATE}/{name}" for name in fs.listing(self.folder.states))
         return sorted(self._read(name).key for name in names if _STATE_RECORD.fullmatch(name))
@@ -78,43 +78,44 @@ class StateStore:
             self._remove(record)
 
     def drop_file(self, file: str) -> bool:
-        """Remove the state that a file belongs to by its name, if that is one of a state's."""
-        own = _STATE_RECORD.fullmatch(file) or STATE_FILE.fullmatch(file)
-        if own is not None:
-            self._remove(f"{STATE}/{own[1]}.json")
-        return own is not None
+        """Remove the state that a file belongs to. Returns False if the file's name is not that of
+        a state's file."""
+        match = _STATE_RECORD.fullmatch(file) or STATE_FILE.fullmatch(file)
+        if match is not None:
+            self._remove(f"{STATE}/{match[1]}.json")
+        return match is not None
 
-    def wrong(self) -> list[tuple[str, str, State | None]]:
-        """File, what is wrong with it, and the state where that is whole, but stale."""
-        found: list[tuple[str, str, State | None]] = []
+    def damages(self) -> list[tuple[str, str, State | None]]:
+        """Triples of a file, what is wrong with it, and the state if it is intact but stale."""
+        damages: list[tuple[str, str, State | None]] = []
         names = [f"{STATE}/{n}" for n in fs.listing(self.folder.states) if not is_temporary(n)]
-        right: set[str] = set()
-        unclear: set[str] = set()  # keys whose record says nothing
+        referenced: set[str] = set()
+        unreadable: set[str] = set()  # keys whose record cannot be read
         for record in names:
-            if not (own := _STATE_RECORD.fullmatch(record)):
+            if not (match := _STATE_RECORD.fullmatch(record)):
                 continue
             try:
                 state = self._read(record)
             except CheckpointError as error:
-                what = str(error).removeprefix(f"{self.folder.what(record)}: ")
-                found.append((record, what, None))
-                unclear.add(own[1])
+                description = str(error).removeprefix(f"{self.folder.label(record)}: ")
+                damages.append((record, description, None))
+                unreadable.add(match[1])
                 continue
-            right.add(state.file)
+            referenced.add(state.file)
             if self._is_stale(state):
-                gone = f"follows {state.after} records, of which some are gone"
-                found.append((record, gone, state))
+                description = f"follows {state.after} records, some of which are gone"
+                damages.append((record, description, state))
             elif damage := self.folder.damage(state):
-                found.append((state.file, damage, None))
+                damages.append((state.file, damage, None))
         for name in names:
-            if name not in right and not _STATE_RECORD.fullmatch(name):
-                own = STATE_FILE.fullmatch(name)
-                if own is None or own[1] not in unclear:
-                    found.append((name, ORPHAN, None))
-        return found
+            if name not in referenced and not _STATE_RECORD.fullmatch(name):
+                match = STATE_FILE.fullmatch(name)
+                if match is None or match[1] not in unreadable:
+                    damages.append((name, ORPHAN, None))
+        return damages
 
     def _remove(self, record: str) -> None:
-        """Its record first, for good, since a record without its file is damage."""
+        """Remove a state, its record durably first: a record without its file counts as damage."""
         name = Path(record).name
         if fs.exists(name, folder=self.folder.states):
             fs.unlink(name, folder=self.folder.states)
@@ -123,24 +124,24 @@ class StateStore:
             fs.unlink(file, folder=self.folder.states)
 
     def _files(self, record: str) -> set[str]:
-        """The names in state/ of all tensor files that are called after the same key."""
-        own = _STATE_RECORD.fullmatch(record)
+        """The names in state/ of all tensor files for the key of ``record``."""
+        key = _STATE_RECORD.fullmatch(record)
         return {
             name
             for name in fs.listing(self.folder.states)
-            if own and (m := STATE_FILE.fullmatch(f"{STATE}/{name}")) and m[1] == own[1]
+            if key and (match := STATE_FILE.fullmatch(f"{STATE}/{name}")) and match[1] == key[1]
         }
 
     def _read(self, record: str) -> State:
-        what = self.folder.what(record)
+        label = self.folder.label(record)
         with self.folder.reading(record):
-            data = safefile.read_whole(
+            data = regular.read_whole(
                 Path(record).name,
-                what,
+                label,
                 most=manifest.LONGEST_LINE + 1,
                 folder=self.folder.states,
             )
-        return manifest.parse_state(data, what, record)
+        return manifest.parse_state(data, label, record)
 
     def _is_stale(self, state: State) -> bool:
         checks = self.journal.checks

@@ -1,4 +1,4 @@
-"""What a run directory keeps of work between two layers, and how a run is asked to end."""
+"""Unfinished work between two layers, as states of a run directory; and the request to stop."""
 
 from __future__ import annotations
 
@@ -14,46 +14,47 @@ from lobs_native.rundir.directory import RunDirectory
 
 __all__ = ["StoppedError", "UnderWay", "stop"]
 
-stop = threading.Event()  # set it, and pruning with a run directory ends at the next safe place
+stop = threading.Event()  # once it is set, pruning with a run directory ends at the next safe point
 
 
 class StoppedError(BaseException):
-    """Pruning was asked to end, and nothing is lost. No Exception, like KeyboardInterrupt."""
+    """Pruning ended because it was asked to; nothing is lost. Like KeyboardInterrupt, it is not an
+    Exception."""
 
 
 class UnderWay:
-    """Work between two layers, kept as states of a run directory where that is worth it: see
-    :class:`lobs_native.partial.States`.
+    """The states of unfinished work between two layers, saved when it is worthwhile. It implements
+    :class:`lobs_native.calibration.partial.States`.
 
-    A state is saved when saving it, judged by the last ones, takes at most ``SHARE`` of the time
-    since it was saved last, and the disk has room for it besides the layers. One that cannot be
-    written is no reason to end a run.
+    A state is saved when saving it takes at most ``SHARE`` of the time since it was last saved, as
+    estimated from earlier ones, and the disk has room for it besides the layers. A state that
+    cannot be written does not end the run.
     """
 
     SHARE = 0.05
 
     def __init__(self, run: RunDirectory, *, trusted: bool) -> None:
         self.run = run
-        self.trusted = trusted  # whether what is there belongs to this very run
-        self.reserved = 0  # bytes that layers will take
+        self.trusted = trusted  # whether existing states belong to this very run
+        self.reserved = 0  # bytes that layers will take on the disk
         self.largest: int | None = None  # bytes that a copy may take in memory
-        self.given_up: str | None = None  # why nothing is saved any more
-        self.seconds = 0.0  # spent on writing, layers included
+        self.given_up: str | None = None  # the reason why nothing more is saved
+        self.seconds = 0.0  # time spent writing, layers included
         self._rate = 100e6  # bytes/s
         self._last: dict[str, float] = {}
         self._begun = time.monotonic()
 
     def load(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved under ``key`` last."""
+        """The tensors and info last saved under ``key``; None if there are none."""
         return self.run.state(key) if self.trusted else None
 
     def info(self, key: str) -> dict[str, Any] | None:
-        """Of what :meth:`load` gives."""
+        """The info alone."""
         return self.run.state_info(key) if self.trusted else None
 
     def due(self, key: str, size: int) -> bool:
-        """Whether to save so many bytes now. Raises StoppedError if the run is to end, and saving
-        would take longer than what it spares."""
+        """Whether to save a state of ``size`` bytes now. Raises StoppedError if the run is to stop
+        and saving would take longer than repeating the work."""
         since = time.monotonic() - self._last.get(key, self._begun)
         cost = 0.02 + size / self._rate
         fits = self.largest is None or size <= self.largest
@@ -65,11 +66,11 @@ class UnderWay:
         return self.run.free_bytes() > self.reserved + 1.1 * size
 
     def save(self, key: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Keep this under ``key``. Raises StoppedError afterwards if the run is to end."""
+        """Save a state under ``key``. Then raises StoppedError if the run is to stop."""
         begun = time.monotonic()
         try:
             self.run.put_state(key, tensors, info)
-        except (CheckpointError, ArgumentError) as error:  # too large a description, as well
+        except (CheckpointError, ArgumentError) as error:  # ArgumentError: info is too large
             self.given_up = str(error)
         self._last[key] = time.monotonic()
         took = self._last[key] - begun
@@ -81,17 +82,17 @@ class UnderWay:
             raise StoppedError
 
     def drop(self, key: str) -> None:
-        """Forget what is there."""
+        """Remove the state under ``key``."""
         self.run.drop_state(key)
 
     def clear(self) -> None:
-        """Forget everything: the run is done."""
+        """Remove all states, when the work that they belong to is done."""
         for key in self.run.state_keys():
             self.run.drop_state(key)
 
     def said(self) -> dict[str, Any]:
-        """For the report."""
-        told: dict[str, Any] = {"seconds of keeping": round(self.seconds, 3)}
+        """The entries for the report."""
+        entries: dict[str, Any] = {"seconds of keeping": round(self.seconds, 3)}
         if self.given_up is not None:
-            told["not kept"] = f"what is under way between two layers: {self.given_up}"
-        return told
+            entries["not kept"] = f"unfinished work between two layers: {self.given_up}"
+        return entries

@@ -1,4 +1,4 @@
-"""What is wrong in the folder of a run, and putting it right."""
+"""Finding and repairing damage in a run directory."""
 
 from __future__ import annotations
 
@@ -7,103 +7,103 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobs_native.files import fs
-from lobs_native.files.safefile import shown
+from lobs_native.files.strict_json import shown
 from lobs_native.rundir.folder import LAYERS, MANIFEST, STATE, RunFolder, is_temporary, printable
 from lobs_native.rundir.journal import Journal
 from lobs_native.rundir.manifest import State
 from lobs_native.rundir.states import ORPHAN, STATE_FILE, StateStore
 
-__all__ = ["Problem", "Upkeep"]
+__all__ = ["Damage", "Upkeep"]
 
 _LAYER_FILE = re.compile(r"layers/\d{5,}-[0-9a-f]{12}\.safetensors")
 _UNFINISHED = "was never finished"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something in the folder of a run that is not as it should be."""
+class Damage:
+    """A file in a run directory that is damaged, missing or left over."""
 
-    file: str  # below the folder of the run
-    what: str
-    seq: int | None = None  # of the record that is damaged by it
+    file: str  # relative to the run directory
+    description: str
+    seq: int | None = None  # the number of the record that is damaged
 
     def __str__(self) -> str:
-        return f"{printable(self.file)}: {self.what}"
+        return f"{printable(self.file)}: {self.description}"
 
 
 class Upkeep:
-    """Looks after an open run."""
+    """Checks and repairs of an open run."""
 
     def __init__(self, folder: RunFolder, journal: Journal, states: StateStore) -> None:
         self.folder = folder
         self.journal = journal
         self.states = states
 
-    def check(self) -> list[Problem]:
-        """Read everything and say what is damaged, missing or left over."""
+    def check(self) -> list[Damage]:
+        """Read everything and list what is damaged, missing or left over."""
         with self.folder.reading(""):
             torn = self.journal.torn
-            found = [Problem(MANIFEST, self.journal.unfinished())] if torn else []
-            found += self._damaged_records()
-            found += self._left_over()
-            return found + [problem for problem, _ in self._wrong_states()]
+            damages = [Damage(MANIFEST, self.journal.unfinished())] if torn else []
+            damages += self._damaged_records()
+            damages += self._left_over()
+            return damages + [damage for damage, _ in self._damaged_states()]
 
     def clean(self) -> list[str]:
-        """Remove what an interrupted write has left, and states that follow records which are gone.
-        What was done, one line each."""
-        done = []
-        for problem in self._left_over():
-            if is_temporary(problem.file):
-                done.append(self._remove(problem))
-        for problem, stale in self._wrong_states():
+        """Remove the remains of an interrupted write, and states that follow records which are
+        gone. Returns a line for each action."""
+        actions = []
+        for damage in self._left_over():
+            if is_temporary(damage.file):
+                actions.append(self._remove(damage))
+        for damage, stale in self._damaged_states():
             if stale is not None:
-                done.append(self._drop_stale(problem, stale))
-            elif problem.what == ORPHAN and STATE_FILE.fullmatch(problem.file):
-                done.append(self._remove(problem))
-        return done
+                actions.append(self._drop_stale(damage, stale))
+            elif damage.description == ORPHAN and STATE_FILE.fullmatch(damage.file):
+                actions.append(self._remove(damage))
+        return actions
 
-    def repair(self, damage: str | None) -> list[str]:
-        """Keep all that comes before the first damage, of the manifest (``damage``) or of a file.
-        What was done, one line each."""
-        done = []
+    def repair(self, manifest_damage: str | None) -> list[str]:
+        """Keep everything before the first damage, of the manifest (``manifest_damage``) or of a
+        file. Returns a line for each action."""
+        actions = []
         journal, folder = self.journal, self.folder
         with folder.reading(""):
-            damaged = {problem.seq: problem for problem in self._damaged_records()}
+            damaged = {damage.seq: damage for damage in self._damaged_records()}
         with folder.writing("", None):
-            if damage is not None:
-                done.append(f"{damage}: cut off with all that follows")
+            if manifest_damage is not None:
+                actions.append(f"{manifest_damage}: cut off with all that follows")
             elif journal.torn:
-                done.append(f"{MANIFEST}: {journal.unfinished()}: cut off")
+                actions.append(f"{MANIFEST}: {journal.unfinished()}: cut off")
             first = min((seq for seq in damaged if seq is not None), default=len(journal.records))
             for record in journal.records[first:]:
-                why = damaged.get(record.seq, f"it follows record {first}")
-                done.append(
-                    f"record {record.seq} ({record.kind} {shown(record.name)}): dropped: {why}"
+                reason = damaged.get(record.seq, f"it follows record {first}")
+                actions.append(
+                    f"record {record.seq} ({record.kind} {shown(record.name)}): dropped: {reason}"
                 )
             journal.cut(first)
-            for problem, stale in self._wrong_states():
+            for damage, stale in self._damaged_states():
                 if stale is not None:
-                    done.append(self._drop_stale(problem, stale))
-                elif problem.what != ORPHAN and self.states.drop_file(problem.file):
-                    done.append(f"{problem}: dropped with its state")
+                    actions.append(self._drop_stale(damage, stale))
+                elif damage.description != ORPHAN and self.states.drop_file(damage.file):
+                    actions.append(f"{damage}: dropped with its state")
                 else:
-                    done.append(self._remove(problem))
-            done += [self._remove(problem) for problem in self._left_over()]
+                    actions.append(self._remove(damage))
+            actions += [self._remove(damage) for damage in self._left_over()]
             for handle in (folder.root, folder.layers, folder.states):
                 fs.sync_folder(handle)
-        return done
+        return actions
 
-    def _damaged_records(self) -> list[Problem]:
+    def _damaged_records(self) -> list[Damage]:
         return [
-            Problem(record.file, what, record.seq)
+            Damage(record.file, description, record.seq)
             for record in self.journal.records
-            if (what := self.folder.damage(record))
+            if (description := self.folder.damage(record))
         ]
 
-    def _left_over(self) -> list[Problem]:
-        """Files that no record and no state will ever name."""
-        kept = {Path(record.file).name for record in self.journal.records}
-        found = []
+    def _left_over(self) -> list[Damage]:
+        """Files that no record and no state refers to."""
+        referenced = {Path(record.file).name for record in self.journal.records}
+        damages = []
         for handle, prefix in (
             (self.folder.root, ""),
             (self.folder.layers, f"{LAYERS}/"),
@@ -111,26 +111,29 @@ class Upkeep:
         ):
             for name in fs.listing(handle):
                 if is_temporary(name):
-                    found.append(Problem(prefix + name, _UNFINISHED))
-                elif handle == self.folder.layers and name not in kept:
-                    found.append(Problem(prefix + name, "is not in the manifest"))
-        return found
+                    damages.append(Damage(prefix + name, _UNFINISHED))
+                elif handle == self.folder.layers and name not in referenced:
+                    damages.append(Damage(prefix + name, "is not in the manifest"))
+        return damages
 
-    def _wrong_states(self) -> list[tuple[Problem, State | None]]:
-        return [(Problem(file, what), stale) for file, what, stale in self.states.wrong()]
+    def _damaged_states(self) -> list[tuple[Damage, State | None]]:
+        return [
+            (Damage(file, description), stale) for file, description, stale in self.states.damages()
+        ]
 
-    def _drop_stale(self, problem: Problem, state: State) -> str:
+    def _drop_stale(self, damage: Damage, state: State) -> str:
         self.states.drop(state.key)
-        return f"state {shown(state.key)}: dropped: it {problem.what}"
+        return f"state {shown(state.key)}: dropped: it {damage.description}"
 
-    def _remove(self, problem: Problem) -> str:
-        """Remove the file of a problem, if a run has made it; what was done."""
-        made = (_LAYER_FILE.fullmatch(problem.file), STATE_FILE.fullmatch(problem.file))
-        if not any(made) and not is_temporary(problem.file):
-            return f"{problem}: left: no run has made it; remove it yourself"
-        handle, name = self.folder.holder(problem.file)
+    def _remove(self, damage: Damage) -> str:
+        """Remove a file if its name is one that runs use. Returns a line about it."""
+        patterns = (_LAYER_FILE, STATE_FILE)
+        own = any(pattern.fullmatch(damage.file) for pattern in patterns)
+        if not own and not is_temporary(damage.file):
+            return f"{damage}: left: it is not from a run; remove it yourself"
+        handle, name = self.folder.location(damage.file)
         try:
             fs.unlink(name, folder=handle)
         except IsADirectoryError:
-            return f"{printable(problem.file)}: left: it is a folder; remove it yourself"
-        return f"{printable(problem.file)}: removed: it {problem.what}"
+            return f"{printable(damage.file)}: left: it is a folder; remove it yourself"
+        return f"{printable(damage.file)}: removed: it {damage.description}"
