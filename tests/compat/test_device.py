@@ -1,4 +1,4 @@
-"""compat.sparsegpt on a pretend CUDA device: nothing mixes devices, and results are the CPU's."""
+"""compat.sparsegpt on a pretend CUDA device: no devices are mixed, and results are the CPU's."""
 
 from __future__ import annotations
 

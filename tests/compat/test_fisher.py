@@ -1,5 +1,5 @@
-"""compat.fisher against the inverse itself in float64, and against SparseML's class where it is
-(see original_programs.py)."""
+"""compat.fisher against the inverse in float64, and against SparseML's class if available (see
+original_programs.py)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
 CPU = torch.device("cpu")
-# m, B, d, damp: blocks that divide the weights and do not, one block that is too large, single
-# weights, blocks that torch's products do, and the damping that oBERT has by default.
+# m, B, d, damp: blocks that divide the weights and that do not, one block that is too large, blocks
+# of one weight, blocks computed by torch's products, and the default damping of oBERT.
 CASES = [
     (40, 50, 1777, 1e-3),
     (70, 128, 1777, 1e-3),
@@ -35,7 +35,7 @@ CASES = [
 
 
 def gradients(m: int, d: int) -> Tensor:
-    """(m, d) float32 of very different length; some weights never have one."""
+    """(m, d) float32 with very different norms; some weights have no gradients."""
     G = torch.randn(m, d) * torch.logspace(-2, 0, m)[:, None] * 0.3
     G[:, ::11] = 0.0
     return G
@@ -50,17 +50,17 @@ def inverse_of(G: Tensor, m: int, B: int, damp: float) -> Tensor:
     return torch.linalg.inv(fisher + damp * torch.eye(B, dtype=F64))
 
 
-def given(m, B, d, damp, G, kind=EmpiricalBlockFisherInverse, **options):
-    made = kind(m, B, d, damp, CPU, **options)
+def with_gradients(m, B, d, damp, G, kind=EmpiricalBlockFisherInverse, **options):
+    inverse = kind(m, B, d, damp, CPU, **options)
     for g in G:
-        made.add_grad(g)
-    return made
+        inverse.add_grad(g)
+    return inverse
 
 
 @pytest.mark.parametrize(("m", "B", "d", "damp"), CASES)
 def test_after_m_gradients_it_is_the_inverse(m, B, d, damp):
     G = gradients(m, d)
-    ours = given(m, B, d, damp, G)
+    ours = with_gradients(m, B, d, damp, G)
     expected = inverse_of(G, m, B, damp)
     assert ours.f_inv.shape == (math.ceil(d / B), B, B)
     assert ours.f_inv.dtype == torch.float32
@@ -75,16 +75,16 @@ def test_after_m_gradients_it_is_the_inverse(m, B, d, damp):
 @pytest.mark.parametrize("damp", [1e-2, 1e-7])
 def test_in_float64_it_is_the_inverse_to_many_digits(damp):
     G = gradients(64, 333)
-    ours = given(64, 50, 333, damp, G, dtype=F64)
+    ours = with_gradients(64, 50, 333, damp, G, dtype=F64)
     assert ours.mul(torch.ones(333)).dtype == F64
     expected = inverse_of(G, 64, 50, damp)
     assert bool(((ours.f_inv - expected).abs() <= 1e-6 * expected.abs().amax((1, 2))[0]).all())
 
 
 @pytest.mark.parametrize("buffer", [1, 7, 64, None])
-def test_when_gradients_are_applied_makes_no_difference(buffer):
+def test_the_result_does_not_depend_on_the_buffer(buffer):
     G = gradients(40, 120)
-    ours = given(40, 50, 120, 1e-2, G, buffer=buffer)
+    ours = with_gradients(40, 50, 120, 1e-2, G, buffer=buffer)
     assert distance(ours.f_inv, inverse_of(G, 40, 50, 1e-2)) < 1e-4
 
 
@@ -100,21 +100,21 @@ def test_it_may_be_read_at_any_time():
 
 
 @pytest.mark.parametrize(("B", "most"), [(1, 1), (20, 10), (50, 16), (128, 64), (600, 64)])
-def test_gradients_that_wait_take_half_the_memory_of_the_inverse_at_most(B, most):
+def test_the_buffer_takes_at_most_half_the_memory_of_the_inverse(B, most):
     ours = EmpiricalBlockFisherInverse(1000, B, 6 * B, 1e-2, CPU)
     g = torch.randn(6 * B)
     held = []
     for _ in range(2 * most + 1):
         ours.add_grad(g)
-        held.append(len(ours._waiting))
+        held.append(len(ours._buffer))
         assert ours._count < most or most == 1
     assert max(held) == most
     assert most == 1 or max(held) * 6 * B <= ours._inverse.numel() / 2
     assert bool(ours.f_inv.any())
-    assert ours._waiting is None
+    assert ours._buffer is None
 
 
-def test_a_gradient_is_copied_and_may_have_any_shape_and_type():
+def test_a_gradient_is_copied_and_may_have_any_shape_and_dtype():
     G = gradients(8, 120)
     ours = EmpiricalBlockFisherInverse(8, 50, 120, 1e-2, CPU)
     for g in G:
@@ -123,15 +123,15 @@ def test_a_gradient_is_copied_and_may_have_any_shape_and_type():
         with torch.no_grad():
             lent.zero_()
     assert distance(ours.f_inv, inverse_of(G, 8, 50, 1e-2)) < 1e-4
-    half = given(8, 50, 120, 1e-2, G.to(torch.bfloat16))
+    half = with_gradients(8, 50, 120, 1e-2, G.to(torch.bfloat16))
     assert distance(half.f_inv, inverse_of(G.to(torch.bfloat16), 8, 50, 1e-2)) < 1e-4
 
 
 def test_a_padded_gradient_counts_if_its_end_is_zero():
     G = gradients(8, 120)
     padded = torch.nn.functional.pad(G, (0, 30))
-    ours = given(8, 50, 120, 1e-2, padded)
-    assert torch.equal(ours.f_inv, given(8, 50, 120, 1e-2, G).f_inv)
+    ours = with_gradients(8, 50, 120, 1e-2, padded)
+    assert torch.equal(ours.f_inv, with_gradients(8, 50, 120, 1e-2, G).f_inv)
     with pytest.raises(lobs.ArgumentError, match="past the 120 weights"):
         ours.add_grad(torch.ones(150))
 
@@ -146,22 +146,22 @@ def test_a_padded_gradient_counts_if_its_end_is_zero():
         (lambda f: f.add_grad(torch.full((120,), 1e99, dtype=F64)), lobs.NonFiniteError, "g: inf"),
     ],
 )
-def test_wrong_vectors_are_refused_and_nothing_changes(call, error, message):
+def test_wrong_vectors_are_refused_and_change_nothing(call, error, message):
     G = gradients(8, 120)
-    ours = given(8, 50, 120, 1e-2, G[:5])
+    ours = with_gradients(8, 50, 120, 1e-2, G[:5])
     with pytest.raises(error, match=message):
         call(ours)
     for g in G[5:]:
         ours.add_grad(g)
-    assert torch.equal(ours.f_inv, given(8, 50, 120, 1e-2, G).f_inv)
+    assert torch.equal(ours.f_inv, with_gradients(8, 50, 120, 1e-2, G).f_inv)
 
 
-def test_large_finite_gradients_are_taken():
+def test_large_finite_gradients_are_accepted():
     """Their sum is infinite in float32."""
     ours = EmpiricalBlockFisherInverse(2, 8, 8, 1.0, CPU)
     g = torch.full((8,), 2e38)
     ours.add_grad(g)
-    assert torch.equal(ours._waiting[0], g)
+    assert torch.equal(ours._buffer[0], g)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_wrong_arguments_are_refused(arguments, error, message):
         EmpiricalBlockFisherInverse(*arguments)
 
 
-def test_what_rounding_has_spoilt_is_refused_from_then_on():
+def test_an_inverse_that_rounding_made_indefinite_is_refused_from_then_on():
     ours = EmpiricalBlockFisherInverse(4, 10, 20, 1e-2, CPU)
     ours.f_inv.mul_(-1)
     ours.add_grad(torch.ones(20))
@@ -200,13 +200,13 @@ def device(request):
 
 
 @pytest.mark.parametrize("B", [50, 600])
-def test_tensors_of_a_device_stay_there(device, B):
+def test_tensors_stay_on_their_device(device, B):
     G = gradients(8, 700)
     ours = EmpiricalBlockFisherInverse(8, B, 700, 1e-2, CUDA)
     for g in G:
         ours.add_grad(g.to(CUDA))
     assert ours.f_inv.device == CUDA
-    here = given(8, B, 700, 1e-2, G)
+    here = with_gradients(8, B, 700, 1e-2, G)
     assert distance(ours.f_inv.cpu(), here.f_inv) < 1e-4
     v = torch.randn(700)
     assert distance(ours.mul(v.to(CUDA)).cpu(), here.mul(v)) < 1e-4
@@ -215,11 +215,11 @@ def test_tensors_of_a_device_stay_there(device, B):
         ours.add_grad(G[0])
 
 
-# ---- under the hosts' name -----------------------------------------------------------------------
+# ---- patched into the hosts ----------------------------------------------------------------------
 
 
 def as_published(attribute: str) -> type:
-    """A class with the hosts' signatures that keeps its inverse as ``attribute``."""
+    """A class with the hosts' signatures that stores its inverse as ``attribute``."""
 
     class EmpiricalBlockFisherInverse:  # the name that the program knows
         def __init__(self, num_grads, fisher_block_size, num_weights, damp, device):
@@ -254,7 +254,7 @@ def check_patched(monkeypatch, original: type) -> None:
     monkeypatch.setitem(sys.modules, MODULE, module)
     G = gradients(6, 120)
     with lobs.compat.patch("fisher", verify=2) as record:
-        ours = given(6, 50, 120, 1e-2, G, kind=module.EmpiricalBlockFisherInverse)
+        ours = with_gradients(6, 50, 120, 1e-2, G, kind=module.EmpiricalBlockFisherInverse)
         assert isinstance(ours, EmpiricalBlockFisherInverse)
         for _ in range(2):
             ours.diag()
@@ -266,7 +266,7 @@ def check_patched(monkeypatch, original: type) -> None:
 
 
 @pytest.mark.parametrize("attribute", ["f_inv", "F_inv"])
-def test_patch_puts_it_in_place_and_verifies(monkeypatch, attribute):
+def test_patch_installs_it_and_verifies(monkeypatch, attribute):
     check_patched(monkeypatch, as_published(attribute))
 
 
@@ -277,8 +277,8 @@ def test_patch_is_verified_by_the_original(monkeypatch):
 @pytest.mark.parametrize(("m", "B", "d", "damp"), CASES)
 def test_as_the_original(m, B, d, damp):
     G = gradients(m, d)
-    theirs = given(m, B, d, damp, G, kind=original_programs.fisher_class())
-    ours = given(m, B, d, damp, G)
+    theirs = with_gradients(m, B, d, damp, G, kind=original_programs.fisher_class())
+    ours = with_gradients(m, B, d, damp, G)
     assert distance(ours.f_inv, theirs.f_inv) < 1e-3
     assert distance(ours.diag(), theirs.diag()) < 1e-3
     v = torch.randn(d)

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lobs_native.compat.llmcompressor import LOBSModifier
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # the host warns of its own ways
+    pytest.mark.filterwarnings("default"),  # the host warns about itself
     pytest.mark.usefixtures("one_thread", "_offline"),
 ]
 WORDS = 48
@@ -42,7 +42,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer, saved: oneshot looks its configuration up by its path."""
+    """A saved tiny Llama with a tokenizer: oneshot reads its configuration from its path."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS,
@@ -121,17 +121,17 @@ def moments_of(model: nn.Module, dataset: Dataset) -> dict[str, lobs.Hessian]:
     return found
 
 
-def same(ours: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Up to the order in which batches were summed, which the host's sampler decides."""
-    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
-    return torch.equal(ours == 0, wanted == 0)
+def same(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equality up to the order in which batches are summed, which the host's sampler decides."""
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    return torch.equal(ours == 0, expected == 0)
 
 
 METHODS = ["exact", "sweep", "lobs", "magnitude", "wanda"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_of_every_layer_is_removed_and_the_head_is_left(model, method):
+def test_half_of_every_layer_is_removed_but_not_the_head(model, method):
     before = model.lm_head.weight.detach().clone()
     modifier = LOBSModifier(sparsity=0.5, method=method, ignore=["lm_head"])
     run(model, modifier)
@@ -165,7 +165,7 @@ def test_the_weights_are_those_of_prune_weight_on_the_same_second_moments(model,
         assert bias is None or same(module.bias, out.bias)
 
 
-def test_later_blocks_are_calibrated_on_what_the_pruned_ones_give(model, folder):
+def test_later_blocks_are_calibrated_on_the_outputs_of_pruned_ones(model, folder):
     run(model, LOBSModifier(sparsity=0.5, ignore=["lm_head"]))
     other = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     other.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
@@ -176,7 +176,7 @@ def test_later_blocks_are_calibrated_on_what_the_pruned_ones_give(model, folder)
             assert same(model.get_submodule(name).weight, out.weight)
 
 
-def test_host_names_of_settings_mean_what_they_mean_there(model, folder):
+def test_settings_named_as_in_the_host_mean_the_same(model, folder):
     run(
         model,
         LOBSModifier(
@@ -211,12 +211,12 @@ def test_overrides_scope_report_and_recipe_text(model, tmp_path):
     assert report["settings"]["scope"] == "row"
     for layer in report["layers"]:
         module = model.get_submodule(layer["name"])
-        wanted = next((s for end, s in share.items() if layer["name"].endswith(end)), 0.25)
-        assert bool(((module.weight == 0).sum(1) == int(wanted * module.in_features)).all())
+        expected = next((s for end, s in share.items() if layer["name"].endswith(end)), 0.25)
+        assert bool(((module.weight == 0).sum(1) == int(expected * module.in_features)).all())
         assert layer["rows"] == 120
 
 
-def test_what_is_saved_has_the_zeros_and_a_recipe_that_can_be_run_again(model, folder, tmp_path):
+def test_a_saved_model_has_the_zeros_and_a_recipe_that_can_be_rerun(model, folder, tmp_path):
     out = tmp_path / "out"
     settings = {"mask_structure": "2:4", "method": "sweep", "ignore": ["lm_head"]}
     run(model, LOBSModifier(**settings), output_dir=str(out))
@@ -234,7 +234,7 @@ def test_what_is_saved_has_the_zeros_and_a_recipe_that_can_be_run_again(model, f
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["then quantised", "after its settings"])
-def test_a_recipe_that_quantises_as_well(model, first):
+def test_a_recipe_may_also_quantise(model, first):
     pruning = LOBSModifier(sparsity=0.5, method="sweep", targets=["re:.*mlp.*"])
     rounding = QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])
     run(model, *([pruning, rounding] if first else [rounding, pruning]))
@@ -296,7 +296,7 @@ def test_loss_masks_are_respected(model):
     assert {layer.rows for layer in modifier.result.layers} == {60.0}
 
 
-def test_another_order_of_the_batches_is_noticed(model):
+def test_another_order_of_the_batches_is_detected(model):
     data = sentences(padded=True).with_format("torch")
 
     class Changing(torch.utils.data.Sampler):
@@ -321,7 +321,7 @@ def test_another_order_of_the_batches_is_noticed(model):
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def test_a_layer_that_fails_is_named_and_all_weights_are_as_they_were(model):
+def test_a_layer_that_fails_is_named_and_all_weights_are_restored(model):
     before = weights(model)
     handle = model.model.layers[1].mlp.act_fn.register_forward_hook(
         lambda module, args, out: out * float("nan")
@@ -373,7 +373,7 @@ def test_without_originals_only_the_failing_part_is_undone(model):
         assert torch.equal(p, before[f"model.layers.1.{name}"])
 
 
-def test_a_second_moment_that_has_no_inverse_is_an_error_not_an_identity(model):
+def test_a_singular_second_moment_is_an_error_not_an_identity(model):
     with pytest.raises(lobs.NotPositiveDefiniteError, match=r"layer 'model\.layers\.0"):
         run(model, LOBSModifier(sparsity=0.5, damping=0.0), dataset=sentences(rows=1, length=4))
 
@@ -386,10 +386,10 @@ def test_layers_that_are_never_called_are_named(model):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_head_tied_to_the_embeddings_is_left_alone_and_reported(model):
+def test_a_head_tied_to_the_embeddings_is_skipped_and_reported(model):
     model.lm_head.weight = model.model.embed_tokens.weight
     before = model.lm_head.weight.detach().clone()
-    for _ in range(2):  # the second time, the weights lie in the host's offloading
+    for _ in range(2):  # the second time, the host offloads the weights
         modifier = LOBSModifier(sparsity=0.5, method="magnitude")
         run(model, modifier)
         assert torch.equal(model.lm_head.weight, before)
@@ -405,14 +405,14 @@ def test_a_head_tied_to_the_embeddings_is_left_alone_and_reported(model):
         ({"sparsity": 1.5}, "sparsity: 1.5"),
         ({"sparsity": 0.5, "method": "best"}, "method: 'best'"),
         ({"sparsity": 0.5, "scope": "model"}, "scope: 'model'"),
-        ({"pattern": "2:4", "mask_structure": "2:4"}, "give one of them"),
+        ({"pattern": "2:4", "mask_structure": "2:4"}, "pass one of them"),
         ({"mask_structure": "5:4"}, "mask_structure: '5:4'"),
         ({"sparsity": 0.5, "damping": 0.1, "dampening_frac": 0.2}, "two names"),
         ({"sparsity": 0.5, "report": "report.txt"}, r"must end in \.json or \.html"),
         ({"sparsity": 0.5, "block_size": 64}, "block_size"),
     ],
 )
-def test_wrong_settings_are_refused_when_the_modifier_is_made(settings, message):
+def test_wrong_settings_are_refused_when_the_modifier_is_constructed(settings, message):
     with pytest.raises(ValueError, match=message):
         LOBSModifier(**settings)
 
@@ -428,51 +428,53 @@ def test_wrong_settings_are_refused_when_the_modifier_is_made(settings, message)
         ({"sparsity": None, "pattern": "3:5"}, lobs.PatternError, r"layer 'model\.layers\.0"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused_before_calibration(model, settings, error, message):
+def test_settings_that_do_not_fit_the_model_are_refused_before_calibration(
+    model, settings, error, message
+):
     before = weights(model)
     with pytest.raises(error, match=message):
         run(model, LOBSModifier(**{"sparsity": 0.5, **settings}))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-# ---- what the host does in these places ----------------------------------------------------------
+# ---- the host's own behaviour --------------------------------------------------------------------
 
 
 def test_the_host_prunes_a_head_that_is_ignored_by_name(model):
-    """A host bug that LOBSModifier has not: it compares ``ignore`` with "lm_head."."""
+    """A bug of the host that LOBSModifier does not have: it compares ``ignore`` with "lm_head."."""
     run(model, SparseGPTModifier(sparsity=0.5, ignore=["lm_head"]))
     assert zeros(model.lm_head) > 0, "the host has been mended: change what the docs say of it"
 
 
-def test_the_host_takes_a_target_given_as_text_for_its_letters(model):
-    """A host bug that LOBSModifier has not: nothing is pruned, and nothing said."""
+def test_the_host_reads_a_target_given_as_text_letter_by_letter(model):
+    """A bug of the host that LOBSModifier does not have: nothing is pruned, without a message."""
     run(model, SparseGPTModifier(sparsity=0.5, targets="Linear"))
     assert not any(zeros(module) for module in linears(model).values())
 
 
 def test_the_host_prunes_the_embeddings_through_a_tied_head(model):
-    """A host bug that LOBSModifier has not (it skips the head, see above)."""
+    """A bug of the host that LOBSModifier does not have (it skips the head, see above)."""
     model.lm_head.weight = model.model.embed_tokens.weight
     before = model.model.embed_tokens.weight.detach().clone()
     run(model, SparseGPTModifier(sparsity=0.5))
     assert not torch.equal(model.model.embed_tokens.weight, before)
 
 
-def test_the_host_leaves_layers_out_that_were_never_called_and_says_nothing(model):
-    """A host bug that LOBSModifier has not: it names them."""
+def test_the_host_silently_skips_layers_that_were_never_called(model):
+    """A bug of the host that LOBSModifier does not have: it names them."""
     model.extra = nn.Linear(8, 8)
     run(model, SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"]))
     assert zeros(model.extra) == 0
 
 
 def test_the_host_cannot_calibrate_its_owl_profile(model):
-    """OWL starts a calibration inside initialisation, which the host's own lifecycle forbids."""
+    """OWL calibrates during initialisation, which the host's own lifecycle forbids."""
     owl = {"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.05}
     with pytest.raises(ValueError, match="Cannot invoke event before initializing"):
         run(model, SparseGPTModifier(sparsity=0.5, targets=["LlamaDecoderLayer"], **owl))
 
 
-def test_the_session_is_left_for_the_next_run(model):
+def test_the_session_is_ready_for_the_next_run(model):
     run(model, LOBSModifier(sparsity=0.5, method="magnitude", ignore=["lm_head"]))
     assert active_session().lifecycle.finalized
     assert not any(m._forward_pre_hooks for m in model.modules())

@@ -1,4 +1,4 @@
-"""Our functions in place of those of llm-compressor's SparseGPTModifier: same masks and weights."""
+"""Our replacements for the functions of llm-compressor's SparseGPTModifier: same masks, weights."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def pruned(host: Any, layer: nn.Module, H: torch.Tensor, **settings: Any) -> Any
     return result
 
 
-def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+def close(actual: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (actual.dtype, actual.shape) == (theirs.dtype, theirs.shape)
+    torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 SETTINGS = {
@@ -80,42 +80,42 @@ SETTINGS = {
 
 @pytest.mark.parametrize("dead", [False, True], ids=["", "dead"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_masks_and_weights_are_the_hosts(settings, dead):
+def test_masks_and_weights_are_the_host_s(settings, dead):
     layer, batches = layer_and_inputs(dead=dead)
     H = moment(sgpt_sparsify, layer, batches)
-    loss, mine = pruned(ours, layer, H, **settings)
+    loss, actual = pruned(ours, layer, H, **settings)
     their_loss, theirs = pruned(sgpt_sparsify, layer, H, **settings)
-    assert torch.equal(mine == 0, theirs == 0)
-    close(mine, theirs)
+    assert torch.equal(actual == 0, theirs == 0)
+    close(actual, theirs)
     assert loss == pytest.approx(their_loss, rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 13), (7, 129), (33, 300)])
-def test_odd_sizes_have_the_hosts_weights(rows, columns, settings):
+def test_odd_sizes_have_the_host_s_weights(rows, columns, settings):
     layer, batches = layer_and_inputs(rows, columns)
     H = moment(sgpt_sparsify, layer, batches)
     if settings.get("prune_n") and columns % settings["prune_m"] in range(1, settings["prune_n"]):
-        with pytest.raises(RuntimeError):  # theirs
+        with pytest.raises(RuntimeError):  # the host's
             pruned(sgpt_sparsify, layer, H, **settings)
-        with pytest.raises(lobs.PatternError, match="ends with a group of"):
+        with pytest.raises(lobs.PatternError, match="ends in a group of"):
             pruned(ours, layer, H, **settings)
         return
-    _, mine = pruned(ours, layer, H, **settings)
+    _, actual = pruned(ours, layer, H, **settings)
     _, theirs = pruned(sgpt_sparsify, layer, H, **settings)
-    assert torch.equal(mine == 0, theirs == 0)
-    close(mine, theirs)
+    assert torch.equal(actual == 0, theirs == 0)
+    close(actual, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_second_moment_is_the_hosts(dtype):
+def test_the_second_moment_is_the_host_s(dtype):
     layer, batches = layer_and_inputs(dtype=dtype)
-    mine, theirs = (moment(host, layer, batches) for host in (ours, sgpt_sparsify))
+    actual, theirs = (moment(host, layer, batches) for host in (ours, sgpt_sparsify))
     torch.testing.assert_close(
-        mine.tril(), theirs.tril(), rtol=1e-5, atol=1e-6 * float(theirs.max())
+        actual.tril(), theirs.tril(), rtol=1e-5, atol=1e-6 * float(theirs.max())
     )
-    (_, a), (_, b) = (pruned(sgpt_sparsify, layer, H) for H in (mine, theirs))
-    close(a, b)  # the host reads no more than that of it
+    (_, a), (_, b) = (pruned(sgpt_sparsify, layer, H) for H in (actual, theirs))
+    close(a, b)  # the host reads only the lower triangle
 
 
 def test_single_samples_and_samples_of_tokens_count_as_in_the_host():
@@ -137,13 +137,13 @@ def accumulated(host: Any, layer: nn.Module, batches: list[torch.Tensor]) -> tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_are_the_hosts_up_to_their_rounding(dtype):
+def test_half_precision_weights_are_the_host_s_up_to_rounding(dtype):
     layer, batches = layer_and_inputs(dtype=dtype)
     H = moment(sgpt_sparsify, layer, batches)
-    (_, mine), (_, theirs) = (pruned(host, layer, H) for host in (ours, sgpt_sparsify))
-    assert mine.dtype == dtype
-    assert torch.equal(mine == 0, theirs == 0)
-    torch.testing.assert_close(mine, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    (_, actual), (_, theirs) = (pruned(host, layer, H) for host in (ours, sgpt_sparsify))
+    assert actual.dtype == dtype
+    assert torch.equal(actual == 0, theirs == 0)
+    torch.testing.assert_close(actual, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -155,15 +155,17 @@ def test_zeros_are_preserved_as_in_the_host(settings):
     layer, batches = layer_and_inputs(24, 96)
     with torch.no_grad():
         layer.weight[torch.rand(24, 96) < 0.2] = 0
-        layer.weight[:, 32:40] = 0  # a block that has more than its share
+        layer.weight[:, 32:40] = 0  # a block with more than its share
     if settings.get("prune_n"):
-        settings = {**settings, "sparsity": 0.9}  # the host looks at it all the same
+        settings = {**settings, "sparsity": 0.9}  # the host checks it nevertheless
     H = moment(sgpt_sparsify, layer, batches)
     settings = {**settings, "preserve_sparsity_mask": True}
-    (_, mine), (_, theirs) = (pruned(host, layer, H, **settings) for host in (ours, sgpt_sparsify))
-    assert bool((mine[layer.weight == 0] == 0).all())
-    assert torch.equal(mine == 0, theirs == 0)
-    close(mine, theirs)
+    (_, actual), (_, theirs) = (
+        pruned(host, layer, H, **settings) for host in (ours, sgpt_sparsify)
+    )
+    assert bool((actual[layer.weight == 0] == 0).all())
+    assert torch.equal(actual == 0, theirs == 0)
+    close(actual, theirs)
 
 
 def test_too_many_zeros_are_refused_as_in_the_host():
@@ -176,11 +178,11 @@ def test_too_many_zeros_are_refused_as_in_the_host():
             pruned(host, layer, H, sparsity=0.5, preserve_sparsity_mask=True)
 
 
-# ---- where ours is different ---------------------------------------------------------------------
+# ---- intended differences ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"prune_n": 2, "prune_m": 4}], ids=["50%", "2:4"])
-def test_convolutions_get_a_second_moment_of_their_width(settings):
+def test_convolutions_get_a_second_moment_of_the_right_size(settings):
     conv = nn.Conv2d(4, 6, 3, padding=1, stride=2)
     images = [torch.randn(2, 4, 9, 9) for _ in range(6)]
     with pytest.raises(RuntimeError):  # the host makes it (4, 4)
@@ -189,12 +191,12 @@ def test_convolutions_get_a_second_moment_of_their_width(settings):
     patches = torch.cat([nn.functional.unfold(x, 3, padding=1, stride=2) for x in images])
     wanted = torch.einsum("bct,bdt->cd", patches, patches) * 2 / 12
     torch.testing.assert_close(H.tril(), wanted.tril(), rtol=1e-4, atol=1e-4)
-    (_, mine), (_, theirs) = (pruned(host, conv, H, **settings) for host in (ours, sgpt_sparsify))
-    assert torch.equal(mine == 0, theirs == 0)  # from there on the host can
-    close(mine, theirs)
+    (_, actual), (_, theirs) = (pruned(host, conv, H, **settings) for host in (ours, sgpt_sparsify))
+    assert torch.equal(actual == 0, theirs == 0)  # with it, the host can continue
+    close(actual, theirs)
 
 
-def test_conv1d_of_transformers_gets_a_second_moment_of_its_width():
+def test_conv1d_of_transformers_gets_a_second_moment_of_the_right_size():
     layer = Conv1D(5, 12)
     with torch.no_grad():
         layer.weight.normal_()
@@ -202,12 +204,12 @@ def test_conv1d_of_transformers_gets_a_second_moment_of_its_width():
     with pytest.raises(RuntimeError):  # the host makes it (5, 5)
         moment(sgpt_sparsify, layer, batches)
     H = moment(ours, layer, batches)
-    (_, mine), (_, theirs) = (pruned(host, layer, H) for host in (ours, sgpt_sparsify))
-    assert mine.is_contiguous()
-    close(mine, theirs)
+    (_, actual), (_, theirs) = (pruned(host, layer, H) for host in (ours, sgpt_sparsify))
+    assert actual.is_contiguous()
+    close(actual, theirs)
 
 
-def test_no_inverse_is_an_error_where_the_host_takes_the_identity():
+def test_a_singular_moment_is_an_error_where_the_host_uses_the_identity():
     layer, _ = layer_and_inputs(8, 16)
     H = torch.ones(16, 16) - 2 * torch.eye(16) * 0.9
     H.diagonal().abs_()
@@ -221,7 +223,7 @@ def test_no_inverse_is_an_error_where_the_host_takes_the_identity():
     assert torch.equal(held[layer], before)
 
 
-def test_inputs_that_are_not_finite_are_refused_and_h_is_as_it_was():
+def test_inputs_that_are_not_finite_are_refused_and_h_is_unchanged():
     layer, (x, *_) = layer_and_inputs(8, 16)
     x = x[..., :16].clone()
     H, n = ours.accumulate_hessian(x, layer, ours.make_empty_hessian(layer), 0)
@@ -248,10 +250,10 @@ def test_wrong_arguments_are_refused(settings, message):
         pruned(ours, layer, H, **settings)
 
 
-# ---- under patch ---------------------------------------------------------------------------------
+# ---- patched in ----------------------------------------------------------------------------------
 
 
-def test_patch_puts_them_into_the_modifiers_namespace_and_takes_them_out():
+def test_patch_installs_them_in_the_modifier_s_namespace_and_removes_them():
     names = ("make_empty_hessian", "accumulate_hessian", "sparsify_weight")
     before = [getattr(base, name) for name in names]
     layer, batches = layer_and_inputs(dead=True)

@@ -17,7 +17,7 @@ from lobs_native.compat import modelopt
 mto = pytest.importorskip("modelopt.torch.opt", reason="nvidia-modelopt is not installed")
 mts = pytest.importorskip("modelopt.torch.sparsity", reason="nvidia-modelopt is not installed")
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # the host warns of its own ways
+    pytest.mark.filterwarnings("default"),  # the host warns about itself
     pytest.mark.usefixtures("one_thread"),
 ]
 modelopt.register()
@@ -83,20 +83,20 @@ def test_weights_and_masks_are_those_of_prune_weight(model, batches, method, tar
         assert torch.equal(layer.weight, out.weight)
 
 
-def test_the_hosts_own_mode_leaves_the_weights_and_ours_repairs_them(batches):
-    """What its documentation promises, the host's "sparsegpt" does not do: the weights that its
-    sweep has repaired are thrown away. The masks of the sweep are the same."""
+def test_the_host_s_own_mode_keeps_the_weights_and_ours_repairs_them(batches):
+    """The host's "sparsegpt" discards the weights that its sweep has repaired, contrary to its
+    documentation. The masks of the sweep are the same."""
     model = nn.Sequential(nn.Linear(32, 48, bias=False), nn.Tanh(), nn.Linear(48, 16, bias=False))
     theirs, known = copy.deepcopy(model), moments(model, batches)
     before = [layer.weight.detach().clone() for layer in linears(model)]
     sparsified(theirs, batches, "sparsegpt", hessian_damp=0.1)
     sparsified(model, batches, method="sweep", damping=0.1)
     agreement = []
-    for mine, host, weight, h in zip(linears(model), linears(theirs), before, known, strict=True):
+    for ours, host, weight, h in zip(linears(model), linears(theirs), before, known, strict=True):
         assert torch.equal(host._parameters["weight"], weight), "the host has been mended"
-        agreement.append(float((mine._weight_mask == host._weight_mask).double().mean()))
+        agreement.append(float((ours._weight_mask == host._weight_mask).double().mean()))
         H = h.matrix()
-        left, kept = (x.weight.detach().double() - weight.double() for x in (host, mine))
+        left, kept = (x.weight.detach().double() - weight.double() for x in (host, ours))
         assert float(((kept @ H) * kept).sum()) < float(((left @ H) * left).sum())
     assert min(agreement) > 0.99, agreement
 
@@ -126,7 +126,7 @@ def test_convolutions_overrides_rules_and_report(tmp_path):
     assert report["layers"][0]["rows"] == 3 * 8 * 36  # with the padding
 
 
-def test_a_limit_on_memory_makes_more_passes_on_what_is_pruned_already(model, batches):
+def test_a_memory_limit_means_further_passes_on_the_pruned_network(model, batches):
     other, calls = copy.deepcopy(model), []
 
     def loop(m: nn.Module) -> None:
@@ -137,8 +137,8 @@ def test_a_limit_on_memory_makes_more_passes_on_what_is_pruned_already(model, ba
     mts.sparsify(model, "lobs", config={"forward_loop": loop, "memory": 1, "sparsity": 0.5})
     assert len(calls) == 3
     lobs.prune(other, batches, sparsity=0.5, inputs="pruned", sensitivity=None, blocks=None)
-    for mine, wanted in zip(linears(model), linears(other), strict=True):
-        torch.testing.assert_close(mine.weight, wanted.weight)
+    for ours, expected in zip(linears(model), linears(other), strict=True):
+        torch.testing.assert_close(ours.weight, expected.weight)
 
 
 def test_a_saved_model_is_restored_and_exported(model, batches, tmp_path):
@@ -151,9 +151,9 @@ def test_a_saved_model_is_restored_and_exported(model, batches, tmp_path):
     fresh.load_state_dict(model.state_dict())
     exported = mts.export(model)
     assert type(exported[0]) is nn.Linear
-    for mine, wanted in zip(linears(fresh), linears(exported), strict=True):
-        assert torch.equal(mine.weight, wanted.weight)
-        assert bool(((wanted.weight != 0).reshape(len(wanted.weight), -1, 4).sum(2) <= 2).all())
+    for ours, expected in zip(linears(fresh), linears(exported), strict=True):
+        assert torch.equal(ours.weight, expected.weight)
+        assert bool(((expected.weight != 0).reshape(len(expected.weight), -1, 4).sum(2) <= 2).all())
 
 
 @pytest.mark.parametrize("memory", [None, 1], ids=["", "after others have been written"])
@@ -189,6 +189,6 @@ def test_wrong_settings_are_refused_before_anything_runs(model, batches, config,
         assert torch.equal(p, was)
 
 
-def test_registering_again_does_nothing():
+def test_registering_again_has_no_effect():
     modelopt.register()
     modelopt.register()

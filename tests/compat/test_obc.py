@@ -1,5 +1,5 @@
-"""compat.obc against plain float64 removal, and against OBC itself where it is: see
-original_programs.py."""
+"""compat.obc against plain float64 removal, and against OBC itself if available (see
+original_programs.py)."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ SHARES = [0.0, 0.3, 0.5, 0.7, 1.0]
 def linear(C: int, R: int, kind: str = "") -> tuple[nn.Linear, list[Tensor]]:
     """A layer and its batches (B, T, C), of unequal size."""
     x = features(8 * C, C).to(torch.float32).reshape(8, C, C)
-    made = nn.Linear(C, R)
+    layer = nn.Linear(C, R)
     if "dead" in kind:
         x[:, :, 3] = 0.0
         x[:, :, C - 2] = 0.0
     if "zeros" in kind:
-        made.weight.data[torch.rand(R, C) < 0.2] = 0.0
-        made.weight.data[1, : C // 2] = 0.0
-    return made, [x[:5], x[5:6], x[6:]]
+        layer.weight.data[torch.rand(R, C) < 0.2] = 0.0
+        layer.weight.data[1, : C // 2] = 0.0
+    return layer, [x[:5], x[5:6], x[6:]]
 
 
 def conv(kind: str = "") -> tuple[nn.Conv2d, list[Tensor]]:
-    made = nn.Conv2d(4, 9, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+    layer = nn.Conv2d(4, 9, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
     x = features(12 * 4 * 9, 10).to(torch.float32).reshape(12, 4, 9, 10)
     if "zeros" in kind:
-        made.weight.data[torch.rand_like(made.weight) < 0.2] = 0.0
-    return made, [x[:7], x[7:]]
+        layer.weight.data[torch.rand_like(layer.weight) < 0.2] = 0.0
+    return layer, [x[:7], x[7:]]
 
 
 CASES = {
@@ -75,7 +75,7 @@ def collected(layer, batches, rel_damp=0.0, kind=TrueOBS, **options):
 
 
 def rows_of(layer, x: Tensor) -> Tensor:
-    """(N, C) float64: what the weights are multiplied by."""
+    """(N, C) float64: the rows by which the weights are multiplied."""
     x = x.to(F64)
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
@@ -89,7 +89,7 @@ def moment_of(layer, batches) -> Tensor:
 
 
 class Reference:
-    """What OBC computes, from its definition, in float64."""
+    """OBC's results, computed from its definition in float64."""
 
     def __init__(self, layer, batches, rel_damp=0.0, block=1, **options) -> None:
         H = moment_of(layer, batches)
@@ -98,7 +98,7 @@ class Reference:
         H.diagonal().add_(rel_damp * H.diagonal().mean())
         H.diagonal()[dead] = 1.0
         W = torch.where(dead, 0.0, W)
-        self.place = torch.arange(W.shape[1])  # the column that a working column is
+        self.place = torch.arange(W.shape[1])  # working column -> original column
         if layer.weight.ndim == 4 and (block > 1 or options):  # neighbours are channels
             self.place = self.place.view(layer.weight.shape[1:]).permute(1, 2, 0).flatten()
             H, W = H[self.place][:, self.place], W[:, self.place]
@@ -124,7 +124,7 @@ class Reference:
         return out
 
     def pruned(self, share: float) -> Tensor:
-        """The cheapest removals of the layer by their own costs; rows lose prefixes."""
+        """The cheapest removals of the layer by their own costs, as prefixes of rows."""
         R, K = self.losses.shape
         count = math.ceil(R * K * share)
         cheapest = self.losses.flatten().argsort(stable=True)[:count] // K
@@ -144,7 +144,7 @@ def test_h_is_twice_the_mean_over_the_first_dimension(case):
     assert distance(obs.H, expected) < 1e-6
 
 
-def test_h_read_and_changed_in_between_goes_on_from_there():
+def test_h_may_be_read_and_changed_between_batches():
     layer, batches = linear(12, 4)
     obs = collected(layer, batches[:1])
     obs.H *= 3
@@ -155,7 +155,7 @@ def test_h_read_and_changed_in_between_goes_on_from_there():
 
 
 @pytest.mark.parametrize("rel_damp", [0, 0.01])
-def test_losses_are_those_of_one_removal_after_another(case, rel_damp):
+def test_losses_are_those_of_single_removals_in_order(case, rel_damp):
     layer, batches = case
     obs = collected(layer, batches, rel_damp)
     obs.prepare_unstr()
@@ -167,7 +167,7 @@ def test_losses_are_those_of_one_removal_after_another(case, rel_damp):
 
 
 def check_order(reference: Reference, traces, tie: float = 1e-6) -> None:
-    """What is zero after k removals: at every step, what went was the cheapest there was."""
+    """Check that each removal was the cheapest one at its step."""
     A = torch.linalg.inv(reference.H)
     at = 0
     for trace in traces:
@@ -197,7 +197,7 @@ def cost_of(w: Tensor, D: Tensor, b: int, size: int) -> float:
 
 
 @pytest.mark.parametrize("name", ["linear", "dead and zeros", "conv"])
-def test_the_cheapest_goes_at_every_step(name):
+def test_every_removal_is_the_cheapest(name):
     layer, batches = CASES[name]()
     obs = collected(layer, batches, 0.01)
     obs.prepare_unstr()
@@ -281,7 +281,7 @@ def test_groups_are_written_into_the_layer(name, n, m):
     assert obs.errors == [pytest.approx(lost, rel=1e-4)]
 
 
-def test_raw_costs_decide_and_edited_losses_are_used():
+def test_weights_are_ranked_by_raw_costs_and_edited_losses_count():
     layer, batches = linear(16, 6)
     obs = collected(layer, batches)
     obs.prepare_unstr()
@@ -308,7 +308,7 @@ def test_our_numerics_are_those_of_trace_weight(block):
         assert distance(weight, expected.weight) < 1e-5
 
 
-def test_our_numerics_raise_where_the_moment_is_singular():
+def test_our_numerics_raise_if_the_moment_is_singular():
     layer, batches = linear(24, 5)
     obs = collected(layer, [x[:1, :9] for x in batches[:2]], numerics="ours")
     with pytest.raises(lobs.NotPositiveDefiniteError, match="rel_damp: 0"):
@@ -323,7 +323,7 @@ def test_numerics_may_be_set_on_the_class():
     assert TrueOBS(nn.Linear(4, 2)).numerics == "host"
 
 
-# ---- what the original does on failure -----------------------------------------------------------
+# ---- singular second moments, as in OBC ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", [1, 3, 15])
@@ -332,12 +332,12 @@ def test_a_singular_moment_gets_the_identity_with_a_warning(missing):
     x = features(24 - missing, 24).to(torch.float32)
     obs = collected(layer, [x])
     for call in (obs.nmprune, obs.prepare_unstr):
-        given = copy.deepcopy(layer.weight.data)
+        original = copy.deepcopy(layer.weight.data)
         with pytest.warns(RuntimeWarning, match="identity was added") as warned:
             call()
         assert warned[0].filename == __file__
         assert any("identity" in note for note in obs.notes)
-        layer.weight.data.copy_(given)
+        layer.weight.data.copy_(original)
     H = moment_of(layer, [x]) + torch.eye(24)
     expected = torch.stack(
         [torch.from_numpy(r.loss) for r in traced(layer.weight.detach().to(F64), H)]
@@ -345,7 +345,7 @@ def test_a_singular_moment_gets_the_identity_with_a_warning(missing):
     torch.testing.assert_close(obs.Losses[:, 1:].to(F64), expected / 2, rtol=1e-3, atol=1e-9)
 
 
-def test_an_ill_conditioned_moment_is_worked_on_in_float64():
+def test_an_ill_conditioned_moment_is_handled_in_float64():
     layer, _ = linear(24, 5)
     x = features(400, 24) * torch.logspace(0, -3, 24, dtype=F64)
     obs = collected(layer, [x])
@@ -356,12 +356,12 @@ def test_an_ill_conditioned_moment_is_worked_on_in_float64():
     )
 
 
-# ---- where the original is wrong: what is done instead -------------------------------------------
+# ---- faults of the original that are not reproduced ----------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_groups_of_a_convolution_have_their_own_inputs_and_one_budget(blocks):
-    """The original stops with an error of shapes."""
+    """The original fails with a shape error."""
     layer = nn.Conv2d(8, 10, 3, groups=2, padding=1)
     x = features(6 * 8 * 6, 6).to(torch.float32).reshape(6, 8, 6, 6)
     halves = []
@@ -383,8 +383,8 @@ def test_groups_of_a_convolution_have_their_own_inputs_and_one_budget(blocks):
         assert distance(row, traces[int((row == 0).sum()) // step, r]) < 1e-5
 
 
-def test_dead_columns_lose_their_weights_with_damping_too():
-    """The original adds the damping first, and then finds no zero on the diagonal."""
+def test_dead_columns_lose_their_weights_even_with_damping():
+    """The original adds the damping first, so it finds no zeros on the diagonal."""
     layer, batches = linear(24, 6, "dead")
     obs = collected(layer, batches, 0.01)
     obs.prepare_unstr()
@@ -394,7 +394,7 @@ def test_dead_columns_lose_their_weights_with_damping_too():
 
 
 def test_zeros_beyond_a_group_stay_zero():
-    """The original takes n of them and repairs the others to something else."""
+    """The original removes n of them and changes the others to nonzero values."""
     layer, batches = linear(16, 5)
     layer.weight.data[:, :3] = 0.0
     collected(layer, batches).nmprune(2, 4)
@@ -412,8 +412,8 @@ def test_groups_that_keep_all_or_nothing(n):
     assert torch.equal(layer.weight, before if n == 0 else torch.zeros_like(before))
 
 
-def test_free_gives_everything_back():
-    """The original keeps the traces, which are the most."""
+def test_free_releases_everything():
+    """The original keeps the traces, which take the most memory."""
     layer, batches = linear(16, 5)
     obs = collected(layer, batches)
     obs.prepare_unstr()
@@ -427,7 +427,7 @@ def test_free_gives_everything_back():
 
 
 def test_padding_is_that_of_the_layer():
-    """The original pads with zeros whatever the layer does, and takes no names."""
+    """The original always pads with zeros, and rejects named padding."""
     x = torch.randn(3, 4, 7, 7)
     for options in ({"padding": 1, "padding_mode": "circular"}, {"padding": "same"}):
         layer = nn.Conv2d(4, 2, 3, **options)
@@ -436,7 +436,7 @@ def test_padding_is_that_of_the_layer():
         assert distance(collected(layer, [x]).H, moment_of(nn.Conv2d(4, 2, 3), [padded])) < 1e-6
 
 
-def test_16_bit_inputs_are_summed_in_wider_types():
+def test_16_bit_inputs_are_summed_in_a_wider_dtype():
     """The original's product of float16 overflows."""
     layer, _ = linear(16, 5)
     x = (features(64, 16) * 300).to(torch.float16)
@@ -448,10 +448,10 @@ def test_zeros_in_kept_blocks_are_repaired_as_in_the_original_and_noted():
     layer.weight.data[:, 0] = 0.0
     obs = collected(layer, batches)
     obs.prepare_blocked(4)
-    assert any("5 zeros stand in blocks" in note for note in obs.notes)
+    assert any("5 zeros are in blocks" in note for note in obs.notes)
 
 
-def test_16_bit_layers_keep_their_type():
+def test_16_bit_layers_keep_their_dtype():
     layer, batches = linear(16, 5)
     layer = layer.to(torch.bfloat16)
     obs = collected(layer, batches, 0.01)
@@ -481,7 +481,7 @@ def computed():
         (lambda: TrueOBS(nn.Linear(3, 3), numerics="none"), lobs.ArgumentError, "numerics: 'none'"),
     ],
 )
-def test_what_cannot_be_worked_on_is_refused(call, error, message):
+def test_unsupported_layers_and_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -501,7 +501,7 @@ def test_what_cannot_be_worked_on_is_refused(call, error, message):
         (lambda o: o.quantize(), lobs.LobsError, "quantize: .*host.quantize"),
     ],
 )
-def test_wrong_calls_are_refused_and_nothing_changes(call, error, message):
+def test_wrong_calls_are_refused_and_change_nothing(call, error, message):
     layer, batches = linear(16, 5)
     obs = collected(layer, batches)
     H, weight = obs.H.clone(), layer.weight.detach().clone()
@@ -519,7 +519,7 @@ def test_wrong_sparsities_are_refused():
         obs.prune_unstr([0.5, 1.5])
 
 
-def test_without_inputs_there_is_nothing_to_go_by():
+def test_pruning_without_inputs_is_an_error():
     obs = TrueOBS(nn.Linear(4, 3))
     with pytest.raises(lobs.LobsError, match="add_batch"):
         obs.prepare_unstr()
@@ -547,7 +547,7 @@ def device(request):
         yield
 
 
-def test_tensors_of_a_device_stay_there(device):
+def test_tensors_stay_on_their_device(device):
     layer, batches = linear(16, 5, "zeros")
     here = collected(layer, batches, 0.01)
     there = collected(copy.deepcopy(layer).to(CUDA), [x.to(CUDA) for x in batches], 0.01)
@@ -570,7 +570,7 @@ def test_tensors_of_a_device_stay_there(device):
 
 
 class Pretender:
-    """A class with OBC's signatures; what it is asked for shows that it was asked."""
+    """A class with OBC's signatures that records calls of quantize."""
 
     def __init__(self, layer, rel_damp=0):
         self.layer = layer
@@ -587,7 +587,7 @@ class Pretender:
         self.layer.asked = self.H, self.nsamples, self.quantizer, parallel
 
 
-def test_patch_puts_it_in_place_and_leaves_quantize_to_the_original(monkeypatch):
+def test_patch_installs_it_and_leaves_quantize_to_the_original(monkeypatch):
     module = ModuleType("trueobs")
     module.TrueOBS = Pretender
     monkeypatch.setitem(sys.modules, "trueobs", module)
@@ -615,7 +615,7 @@ def test_patch_puts_it_in_place_and_leaves_quantize_to_the_original(monkeypatch)
 
 HOST_CASES = {
     **{name: (make, 0.0) for name, make in CASES.items()},
-    # With damping the original keeps weights of dead columns for longer.
+    # With damping, the original removes the weights of dead columns later.
     **{f"{n}, damped": (m, 0.01) for n, m in CASES.items() if "dead" not in n},
 }
 
@@ -634,12 +634,14 @@ def check_against(host, ours, block: int) -> None:
     assert distance(ours.H, host.H) < 1e-6
     torch.testing.assert_close(ours.Losses, host.Losses, rtol=1e-3, atol=1e-7)
     assert len(ours.Traces) == len(host.Traces)
-    for mine, theirs in zip(ours.Traces, host.Traces, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for result, theirs in zip(ours.Traces, host.Traces, strict=True):
+        torch.testing.assert_close(result, theirs, rtol=1e-4, atol=1e-6)
     name = "prune_unstr" if block == 1 else "prune_blocked"
-    for mine, theirs in zip(getattr(ours, name)(SHARES), getattr(host, name)(SHARES), strict=True):
-        assert torch.equal(mine == 0, theirs == 0)
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for result, theirs in zip(
+        getattr(ours, name)(SHARES), getattr(host, name)(SHARES), strict=True
+    ):
+        assert torch.equal(result == 0, theirs == 0)
+        torch.testing.assert_close(result, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_single_weights_as_the_original(pair):
@@ -669,7 +671,7 @@ def test_groups_as_the_original(pair, n, m):
     rows = (ordered.reshape(ours.rows, -1, m) == 0).sum(2).amax(1) <= n
     host.nmprune(n, m)
     ours.nmprune(n, m)
-    assert bool(rows.any())  # those with more zeros are another test's
+    assert bool(rows.any())  # rows with more zeros are in another test
     theirs = host.layer.weight.detach()[rows]
     torch.testing.assert_close(ours.layer.weight.detach()[rows], theirs, rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The mechanism of compat.patch, on a host written for the purpose."""
+"""The mechanism of compat.patch, on a toy host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIGNATURES = {"__init__": ("(self, layer)",), "prune": ("(self, share, block=4)"
 
 
 class OurPruner:
-    """Stands for a module of ours."""
+    """A replacement of this package's kind."""
 
     OPTIONS = ("numerics",)
     numerics = "host"
@@ -79,7 +79,7 @@ TOY = Host(
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A folder with the host, first on the path; what was imported from it is forgotten again."""
+    """A folder with the host, first on the path. Its modules are removed again afterwards."""
     (tmp_path / "toyhost.py").write_text(HOST_FILE)
     (tmp_path / "user_of_toy.py").write_text(
         "from toyhost import *\nfrom toyhost import scale as s\n"
@@ -93,12 +93,12 @@ def toy(tmp_path, monkeypatch):
 
 
 def held():
-    """What the host's module and its user hold now."""
+    """The objects that the host's module and its user refer to."""
     host, user = sys.modules["toyhost"], sys.modules["user_of_toy"]
     return host.Pruner, host.scale, user.Pruner, user.scale, user.s
 
 
-def test_everything_that_holds_the_object_is_replaced_and_put_back(toy):
+def test_every_reference_is_replaced_and_restored(toy):
     importlib.import_module("user_of_toy")
     before = held()
     with lobs.compat.patch(TOY) as record:
@@ -136,7 +136,7 @@ def test_a_reloaded_host_is_replaced_again(toy):
     assert not issubclass(host.Pruner, OurPruner)
 
 
-def test_everything_is_put_back_after_an_exception(toy):
+def test_everything_is_restored_after_an_exception(toy):
     importlib.import_module("user_of_toy")
     before, path = held(), list(sys.meta_path)
     with pytest.raises(KeyError), lobs.compat.patch(TOY):
@@ -145,13 +145,13 @@ def test_everything_is_put_back_after_an_exception(toy):
     assert sys.meta_path == path
 
 
-def test_our_own_class_under_its_own_name_stays_ours(toy):
-    """A program that uses ours by name must not get the host's when a patch ends."""
+def test_references_to_our_own_class_are_not_changed(toy):
+    """A program that imports our class must not get the host's when a patch ends."""
     user = importlib.import_module("user_of_toy")
-    user.mine = OurPruner
+    user.ours = OurPruner
     with lobs.compat.patch(TOY):
         pass
-    assert user.mine is OurPruner
+    assert user.ours is OurPruner
 
 
 def test_calls_failures_and_time_are_recorded(toy):
@@ -170,7 +170,7 @@ def test_calls_failures_and_time_are_recorded(toy):
     assert "toy: Pruner.prune: 3 calls" in str(record)
 
 
-def test_every_nth_call_is_verified_with_the_hosts_own_code(toy, capsys):
+def test_every_nth_call_is_verified_with_the_host_s_own_code(toy, capsys):
     host = importlib.import_module("toyhost")
     with lobs.compat.patch(TOY, verify=2) as record:
         for _ in range(5):
@@ -186,7 +186,7 @@ def test_every_nth_call_is_verified_with_the_hosts_own_code(toy, capsys):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_objects_that_outlive_the_block_stay_ours_and_leave_the_host_alone(toy):
+def test_objects_that_outlive_the_block_stay_ours_and_do_not_affect_the_host(toy):
     host = importlib.import_module("toyhost")
     own = host.Pruner
     with lobs.compat.patch(TOY, verify=1) as record:
@@ -197,7 +197,7 @@ def test_objects_that_outlive_the_block_stay_ours_and_leave_the_host_alone(toy):
     assert record.lines[0].verified == 0
 
 
-def test_a_module_that_is_only_looked_for_can_be_read(toy):
+def test_the_source_of_a_module_that_is_only_found_can_be_read(toy):
     with lobs.compat.patch(TOY):
         spec = importlib.util.find_spec("toyhost")
         assert "class Pruner" in spec.loader.get_source("toyhost")
@@ -215,7 +215,7 @@ def test_a_difference_beyond_the_tolerance_warns(toy, monkeypatch):
     assert "BEYOND TOLERANCE" in str(record)
 
 
-def test_a_host_that_fails_where_ours_does_not_is_a_note(toy):
+def test_a_failure_of_the_host_s_own_code_is_only_noted(toy):
     host = importlib.import_module("toyhost")
     host.Pruner.prune = lambda self, share, block=4: 1 / 0
     with (
@@ -254,12 +254,12 @@ def test_a_second_patch_of_the_same_host_is_refused(toy):
     host = importlib.import_module("toyhost")
     with lobs.compat.patch(TOY):
         ours = host.Pruner
-        with pytest.raises(lobs.ArgumentError, match="patched already"), lobs.compat.patch(TOY):
+        with pytest.raises(lobs.ArgumentError, match="already patched"), lobs.compat.patch(TOY):
             pass
         assert host.Pruner is ours
 
 
-def test_options_reach_what_is_put_in_place(toy):
+def test_options_reach_the_replacements(toy):
     host = importlib.import_module("toyhost")
     with lobs.compat.patch(TOY, numerics="ours"):
         assert host.Pruner.numerics == "ours"
@@ -284,13 +284,13 @@ def test_wrong_arguments_are_refused(arguments, options, message):
         pass
 
 
-def test_a_host_that_is_never_imported_costs_nothing():
+def test_a_host_that_is_not_imported_is_ignored():
     with lobs.compat.patch(TOY) as record:
         pass
     assert "nothing was replaced" in str(record)
 
 
-def test_differences_are_taken_in_rows_of_equal_masks():
+def test_values_are_compared_in_rows_of_equal_masks():
     theirs = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 4.0]])
     ours = torch.tensor([[1.0, 0.0, 2.2], [0.0, 1.0, 4.0]])
     found = Difference.between(ours, theirs)
@@ -324,7 +324,7 @@ def test_every_known_host_describes_itself():
             assert (replacement.ours.__doc__ or "").strip()
 
 
-def test_no_warning_where_all_is_well(toy):
+def test_there_is_no_warning_within_the_tolerance(toy):
     host = importlib.import_module("toyhost")
     with warnings.catch_warnings(), lobs.compat.patch(TOY, verify=1):
         warnings.simplefilter("error")

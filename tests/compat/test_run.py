@@ -1,5 +1,4 @@
-"""python -m lobs_native.run: an unmodified script, as python would run it, with the host
-replaced."""
+"""python -m lobs_native.run runs an unmodified script as python would, with the host replaced."""
 
 from __future__ import annotations
 
@@ -72,29 +71,29 @@ def run(script, *arguments, options=()):
     )
 
 
-def said(result):
+def printed(result):
 
     return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("options", [(), ("--hosts", "sparsegpt")], ids=["all", "named"])
-def test_the_script_runs_as_python_would_run_it_and_gets_ours(script, options):
+def test_the_script_runs_as_with_python_and_gets_ours(script, options):
     result = run(script, "3", "--verify", "x", "--", "-y", options=options)
     assert result.returncode == 3, result.stderr
-    found = said(result)
-    assert found["argv"] == [str(script), "3", "--verify", "x", "--", "-y"]
-    assert found["path"] == str(script.parent)
-    assert found["name"] == "__main__"
-    assert found["file"] == str(script)
-    assert found["beside"] == "beside"
-    assert found["main"]
-    assert found["ours"]
-    assert found["zeros"] == 17
+    output = printed(result)
+    assert output["argv"] == [str(script), "3", "--verify", "x", "--", "-y"]
+    assert output["path"] == str(script.parent)
+    assert output["name"] == "__main__"
+    assert output["file"] == str(script)
+    assert output["beside"] == "beside"
+    assert output["main"]
+    assert output["ours"]
+    assert output["zeros"] == 17
     assert "SparseGPT.fasterprune: 1 calls" in result.stderr
     assert "replaced sparsegpt.SparseGPT" in result.stderr
 
 
-def test_verify_reports_what_differs(script):
+def test_verify_reports_differences(script):
     result = run(script, "0", options=("--verify", "1"))
     assert result.returncode == 0
     assert "SparseGPT.fasterprune" in result.stderr
@@ -104,10 +103,10 @@ def test_verify_reports_what_differs(script):
 def test_our_numerics(script):
     result = run(script, "0", options=("--numerics", "ours", "--method", "sweep"))
     assert result.returncode == 0, result.stderr
-    assert said(result)["zeros"] == 16
+    assert printed(result)["zeros"] == 16
 
 
-def test_an_exception_of_the_script_comes_through_with_the_record(script):
+def test_an_exception_of_the_script_propagates_with_the_record(script):
     result = run(script, "0", "--fail")
     assert result.returncode == 1
     assert 'KeyError: "the script\'s own"' in result.stderr
@@ -138,7 +137,7 @@ def test_wrong_options_are_refused(script, options, message):
     assert result.stdout == ""
 
 
-def test_a_script_that_is_not_there(script):
+def test_a_missing_script_is_refused(script):
     result = run(script.with_name("other.py"))
     assert result.returncode == 2
     assert "other.py" in result.stderr

@@ -99,8 +99,8 @@ def figures(done, name):
 
 
 PATTERNS = {
-    # With four bits, a weight half-way between two levels falls by the last bit of H, whose sums
-    # the two sides take in different order; from the same H the program's own code agrees.
+    # With four bits, the rounding of a weight half-way between two levels depends on the last bit
+    # of H, which both sides sum in different orders. From the same H, the results are equal.
     "50%": (("--sparsity", "0.5"), 1e-5),
     "2:4": (("--prunen", "2", "--prunem", "4"), 1e-5),
     "50% and 4 bits": (("--sparsity", "0.5", "--wbits", "4"), 2e-2),
@@ -108,7 +108,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize(("pattern", "close"), PATTERNS.values(), ids=PATTERNS)
-def test_opt_py_of_sparsegpt_prints_what_it_prints_by_itself(opt, pattern, close):
+def test_opt_py_of_sparsegpt_prints_the_same_as_alone(opt, pattern, close):
     own = run(opt, pattern=pattern)
     ours = run(opt, "-m", "lobs_native.run", "--verify", "1", pattern=pattern)
     perplexities = figures(own, "Perplexity:")
@@ -122,7 +122,7 @@ def test_opt_py_of_sparsegpt_prints_what_it_prints_by_itself(opt, pattern, close
     assert "lobs_native" not in own.stderr
 
 
-def test_opt_py_takes_the_exact_method(opt):
+def test_opt_py_runs_with_the_exact_method(opt):
     own = run(opt, pattern=("--sparsity", "0.5"))
     ours = run(opt, "-m", "lobs_native.run", "--numerics", "ours", pattern=("--sparsity", "0.5"))
     first = slice(0, 3)  # the layers that read the same inputs in both

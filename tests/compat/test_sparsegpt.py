@@ -48,7 +48,7 @@ def as_matrix(layer):
 
 
 def inputs_of(layer):
-    """Batches as the layer reads them, correlated, with small and large columns."""
+    """Batches of inputs, correlated, with small and large columns."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Conv2d):
         images = torch.randn(6, 14, 9, 10, generator=generator)
@@ -72,8 +72,8 @@ def distance(H, expected):
 
 
 def spelled(pattern):
-    given = {SPELLED.get(name, name): value for name, value in pattern.items()}
-    return {"sparsity": 0.0, **given}
+    renamed = {SPELLED.get(name, name): value for name, value in pattern.items()}
+    return {"sparsity": 0.0, **renamed}
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_odd_sizes_and_dead_columns(columns, blocksize, dead):
 
 @pytest.mark.parametrize(("columns", "blocksize"), [(131, 128), (99, 34)])
 def test_groups_are_counted_from_the_start_of_a_block(columns, blocksize):
-    """What is left at the end of a block is a group of its own, smaller than m."""
+    """The rest at the end of a block is a group smaller than m."""
     layer = nn.Linear(columns, ROWS)
     gpt = collected(layer, inputs_of(layer))
     expected = published.prune(as_matrix(layer), gpt.peek(), n=2, m=4, blocksize=blocksize)
@@ -152,7 +152,7 @@ def test_a_block_loses_one_more_than_its_share(sparsity):
         assert int((block == 0).sum()) == int(block.numel() * sparsity) + 1
 
 
-def test_ties_of_the_threshold_all_go():
+def test_all_ties_of_the_threshold_are_removed():
     layer = nn.Linear(8, 8, bias=False)
     nn.init.ones_(layer.weight)
     gpt = SparseGPT(layer)
@@ -163,7 +163,7 @@ def test_ties_of_the_threshold_all_go():
 
 @pytest.mark.parametrize("kind", ["spread", "few values", "sorted", "sorted down", "constant"])
 @pytest.mark.parametrize("sparsity", [0.0, 1e-4, 0.5, 0.97, 0.99999])
-def test_the_threshold_of_a_large_block_is_that_of_a_sort(kind, sparsity):
+def test_the_threshold_of_a_large_block_is_the_same_as_by_sorting(kind, sparsity):
     score = torch.rand(300, 128) ** 4
     if kind == "few values":
         score = (score * 7).round()
@@ -207,7 +207,7 @@ def test_a_quantizer_is_used_in_the_same_sweep(pattern):
 
     expected = published.prune(as_matrix(layer), gpt.peek(), **pattern, quantize=quantize)
     gpt.fasterprune(**spelled(pattern))
-    # A weight half-way between two levels may fall either way; the rest of its row then moves too.
+    # A weight half-way between two levels may round either way, which changes the rest of its row.
     same = (layer.weight - expected.weight).abs().amax(1) < 1e-4
     assert int(same.sum()) >= ROWS - 2
     levels = layer.weight.detach() / known.scale
@@ -242,7 +242,7 @@ def test_h_is_scaled_by_sequences(kind, dtype):
     ],
 )
 def test_h_of_a_convolution_is_that_of_its_patches(changes):
-    """The layer's own output tells: with one weight set to one it is a column of patches."""
+    """With one weight set to one, the layer's own output is a column of patches."""
     layer = nn.Conv2d(3, 2 * 3 * 4, (2, 4), bias=False, **changes).double()
     layer.weight.data = torch.eye(24, dtype=torch.float64).reshape(24, 3, 2, 4)
     images = torch.randn(3, 3, 8, 9, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_h_of_a_convolution_is_that_of_its_patches(changes):
     torch.testing.assert_close(gpt.H.double(), 2 / 3 * patches.T @ patches, rtol=1e-5, atol=1e-4)
 
 
-def test_h_can_be_read_changed_and_replaced_at_any_time():
+def test_h_may_be_read_changed_and_replaced_at_any_time():
     layer = nn.Linear(24, 4)
     first, second = torch.randn(2, 5, 24), torch.randn(3, 7, 24)
     gpt = collected(layer, [first])
@@ -270,7 +270,7 @@ def test_h_can_be_read_changed_and_replaced_at_any_time():
     torch.testing.assert_close(gpt.H, torch.eye(24) / 2)
 
 
-def test_a_changed_nsamples_weighs_what_has_been_collected():
+def test_a_changed_nsamples_reweights_what_has_been_collected():
     layer = nn.Linear(24, 4)
     x = torch.randn(2, 5, 24)
     gpt = collected(layer, [x])
@@ -280,7 +280,7 @@ def test_a_changed_nsamples_weighs_what_has_been_collected():
     torch.testing.assert_close(gpt.H, before * 6 / 8)
 
 
-def test_torch_s_default_dtype_does_not_matter():
+def test_results_do_not_depend_on_torch_s_default_dtype():
     layer = nn.Linear(24, 4)
     other = nn.Linear(24, 4)
     other.load_state_dict(layer.state_dict())
@@ -305,12 +305,12 @@ def test_peeking_changes_nothing():
     assert torch.equal(plain.H, peeked.H)
 
 
-def test_h_is_used_up():
+def test_pruning_consumes_h():
     layer = nn.Linear(24, 4)
     gpt = collected(layer, inputs_of(layer))
     gpt.fasterprune(0.5)
     assert not hasattr(gpt, "H")
-    with pytest.raises(lobs.ArgumentError, match="used up"):
+    with pytest.raises(lobs.ArgumentError, match="consumed"):
         gpt.fasterprune(0.5)
     gpt.free()
     assert gpt.H is None
@@ -318,10 +318,10 @@ def test_h_is_used_up():
         gpt.add_batch(torch.zeros(1, 24), None)
 
 
-# ---- what is different on purpose ----------------------------------------------------------------
+# ---- intended differences ------------------------------------------------------------------------
 
 
-def test_the_old_weight_tensor_is_left_as_it_is():
+def test_the_old_weight_tensor_is_unchanged():
     layer = KINDS["Conv1D"]()
     held, before = layer.weight.data, layer.weight.data.clone()
     collected(layer, inputs_of(layer)).fasterprune(0.5)
@@ -330,7 +330,7 @@ def test_the_old_weight_tensor_is_left_as_it_is():
     assert layer.weight.requires_grad
 
 
-def test_a_failed_inversion_leaves_everything():
+def test_a_failed_inversion_changes_nothing():
     layer = nn.Linear(24, 4)
     gpt = collected(layer, [torch.randn(1, 3, 24)])
     before, H = layer.weight.data.clone(), gpt.peek()
@@ -352,7 +352,7 @@ def test_inputs_that_are_not_finite_are_refused_at_once():
     assert gpt.nsamples == 1
 
 
-def test_a_weight_that_outgrows_its_dtype_is_an_error():
+def test_a_weight_that_overflows_its_dtype_is_an_error():
     layer = nn.Linear(2, 1).half()
     layer.weight.data = torch.tensor([[6e4, 6e4]]).half()
     gpt = SparseGPT(layer)
@@ -363,7 +363,7 @@ def test_a_weight_that_outgrows_its_dtype_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("arguments", "error", "message"),
     [
         ({"sparsity": 1.0}, lobs.ArgumentError, "sparsity: 1.0"),
         ({"sparsity": -0.1}, lobs.ArgumentError, "sparsity: -0.1"),
@@ -374,12 +374,12 @@ def test_a_weight_that_outgrows_its_dtype_is_an_error():
         ({"sparsity": 0, "prunen": 3, "prunem": 4, "blocksize": 22}, lobs.PatternError, "of 2"),
     ],
 )
-def test_wrong_arguments_are_refused_and_nothing_is_used_up(given, error, message):
+def test_wrong_arguments_are_refused_and_nothing_is_used_up(arguments, error, message):
     layer = nn.Linear(48, 4)
     gpt = collected(layer, inputs_of(layer))
     before = layer.weight.data.clone()
     with pytest.raises(error, match=message):
-        gpt.fasterprune(**given)
+        gpt.fasterprune(**arguments)
     assert torch.equal(layer.weight, before)
     gpt.fasterprune(0.5)
 
@@ -433,13 +433,13 @@ def test_both_spellings_of_groups():
     assert ((one.weight.view(4, 12, 4) == 0).sum(2) == 2).all()
 
 
-def test_wandas_copy_prints_nothing(capsys):
+def test_wanda_s_copy_prints_nothing(capsys):
     layer = nn.Linear(48, 4)
     collected(layer, inputs_of(layer), SparseGPTOfWanda).fasterprune(0.5)
     assert capsys.readouterr().out == ""
 
 
-# ---- masks of other origin -----------------------------------------------------------------------
+# ---- other masks ---------------------------------------------------------------------------------
 
 
 class Args:
@@ -458,7 +458,7 @@ def test_ablate_repairs_for_any_mask():
 
 
 def test_ablate_chooses_by_magnitude_and_by_wanda():
-    """On uncorrelated inputs nothing is repaired, so the choice can be told from the weights."""
+    """On uncorrelated inputs nothing is repaired, so the weights show the choice."""
     for method in ("ablate_mag", "ablate_wanda"):
         layer = nn.Linear(64, ROWS)
         before = as_matrix(layer)
@@ -483,22 +483,22 @@ def _lowest(score, count):
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("arguments", "error", "message"),
     [
         ({"sparsity": 0.5}, lobs.ArgumentError, "prune_method"),
         ({"sparsity": 0.5, "mask": torch.ones(2, 2, dtype=torch.bool)}, lobs.ShapeError, "mask"),
         ({"sparsity": 0.5, "mask": torch.ones(4, 24)}, lobs.DtypeError, "mask"),
     ],
 )
-def test_ablate_refuses_what_does_not_fit(given, error, message):
+def test_ablate_refuses_wrong_arguments(arguments, error, message):
     layer = nn.Linear(24, 4)
     gpt = collected(layer, inputs_of(layer), AblateGPT)
     with pytest.raises(error, match=message):
-        gpt.fasterprune(Args("sparsegpt"), **given)
+        gpt.fasterprune(Args("sparsegpt"), **arguments)
     gpt.fasterprune(Args("mag"), 0.5)
 
 
-# ---- our own numerics in the host's place --------------------------------------------------------
+# ---- our own numerics ----------------------------------------------------------------------------
 
 
 def true_error(before, layer, H):
@@ -507,7 +507,7 @@ def true_error(before, layer, H):
 
 
 @pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"n": 2, "m": 4}], ids=["50%", "2:4"])
-def test_exact_is_offered_in_the_hosts_place(pattern, capsys):
+def test_the_exact_method_is_available_under_the_host_s_name(pattern, capsys):
     errors = {}
     for method in ("host", "sweep", "exact"):
         torch.manual_seed(5)
@@ -528,7 +528,7 @@ def test_exact_is_offered_in_the_hosts_place(pattern, capsys):
     assert errors["sweep"] < 1.05 * errors["host"]
 
 
-def test_our_numerics_refuse_what_they_cannot_do():
+def test_our_numerics_refuse_unsupported_arguments():
     layer = nn.Linear(48, 4)
     gpt = collected(layer, inputs_of(layer))
     gpt.numerics = "ours"
@@ -554,7 +554,7 @@ needs_hosts = pytest.mark.skipif(HOSTS is None, reason="LOBS_HOSTS names no fold
 
 @pytest.fixture(params=FILES)
 def original(request, monkeypatch):
-    """The host's own module; it waits for CUDA, which is not there."""
+    """The host's own module, which calls CUDA, replaced here since there is none."""
     folder, name = FILES[request.param]
     if not (Path(HOSTS) / folder).is_dir():
         pytest.skip(f"LOBS_HOSTS has no folder {folder}")
@@ -577,14 +577,14 @@ def groups(module, n, m):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_hosts_own_class_gives_the_same(original, kind, pattern, dtype):
+def test_the_host_s_own_class_gives_the_same(original, kind, pattern, dtype):
     """From the same H: identical masks, weights within 1e-4."""
     layer = kind().to(dtype)
     other = kind().to(dtype)
     other.load_state_dict(layer.state_dict())
     batches = [x.to(dtype) for x in inputs_of(layer)]
     ours, theirs = collected(layer, batches), original.SparseGPT(other)
-    if not isinstance(layer, nn.Conv2d):  # the host cannot take images
+    if not isinstance(layer, nn.Conv2d):  # the host fails on images
         for x in batches:
             theirs.add_batch(x, None)
         assert distance(ours.peek(), theirs.H) < 1e-6
@@ -600,7 +600,7 @@ def test_the_hosts_own_class_gives_the_same(original, kind, pattern, dtype):
 
 
 @needs_hosts
-def test_the_hosts_quantisation_gives_the_same(original):
+def test_the_host_s_quantisation_gives_the_same(original):
     if original.__name__ != "sparsegpt":
         pytest.skip("wanda's copy does not quantise")
     layer, other = nn.Linear(168, ROWS), nn.Linear(168, ROWS)
@@ -615,7 +615,7 @@ def test_the_hosts_quantisation_gives_the_same(original):
 
 
 @needs_hosts
-def test_the_host_is_patched_verified_and_put_back(original, capsys):
+def test_the_host_is_patched_verified_and_restored(original, capsys):
     own = original.SparseGPT
     layer = nn.Linear(168, ROWS)
     with lobs.compat.patch("sparsegpt", verify=1) as record:
@@ -637,7 +637,7 @@ def test_the_host_is_patched_verified_and_put_back(original, capsys):
 @needs_hosts
 @pytest.mark.parametrize("method", ["ablate_wanda_iter", "ablate_mag_iter", "mask"])
 @pytest.mark.parametrize("pattern", [(0.5, 0, 0), (0, 2, 4)], ids=["50%", "2:4"])
-def test_wandas_ablation_gives_the_same(original, method, pattern):
+def test_wanda_s_ablation_gives_the_same(original, method, pattern):
     if original.__name__ != "lib.sparsegpt":
         pytest.skip("only wanda has it")
     theirs_of = importlib.import_module("lib.ablate").AblateGPT
@@ -652,13 +652,13 @@ def test_wandas_ablation_gives_the_same(original, method, pattern):
     masks = [gpt.get_wanda_mask(*pattern) for gpt in (ours, theirs)]
     assert torch.equal(*masks)
     for gpt, mask in zip((ours, theirs), masks, strict=True):
-        given = mask if method == "mask" else None
-        gpt.fasterprune(Args(method), sparsity, mask=given, prune_n=n, prune_m=m)
+        chosen = mask if method == "mask" else None
+        gpt.fasterprune(Args(method), sparsity, mask=chosen, prune_n=n, prune_m=m)
     assert torch.equal(layer.weight == 0, other.weight == 0)
     assert distance(layer.weight.detach(), other.weight.detach()) < 1e-4
 
 
-# What the host's own class does where ours is different on purpose; a change there shows here.
+# The host's own behaviour where ours differs intentionally, so that a change there shows here.
 
 
 @needs_hosts
@@ -702,8 +702,8 @@ def test_the_host_removes_at_sparsity_0_and_fails_at_1(original):
         collected(layer, inputs_of(layer), original.SparseGPT).fasterprune(1.0)
 
 
-def test_later_batches_count_less_in_the_row_scaler():
-    """The host divides by the samples seen twice: of equal batches, the k-th counts 1 / k."""
+def test_later_batches_count_less_in_scaler_row():
+    """The host divides twice by the samples seen, so among equal batches the k-th counts 1 / k."""
     one, three = torch.ones(1, 5, 8), 3 * torch.ones(1, 5, 8)
     rising, falling = (
         collected(nn.Linear(8, 4), batches, AblateGPT).scaler_row

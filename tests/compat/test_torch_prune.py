@@ -1,4 +1,4 @@
-"""Adapters of torch.nn.utils.prune and torch.ao.pruning: values, masks, iterations, failures."""
+"""Adapters for torch.nn.utils.prune and torch.ao.pruning: values, masks, iterations, failures."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        torch.equal(actual[k], expected[k]) for k in expected
+    )
 
 
 # ---- torch.nn.utils.prune ------------------------------------------------------------------------
@@ -71,14 +73,14 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     ],
     ids=str,
 )
-def test_linear_gets_what_prune_weight_makes(bias: bool, how: dict[str, Any]) -> None:
+def test_a_linear_layer_is_pruned_as_by_prune_weight(bias: bool, how: dict[str, Any]) -> None:
     layer, h = linear(bias)
     expected = lobs.prune_weight(layer.weight, h, bias=layer.bias.detach() if bias else None, **how)
     parameter = layer.weight
     method = LOBSUnstructured.apply(layer, "weight", h, **how)
     assert isinstance(method, LOBSUnstructured)
     assert prune.is_pruned(layer)
-    assert layer.weight_orig is parameter  # what an optimizer may hold
+    assert layer.weight_orig is parameter  # an optimizer may refer to it
     assert torch.equal(layer.weight_orig, expected.weight)
     assert torch.equal(layer.weight_mask, expected.mask.float())
     assert torch.equal(layer.weight, expected.weight)
@@ -91,7 +93,7 @@ def test_linear_gets_what_prune_weight_makes(bias: bool, how: dict[str, Any]) ->
     assert method.report.rows == 200
 
 
-def test_functional_form_returns_the_module_and_takes_a_matrix() -> None:
+def test_the_functional_form_returns_the_module_and_accepts_a_matrix() -> None:
     layer, h = linear()
     twin = copy.deepcopy(layer)
     assert lobs_unstructured(layer, "weight", h, sparsity=0.5) is layer
@@ -100,7 +102,7 @@ def test_functional_form_returns_the_module_and_takes_a_matrix() -> None:
     assert torch.equal(layer.bias, twin.bias)
 
 
-def test_bias_stays_where_it_is_not_wanted_or_not_known() -> None:
+def test_the_bias_is_unchanged_without_update_bias_or_a_column_of_ones() -> None:
     layer, h = linear()
     bias = layer.bias.detach().clone()
     plain = h.matrix()[:12, :12]
@@ -121,7 +123,7 @@ CONVOLUTIONS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("make", "shape"), CONVOLUTIONS)
-def test_convolutions_get_what_prune_makes(
+def test_convolutions_are_pruned_as_by_prune(
     make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
     model = nn.Sequential(make())
@@ -136,7 +138,7 @@ def test_convolutions_get_what_prune_makes(
     assert torch.equal(model(data[0]), expected(data[0]))
 
 
-def test_a_weight_that_is_stored_transposed() -> None:
+def test_a_weight_that_is_stored_transposed_is_pruned() -> None:
     kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model, data = nn.Sequential(kind(10, 12)), [features(200, 12).float()]
     nn.init.normal_(model[0].weight)
@@ -147,7 +149,7 @@ def test_a_weight_that_is_stored_transposed() -> None:
     assert same(state(prune.remove(model[0], "weight")), state(expected[0]))
 
 
-def test_remove_leaves_the_repaired_weights_and_nothing_else() -> None:
+def test_remove_leaves_only_the_repaired_weights() -> None:
     layer, h = linear()
     names = set(layer.state_dict())
     lobs_unstructured(layer, "weight", h, sparsity=0.6)
@@ -172,7 +174,7 @@ def test_state_dict_round_trip() -> None:
 
 
 @pytest.mark.parametrize("before", ["ours", "l1"])
-def test_iterated_pruning_never_revives_a_zero(before: str) -> None:
+def test_iterated_pruning_does_not_restore_zeros(before: str) -> None:
     layer, h = linear()
     if before == "l1":
         prune.l1_unstructured(layer, "weight", amount=0.2)
@@ -181,7 +183,7 @@ def test_iterated_pruning_never_revives_a_zero(before: str) -> None:
     for sparsity in (0.4, 0.7, 0.9):
         gone = layer.weight_mask == 0
         with torch.no_grad():
-            layer.weight_orig.add_(0.1)  # as training leaves it: what is behind a mask moves too
+            layer.weight_orig.add_(0.1)  # as in training: values behind the mask change too
         value = (layer.weight_orig * layer.weight_mask).detach()
         expected = lobs.prune_weight(
             value, h, sparsity=sparsity, mask=~gone, bias=layer.bias.detach()
@@ -193,14 +195,14 @@ def test_iterated_pruning_never_revives_a_zero(before: str) -> None:
         assert bool((layer.weight[gone] == 0).all())
         assert bool((layer.weight_orig[gone] == 0).all())
         assert int((layer.weight_mask == 0).sum()) == round(sparsity * 120)
-    prune.l1_unstructured(layer, "weight", amount=6)  # and torch's own goes on from there
+    prune.l1_unstructured(layer, "weight", amount=6)  # and torch's own method continues from there
     assert int((layer.weight == 0).sum()) == 114
     assert (
         sum(isinstance(h, prune.BasePruningMethod) for h in layer._forward_pre_hooks.values()) == 1
     )
 
 
-def test_without_a_target_the_rest_is_repaired_for_the_mask_that_is_there() -> None:
+def test_without_a_target_the_kept_weights_are_repaired_for_the_existing_mask() -> None:
     layer, h = linear()
     dense, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     prune.l1_unstructured(layer, "weight", amount=0.5)
@@ -208,13 +210,13 @@ def test_without_a_target_the_rest_is_repaired_for_the_mask_that_is_there() -> N
     left = torch.where(mask, dense, 0)
     method = LOBSUnstructured.apply(layer, "weight", h)
     assert torch.equal(layer.weight_mask == 1, mask)
-    # weights that were cut off already: nothing is left to make up for, nothing may get worse
+    # the weights were already zero: nothing is left to compensate, and nothing may get worse
     assert torch.equal(layer.weight, left)
     assert torch.equal(layer.bias, bias)
     assert method[-1].report.asked == "mask"
 
 
-def test_training_goes_on_with_the_mask() -> None:
+def test_training_continues_with_the_mask() -> None:
     layer, h = linear()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     lobs_unstructured(layer, "weight", h, sparsity=0.5)
@@ -228,7 +230,7 @@ def test_training_goes_on_with_the_mask() -> None:
     assert torch.equal(layer.weight == 0, before == 0)
 
 
-def test_more_damping_than_asked_for_is_said() -> None:
+def test_more_damping_than_requested_gives_a_warning() -> None:
     layer, _ = linear(bias=False)
     H = torch.ones(12, 12, dtype=torch.float64)
     H[0, 0] = 0.5  # not positive definite until there is enough damping
@@ -239,14 +241,14 @@ def test_more_damping_than_asked_for_is_said() -> None:
 
 
 def indefinite(columns: int) -> Tensor:
-    """Symmetric, with an eigenvalue of -4 that no step of the ladder lifts."""
+    """Symmetric, with an eigenvalue of -4, too low for the most damping that is tried."""
     H = torch.eye(columns)
     H[0, 1] = H[1, 0] = 5
     return H
 
 
 class Halved(nn.Linear):
-    """No layer type's forward."""
+    """Its forward is not that of a known layer type."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) / 2
@@ -286,14 +288,14 @@ def test_failures_change_nothing(
     assert not prune.is_pruned(layer)
 
 
-def test_weights_are_put_back_where_torch_does_not_take_the_mask(
+def test_weights_are_restored_if_torch_refuses_the_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer, h = linear()
     before = state(layer)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        assert not torch.equal(layer.weight, before["weight"])  # it was written already
+        assert not torch.equal(layer.weight, before["weight"])  # it has already been written
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prune.BasePruningMethod, "apply", refuse)
@@ -302,7 +304,7 @@ def test_weights_are_put_back_where_torch_does_not_take_the_mask(
     assert same(state(layer), before)
 
 
-def test_a_mask_that_removes_more_than_asked_for_is_refused() -> None:
+def test_a_mask_that_removes_more_than_the_target_is_refused() -> None:
     layer, h = linear()
     lobs_unstructured(layer, "weight", h, sparsity=0.7)
     before = state(layer)
@@ -344,7 +346,7 @@ def test_second_moments_are_those_of_the_inputs() -> None:
     assert list(second_moments(model, data, names=["2"])) == ["2"]
 
 
-def test_second_moments_of_a_pruned_network_are_those_of_its_weights_now() -> None:
+def test_second_moments_of_a_pruned_network_use_its_present_weights() -> None:
     model, data = network(), batches(1)
     prune.l1_unstructured(model[0], "weight", amount=0.5)
     (h,) = second_moments(model, data)["2"]
@@ -353,9 +355,9 @@ def test_second_moments_of_a_pruned_network_are_those_of_its_weights_now() -> No
     assert torch.equal(h.matrix(), expected.matrix())
 
 
-def test_second_moments_refuse_what_they_cannot_see() -> None:
+def test_second_moments_refuse_layers_that_cannot_be_observed() -> None:
     model, data = network(), batches(1)
-    with pytest.raises(ArgumentError, match=r"'1' is no layer.*'0', '2'"):
+    with pytest.raises(ArgumentError, match=r"'1' is not a layer.*'0', '2'"):
         second_moments(model, data, names=["1"])
     with pytest.raises(ArgumentError, match="not called"):
         second_moments(model, data, forward=lambda model, x: model[0](x))
@@ -380,7 +382,7 @@ def test_second_moments_refuse_what_they_cannot_see() -> None:
 CONFIG = [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight", "sparsity": 0.75}]
 
 
-def test_sparsifier_gives_what_prune_weight_makes() -> None:
+def test_the_sparsifier_prunes_as_prune_weight_does() -> None:
     model, data = network(), batches()
     dense = copy.deepcopy(model)
     hessians = second_moments(model, data)
@@ -407,7 +409,7 @@ def test_sparsifier_gives_what_prune_weight_makes() -> None:
     assert int((model[2].weight == 0).sum()) == 96
 
 
-def test_sparsifier_with_data_looks_again_at_every_step() -> None:
+def test_a_sparsifier_with_data_calibrates_at_every_step() -> None:
     model, data = network(), batches()
     dense = copy.deepcopy(model)
     sparsifier = LOBSSparsifier(calibration=data, sparsity=0.3)
@@ -433,7 +435,7 @@ def test_sparsifier_with_data_looks_again_at_every_step() -> None:
 
 
 @pytest.mark.parametrize("how", [{"pattern": "2:4"}, {"sparsity": 0.5, "method": "sweep"}])
-def test_sparsifier_prunes_convolutions(how: dict[str, Any]) -> None:
+def test_the_sparsifier_prunes_convolutions(how: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3))
     data = [torch.randn(6, 4, 8, 8)]
     expected = copy.deepcopy(model)
@@ -445,7 +447,7 @@ def test_sparsifier_prunes_convolutions(how: dict[str, Any]) -> None:
     assert same(state(model), state(expected))
 
 
-def test_update_mask_does_one_tensor() -> None:
+def test_update_mask_prunes_one_tensor() -> None:
     model, data = network(), batches(1)
     sparsifier = LOBSSparsifier(second_moments(model, data), sparsity=0.5)
     sparsifier.prepare(model, None)
@@ -457,7 +459,7 @@ def test_update_mask_does_one_tensor() -> None:
     assert int((other.weight == 0).sum()) == 0
 
 
-def test_sparsifier_failures_change_nothing() -> None:
+def test_a_failure_of_the_sparsifier_changes_nothing() -> None:
     model, data = network(), batches(1)
     hessians: dict[str, Any] = dict(second_moments(model, data))
     for broken, error, words in (
@@ -476,7 +478,7 @@ def test_sparsifier_failures_change_nothing() -> None:
         assert not sparsifier.reports
 
 
-def test_sparsifier_refuses_what_it_cannot_use() -> None:
+def test_the_sparsifier_refuses_wrong_arguments() -> None:
     model = network()
     with pytest.raises(ArgumentError, match="exactly one"):
         LOBSSparsifier(sparsity=0.5)

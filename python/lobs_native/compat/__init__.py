@@ -1,8 +1,8 @@
-"""Our solvers under the names of other pruning programs ("hosts"), and the means to put them there.
+"""Drop-in replacements for the solvers of other pruning programs ("hosts").
 
-``patch`` replaces a host's own classes and functions while a ``with`` block lasts; the modules of
-this package hold what it puts in their place, and can also be imported by name. No host is imported
-here: each module is loaded when it is first asked for.
+``patch`` replaces a host's own classes and functions inside a ``with`` block. The replacements can
+also be imported from the modules of this package. No host is imported here: each module is loaded
+on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lobs_native.compat.record import Record
 
 __all__ = ["HOSTS", "Record", "patch"]
 
-_BY_NAME = {  # what a patch can put into hosts, and what is used by its name only
+_BY_NAME = {  # hosts that can be patched, and modules that are only imported by name
     **HOSTS,
     "modelopt": "lobs_native.compat.modelopt",
     "torch_prune": "lobs_native.compat.torch_prune",

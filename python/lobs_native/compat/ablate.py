@@ -1,4 +1,4 @@
-"""SparseGPT's AblateGPT under the name it has had here."""
+"""``AblateGPT``, importable as ``lobs_native.compat.ablate.AblateGPT``."""
 
 from lobs_native.compat.sparsegpt.ablate import AblateGPT
 

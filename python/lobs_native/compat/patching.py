@@ -1,4 +1,4 @@
-"""``patch``: a host's classes and functions replaced by ours while a ``with`` block lasts."""
+"""``patch``: replaces a host's classes and functions inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -23,46 +23,45 @@ from lobs_native.errors import ArgumentError, HostError
 
 __all__ = ["patch"]
 
-_MARK = "_lobs_native_replaces"  # on everything that a patch puts into a host: what it stands for
+_MARK = "_lobs_native_replaces"  # the attribute by which a replacement refers to its original
 
 
 @contextlib.contextmanager
 def patch(*hosts: str | Host, verify: int = 0, **options: Any) -> Iterator[Record]:
-    """Replace the classes and functions of hosts by ours inside a ``with`` block.
+    """Replace the classes and functions of hosts inside a ``with`` block.
 
-    Replaced is every name that stands for the same object: in the host's module and in all modules
-    that imported it from there, ``__main__`` included, under any name. A host that is imported
-    later, inside the block, is replaced as soon as its module has run. On leaving, also by an
-    exception, everything is put back; objects made inside remain ours.
+    Every name of the same object is replaced: in the host's module and in all modules that imported
+    it from there, ``__main__`` included, under any name. A host imported later, inside the block,
+    is replaced as soon as its module has run. At the end of the block, even after an exception,
+    everything is restored. Objects made inside keep using the replacements.
 
     Parameters
     ----------
     *hosts : str or Host
-        Names from ``lobs_native.compat.HOSTS``; none means all of them. A host that is not
-        installed costs nothing.
+        Names from ``lobs_native.compat.HOSTS``; by default all of them. A host that is not
+        installed is ignored.
     verify : int
-        n > 0: every n-th call of each function is repeated with the host's own code on copies, and
-        the differences are recorded. A warning is given beyond the host's tolerance. 0: never.
+        n > 0: repeat every n-th call of each function with the host's own code on copies, record
+        the differences, and warn if they exceed the host's tolerance. 0: never.
     **options
-        Handed to what is put in place: for ``"sparsegpt"``, ``numerics`` and ``method`` (see
-        ``lobs_native.compat.sparsegpt.SparseGPT``). With numerics other than ``"host"`` there is
-        nothing to verify.
+        Options of the replacements: for ``"sparsegpt"``, ``numerics`` and ``method`` (see
+        ``lobs_native.compat.sparsegpt.SparseGPT``). Only ``numerics="host"`` can be verified.
 
     Yields
     ------
     Record
-        What was replaced and what has run so far: ``print(record)``.
+        What was replaced and called so far: ``print(record)``.
 
     Raises
     ------
     ArgumentError
-        An unknown host or option, or a host that is patched already.
+        A host or option is unknown, or a host is already patched.
     HostError
-        The host's code has other signatures than those known here; nothing is replaced. For a
-        module imported inside the block, it comes from that import.
+        The signatures of the host's code differ from those known here; nothing is replaced. For a
+        module imported inside the block, that import raises it.
     """
     if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
-        raise ArgumentError(f"verify: {verify!r}; every how many calls, an integer >= 0")
+        raise ArgumentError(f"verify: {verify!r}; expected a number of calls, an integer >= 0")
     if verify and options.get("numerics", "host") != "host":
         raise ArgumentError(
             f"verify: {verify} with numerics={options['numerics']!r}: only the host's own numerics "
@@ -75,10 +74,10 @@ def patch(*hosts: str | Host, verify: int = 0, **options: Any) -> Iterator[Recor
 
 @dataclass(frozen=True)
 class _Installed:
-    """One object that has been replaced."""
+    """One replaced object."""
 
-    owner: Any  # the host's module, or the class in it that holds it
-    name: str
+    owner: Any  # the host's module, or a class in it
+    name: str  # of its attribute
     original: Any
     ours: Any
 
@@ -115,7 +114,7 @@ class _Patcher:
 
     def __enter__(self) -> None:
         loaded = {name: sys.modules[name] for name in self.wanted if name in sys.modules}
-        for name, module in loaded.items():  # all of them before anything is written
+        for name, module in loaded.items():  # check all before replacing any
             for _, replacement in self.wanted[name]:
                 _check_signatures(module, replacement)
         self.active = True
@@ -127,53 +126,53 @@ class _Patcher:
         self.active = False
         if self.watcher in sys.meta_path:
             sys.meta_path.remove(self.watcher)
-        for done in reversed(self.installed):
-            setattr(done.owner, done.name, done.original)
-            for _, namespace, name in _holders(done.ours):
-                namespace[name] = done.original
+        for item in reversed(self.installed):
+            setattr(item.owner, item.name, item.original)
+            for _, namespace, name in _references(item.ours):
+                namespace[name] = item.original
 
     def install(self, module_name: str, module: ModuleType) -> None:
-        """Replace what ``module`` offers, there and wherever else it is held."""
-        fresh = []
-        for host, replacement in self.wanted[module_name]:  # all of them before anything is written
+        """Replace the objects of ``module``, there and wherever else there is a reference."""
+        new = []
+        for host, replacement in self.wanted[module_name]:  # check all before replacing any
             _, _, original = _look_up(module, replacement.attribute)
-            # One module of a host may hold what another defines, which has been replaced by then.
-            if not any(done.ours is original for done in self.installed):
+            # It may come from another module of the host, and have been replaced with that one.
+            if not any(item.ours is original for item in self.installed):
                 _check_signatures(module, replacement)
-                fresh.append((host, replacement))
-        for host, replacement in fresh:
+                new.append((host, replacement))
+        for host, replacement in new:
             owner, name, original = _look_up(module, replacement.attribute)
-            ours = self._stand_in(host, replacement, original)
+            ours = self._recording(host, replacement, original)
             self.installed.append(_Installed(owner, name, original, ours))
             setattr(owner, name, ours)
             self.record.places.append(f"{module_name}.{replacement.attribute}")
-            for holder, namespace, held in _holders(original):
-                namespace[held] = ours
-                self.record.places.append(f"{holder}.{held}")
+            for other_module, namespace, other_name in _references(original):
+                namespace[other_name] = ours
+                self.record.places.append(f"{other_module}.{other_name}")
 
     @contextlib.contextmanager
-    def as_the_host_was(self) -> Iterator[None]:
-        """The host's own names while its own code runs, for it may call one through another."""
-        for done in self.installed:
-            setattr(done.owner, done.name, done.original)
+    def originals_restored(self) -> Iterator[None]:
+        """Restore the host's names while its own code runs, since it may call itself by them."""
+        for item in self.installed:
+            setattr(item.owner, item.name, item.original)
         try:
             yield
         finally:
-            for done in self.installed:
-                setattr(done.owner, done.name, done.ours)
+            for item in self.installed:
+                setattr(item.owner, item.name, item.ours)
 
-    def _stand_in(self, host: str, replacement: Replacement, original: Any) -> Any:
-        """A subclass or a wrapper of ours that records, made anew so that it can be told from
-        everything else when the original is put back."""
+    def _recording(self, host: str, replacement: Replacement, original: Any) -> Any:
+        """A new subclass or wrapper of ours that records calls. It is unique, so that all
+        references to it can be found when the original is restored."""
         ours = replacement.ours
         options = _fitting(ours, self.options)
         if not inspect.isclass(ours):
             function = functools.partial(ours, **options)
             functools.update_wrapper(function, ours)
             line = self.record.line(host, replacement.attribute)
-            stand_in = self._recorded(line, replacement, original, function, "")
-            setattr(stand_in, _MARK, original)
-            return stand_in
+            wrapper = self._recorded(line, replacement, original, function, "")
+            setattr(wrapper, _MARK, original)
+            return wrapper
         body = {"__doc__": ours.__doc__, "__module__": ours.__module__, _MARK: original, **options}
         for method in replacement.methods:
             line = self.record.line(host, f"{replacement.attribute}.{method}")
@@ -215,30 +214,30 @@ class _Patcher:
 
     def _compare(self, line: Line, replacement: Replacement, compare: Compare, result: Any) -> None:
         try:
-            with self.as_the_host_was(), _apart():
-                found = compare(result)
-        except Exception as error:  # the host's code may fail where ours did not: a note, no more
+            with self.originals_restored(), _without_side_effects():
+                difference = compare(result)
+        except Exception as error:  # the host's code may fail where ours did not: only note it
             reason = f"the host's own code raised {type(error).__name__}: {error}"
             self.record.not_compared(line, reason)
             return
-        self.record.compared(line, found, replacement.tolerance)
+        self.record.compared(line, difference, replacement.tolerance)
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """The host's own code leaves no trace: no output, no random numbers drawn, and it runs on
-    machines without CUDA although it waits for CUDA."""
-    wait = torch.cuda.synchronize
+def _without_side_effects() -> Iterator[None]:
+    """Suppress the output of the host's own code and its use of random numbers. On a machine
+    without CUDA, also its calls of torch.cuda.synchronize."""
+    synchronize = torch.cuda.synchronize
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None
     try:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        torch.cuda.synchronize = wait
+        torch.cuda.synchronize = synchronize
 
 
-# ---- what a host holds ---------------------------------------------------------------------------
+# ---- the objects of a host -----------------------------------------------------------------------
 
 
 def _look_up(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
@@ -256,8 +255,8 @@ def _look_up(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
         ) from None
 
 
-def _holders(wanted: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every (module's name, its namespace, name) that holds this very object."""
+def _references(wanted: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every (module name, its namespace, variable name) that refers to this very object."""
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("lobs_native.") or not isinstance(module, ModuleType):
             continue
@@ -271,16 +270,16 @@ def _check_signatures(module: ModuleType, replacement: Replacement) -> None:
     _, _, original = _look_up(module, replacement.attribute)
     label = f"{module.__name__}.{replacement.attribute}"
     if _MARK in getattr(original, "__dict__", {}):
-        raise ArgumentError(f"hosts: {label} is patched already; leave the inner patch() out")
+        raise ArgumentError(f"hosts: {label} is already patched; leave out the inner patch()")
     for method, accepted in replacement.signatures.items():
         where = f"{label}.{method}" if method else label
         function = getattr(original, method, None) if method else original
         if not callable(function):
-            raise HostError(f"{where}: not there ({_place(module)}); leave this host out")
-        found = signature_text(function)
-        if found not in accepted:
+            raise HostError(f"{where}: does not exist ({_place(module)}); leave this host out")
+        signature = signature_text(function)
+        if signature not in accepted:
             raise HostError(
-                f"{where} takes {found}, but lobs_native replaces one that takes "
+                f"{where} takes {signature}, but lobs_native replaces one that takes "
                 f"{' or '.join(accepted)} ({_place(module)}); leave this host out, or use the "
                 "version of it that fits"
             )
@@ -298,8 +297,7 @@ def _place(module: ModuleType) -> str:
 
 
 def _options_of(ours: Any) -> tuple[str, ...]:
-    """Options of a class are its ``OPTIONS``, class attributes; of a function, ``OPTIONS`` too, its
-    keyword arguments."""
+    """The names in ``OPTIONS``: attributes of a class, or keyword arguments of a function."""
     return tuple(getattr(ours, "OPTIONS", ()))
 
 
@@ -311,8 +309,8 @@ def _fitting(ours: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Asks the other finders, and has the module looked at as soon as it has run, before whoever
-    imports it takes anything out of it."""
+    """Delegates to the other finders, and calls ``after`` as soon as a module has run, before its
+    importer takes anything from it."""
 
     def __init__(self, names: Container[str], after: Callable[[str, ModuleType], None]) -> None:
         self.names = names
@@ -346,7 +344,7 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module must not see that it was watched: it may ask its loader for its source.
+        # Hide the watcher from the module, which may ask its loader for its source.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

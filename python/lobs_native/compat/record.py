@@ -1,4 +1,4 @@
-"""The record of a patch: what was replaced where, how often it ran, how long, how far off."""
+"""The record of a patch: the names replaced, and the number, time and deviation of calls."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Line:
     host: str
     name: str  # "SparseGPT.fasterprune"
     calls: int = 0
-    failures: int = 0  # calls of ours that raised
-    seconds: float = 0.0  # wall clock in ours; verification is not in it
+    failures: int = 0  # calls of our function that raised
+    seconds: float = 0.0  # wall-clock time in our function, without verification
     verified: int = 0
-    values: float = 0.0  # largest of ``Difference.values``
-    mask: int = 0  # largest of ``Difference.mask``
-    mask_share: float = 0.0  # the same over the entries compared
+    values: float = 0.0  # the largest ``Difference.values``
+    mask: int = 0  # the largest ``Difference.mask``
+    mask_share: float = 0.0  # the largest ``Difference.mask`` per entry compared
     exceeded: int = 0  # verified calls beyond the host's tolerance
-    unverified: list[str] = field(default_factory=list)  # why the host's own code gave nothing
+    unverified: list[str] = field(default_factory=list)  # why calls could not be verified
 
     def __str__(self) -> str:
         text = f"{self.host}: {self.name}: {self.calls} calls, {self.seconds:.3f} s"
@@ -45,8 +45,8 @@ class Line:
 
 
 class Record:
-    """What ``patch`` gives: ``lines``, one for every function that is timed, and ``places``, the
-    names that were replaced. Its text is the whole record."""
+    """The record that ``patch`` yields: ``lines``, one for each timed function, and ``places``, the
+    names that were replaced. ``str(record)`` shows all of it."""
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
@@ -54,7 +54,7 @@ class Record:
         self._lock = threading.Lock()
 
     def line(self, host: str, name: str) -> Line:
-        """The line of a function, made when first asked for."""
+        """The line of a function, which is added at the first call."""
         with self._lock:
             for line in self.lines:
                 if (line.host, line.name) == (host, name):
@@ -63,38 +63,38 @@ class Record:
             return self.lines[-1]
 
     def begin(self, line: Line) -> int:
-        """Count a call; its number, from 1."""
+        """Count a call. Returns its number, from 1."""
         with self._lock:
             line.calls += 1
             return line.calls
 
     def end(self, line: Line, seconds: float, *, failed: bool) -> None:
-        """Add a call's time."""
+        """Add the time of a call."""
         with self._lock:
             line.seconds += seconds
             line.failures += failed
 
-    def compared(self, line: Line, found: Difference, tolerance: Tolerance) -> None:
-        """Add what a verification found; warns beyond the tolerance."""
-        exceeded = tolerance.exceeded_by(found)
-        share = found.mask / found.entries if found.entries else 0.0
+    def compared(self, line: Line, difference: Difference, tolerance: Tolerance) -> None:
+        """Add the result of a verification, and warn beyond the tolerance."""
+        exceeded = tolerance.exceeded_by(difference)
+        share = difference.mask / difference.entries if difference.entries else 0.0
         with self._lock:
             line.verified += 1
-            line.values = _larger(line.values, found.values)
-            line.mask = max(line.mask, found.mask)
+            line.values = _larger(line.values, difference.values)
+            line.mask = max(line.mask, difference.mask)
             line.mask_share = max(line.mask_share, share)
             line.exceeded += exceeded
         if exceeded:
             warnings.warn(
                 f"lobs_native: {line.host}: {line.name}, call {line.calls}: differs from the "
-                f"host's own code by {found.values:.2e} of the values (tolerance "
+                f"host's own code by {difference.values:.2e} of the values (tolerance "
                 f"{tolerance.values:.0e}) and {share:.2e} of the mask ({tolerance.mask:.0e})",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def not_compared(self, line: Line, reason: str) -> None:
-        """Note that a verification could not be made, and warn."""
+        """Note that a call could not be verified, and warn."""
         with self._lock:
             line.unverified.append(reason)
         warnings.warn(
@@ -108,10 +108,10 @@ class Record:
             return "lobs_native: nothing was replaced: no module of these hosts was imported"
         called = [line for line in self.lines if line.calls]
         lines = [f"lobs_native: replaced {', '.join(self.places)}"]
-        lines += [f"  {line}" for line in called] or ["  none of it was called"]
+        lines += [f"  {line}" for line in called] or ["  none of them was called"]
         return "\n".join(lines)
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger one; a NaN, which max() could lose, counts as largest."""
+    """The larger number. A NaN, which max() could lose, counts as the largest."""
     return a if math.isnan(a) or a > b else b

@@ -1,4 +1,4 @@
-"""The report of a pruning whose layers a host calibrated."""
+"""The report of pruning that was calibrated by a host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from lobs_native.report.records import ErrorBound, LayerReport, Skipped
 from lobs_native.report.report import Report
+from lobs_native.version import __version__
 
 __all__ = ["report_of"]
 
@@ -25,9 +26,8 @@ def report_of(
     host: Mapping[str, str],
     bound: str,
 ) -> Report:
-    """A Report. ``host`` has the versions of its packages; ``bound`` says why there is no bound."""
-    from lobs_native.version import __version__
-
+    """A Report. ``host`` has the versions of the host's packages, and ``bound`` the reason why
+    there is no error bound."""
     ours = {"lobs_native": __version__, "torch": str(torch.__version__)}
     return Report(
         layers=tuple(layers),

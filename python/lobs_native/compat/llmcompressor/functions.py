@@ -1,14 +1,14 @@
-"""llm-compressor: our pruning as a modifier of its own, and its SparseGPT on our kernels.
+"""Drop-in replacements for the functions of llm-compressor's ``SparseGPTModifier``.
 
-``LOBSModifier`` prunes with all that ``lobs_native.prune`` knows, inside ``oneshot``. The three
-functions here stand in for those of ``SparseGPTModifier`` under ``patch("llmcompressor")``: the
-host's numerics, so the host's masks, in less time.
+``patch("llmcompressor")`` installs them. They have the host's numerics, and so its masks, in less
+time.
 
-Different from the host's functions on purpose: Conv2d and the Conv1D of transformers get a second
-moment of their width (the host fails on both); inputs that are not finite and second moments that
-cannot be inverted are errors, where the host prunes by magnitude with a warning.
+Intended differences: Conv2d and the Conv1D of transformers get a second moment of the right size
+(the host fails on both); inputs that are not finite and second moments that cannot be inverted are
+errors, where the host prunes by magnitude with a warning.
 
-Read at llm-compressor 0.14.0.1. Nothing here needs it until ``LOBSModifier`` is asked for.
+Written for llm-compressor 0.14.0.1, which is not needed here. ``LOBSModifier``, which is imported
+on first use, needs it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NAMES = ("prune_n", "prune_m", "block_size", "dampening_frac")
 
 
 def __getattr__(name: str) -> Any:
-    """``LOBSModifier`` is a class of the host's, so it is made when it is first asked for."""
+    """Import ``LOBSModifier`` on first use, since it derives from a class of the host."""
     if name != "LOBSModifier":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 def make_empty_hessian(module: nn.Module, device: torch.device | None = None) -> Tensor:
-    """(C, C) float32 zeros for a module's second moment, on ``device`` or where its weight is."""
+    """(C, C) float32 zeros for a module's second moment, on ``device`` or the weight's device."""
     layout = Layout(module)
     where = layout.weight.device if device is None else device
     return torch.zeros((layout.columns, layout.columns), device=where, dtype=torch.float32)
@@ -63,7 +63,7 @@ def accumulate_hessian(
 ) -> tuple[Tensor, int]:
     """Add a batch to the mean second moment, ``2 / num_samples * sum(x x^T)``.
 
-    Only the lower triangle is kept: all that ``sparsify_weight``, ours or the host's, reads.
+    Only the lower triangle is updated; ``sparsify_weight``, ours and the host's, reads no more.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def accumulate_hessian(
     H : (C, C) float32, contiguous
         Written in place.
     num_samples : int
-        Samples that H is the mean of.
+        The number of samples in H.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def accumulate_hessian(
     Raises
     ------
     NonFiniteError
-        A NaN or an infinity in ``inp``; H is as it was.
+        ``inp`` has a NaN or an infinity; H is unchanged.
     """
     layout = Layout(module)
     inp = inp.detach().to(H.device)
@@ -105,24 +105,25 @@ def sparsify_weight(
     dampening_frac: float,
     preserve_sparsity_mask: bool,
 ) -> tuple[float, Tensor]:
-    """Prune a module's weight by SparseGPT's rules, as the host has them.
+    """Prune a module's weight by SparseGPT's rules, as in the host.
 
     Parameters
     ----------
     module : nn.Linear, nn.Conv2d (groups = 1) or transformers' Conv1D
         Not modified: the caller stores the result.
     hessians_dict : {module: (C, C) float32}
-        The module's entry is taken out. Where this raises, it stays. Its lower triangle is read.
+        The module's entry is removed, unless an error is raised. Its lower triangle is read.
     sparsity : float, 0 <= sparsity < 1
-        Of each block ``int(numel * sparsity) + 1`` weights go, and ties. Not used with ``prune_n``.
+        ``int(numel * sparsity) + 1`` weights of each block are removed, and all ties. Not used with
+        ``prune_n``.
     prune_n, prune_m : int
-        prune_n > 0: of every prune_m weights of a row, prune_n go.
+        prune_n > 0: remove prune_n of every prune_m weights of a row.
     block_size : int
-        Columns of a block.
+        The number of columns in a block.
     dampening_frac : float
-        Damping, as a share of the mean of the diagonal.
+        Damping, as a fraction of the mean of the diagonal.
     preserve_sparsity_mask : bool
-        Weights that are zero stay zero, and count.
+        Weights that are zero stay zero, and count as removed.
 
     Returns
     -------
@@ -136,7 +137,7 @@ def sparsify_weight(
     NotPositiveDefiniteError
         The second moment cannot be inverted.
     NonFiniteError
-        The weight holds a NaN or an infinity, or outgrew its dtype.
+        The weight has a NaN or an infinity, or overflowed its dtype.
     """
     layout = Layout(module)
     H = hessians_dict[module]
@@ -149,14 +150,14 @@ def sparsify_weight(
     zeros = W == 0 if preserve_sparsity_mask else None
     if zeros is not None and int(zeros.sum()) > sparsity * W.numel():
         raise ArgumentError(
-            f"sparsity: {sparsity:g}, but {float(zeros.float().mean()):g} of the weights are zero "
-            "already; ask for more, or pass preserve_sparsity_mask=False"
+            f"sparsity: {sparsity:g}, but {float(zeros.float().mean()):g} of the weights are "
+            "already zero; raise it, or pass preserve_sparsity_mask=False"
         )
     try:
         U, _ = host_sweep.upper_factor(H, dampening_frac)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(
-            f"hessian ({len(H)} columns): it could not be inverted with dampening_frac="
+            f"hessian ({len(H)} columns): could not be inverted with dampening_frac="
             f"{dampening_frac:g}; raise it, or calibrate with more data"
         ) from error
     choose: host_sweep.Choose | None = None
@@ -173,15 +174,15 @@ def sparsify_weight(
         step=prune_m if prune_n else None,
     )
     stored = (W.T if layout.transposed else W).reshape(layout.weight.shape)
-    made = stored.to(layout.weight.dtype).contiguous()
-    if not bool(torch.isfinite(made).all()):
-        kind = str(made.dtype).removeprefix("torch.")
+    weight = stored.to(layout.weight.dtype).contiguous()
+    if not bool(torch.isfinite(weight).all()):
+        kind = str(weight.dtype).removeprefix("torch.")
         raise NonFiniteError(
-            f"module.weight: a repaired weight outgrew {kind}; use a wider type, raise "
+            f"module.weight: a repaired weight overflowed {kind}; use a wider type, raise "
             "dampening_frac, or remove less"
         )
     del hessians_dict[module]
-    return loss, made
+    return loss, weight
 
 
 def _by_threshold(sparsity: float) -> host_sweep.Choose:
@@ -194,8 +195,8 @@ def _by_threshold(sparsity: float) -> host_sweep.Choose:
 def _extending(
     W: Tensor, zeros: Tensor, sparsity: float, n: int, block_size: int
 ) -> host_sweep.Choose:
-    """What is zero already costs nothing and goes in any case; as in the host, repairs of earlier
-    blocks leave it zero, and those of its own block do not."""
+    """Also remove the weights that are already zero, at no cost. As in the host, repairs of earlier
+    blocks leave them zero, but those of their own block do not."""
 
     def choose(part: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
         if columns.start % block_size == 0:
@@ -220,14 +221,14 @@ def _named(call: Call, function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _verify_moments(call: Call) -> Compare:
-    """The host's own function on a copy of H."""
-    given = _named(call, accumulate_hessian)
-    if not isinstance(given["module"], nn.Linear):
-        raise ArgumentError("the host's own H has another shape than this layer needs")
-    given["H"] = given["H"].clone()
+    """Repeat with the host's own function on a copy of H."""
+    arguments = _named(call, accumulate_hessian)
+    if not isinstance(arguments["module"], nn.Linear):
+        raise ArgumentError("the host's own H does not have the shape that this layer needs")
+    arguments["H"] = arguments["H"].clone()
 
     def compare(result: tuple[Tensor, int]) -> Difference:
-        theirs, _ = call.original(**given)
+        theirs, _ = call.original(**arguments)
         largest = float(theirs.abs().max())
         gap = float((result[0] - theirs).tril().abs().max())
         return Difference(values=gap / largest if largest else gap, entries=theirs.numel())
@@ -236,16 +237,16 @@ def _verify_moments(call: Call) -> Compare:
 
 
 def _verify_weights(call: Call) -> Compare:
-    """The host's own function on copies of the module and of H."""
-    given = _named(call, sparsify_weight)
-    module = given["module"]
+    """Repeat with the host's own function on copies of the module and of H."""
+    arguments = _named(call, sparsify_weight)
+    module = arguments["module"]
     twin = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(module.weight.detach().clone(), requires_grad=False)}
-    given["module"] = twin
-    given["hessians_dict"] = {twin: given["hessians_dict"][module].clone()}
+    arguments["module"] = twin
+    arguments["hessians_dict"] = {twin: arguments["hessians_dict"][module].clone()}
 
     def compare(result: tuple[float, Tensor]) -> Difference:
-        _, theirs = call.original(**given)
+        _, theirs = call.original(**arguments)
         return Difference.between(result[1], theirs)
 
     return compare

@@ -1,6 +1,6 @@
-"""``LOBSModifier``: our pruning as a modifier of llm-compressor, fed by its calibration.
+"""``LOBSModifier``: pruning as a modifier of llm-compressor, with its calibration.
 
-Importing this module needs llm-compressor, and makes the modifier known to its recipes.
+Importing this module needs llm-compressor, and registers the modifier for its recipes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import compressed_tensors
 import llmcompressor
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.offload.cache import OffloadCache
-from compressed_tensors.utils import is_match, update_offload_parameter
+from compressed_tensors.utils import is_match
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.factory import ModifierFactory
@@ -27,9 +26,10 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.hooks import Columns, reader
 from lobs_native.calibration.moments import Moments
-from lobs_native.checks import check_choice
 from lobs_native.compat.llmcompressor.padding import Padding
+from lobs_native.compat.llmcompressor.settings import check_settings, damping_of, pattern_text
 from lobs_native.compat.llmcompressor.targets import layers_of_targets
+from lobs_native.compat.llmcompressor.writing import Originals, write
 from lobs_native.compat.reporting import report_of
 from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
 from lobs_native.layers import Layer
@@ -37,69 +37,66 @@ from lobs_native.network.layerwise import prune_layer
 from lobs_native.network.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
 from lobs_native.report.records import LayerReport, Skipped
 from lobs_native.report.report import Report
-from lobs_native.solvers.patterns import pattern_of
-from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping
 from lobs_native.solvers.weight import PrunedWeight
 
 __all__ = ["LOBSModifier"]
-
-_DAMPING = 0.01
 
 
 class LOBSModifier(Modifier):
     """Prune by second-order information inside llm-compressor's ``oneshot``.
 
     ``oneshot(model=model, dataset=data, recipe=[LOBSModifier(sparsity=0.5, ignore=["lm_head"])])``,
-    or under the name ``LOBSModifier`` in a YAML recipe once this class has been imported. Layers
-    are calibrated by llm-compressor's pipeline (each part of the network on the outputs of the
-    parts that are pruned already), pruned as ``lobs_native.prune`` does, biases updated with the
-    weights, and written back through its offloading.
+    or by the name ``LOBSModifier`` in a YAML recipe, once this class has been imported.
+    llm-compressor's pipeline calibrates the layers, each part of the network on the outputs of the
+    parts pruned before it. They are pruned as by ``lobs_native.prune``, biases updated with the
+    weights, and written back through llm-compressor's offloading.
 
     Parameters
     ----------
     sparsity, threshold, max_error, method, scope, prune_bias, refine
-        As in :func:`lobs_native.prune`. ``sparsity`` is exact per layer; there is no scope "model",
-        because llm-compressor shows one part of the network at a time.
+        As in :func:`lobs_native.prune`. ``sparsity`` is exact for each layer. There is no scope
+        "model", because llm-compressor shows one part of the network at a time.
     pattern : str
         As in :func:`lobs_native.prune`: ``"2:4"`` keeps 2 of 4, ``"1:4"`` keeps 1 of 4.
     mask_structure : str
-        The same as SparseGPTModifier has it: the number of **zeros** in each group, so ``"1:4"``
-        keeps 3 of 4; ``"0:0"`` is no pattern. Give this or ``pattern``.
+        The same in the notation of SparseGPTModifier: the number of **zeros** in each group, so
+        ``"1:4"`` keeps 3 of 4, and ``"0:0"`` means no pattern. Pass this or ``pattern``.
     damping, dampening_frac : float
         Two names for one fraction of the mean diagonal of H, 0.01 by default.
     preserve_sparsity_mask : bool
-        Weights that are zero stay zero, whatever they cost. Without it zeros go first too, but a
-        pattern may have no room for all of them.
+        Weights that are zero stay zero, whatever the cost. Without it, zeros are also removed
+        first, but a pattern may have no room for all of them.
     overrides : {target: {name: value}}
-        Other settings for some layers, the last match wins. Targets as in ``targets``.
+        Other settings for some layers; the last match wins. Targets are as in ``targets``.
     targets, ignore : str or list of str
-        Names, ``"re:..."`` or class names, of layers or of modules that contain them. A target
-        that matches nothing is an error. The type of a layer may be any that ``lobs_native`` knows.
+        Names, ``"re:..."`` or class names of layers, or of modules that contain layers. A target
+        that matches nothing is an error. A layer may be of any type that ``lobs_native`` supports.
     backend : str
         A name from :func:`lobs_native.backends`.
     report : str
-        Path, ``.json`` or ``.html``, to save the report to at the end; :attr:`result` has it too.
+        A path, ``.json`` or ``.html``, to which the report is saved at the end. :attr:`result` has
+        it too.
     keep_originals : bool
         Keep the original weights on the CPU until all layers are done, so that a failure leaves
-        the model as it was; :meth:`undo` does so after failures of the network itself. Without it
-        only the part that fails is left as it was.
+        the model unchanged. After a failure of the network itself, call :meth:`undo`. If False,
+        only the part that fails is left unchanged.
 
     Raises
     ------
     pydantic.ValidationError (a ValueError)
-        A setting is wrong; the message is ours.
+        A setting is invalid; the message is from this package.
     ArgumentError, PatternError
         From ``oneshot``, before calibration: targets, layers or settings do not fit each other.
     NonFiniteError, NotPositiveDefiniteError, LobsError
         From ``oneshot``: a layer cannot be pruned, was not called, or is used again after it was
-        pruned. The message names it; nothing is pruned in place of what was asked.
+        pruned. The message names it. No other method is substituted.
 
     Notes
     -----
-    Padding: rows whose ``attention_mask`` is 0 do not count, nor those of ``loss_mask`` with
-    ``use_loss_mask``. Layers whose weight is shared with a layer that is not pruned with it (an
-    ``lm_head`` tied to the embeddings) are skipped with a warning and named in the report. Not for
-    several processes (torch.distributed).
+    Padding: rows with an ``attention_mask`` of 0 do not count, nor, with ``use_loss_mask``, rows
+    with a ``loss_mask`` of 0. A layer whose weight is shared with a layer that is not pruned (an
+    ``lm_head`` tied to the embeddings) is skipped with a warning and listed in the report. Several
+    processes (torch.distributed) are not supported.
     """
 
     requires_calibration_data: bool = True
@@ -127,7 +124,7 @@ class LOBSModifier(Modifier):
     _skipped: list[Skipped] = PrivateAttr(default_factory=list)
     _moments: dict[str, Moments] = PrivateAttr(default_factory=dict)
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
-    _originals: dict[str, dict[str, Tensor]] = PrivateAttr(default_factory=dict)
+    _originals: Originals = PrivateAttr(default_factory=Originals)
     _done: dict[str, LayerReport] = PrivateAttr(default_factory=dict)
     _removed: int = PrivateAttr(default=0)
     _padding: Padding | None = PrivateAttr(default=None)
@@ -137,70 +134,34 @@ class LOBSModifier(Modifier):
 
     @property
     def result(self) -> Report | None:
-        """The report, once ``oneshot`` is through."""
+        """The report, after ``oneshot``."""
         return self._result
 
     def undo(self) -> None:
-        """Give all weights their old values back, where ``oneshot`` was ended by something else
-        than this modifier (the network itself failed, or ran out of memory)."""
+        """Restore all weights, after ``oneshot`` has ended by an error outside this modifier (the
+        network failed, or ran out of memory)."""
         self._failed = True
         self.remove_hooks()
         self._moments.clear()
-        self._restore()
+        self._originals.restore()
 
     # ---- settings --------------------------------------------------------------------------------
 
     @model_validator(mode="after")
     def _check(self) -> LOBSModifier:
-        settings = self._settings()
-        method = check_choice(settings["method"], "method", METHODS)
-        if settings["scope"] == "model":
-            raise ArgumentError(
-                "scope: 'model' needs the whole network at once, and llm-compressor shows it part "
-                "by part; use 'layer' or 'row', or lobs_native.prune"
-            )
-        check_choice(settings["scope"], "scope", SCOPES)
-        check_damping(settings["damping"])
-        pattern = pattern_of(settings["pattern"])
-        Target.of(
-            settings["sparsity"], settings["threshold"], settings["max_error"], method, pattern
-        )
-        if self.report is not None and Path(self.report).suffix not in (".json", ".html"):
-            raise ArgumentError(f"report: {self.report!r} must end in .json or .html")
+        check_settings(self._settings(), self.report)
         return self
 
     def _settings(self) -> dict[str, Any]:
-        """What ``lobs_native.prune`` would be given."""
-        given = {name: getattr(self, name) for name in OVERRIDABLE}
-        return {**given, "pattern": self._pattern(), "damping": self._damping()}
+        """The settings in the terms of ``lobs_native.prune``."""
+        return {
+            **{name: getattr(self, name) for name in OVERRIDABLE},
+            "pattern": pattern_text(self.pattern, self.mask_structure),
+            "damping": damping_of(self.damping, self.dampening_frac),
+        }
 
-    def _damping(self) -> float:
-        given = [x for x in (self.damping, self.dampening_frac) if x is not None]
-        if len(given) == 2 and given[0] != given[1]:
-            raise ArgumentError(
-                f"damping: {given[0]:g}, but dampening_frac is {given[1]:g}; they are two names "
-                "for one fraction, give one of them"
-            )
-        return given[0] if given else _DAMPING
-
-    def _pattern(self) -> str:
-        if self.mask_structure is None:
-            return "unstructured" if self.pattern is None else self.pattern
-        if self.pattern is not None:
-            raise ArgumentError(
-                f"pattern: {self.pattern!r}, but mask_structure is {self.mask_structure!r}; give "
-                "one of them (pattern counts what is kept, mask_structure the zeros)"
-            )
-        zeros, _, size = self.mask_structure.partition(":")
-        if not (zeros.isdecimal() and size.isdecimal() and int(zeros) <= int(size)):
-            raise ArgumentError(
-                f"mask_structure: {self.mask_structure!r}; write 'n:m' for n zeros in every m "
-                "weights, or '0:0' for no pattern"
-            )
-        return f"{int(size) - int(zeros)}:{int(size)}" if int(zeros) else "unstructured"
-
-    def _said(self) -> dict[str, Any]:
-        """For the report: our names of settings, then those that only this modifier has."""
+    def _report_settings(self) -> dict[str, Any]:
+        """The settings for the report, those that only this modifier has at the end."""
         own = ("targets", "ignore", "overrides", "preserve_sparsity_mask", "backend")
         return {**self._settings(), **{name: getattr(self, name) for name in own}}
 
@@ -215,20 +176,20 @@ class LOBSModifier(Modifier):
             )
         if self.report is not None and not Path(self.report).absolute().parent.is_dir():
             raise ArgumentError(
-                f"report: the folder of {self.report!r} is not there; make it first"
+                f"report: the folder of {self.report!r} does not exist; create it first"
             )
         model = state.model
-        found, hidden = layers_of_targets(model, self.targets, self.ignore)
-        with disable_onloading():  # tied weights are one tensor only where they are stored
-            layers, tied = tie(model, found, explicit=False)
+        selected, hidden = layers_of_targets(model, self.targets, self.ignore)
+        with disable_onloading():  # tied weights are one tensor in storage, but not when onloaded
+            layers, tied = tie(model, selected, explicit=False)
         self._skipped = [*hidden, *tied]
         for skipped in self._skipped:
-            logger.warning(f"LOBSModifier leaves {skipped.name} as it is: {skipped.reason}")
+            logger.warning(f"LOBSModifier skips {skipped.name}: {skipped.reason}")
         if not layers:
-            some = "".join(f"; {s.name}: {s.reason}" for s in self._skipped)
+            reasons = "".join(f"; {s.name}: {s.reason}" for s in self._skipped)
             raise ArgumentError(
                 f"targets: {self.targets!r} without ignore {self.ignore!r} leave no layer to "
-                f"prune{some}"
+                f"prune{reasons}"
             )
         self._plans = [self._planned(layer) for layer in layers]
         self._check_overrides()
@@ -245,12 +206,12 @@ class LOBSModifier(Modifier):
         layers = [plan.layer for plan in self._plans]
         for target in self.overrides:
             if not any(is_match(layer.name, layer.module, target) for layer in layers):
-                raise ArgumentError(f"overrides: {target!r} matches no layer that is to be pruned")
+                raise ArgumentError(f"overrides: {target!r} does not match any layer to be pruned")
 
     # ---- calibration -----------------------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch what the layers read."""
+        """Attach hooks that observe the layers' inputs."""
 
         def running() -> int:
             return int(state.current_batch_idx)
@@ -273,18 +234,18 @@ class LOBSModifier(Modifier):
         self.register_hook(module, guarded, "forward_pre", with_kwargs=True)
 
     def _mask(self, state: State) -> Tensor | None:
-        """Of the running batch: (B, T) bool, True = counts."""
+        """The mask of the current batch: (B, T) bool, True = counts."""
         if state.loss_masks is not None:
-            given = state.loss_masks[state.current_batch_idx]
-            return None if given is None else given != 0
+            loss_mask = state.loss_masks[state.current_batch_idx]
+            return None if loss_mask is None else loss_mask != 0
         return None if self._padding is None else self._padding.mask(state.current_batch_idx)
 
     def _see(self, layer: Layer, x: Tensor, columns: Columns, mask: Tensor | None) -> None:
         begun = time.perf_counter()
         if layer.name in self._done:
             raise LobsError(
-                f"layer {layer.name!r}: it is used again after it was pruned, in a later part of "
-                "the network; ignore it, or pass pipeline='basic' to oneshot"
+                f"layer {layer.name!r}: used again after it was pruned, in a later part of the "
+                "network; ignore it, or pass pipeline='basic' to oneshot"
             )
         moments = self._moments.get(layer.name)
         if moments is None:
@@ -306,12 +267,14 @@ class LOBSModifier(Modifier):
     # ---- pruning ---------------------------------------------------------------------------------
 
     def on_sequential_epoch_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Prune the layers of the part of the network that has been calibrated: all, then write."""
+        """Prune the layers of the part that has been calibrated. They are written once all are
+        pruned."""
         with self._all_or_nothing():
             seen = [plan for plan in self._plans if plan.layer.name in self._moments]
-            made = [(plan, self._pruned(plan)) for plan in seen]
-            for plan, (report, out) in made:
-                self._write(plan.layer, out)
+            pruned = [(plan, self._pruned(plan)) for plan in seen]
+            for plan, (report, out) in pruned:
+                self._originals.keep(plan.layer, biases=out.bias is not None)
+                write(plan.layer, out)
                 self._done[plan.layer.name] = report
                 self._removed += int((~out.mask).sum())
         if not self.keep_originals:
@@ -335,66 +298,41 @@ class LOBSModifier(Modifier):
         )
         return report, out
 
-    def _write(self, layer: Layer, out: PrunedWeight) -> None:
-        parts = [layer.weight_part] + ([layer.bias_part] if out.bias is not None else [])
-        self._originals[layer.name] = {
-            part: layer.stored(part).to("cpu", copy=True) for part in parts
-        }
-        if not _offloaded(layer.module):
-            layer.write_back(out.weight, out.bias)
-            return
-        update_offload_parameter(layer.module, layer.weight_part, layer.unpack(out.weight))
-        if out.bias is not None:
-            shape = layer.stored(layer.bias_part).shape
-            update_offload_parameter(layer.module, layer.bias_part, out.bias.reshape(shape))
-
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """On any exception the weights are as they were, as far as originals are kept."""
+        """On any exception, restore the weights whose originals are kept."""
         try:
             yield
         except BaseException:
             self.undo()
             raise
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for plan in self._plans:
-            layer = plan.layer
-            for part, value in self._originals.pop(layer.name, {}).items():
-                if _offloaded(layer.module):
-                    update_offload_parameter(layer.module, part, value)
-                elif part == layer.weight_part:
-                    layer.write_back(layer.pack(value), None)
-                else:
-                    layer.stored(part).copy_(value)
-
     # ---- the end ---------------------------------------------------------------------------------
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Refuse to end with layers that were never called."""
+        """Raise LobsError if there are layers that were never called."""
         with self._all_or_nothing():
             missing = [p.layer.name for p in self._plans if p.layer.name not in self._done]
             if missing:
-                some = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+                names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
                 raise LobsError(
                     f"{len(missing)} of {len(self._plans)} layers were never called during "
-                    f"calibration: {some}; add them to ignore, or give data that reaches them"
+                    f"calibration: {names}; add them to ignore, or pass data that reaches them"
                 )
         self.remove_hooks()
         self._originals.clear()
         self._padding = None
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Make the report, and save it where that was asked for."""
-        if self._failed:  # llm-compressor ends what failed when its next run begins
+        """Make the report, and save it if asked to."""
+        if self._failed:  # llm-compressor finalizes a failed run when the next one begins
             return True
         missing = len(self._plans) - len(self._done)
         if missing:
             self.remove_hooks()
             raise LobsError(
                 f"LOBSModifier: {missing} of {len(self._plans)} layers are not pruned: calibration "
-                "did not run to its end, or not at all (pass dataset= to oneshot)"
+                "was not completed, or did not run at all (pass dataset= to oneshot)"
             )
         self._result = report_of(
             list(self._done.values()),
@@ -402,7 +340,7 @@ class LOBSModifier(Modifier):
             removed=self._removed,
             weights=sum(plan.weights for plan in self._plans),
             seconds=time.perf_counter() - self._begun,
-            settings=self._said(),
+            settings=self._report_settings(),
             host={
                 "llmcompressor": str(llmcompressor.__version__),
                 "compressed_tensors": str(compressed_tensors.__version__),
@@ -413,10 +351,6 @@ class LOBSModifier(Modifier):
         if self.report is not None:
             self._result.save(os.fspath(self.report))
         return True
-
-
-def _offloaded(module: nn.Module) -> bool:
-    return isinstance(module._parameters, OffloadCache)
 
 
 ModifierFactory.register("LOBSModifier", LOBSModifier)

@@ -1,8 +1,8 @@
-"""Which rows of llm-compressor's calibration batches are padding.
+"""The padding in llm-compressor's calibration batches.
 
-Its pipelines hand a batch's ``loss_mask`` to modifiers where ``use_loss_mask`` is set, but never
-its ``attention_mask``. That one is taken from the data here, and used for a batch only after its
-token ids have been seen to be the ones expected.
+Its pipelines pass a batch's ``loss_mask`` to modifiers if ``use_loss_mask`` is set, but not its
+``attention_mask``. That is read from the data here, and used for a batch only once its token ids
+turn out to be the expected ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Padding"]
 
 
 class Padding:
-    """``ids`` and ``masks`` of every batch, in the order in which the pipeline will bring them."""
+    """The token ids and masks of all batches, in the order of the pipeline."""
 
     def __init__(self, ids: list[Tensor], masks: list[Tensor]) -> None:
         self.ids = ids
@@ -28,10 +28,10 @@ class Padding:
 
     @classmethod
     def of(cls, loader: Iterable[Any] | None) -> Padding | None:
-        """Go through the data once; None if nothing in it is padding.
+        """Read the data once; None if it contains no padding.
 
-        The pipeline starts its own pass right after this one, so with the state of torch's random
-        numbers put back, a sampler that shuffles gives the same order to both.
+        The pipeline's own pass starts right after this one. Since torch's random state is restored,
+        a shuffling sampler yields the same order in both passes.
         """
         ids, masks = [], []
         with torch.random.fork_rng(devices=[]):
@@ -45,25 +45,25 @@ class Padding:
         return None if all(bool(mask.all()) for mask in masks) else cls(ids, masks)
 
     def watching(self, number: Callable[[], int]) -> Callable[..., None]:
-        """A forward pre-hook, with keyword arguments, for the layer that embeds the token ids;
-        ``number()`` is the running batch's."""
+        """A forward pre-hook (with keyword arguments) for the layer that embeds the token ids.
+        ``number()`` returns the number of the current batch."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = next(iter((*args, *kwargs.values())), None)
+            ids = next(iter((*args, *kwargs.values())), None)
             batch = number()
-            if not isinstance(given, Tensor) or not 0 <= batch < len(self.ids):
+            if not isinstance(ids, Tensor) or not 0 <= batch < len(self.ids):
                 return
-            if not torch.equal(given.cpu(), self.ids[batch]):
+            if not torch.equal(ids.cpu(), self.ids[batch]):
                 raise LobsError(
-                    f"dataset: batch {batch} came with other token ids than before, so its "
-                    "attention_mask is not known and padding would be counted; pass "
-                    "shuffle_calibration_samples=False to oneshot, a data loader that always gives "
-                    "the same order, or a loss_mask column with use_loss_mask=True"
+                    f"dataset: batch {batch} has other token ids than in the first pass, so its "
+                    "attention_mask is unknown and padding would be counted; pass "
+                    "shuffle_calibration_samples=False to oneshot, a data loader with a fixed "
+                    "order, or a loss_mask column with use_loss_mask=True"
                 )
             self._seen.add(batch)
 
         return hook
 
     def mask(self, batch: int) -> Tensor | None:
-        """(B, T) bool, True = a token; None if it is not known."""
+        """(B, T) bool, True = a token; None if unknown."""
         return self.masks[batch] if batch in self._seen else None

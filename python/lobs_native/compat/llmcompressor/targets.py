@@ -1,4 +1,4 @@
-"""Which layers llm-compressor's ``targets`` and ``ignore`` mean."""
+"""The layers selected by llm-compressor's ``targets`` and ``ignore``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["layers_of_targets"]
 def layers_of_targets(
     model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str]
 ) -> tuple[list[Layer], list[Skipped]]:
-    """The layers in what ``targets`` match and ``ignore`` does not, in module order, and those that
-    can be pruned but not seen from outside.
+    """The layers that ``targets`` match and ``ignore`` does not, in module order; and those whose
+    inputs cannot be observed from outside, as skipped.
 
-    A target is a module's name, ``"re:"`` and a regular expression for names, or a class name; of a
-    module that contains layers, all of them are meant. Raises ArgumentError for one that matches
+    A target is a module's name, a regular expression for names after ``"re:"``, or a class name. A
+    module that contains layers selects all of them. Raises ArgumentError for a target that matches
     nothing.
     """
     wanted: set[nn.Module] = set()
@@ -29,33 +29,33 @@ def layers_of_targets(
         hits = [module for name, module in model.named_modules() if is_match(name, module, target)]
         if not hits:
             raise ArgumentError(
-                f"targets: {target!r} matches no module of {type(model).__name__}; give a module's "
+                f"targets: {target!r} matches no module of {type(model).__name__}; pass a module's "
                 "name or class, or 're:' and a regular expression for names"
             )
         wanted.update(inner for module in hits for inner in module.modules())
     ignored = {module for name, module in model.named_modules() if is_match(name, module, ignore)}
-    found, hidden = [], []
+    selected, hidden = [], []
     for layer in layers_of(model):
         if layer.module not in wanted or {layer.module, layer.caller} & ignored:
             continue
         if layer.watched:
-            reason = "its inputs are hidden in another module's forward; use lobs_native.prune"
+            reason = "its inputs are internal to another module; use lobs_native.prune"
             hidden.append(Skipped(layer.name, reason))
             continue
         _check(layer)
-        found.append(layer)
-    return found, hidden
+        selected.append(layer)
+    return selected, hidden
 
 
 def _check(layer: Layer) -> None:
-    """``layer.check()``, with the forward that llm-compressor's offloading or quantisation has put
-    around the module's own, if any, out of the way."""
+    """``layer.check()`` without the wrapper that llm-compressor's offloading or quantisation may
+    have put around the module's forward."""
     module = layer.caller
     marks = ("_original_forward_func", "quantization_scheme")
     wrapped = any(hasattr(module, mark) for mark in marks) and "forward" in vars(module)
-    around = vars(module).pop("forward") if wrapped else None
+    wrapper = vars(module).pop("forward") if wrapped else None
     try:
         layer.check()
     finally:
         if wrapped:
-            vars(module)["forward"] = around
+            vars(module)["forward"] = wrapper

@@ -1,4 +1,4 @@
-"""NVIDIA Model-Optimizer: our pruning as one of its sparsity modes."""
+"""NVIDIA Model-Optimizer: this package's pruning as a sparsity mode."""
 
 from lobs_native.compat.modelopt.registration import register
 

@@ -1,6 +1,6 @@
-"""The sparsity mode ``"lobs"`` of NVIDIA Model-Optimizer and its searcher.
+"""The sparsity mode ``"lobs"`` for NVIDIA Model-Optimizer, and its searcher.
 
-Importing this module needs Model-Optimizer; :func:`lobs_native.compat.modelopt.register` does it.
+Importing it needs Model-Optimizer; :func:`lobs_native.compat.modelopt.register` does so.
 """
 
 from __future__ import annotations
@@ -40,37 +40,38 @@ _TARGETS = ("sparsity", "threshold", "max_error")
 class LOBSSearcher(BaseSparseSearcher):
     """Prunes the layers of a sparse meta-model, writes the repaired weights into it and sets masks.
 
-    Keys of ``config``, besides those of all searchers (``data_loader`` with ``collect_func``, or
-    ``forward_loop``: one of them is needed):
+    Keys of ``config``, besides those of all searchers (``forward_loop``, or ``data_loader`` with
+    ``collect_func``, is required):
 
     sparsity, threshold, max_error, method, scope, damping, prune_bias, refine
         As in :func:`lobs_native.prune`; there is no scope "model".
     pattern
-        As in :func:`lobs_native.prune`, or the host's ``"2:4 sparsity"``. By default 2:4, as in the
-        host, unless one of the three targets is given.
+        As in :func:`lobs_native.prune`, or the host's ``"2:4 sparsity"``. The default is 2:4, as in
+        the host, unless one of the three targets is given.
     overrides
-        {name of a module: {key: value}}, the host's way of leaving layers out being the mode's own
-        configuration, ``("lobs", {"nn.Linear": {"*head*": None}})``.
+        {name of a module: {key: value}}. To leave layers out, use the mode's own configuration, as
+        in the host: ``("lobs", {"nn.Linear": {"*head*": None}})``.
     memory
-        Bytes of second moments at most. What does not fit is calibrated in further passes of the
-        data, and sees the layers before it already pruned. By default all layers are calibrated in
-        one pass of the original network.
+        The largest number of bytes of second moments. Layers that do not fit are calibrated in
+        further passes over the data, on the outputs of the layers pruned before. By default, all
+        layers are calibrated in one pass of the original network.
     backend
         A name from :func:`lobs_native.backends`.
     report
-        Path, ``.json`` or ``.html``, to save the report to.
+        A path, ``.json`` or ``.html``, to which the report is saved.
 
     Raises
     ------
     ArgumentError, PatternError
-        A setting does not fit; before anything runs.
+        A setting does not fit. Raised before anything runs.
     NonFiniteError, NotPositiveDefiniteError, LobsError
         A layer cannot be pruned or was never called. The message names it; all weights and masks
-        are as they were.
+        are unchanged.
 
     Notes
     -----
-    The network runs in evaluation mode. Convolutions see their padding. Not for several processes.
+    The network runs in evaluation mode. The padding of convolutions is part of their inputs.
+    Several processes are not supported.
     """
 
     # ---- settings --------------------------------------------------------------------------------
@@ -102,22 +103,25 @@ class LOBSSearcher(BaseSparseSearcher):
             raise ArgumentError(
                 f"config: {sorted(unknown)} unknown; known: {', '.join(sorted(known))}"
             )
-        made = BaseSearcher.sanitize_search_config(self, dict(config or {}))
-        pattern = made["pattern"]
+        settings = BaseSearcher.sanitize_search_config(self, dict(config or {}))
+        pattern = settings["pattern"]
         if pattern is None:
-            targeted = any(made[name] is not None for name in _TARGETS)
+            targeted = any(settings[name] is not None for name in _TARGETS)
             pattern = "unstructured" if targeted else "2:4"
-        made["pattern"] = _pattern(pattern)
-        if made["scope"] == "model":
-            raise ArgumentError("scope: 'model' is for lobs_native.prune; use 'layer' or 'row'")
-        if made["memory"] is not None:
-            made["memory"] = checks.positive_int(made["memory"], "memory")
-        if made["report"] is not None and Path(made["report"]).suffix not in (".json", ".html"):
-            raise ArgumentError(f"report: {made['report']!r} must end in .json or .html")
-        return dict(made)
+        settings["pattern"] = _pattern(pattern)
+        if settings["scope"] == "model":
+            raise ArgumentError(
+                "scope: 'model' is only for lobs_native.prune; use 'layer' or 'row'"
+            )
+        if settings["memory"] is not None:
+            settings["memory"] = checks.positive_int(settings["memory"], "memory")
+        report = settings["report"]
+        if report is not None and Path(report).suffix not in (".json", ".html"):
+            raise ArgumentError(f"report: {report!r} must end in .json or .html")
+        return dict(settings)
 
     def _check_weight_size(self, weight: Tensor, mod_name: str) -> bool:
-        return True  # what does not fit is an error of the plan, which names the layer
+        return True  # if the pattern does not fit, before_search raises an error
 
     def _compute_mask(self, module: nn.Module) -> Tensor:
         raise NotImplementedError("masks come with the weights, see run_search")
@@ -125,28 +129,28 @@ class LOBSSearcher(BaseSparseSearcher):
     # ---- the search ------------------------------------------------------------------------------
 
     def before_search(self) -> None:
-        """Decide how each layer is to be pruned; nothing has run yet."""
+        """Plan how to prune each layer, without running anything."""
         super().before_search()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise LobsError("lobs: torch.distributed is initialised; prune in one process")
         if self.forward_loop is None:
             raise ArgumentError(
-                "config: calibration is needed; give 'forward_loop', or 'data_loader' with "
+                "config: calibration is needed; pass 'forward_loop', or 'data_loader' with "
                 "'collect_func'"
             )
-        found = [
+        candidates = [
             layer
             for name, module in self._named_sparsifiable_modules()
             for layer in layers_for(name, module)
         ]
-        for layer in found:
+        for layer in candidates:
             layer.check()
-        layers, self.skipped = tie(self.model, found, explicit=False)
+        layers, self.skipped = tie(self.model, candidates, explicit=False)
         if not layers:
-            raise ArgumentError("model: it has no layer to prune that the mode's rules leave")
+            raise ArgumentError("model: the mode's rules leave no layer to prune")
         for target in self.config["overrides"]:
             if target not in {layer.name for layer in layers}:
-                raise ArgumentError(f"overrides: {target!r} is no layer that is to be pruned")
+                raise ArgumentError(f"overrides: {target!r} is not a layer to be pruned")
         self.plans = [self._planned(layer) for layer in layers]
         self.begun = time.perf_counter()
 
@@ -159,10 +163,10 @@ class LOBSSearcher(BaseSparseSearcher):
 
     @torch.no_grad()
     def run_search(self) -> None:
-        """Calibrate, prune, write and mask; on any exception all is as it was."""
-        self.model.eval()  # the search puts its mode back
-        most = self.config["memory"]
-        pieces = [self.plans] if most is None else passes(self.plans, most)
+        """Calibrate, prune, write and mask. On any exception everything is restored."""
+        self.model.eval()  # the host restores the mode after the search
+        limit = self.config["memory"]
+        pieces = [self.plans] if limit is None else passes(self.plans, limit)
         originals: list[tuple[Layer, dict[str, Tensor], Tensor]] = []
         self.done: list[LayerReport] = []
         self.removed = 0
@@ -212,17 +216,17 @@ class LOBSSearcher(BaseSparseSearcher):
 
         with hooked([plan.layer for plan in plans], see):
             self.forward_loop(self.model)
-        missing = [name for name, mine in moments.items() if not mine.rows > 0]
+        missing = [name for name, of_layer in moments.items() if not of_layer.rows > 0]
         if missing:
             raise LobsError(
                 f"{len(missing)} of {len(plans)} layers were never called during calibration: "
-                f"{', '.join(missing[:8])}; leave them out by the mode's rules, or give data that "
+                f"{', '.join(missing[:8])}; leave them out by the mode's rules, or pass data that "
                 "reaches them"
             )
         return moments
 
     def _write(self, layer: Layer, out: PrunedWeight) -> None:
-        """Into the parameters themselves: reading ``module.weight`` gives a product with a mask."""
+        """Write into the parameters themselves: ``module.weight`` is their product with a mask."""
         for part, parameter in _parameters(layer):
             if part == layer.weight_part:
                 parameter.copy_(layer.unpack(out.weight))
@@ -234,16 +238,16 @@ class LOBSSearcher(BaseSparseSearcher):
         """Make the report."""
         super().after_search()
         skipped: list[Skipped] = self.skipped
-        for one in skipped:
-            print_rank_0(f"{one.name}: left as it was: {one.reason}")
-        told = (*OVERRIDABLE, "overrides", "memory", "backend")
+        for layer in skipped:
+            print_rank_0(f"{layer.name}: skipped: {layer.reason}")
+        reported = (*OVERRIDABLE, "overrides", "memory", "backend")
         self.report = report_of(
             self.done,
             skipped,
             removed=self.removed,
             weights=sum(plan.weights for plan in self.plans),
             seconds=time.perf_counter() - self.begun,
-            settings={name: self.config[name] for name in told},
+            settings={name: self.config[name] for name in reported},
             host={"modelopt": str(modelopt.__version__)},
             bound="Model-Optimizer's forward loop does not show what the network returns",
         )
@@ -252,7 +256,7 @@ class LOBSSearcher(BaseSparseSearcher):
 
 
 class LOBSModeDescriptor(SparseGPTModeDescriptor):
-    """The mode ``"lobs"``; its configuration is that of ``"sparsegpt"``."""
+    """The mode ``"lobs"``, with the configuration of ``"sparsegpt"``."""
 
     @property
     def name(self) -> str:
@@ -261,14 +265,14 @@ class LOBSModeDescriptor(SparseGPTModeDescriptor):
 
     @property
     def search_algorithm(self) -> type[BaseSearcher]:
-        """What prunes."""
+        """The searcher, which does the pruning."""
         return LOBSSearcher
 
 
 def _pattern(pattern: Any) -> Any:
-    """Without the host's word "sparsity"."""
-    if isinstance(pattern, str) and (found := re.fullmatch(r"(\d+:\d+) sparsity", pattern)):
-        return found[1]
+    """The pattern without the host's suffix " sparsity"."""
+    if isinstance(pattern, str) and (match := re.fullmatch(r"(\d+:\d+) sparsity", pattern)):
+        return match[1]
     return pattern
 
 

@@ -1,6 +1,6 @@
-"""NVIDIA Model-Optimizer: our pruning as one of its sparsity modes.
+"""Registration of this package's pruning as a sparsity mode of NVIDIA Model-Optimizer.
 
-``register()`` makes the mode ``"lobs"`` known to ``modelopt.torch.sparsity.sparsify``:
+``register()`` adds the mode ``"lobs"`` to ``modelopt.torch.sparsity.sparsify``:
 
     import modelopt.torch.sparsity as mts
     from lobs_native.compat import modelopt
@@ -8,12 +8,11 @@
     modelopt.register()
     model = mts.sparsify(model, "lobs", config={"data_loader": loader, "collect_func": collect})
 
-See ``lobs_native.compat.modelopt.mode.LOBSSearcher`` for what ``config`` may say. Call ``register``
-also before ``modelopt.torch.opt.restore`` of a model that was pruned this way.
+``lobs_native.compat.modelopt.mode.LOBSSearcher`` describes ``config``. Call ``register`` also
+before ``modelopt.torch.opt.restore`` of a model that was pruned this way.
 
-Different from the host's ``"sparsegpt"``, which keeps the weights as they were and only masks them:
-the weights that are left are the repaired ones. Tested with nvidia-modelopt 0.47.0, which is not
-needed until ``register`` is called.
+Unlike the host's ``"sparsegpt"``, which masks the original weights, this mode repairs the kept
+weights. Tested with nvidia-modelopt 0.47.0, which is not needed until ``register`` is called.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the sparsity mode ``"lobs"`` known. Doing it again does nothing.
+    """Register the sparsity mode ``"lobs"``. Further calls have no effect.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""OBC (Optimal Brain Compression): a drop-in replacement of its solver."""
+"""A drop-in replacement for the solver of OBC (Optimal Brain Compression)."""
 
 from lobs_native.compat.obc.host import HOST, TrueOBS
 

@@ -1,4 +1,5 @@
-"""OBC (IST-DASLab/OBC, ``trueobs.py``): what takes its class's place, and how that is verified."""
+"""The host OBC (IST-DASLab/OBC, ``trueobs.py``): the replacement of its class, and its
+verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How ``TrueOBS`` sees a layer: its layout, and its second moment damped as OBC or as we do it."""
+"""The pruning problem of ``TrueOBS``: a layer's layout, and its second moment with OBC's damping or
+ours."""
 
 from __future__ import annotations
 
@@ -19,30 +20,30 @@ from lobs_native.solvers.problem import Problem
 
 __all__ = ["layout_of", "problem_of"]
 
-_FLOAT32_UNTIL = 1e5  # condition: costs then keep four digits, weights five
-# Sums of float32 products are right to about one eps: what is smaller, relative to the rest, is no
-# information, and whether Cholesky takes it for positive is luck.
+_FLOAT32_UNTIL = 1e5  # condition number at which costs keep four digits, and weights five
+# Sums of float32 products are accurate to about one eps. Eigenvalues that are relatively smaller
+# hold no information, and whether Cholesky finds them positive is a matter of luck.
 _SINGULAR_FROM = 10 / torch.finfo(torch.float32).eps
-_CALLER = 7  # frames from the warning to whoever called prepare_unstr or nmprune
+_CALLER = 7  # frames from the warning to the caller of prepare_unstr or nmprune
 
 
 def layout_of(layer: Any) -> Layer:
-    """How the layer's weight and inputs are laid out. DtypeError for a type that is not taken,
+    """The layout of a layer's weight and inputs. Raises DtypeError for an unsupported type, and
     ArgumentError for a layer that cannot be written to."""
     if not isinstance(layer, nn.Module):
         raise DtypeError(f"layer: expected a torch.nn.Module, got {type(layer).__name__}")
-    made: Layer
+    layout: Layer
     if Linear.base_of(layer) is not None:
-        made = Linear("layer", cast(nn.Linear, layer))
+        layout = Linear("layer", cast(nn.Linear, layer))
     elif Conv.base_of(layer) is not None:
-        made = Conv("layer", cast(nn.Conv2d, layer))
+        layout = Conv("layer", cast(nn.Conv2d, layer))
     else:
         raise DtypeError(
-            f"layer: {type(layer).__name__}; TrueOBS takes Linear and Conv1d to Conv3d. "
-            "lobs_native.prune takes more"
+            f"layer: {type(layer).__name__}; TrueOBS takes Linear and Conv1d to Conv3d; "
+            "lobs_native.prune takes more types"
         )
-    made.check()
-    return made
+    layout.check()
+    return layout
 
 
 def problem_of(
@@ -55,10 +56,11 @@ def problem_of(
     backend: str,
     memory: int | None,
 ) -> tuple[Problem, list[str]]:
-    """The problem for weight (G, R, C) and moments G times (C, C), and what was done differently.
+    """The problem for weight (G, R, C) and moments G times (C, C), and notes about it.
 
-    ``moments`` are written to. With ``as_host``, damping is added to the diagonal, dead columns get
-    1 there and lose their weights, and what float32 finds singular gets the identity on top.
+    ``moments`` are written to. With ``as_host``, damping is added to the diagonal, dead inputs get
+    a 1 there and lose their weights, and the identity is added to a matrix that is singular in
+    float32.
     """
     notes: list[str] = []
     double = weight.dtype == torch.float64
@@ -70,7 +72,7 @@ def problem_of(
             H.diagonal().add_(rel_damp * H.diagonal().mean()).masked_fill_(dead, 1.0)
             w[:, dead] = 0.0
 
-    def made() -> Problem:
+    def problem_for_weight() -> Problem:
         try:
             return Problem.of(
                 weight,
@@ -87,61 +89,61 @@ def problem_of(
             raise NotPositiveDefiniteError(f"rel_damp: {rel_damp:g}: {error}") from error
 
     if not as_host:
-        return made(), notes
+        return problem_for_weight(), notes
     _make_regular([H for H in moments if _fails(H)], rel_damp, notes)
-    problem = made()
+    problem = problem_for_weight()
     conditions = [_condition(H, A) for H, A in zip(moments, problem.inverses, strict=True)]
-    lost = [
+    singular = [
         H for H, condition in zip(moments, conditions, strict=True) if condition > _SINGULAR_FROM
     ]
-    if lost:
-        _make_regular(lost, rel_damp, notes)
-        problem = made()
+    if singular:
+        _make_regular(singular, rel_damp, notes)
+        problem = problem_for_weight()
         conditions = [_condition(H, A) for H, A in zip(moments, problem.inverses, strict=True)]
     problem.precise = double or max(conditions) > _FLOAT32_UNTIL
-    problem.said.clear()  # of the precision that was set aside
+    problem.said.clear()  # notes about the precision that was just overridden
     if problem.precise and not double:
         notes.append(f"computed in float64: the condition number of H is {max(conditions):.1e}")
     return problem, notes
 
 
 def _kept(weight: Tensor, pattern: Pattern, notes: list[str]) -> Tensor | None:
-    """(G, R, C) bool, False for weights that are zero already; None where there are none.
+    """(G, R, C) bool, False for weights that are already zero; None if there are none.
 
-    Blocks go, and are repaired, as a whole: only those of zeros alone count.
+    Blocks are removed and repaired as a whole, so only blocks that are all zeros count.
     """
     kept = weight != 0
     if isinstance(pattern, Blocks):
         blocks = kept.unflatten(2, (-1, pattern.size))
         whole = blocks.any(3, keepdim=True).expand_as(blocks).flatten(2)
         if count := int((whole & ~kept).sum()):
-            note = f"{count} zeros stand in blocks with other weights: they may be repaired"
+            note = f"{count} zeros are in blocks with other weights, and may become nonzero"
             notes.extend([note] if note not in notes else [])
         kept = whole
     return None if bool(kept.all()) else kept
 
 
 def _fails(H: Tensor) -> bool:
-    """Whether Cholesky fails in float32, which OBC computes in, or in float64."""
+    """Whether Cholesky fails in float32, OBC's precision, or in float64."""
     return any(
         int(torch.linalg.cholesky_ex(H.to(dtype)).info) for dtype in (torch.float32, torch.float64)
     )
 
 
 def _make_regular(singular: Sequence[Tensor], rel_damp: float, notes: list[str]) -> None:
-    """Add the identity to these second moments, and say so."""
+    """Add the identity to these second moments, with a note and a warning."""
     if not singular:
         return
     for H in singular:
         H.diagonal().add_(1.0)
-    said = (
+    note = (
         f"H is not positive definite with rel_damp={rel_damp:g}; the identity was added to it, as "
-        "OBC does. Pass rel_damp=0.01, or more inputs"
+        "in OBC. Pass rel_damp=0.01, or more inputs"
     )
-    notes.append(said)
-    warnings.warn(f"lobs_native: {said}", RuntimeWarning, stacklevel=_CALLER)
+    notes.append(note)
+    warnings.warn(f"lobs_native: {note}", RuntimeWarning, stacklevel=_CALLER)
 
 
 def _condition(H: Tensor, inverse: Inverse) -> float:
-    """In the norm of the largest column sum."""
+    """The condition number in the 1-norm (largest column sum)."""
     return float(H.abs().sum(0).max()) * float(inverse.A.abs().sum(0).max()) / inverse.scale

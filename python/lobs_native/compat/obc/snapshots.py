@@ -1,6 +1,6 @@
-"""The weights after every removal of a trace, made when they are looked at.
+"""The weights after every removal of a trace, computed on access.
 
-All of them together are rows x removals x columns numbers: 256 GB for a layer of 4096 x 4096.
+Together they are rows x removals x columns numbers: 256 GB for a layer of 4096 x 4096.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from lobs_native.solvers.exact import Greedy
 
 __all__ = ["Snapshots"]
 
-_BYTES = 256 << 20  # of factors and differences that are made together
+_BYTES = 256 << 20  # of factors and differences that are computed together
 
 
 class Snapshots(Sequence[Tensor]):
-    """Like a list of (K + 1, n, C) float32 tensors on the CPU, n rows each, fewer in the last.
+    """A sequence of (K + 1, n, C) float32 tensors on the CPU, each for n rows, the last for fewer.
 
-    Entry [k, i] is a row after k removals (of weights or blocks); [0] is the row as it was. The
-    last entry that was made is kept, so that looking at it twice costs nothing. The tensors are not
-    to be written to.
+    Entry [k, i] of a tensor is row i after k removals (of weights or blocks); [0] is the original
+    row. The tensor computed last is cached. Do not write to the tensors.
 
     Parameters
     ----------
@@ -32,14 +31,14 @@ class Snapshots(Sequence[Tensor]):
         Traced to the end.
     parallel : int
         n.
-    back : (C,) int64, optional
-        Where the columns of the trace are to stand: entry c is column back[c] of the trace.
+    columns : (C,) int64, optional
+        The order of columns: column c of a tensor is column columns[c] of the trace.
     """
 
-    def __init__(self, greedy: Greedy, parallel: int, back: Tensor | None = None) -> None:
+    def __init__(self, greedy: Greedy, parallel: int, columns: Tensor | None = None) -> None:
         self._greedy = greedy
         self._parallel = parallel
-        self._back = None if back is None else back.cpu()
+        self._columns = None if columns is None else columns.cpu()
         self.unit = greedy.unit
         self._last: tuple[int, Tensor] | None = None
 
@@ -53,33 +52,33 @@ class Snapshots(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> list[Tensor]: ...
 
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        """One entry, or a list of them."""
+        """One tensor, or a list of them."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        if self._last is None or self._last[0] != place:
-            self._last = None  # before the next one is made
-            self._last = (place, self._made(place))
+        number = range(len(self))[index]
+        if self._last is None or self._last[0] != number:
+            self._last = None  # release it before computing the next one
+            self._last = (number, self._computed(number))
         return self._last[1]
 
-    def _made(self, place: int) -> Tensor:
+    def _computed(self, number: int) -> Tensor:
         problem = self._greedy.problem
         _, R, C = problem.before.shape
         rows = torch.arange(len(self._greedy.rows.count))
-        rows = rows[place * self._parallel : (place + 1) * self._parallel]
+        rows = rows[number * self._parallel : (number + 1) * self._parallel]
         out = torch.empty(C // self.unit + 1, len(rows), C)
-        together = max(1, _BYTES // (24 * C * C))
+        at_once = max(1, _BYTES // (24 * C * C))
         for g in (rows // R).unique().tolist():
-            mine = (rows // R == g).nonzero()[:, 0]
-            for some in mine.split(together):
+            of_group = (rows // R == g).nonzero()[:, 0]
+            for some in of_group.split(at_once):
                 out[:, some] = self._levels(g, rows[some]).to(torch.float32).cpu()
-        return out if self._back is None else out[:, :, self._back]
+        return out if self._columns is None else out[:, :, self._columns]
 
     def _levels(self, g: int, rows: Tensor) -> Tensor:
-        """(K + 1, n, C) float64.
+        """(K + 1, n, C) float64, for rows (n,) of group g.
 
-        With the columns in their order of removal, A = L L^T and c = L^-1 w: the k-th removal takes
-        c_k L[:, k] off a row, and leaves zeros up to k.
+        With the columns in their order of removal, let A = L L^T and c = L^-1 w. The k-th removal
+        subtracts c_k L[:, k] from a row, and leaves zeros up to k.
         """
         greedy = self._greedy
         problem = greedy.problem
@@ -95,10 +94,10 @@ class Snapshots(Sequence[Tensor]):
         ordered = w.gather(1, order)[:, :, None]
         steps = factor.mul_(
             torch.linalg.solve_triangular(factor, ordered, upper=False).mT
-        )  # (n, C, C): [i, p, k] leaves column p at removal k
+        )  # (n, C, C): [i, p, k] is subtracted from column p at removal k
         left = ordered - steps.cumsum_(2)
         left = left[:, :, self.unit - 1 :: self.unit]
         count = torch.arange(1, left.shape[2] + 1, device=A.device) * self.unit
         left.masked_fill_(torch.arange(C, device=A.device)[:, None] < count, 0.0)
-        levels = torch.cat([ordered, left], 2).permute(2, 0, 1)  # (K + 1, n, C), as removed
+        levels = torch.cat([ordered, left], 2).permute(2, 0, 1)  # (K + 1, n, C), order of removal
         return torch.empty_like(levels).scatter_(2, order.expand_as(levels), levels)

@@ -1,8 +1,8 @@
-"""``TrueOBS`` of OBC (Frantar, Singh & Alistarh 2022) by name and behaviour, on exact removal as a
-pivoted Cholesky factorisation.
+"""A drop-in replacement for ``TrueOBS`` of OBC (Frantar, Singh & Alistarh 2022), with exact removal
+as a pivoted Cholesky factorisation.
 
-What is kept for a layer is the order in which its weights go and what each removal costs; weights
-at any sparsity, and the snapshots that the original keeps after every removal, follow from these.
+It stores the order of removal of a layer's weights and the cost of each removal. The weights at any
+sparsity, and the snapshots that the original stores after every removal, are computed from these.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native import checks, ops
-from lobs_native.compat.obc.problem import layout_of, problem_of
+from lobs_native.compat.obc.collected import Collected
+from lobs_native.compat.obc.problem import problem_of
 from lobs_native.compat.obc.snapshots import Snapshots
 from lobs_native.errors import (
     ArgumentError,
     LobsError,
     PatternError,
-    ShapeError,
 )
-from lobs_native.layers.conv import Conv
-from lobs_native.layers.linear import Linear
 from lobs_native.solvers.exact import Greedy
-from lobs_native.solvers.hessian import Hessian, second_moment
+from lobs_native.solvers.hessian import second_moment
 from lobs_native.solvers.patterns import Blocks, GroupsOf, Pattern, Unstructured, check_fit
 from lobs_native.solvers.problem import Problem, nearest_count
 
@@ -35,27 +33,27 @@ __all__ = ["NUMERICS", "TrueOBS"]
 NUMERICS = ("host", "ours")
 
 
-class TrueOBS:
+class TrueOBS(Collected):
     """Exact Optimal Brain Surgeon for one layer.
 
     Parameters
     ----------
     layer : torch.nn.Linear, Conv1d, Conv2d or Conv3d
-        Read when weights are asked for; only :meth:`nmprune` writes to it. Groups are allowed: each
-        has a second moment of its own, and all of them share one budget.
+        Its weight is read when it is needed; only :meth:`nmprune` writes to it. A layer may have
+        groups: each has its own second moment, and all share one budget.
     rel_damp : float >= 0
         Damping as a fraction of the mean diagonal of ``H``.
     numerics : "host" or "ours"
-        ``"host"`` (the default) computes what OBC computes: ``H + I`` where the damped H is not
-        positive definite (with a RuntimeWarning), ``ceil(share * count)`` removals, taken by their
-        own costs. ``numerics`` may also be set on the class.
+        ``"host"`` (the default) computes what OBC computes: ``H + I`` if the damped H is not
+        positive definite (with a RuntimeWarning), and ``ceil(share * count)`` removals, ranked by
+        their own costs. ``numerics`` may also be set on the class.
         ``"ours"`` computes what :func:`lobs_native.trace_weight` computes: 10 and 100 times the
-        damping where Cholesky fails and an error after that, the nearest count, taken by the
-        running maximum of a row's costs, so that what goes is always the cheapest prefix.
+        damping if Cholesky fails, then an error; and the nearest count, ranked by the running
+        maximum of a row's costs, so that the removals are always the cheapest prefix.
     backend : str, optional
         A name from ``lobs_native.backends()``. Default: the fastest on the layer's device.
     memory : int, optional
-        Bytes of scratch for the kernels at most.
+        The largest number of bytes of scratch memory for the kernels.
 
     Attributes
     ----------
@@ -63,40 +61,40 @@ class TrueOBS:
         ``2 / nsamples`` times the sum of ``x x^T``, on the layer's device. It may be written to and
         assigned.
     nsamples : int
-        Length of the first dimension of all inputs together (images or sequences, not rows).
+        The total length of the first dimension of all inputs (images or sequences, not rows).
     rows, columns : int
-        Shape of the weight as a matrix.
+        The shape of the weight as a matrix.
     dev : torch.device
     Losses : (rows, K + 1) float32, after a ``prepare_`` method
         Half of what the k-th removal of a row adds to ``tr(dW H dW^T)``; column 0 is zero. K is the
         number of columns or blocks.
     Traces : sequence of (K + 1, n, columns) float32 on the CPU, n <= parallel
-        Weights after 0 to K removals for n rows, made when it is indexed. Not to be written to.
+        The weights of n rows after 0 to K removals, computed on access. Do not write to them.
     errors : list of float
-        What the last pruning lost, one for each sparsity: half of ``tr(dW H dW^T)`` with the damped
-        H (after :meth:`nmprune` with ``"ours"``, without damping). The original prints it.
+        The errors of the last pruning, one for each sparsity: half of ``tr(dW H dW^T)`` with the
+        damped H (after :meth:`nmprune` with ``"ours"``, without damping). The original prints it.
     notes : list of str
-        What was done differently from what was asked.
+        Deviations from what was asked for.
 
     Raises
     ------
     DtypeError, ArgumentError
-        The layer is of another type or cannot be written to, or an argument does not fit.
+        The layer has another type or cannot be written to, or an argument is invalid.
 
     Notes
     -----
-    Zero weights go first and stay zero. Removals are computed in float32 where the condition number
-    of the damped H is at most 1e5 (with ``"ours"``, where the damping is at least 1e-4), and in
-    float64 elsewhere.
+    Zero weights are removed first and stay zero. Removals are computed in float32 if the condition
+    number of the damped H is at most 1e5 (with ``"ours"``, if the damping is at least 1e-4), and
+    otherwise in float64.
 
-    Where the original goes wrong, this does not follow it: weights on inputs that were always zero
-    are removed with damping as well; a group of :meth:`nmprune` that has more than ``n`` zeros
-    keeps them; groups, padding modes and named padding of convolutions, float16 inputs and inputs
-    of any number of dimensions are taken as the layer takes them; without any inputs, and after
-    :meth:`free`, pruning is an error; equal costs go by place.
+    It does not reproduce the original's faults. Weights on inputs that were always zero are removed
+    even with damping; a group of :meth:`nmprune` with more than ``n`` zeros keeps them; groups,
+    padding modes and named padding of convolutions, float16 inputs and inputs of any number of
+    dimensions are handled as the layer does; pruning without inputs or after :meth:`free` is an
+    error; equal costs are ranked by position.
 
     Source: Frantar, Singh & Alistarh 2022 (ExactOBS); the class of this name in IST-DASLab/OBC,
-    commit 9b7979b, of which nothing was copied.
+    commit 9b7979b, from which no code was copied.
     """
 
     OPTIONS = ("numerics",)
@@ -117,132 +115,48 @@ class TrueOBS:
         self.rel_damp = checks.real(rel_damp, "rel_damp")
         if not 0 <= self.rel_damp < math.inf:
             raise ArgumentError(f"rel_damp: {self.rel_damp:g}; it must be >= 0 and finite")
-        self.layer = layer
-        self._layout = layout_of(layer)
-        weight = self._layout.weight()  # (G, R, C)
-        self.dev = weight.device
-        self._groups, R, self.columns = weight.shape
-        self.rows = self._groups * R
+        super().__init__(layer)
         self._backend = ops.select_backend(backend, self.dev)
         self._memory = None if memory is None else checks.positive_int(memory, "memory")
-        # Columns of the original, one input channel after another, as columns of the layout, whose
-        # channels stand next to each other; and the way back.
-        places = torch.arange(self.columns, device=self.dev)
-        channels = self._layout.neighbours
-        self._back = places.reshape(-1, channels).T.reshape(-1)
-        self._perm = places.reshape(channels, -1).T.reshape(-1)
-        shape = (self.columns, self.columns)
-        self._H: Tensor | None = checks.zeros(
-            shape if self._groups == 1 else (self._groups, *shape),
-            torch.float64,
-            self.dev,
-            "layer",
-        )
-        self.nsamples = 0
-        self._new: list[Hessian] = []  # what has been seen since H was last looked at
-        self._new_samples = 0
-        self._given = False
         self._greedy: Greedy | None = None
-        self._ordered = False  # columns as in the original, not as in the layout
+        self._original_order = False  # whether the trace has OBC's order of columns
         self.Losses: Tensor | None = None
         self.Traces: Snapshots | None = None
-        self.quantizer: Any = None  # for OBC's own quantize
+        self.quantizer: Any = None  # used by OBC's own quantize
         self.errors: list[float] = []
         self.notes: list[str] = []
 
     @staticmethod
     def check_options(numerics: Any = "host") -> None:
-        """ArgumentError for numerics that there are not."""
+        """Raise ArgumentError for unknown numerics."""
         if numerics not in NUMERICS:
             raise ArgumentError(f"numerics: {numerics!r}; use one of {', '.join(NUMERICS)}")
-
-    # ---- inputs ----------------------------------------------------------------------------------
-
-    def add_batch(self, inp: Any, out: Any = None) -> None:
-        """Take what the layer was called with.
-
-        Parameters
-        ----------
-        inp : (B, ..., C) for a Linear, (B, C_in, *sizes) for a convolution; any float dtype
-            On the layer's device. Not modified.
-        out : ignored
-
-        Raises
-        ------
-        ShapeError, DtypeError
-            The input does not fit.
-        NonFiniteError
-            It holds a NaN or an infinity; nothing was taken.
-        """
-        self._current()
-        x = checks.tensor(inp, "inp")
-        if x.device != self.dev:
-            raise ShapeError(f"inp is on {x.device} but the layer is on {self.dev}: move one")
-        if isinstance(self._layout, Linear) and (x.ndim < 2 or x.shape[-1] != self.columns):
-            raise ShapeError(f"inp: {tuple(x.shape)}, expected (B, ..., {self.columns})")
-        checks.check_finite(x, "inp")
-        convolution = isinstance(self._layout, Conv)
-        batched = not convolution or x.ndim == len(self._layout.shape)
-        samples = x.shape[0] if batched else 1
-        if not self._new:
-            self._new = [Hessian(self.columns, device=self.dev) for _ in range(self._groups)]
-        if x.numel():
-            for g, columns in self._layout.columns(x):
-                self._new[g].update(columns)
-        self.nsamples += samples
-        self._new_samples += samples
-
-    @property
-    def H(self) -> Tensor | None:
-        """See the class; None after :meth:`free`."""
-        if self._H is not None and self._new:
-            old = self.nsamples - self._new_samples
-            self._H *= old / max(1, self.nsamples)
-            for H, seen in zip(self._H.view(-1, *self._H.shape[-2:]), self._new, strict=True):
-                if seen.rows:
-                    total = seen.matrix().mul_(seen.rows * 2 / self.nsamples)
-                    H += total[self._back][:, self._back]
-            self._new, self._new_samples = [], 0
-        return self._H
-
-    @H.setter
-    def H(self, value: Any) -> None:
-        shape = (self.columns, self.columns)
-        wanted = shape if self._groups == 1 else (self._groups, *shape)
-        given = checks.tensor(value, "H")
-        if given.shape != wanted or given.device != self.dev:
-            raise ShapeError(
-                f"H: {tuple(given.shape)} on {given.device}, expected {wanted} on {self.dev}"
-            )
-        self._new, self._new_samples = [], 0
-        self._H = given.to(torch.float64)
-        self._given = True
 
     # ---- single weights and blocks ---------------------------------------------------------------
 
     def prepare_unstr(self, parallel: int = 32) -> None:
-        """Remove the weights of every row one by one, to the end, and keep order and costs.
+        """Remove all weights of every row one by one, and store the order and the costs.
 
         Parameters
         ----------
         parallel : int
-            Rows in one entry of ``Traces``; costs nothing.
+            The number of rows in an entry of ``Traces``. It does not affect the cost.
 
         Raises
         ------
         LobsError
-            No inputs were given, or :meth:`free` was called.
+            No inputs were added, or :meth:`free` was called.
         NotPositiveDefiniteError
             The second moment cannot be inverted; raise ``rel_damp``.
         """
         self._trace(Unstructured(), parallel)
 
     def prepare_blocked(self, size: int = 4, parallel: int = 32) -> None:
-        """The same for blocks of ``size`` neighbouring inputs (channels at one kernel position).
+        """:meth:`prepare_unstr` for blocks of ``size`` neighbouring inputs (channels at one kernel
+        position).
 
-        Zeros in a block that is not wholly zero may be repaired to something else, as in the
-        original. Otherwise like :meth:`prepare_unstr`; raises PatternError where blocks do not
-        divide the columns.
+        Zeros in a block with other weights may be repaired to nonzero values, as in the original.
+        Raises PatternError if ``size`` does not divide the columns.
         """
         self._trace(Blocks(checks.positive_int(size, "size")), parallel)
 
@@ -252,20 +166,20 @@ class TrueOBS:
         Parameters
         ----------
         sparsities : sequence of float in [0, 1]
-            Shares of the layer's weights (blocks) that go.
+            The fractions of the layer's weights (or blocks) to remove.
 
         Returns
         -------
         list of (rows, columns) float32
-            On the layer's device; the layer is not written to. The cheapest removals of the whole
-            layer, as ``Losses`` has them; the lowest place goes first among equals.
+            On the layer's device; the layer is not written to. The removals are the cheapest of the
+            whole layer according to ``Losses``; among equals, the lowest position is first.
 
         Raises
         ------
         ArgumentError
             A sparsity is not in [0, 1].
         LobsError
-            No ``prepare_`` method was called before.
+            No ``prepare_`` method has been called.
         """
         return self._pruned(sparsities)
 
@@ -289,13 +203,13 @@ class TrueOBS:
             counts = self._counts(greedy, costs, share)  # (rows,)
             gone = greedy.cut(counts * greedy.unit)
             after = greedy.problem.best(gone).reshape(self.rows, -1)
-            weights.append(self._in_order(after).to(torch.float32))
+            weights.append(self._in_original_order(after).to(torch.float32))
             self.errors.append(float(upto.gather(1, counts[:, None]).sum()))
-        self._tell(greedy.problem)
+        self._add_notes(greedy.problem)
         return weights
 
     def _counts(self, greedy: Greedy, costs: Tensor, share: float) -> Tensor:
-        """Removals of each row."""
+        """The number of removals of each row (rows,)."""
         if self.numerics == "ours":
             ranked, count = greedy.ceilings(), nearest_count(share, costs.numel())
         else:
@@ -309,12 +223,13 @@ class TrueOBS:
     def nmprune(self, n: int = 2, m: int = 4, parallel: int = 32) -> None:
         """Remove ``n`` of every ``m`` neighbouring inputs, and write the weights into the layer.
 
-        Neighbours are input channels at one kernel position. Weights keep their dtype and memory.
+        Neighbours are input channels at one kernel position. The weight tensor keeps its dtype and
+        its memory.
 
         Parameters
         ----------
         n : int, 0 <= n <= m
-            Zeros, not kept weights. A group that has more of them keeps them.
+            The number of zeros, not of kept weights. A group with more zeros keeps them.
         m : int
         parallel : int
             Ignored; results do not depend on it.
@@ -322,9 +237,9 @@ class TrueOBS:
         Raises
         ------
         PatternError
-            The pattern does not exist or does not divide the columns.
+            The pattern does not exist, or does not divide the columns.
         LobsError, NotPositiveDefiniteError
-            As :meth:`prepare_unstr`. The layer is unchanged.
+            As in :meth:`prepare_unstr`. The layer is unchanged.
         """
         m = checks.positive_int(m, "m")
         n = checks.count(n, "n")
@@ -344,13 +259,13 @@ class TrueOBS:
         weight, _ = problem.rounded(after)
         self.errors = [problem.error(weight, None) / 2]
         self._layout.write_back(weight, None)
-        self._tell(problem)
+        self._add_notes(problem)
 
     # ---- the rest --------------------------------------------------------------------------------
 
     def quantize(self, parallel: int = 32) -> None:
-        """Done by OBC's own class, where ``lobs_native.compat.patch`` has put this one into its
-        place; LobsError elsewhere, which says how to have it done."""
+        """Quantise with OBC's own class, if this one replaces it in ``lobs_native.compat.patch``.
+        Otherwise raises LobsError, which tells how to call OBC's class."""
         host_class = getattr(self, "_lobs_native_replaces", None)  # set by compat.patching
         if host_class is not None:
             host = host_class(self.layer, rel_damp=self.rel_damp)
@@ -358,23 +273,18 @@ class TrueOBS:
             host.quantize(parallel)
             return
         raise LobsError(
-            "quantize: this package prunes and does not quantise. Use OBC's class for it: "
+            "quantize: this package does not quantise. Use OBC's class: "
             "host = trueobs.TrueOBS(obs.layer, obs.rel_damp); host.H, host.nsamples = obs.H, "
             "obs.nsamples; host.quantizer = quantizer; host.quantize()"
         )
 
     def free(self) -> None:
-        """Give all memory back; only the layer's description stays."""
+        """Release all memory except the layer's description."""
         self._H = None
-        self._new, self._greedy = [], None
+        self._pending, self._greedy = [], None
         self.Losses = self.Traces = None
         if self.dev.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _current(self) -> Tensor:
-        if self._H is None:
-            raise LobsError("H: free() was called; make a new TrueOBS for this layer")
-        return self._H
 
     @ops.full_precision()
     def _trace(self, pattern: Pattern, parallel: int) -> None:
@@ -386,29 +296,26 @@ class TrueOBS:
         cost = rows.loss.to(torch.float64) * greedy.row_scale * (greedy.unit_cost() / 2)
         units = cost.reshape(self.rows, -1, greedy.unit).sum(2)
         self.Losses = nn.functional.pad(units, (1, 0)).to(self.dev, torch.float32)
-        self._greedy, self._ordered = greedy, isinstance(pattern, Unstructured)
-        self.Traces = Snapshots(greedy, parallel, None if self._ordered else self._back)
-        self._tell(problem)
+        self._greedy, self._original_order = greedy, isinstance(pattern, Unstructured)
+        columns = None if self._original_order else self._to_layout
+        self.Traces = Snapshots(greedy, parallel, columns)
+        self._add_notes(problem)
 
-    def _in_order(self, weight: Tensor) -> Tensor:
-        """(rows, columns) with the original's order of columns."""
-        return weight if self._ordered else weight[:, self._back]
+    def _in_original_order(self, weight: Tensor) -> Tensor:
+        """(rows, columns) with OBC's order of columns."""
+        return weight if self._original_order else weight[:, self._to_layout]
 
     def _problem(self, pattern: Pattern) -> Problem:
-        """The layer as it is now, with columns as in the original, or as in the layout where it
-        matters which are neighbours."""
-        self._current()
-        H = self.H
-        assert H is not None
-        if self.nsamples == 0 and not self._given and not bool(H.any()):
-            raise LobsError("H: it has seen no inputs; call add_batch first")
+        """The problem for the present weight. Columns are in OBC's order, or in the layout's if
+        the pattern needs to know neighbours."""
+        H = self._existing_H()
         weight = self._layout.weight()
         moments = [second_moment(one, "H") for one in H.view(-1, *H.shape[-2:])]
         if isinstance(pattern, Unstructured):
-            weight = weight[:, :, self._back]
+            weight = weight[:, :, self._to_layout]
             moments = [one.clone() for one in moments]
         else:
-            moments = [one[self._perm][:, self._perm] for one in moments]
+            moments = [one[self._to_original][:, self._to_original] for one in moments]
         problem, self.notes = problem_of(
             weight,
             moments,
@@ -420,7 +327,7 @@ class TrueOBS:
         )
         return problem
 
-    def _tell(self, problem: Problem) -> None:
-        self.notes += [said for said in problem.said if said not in self.notes]
+    def _add_notes(self, problem: Problem) -> None:
+        self.notes += [note for note in problem.said if note not in self.notes]
         if problem.widened:
-            self.notes.append(f"{len(problem.widened)} rows were redone in float64")
+            self.notes.append(f"{len(problem.widened)} rows were recomputed in float64")

@@ -1,4 +1,4 @@
-"""SparseGPT, and wanda's copy of it: drop-in replacements of their classes."""
+"""Drop-in replacements for the classes of SparseGPT and of wanda's copy of it."""
 
 from lobs_native.compat.sparsegpt.solver import HOST, SparseGPT, SparseGPTOfWanda
 

@@ -1,4 +1,4 @@
-"""``AblateGPT`` of wanda (``lib/ablate.py``): SparseGPT's repair for masks of other origin."""
+"""``AblateGPT`` of wanda (``lib/ablate.py``): SparseGPT's repair for any mask."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ __all__ = ["AblateGPT"]
 
 
 class AblateGPT(Collected):
-    """Removes what a mask, or the order of magnitude or Wanda, says, and repairs as SparseGPT does.
+    """Prunes by a given mask, by magnitude or by Wanda's score, and repairs as SparseGPT does.
 
-    See :class:`Collected`. ``scaler_row`` (C,) float32 is what the host keeps for Wanda's order: a
-    sum of ``2 / n_k * |x|^2 / n_k`` over the batches k, faded with each of them (n_k samples seen
-    by then). Later batches count less in it than earlier ones; that is the host's rule.
+    See :class:`Collected`. ``scaler_row`` (C,) float32 is the host's statistic for Wanda's score: a
+    sum of ``2 / n_k * |x|^2 / n_k`` over the batches k, where n_k samples have been seen with batch
+    k, scaled by ``n_(k-1) / n_k`` at each. Later batches count less than earlier ones, as in the
+    host.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -37,9 +38,9 @@ class AblateGPT(Collected):
         self.scaler_row += squares * (2 / self.nsamples**2)
 
     def get_wanda_mask(self, sparsity: float, prunen: int, prunem: int) -> Tensor:
-        """(R, C) bool, True = goes: by ``|w| sqrt(scaler_row)``, in every row.
+        """(R, C) bool, True = removed: the lowest ``|w| sqrt(scaler_row)`` of each row.
 
-        ``int(C * sparsity)`` of a row, or with prunen > 0 prunen of every prunem.
+        ``int(C * sparsity)`` of each row, or with prunen > 0, prunen of every prunem.
         """
         score = self._layout.matrix().abs() * self.scaler_row.sqrt()
         if prunen:
@@ -48,8 +49,8 @@ class AblateGPT(Collected):
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, lowest, True)
 
     def get_mag_mask(self, sparsity: float, prunen: int, prunem: int) -> Tensor:
-        """(R, C) bool, True = goes: by ``|w|``, the whole layer by one threshold, ties included, or
-        with prunen > 0 prunen of every prunem."""
+        """(R, C) bool, True = removed: the lowest ``|w|`` of the whole layer, with all ties, or
+        with prunen > 0, prunen of every prunem."""
         score = self._layout.matrix().abs()
         if prunen:
             return _in_groups(score, prunen, prunem)
@@ -67,46 +68,47 @@ class AblateGPT(Collected):
         blocksize: int = 128,
         percdamp: float = 0.01,
     ) -> None:
-        """Prune the layer; ``H`` is used up.
+        """Prune the layer. This consumes ``H``.
 
         Parameters
         ----------
         args : object with ``prune_method``, a str
-            Without a mask: it contains ``"wanda"`` or ``"mag"``, the order in which weights go,
-            judged as they stand when the sweep arrives.
+            Used without a mask: it contains ``"wanda"`` or ``"mag"``, the score by which weights
+            are removed. Scores are computed from the weights as they are when the sweep arrives.
         mask : (R, C) bool, optional
-            True = goes; nothing else does. Not modified.
+            Exactly the weights where it is True are removed. Not modified.
         sparsity, prune_n, prune_m, blocksize, percdamp
-            As in ``SparseGPT.fasterprune``; the first three count without a mask only.
+            As in ``SparseGPT.fasterprune``. The first three are used only without a mask.
 
         Raises
         ------
         ArgumentError, PatternError, ShapeError
-            An argument does not fit; nothing is used up or written, here and below.
+            An argument does not fit. Whichever error is raised, nothing is consumed or written.
         NotPositiveDefiniteError
             H cannot be inverted.
         NonFiniteError
-            The weight holds a NaN or an infinity, or a repaired weight outgrew the layer's dtype.
+            The weight has a NaN or an infinity, or a repaired weight overflowed the layer's dtype.
         """
         n = 0 if mask is not None else checks.count(prune_n, "prune_n")
         m = checks.count(prune_m, "prune_m")
         host_sweep.check_target(sparsity if mask is None else 0.0, n, m, blocksize, percdamp)
         if n:
             host_sweep.check_groups(self.columns, blocksize, n, m)
-        choose = self._by_order(args, sparsity, n) if mask is None else _given(mask, self)
+        choose = self._by_score(args, sparsity, n) if mask is None else _by_mask(mask, self)
         step = m if n else None
         _, _, pruned = self._by_host_rules(choose, (n, m), blocksize, percdamp, step=step)
         self._finish(pruned)
 
-    def _by_order(self, args: Any, sparsity: float, n: int) -> host_sweep.Choose:
-        order = str(getattr(args, "prune_method", ""))
-        if "wanda" in order:
+    def _by_score(self, args: Any, sparsity: float, n: int) -> host_sweep.Choose:
+        method = str(getattr(args, "prune_method", ""))
+        if "wanda" in method:
             scale = self.scaler_row.sqrt()
-        elif "mag" in order:
+        elif "mag" in method:
             scale = torch.ones_like(self.scaler_row)
         else:
             raise ArgumentError(
-                f"args.prune_method: {order!r} names neither 'wanda' nor 'mag'; or give a mask"
+                f"args.prune_method: {method!r} contains neither 'wanda' nor 'mag'; pass one of "
+                "them, or a mask"
             )
 
         def choose(W: Tensor, columns: slice, _: Tensor) -> Tensor:
@@ -118,18 +120,18 @@ class AblateGPT(Collected):
         return choose
 
 
-def _given(mask: Tensor, to: AblateGPT) -> host_sweep.Choose:
+def _by_mask(mask: Tensor, solver: AblateGPT) -> host_sweep.Choose:
     mask = checks.tensor(mask, "mask", ndim=2, dtypes=(torch.bool,))
-    if mask.shape != (to.rows, to.columns) or mask.device != to.dev:
+    if mask.shape != (solver.rows, solver.columns) or mask.device != solver.dev:
         raise ShapeError(
-            f"mask: {tuple(mask.shape)} on {mask.device}, but the weight is ({to.rows}, "
-            f"{to.columns}) on {to.dev}"
+            f"mask: {tuple(mask.shape)} on {mask.device}, but the weight is ({solver.rows}, "
+            f"{solver.columns}) on {solver.dev}"
         )
     return lambda _, columns, __: mask[:, columns]
 
 
 def _in_groups(score: Tensor, n: int, m: int) -> Tensor:
-    """The n lowest of every m columns; a smaller group may be left at the end."""
+    """The n lowest of every m columns. The last group may be smaller."""
     host_sweep.check_groups(score.shape[1], score.shape[1], n, m)
     parts = [host_sweep.lowest_in_row(part, n) for part in score.float().split(m, dim=1)]
     return torch.cat(parts, 1)

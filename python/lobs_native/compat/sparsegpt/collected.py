@@ -1,5 +1,5 @@
-"""What the classes of SparseGPT's family have in common: a layer, the second moment of its inputs,
-and the way from there to a pruned layer by the published rules."""
+"""The common base of SparseGPT's classes: a layer, the second moment of its inputs, and pruning by
+the published rules."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["Collected"]
 
 
 class Collected:
-    """A layer and the second moment of what it reads.
+    """A layer and the second moment of its inputs.
 
     Parameters
     ----------
     layer : nn.Linear, nn.Conv2d (groups = 1) or transformers' Conv1D
-        float32, float16, bfloat16 or float64, on any device. Its weight is replaced when it is
-        pruned; nothing else is modified.
+        float32, float16, bfloat16 or float64, on any device. Pruning replaces its weight; nothing
+        else is modified.
 
     Attributes
     ----------
     H : (C, C) float32
-        ``2 / nsamples * sum(x x^T)``, as the hosts scale it. Reading it gives the tensor that is
-        worked on; it may be changed or replaced. Gone after pruning; None after ``free``.
+        ``2 / nsamples * sum(x x^T)``, scaled as in the hosts. It is the tensor in use, which may be
+        changed or replaced. Deleted by pruning; None after ``free``.
     nsamples : int
-        Sequences or images seen, not tokens.
+        The number of sequences or images seen, not tokens.
     rows, columns : int
-        Of the weight as a matrix (R, C).
+        The shape of the weight as a matrix (R, C).
     layer, dev
         The layer, and its device.
     """
@@ -45,18 +45,18 @@ class Collected:
         self.dev = self._layout.matrix().device
         self.rows, self.columns = self._layout.rows, self._layout.columns
         self.nsamples = 0
-        # Either what the host calls H, or the lower triangle of sum(x x^T), which takes a chunk
-        # without a pass over the whole matrix.
+        # Either the host's H, or the lower triangle of sum(x x^T), to which a batch can be added
+        # without another pass over the whole matrix.
         C, kind = self.columns, torch.float32
         self._moment: Tensor | None = torch.zeros(C, C, dtype=kind, device=self.dev)
         self._is_sum = True
-        self._summed = 0  # nsamples when the sum was last touched
+        self._summed = 0  # nsamples when the sum was last updated
 
     @property
     def H(self) -> Tensor | None:
         """See the class."""
         if not hasattr(self, "_moment"):
-            raise AttributeError("H: used up by fasterprune, as in the host; collect it anew")
+            raise AttributeError("H: consumed by fasterprune, as in the host; collect it again")
         if self._moment is not None and self._is_sum:
             self._moment = _mirrored_(self._moment.mul_(2 / max(1, self._summed)))
             self._is_sum = False
@@ -78,25 +78,25 @@ class Collected:
     def H(self) -> None:
         del self._moment
 
-    def _taken(self) -> Tensor:
-        """``H``, which must be there."""
-        self._collected()
+    def _existing_H(self) -> Tensor:
+        """``H``; ArgumentError if it is gone."""
+        self._existing_moment()
         H = self.H
         assert H is not None
         return H
 
     def peek(self) -> Tensor:
-        """A copy of ``H``; leaves everything as it is, to the last bit."""
-        held = self._collected()
+        """A copy of ``H``, without changing anything."""
+        moment = self._existing_moment()
         if not self._is_sum:
-            return held.clone()
-        return _mirrored_(held * (2 / max(1, self._summed)))
+            return moment.clone()
+        return _mirrored_(moment * (2 / max(1, self._summed)))
 
-    def _collected(self) -> Tensor:
-        held: Tensor | None = getattr(self, "_moment", None)
-        if held is None:
-            raise ArgumentError("H: used up by fasterprune or free; make a new object")
-        return held
+    def _existing_moment(self) -> Tensor:
+        moment: Tensor | None = getattr(self, "_moment", None)
+        if moment is None:
+            raise ArgumentError("H: consumed by fasterprune or free; make a new object")
+        return moment
 
     @torch.no_grad()
     def add_batch(self, inp: Tensor, out: Any = None, blocksize: int = 1024) -> None:
@@ -113,19 +113,19 @@ class Collected:
         Raises
         ------
         NonFiniteError
-            ``inp`` holds a NaN or an infinity; ``H`` is as it was.
+            ``inp`` has a NaN or an infinity; ``H`` is unchanged.
         """
-        held = self._collected()
+        moment = self._existing_moment()
         tokens = self._layout.tokens(inp.detach())
         samples = self._layout.samples(inp)
         if self._is_sum and self._summed != self.nsamples:
-            self.H  # noqa: B018  (the caller has changed nsamples: H as a mean is what counts)
+            self.H  # noqa: B018  (the caller changed nsamples, so the mean H is what must be kept)
         if not self._is_sum:
-            held = self._moment = held.contiguous()
-            held.mul_(self.nsamples / 2)
+            moment = self._moment = moment.contiguous()
+            moment.mul_(self.nsamples / 2)
             self._is_sum = True
             self._summed = self.nsamples
-        ops.hessian_accumulate_(held, tokens)
+        ops.hessian_accumulate_(moment, tokens)
         self.nsamples += samples
         self._summed = self.nsamples
 
@@ -139,8 +139,8 @@ class Collected:
         step: int | None = None,
         quantizer: Any = None,
     ) -> tuple[float, float, Tensor]:
-        """(seconds, the host's error, pruned weights (R, C) float32)."""
-        H = self._taken()
+        """Prune by the published rules: (seconds, the host's error, weights (R, C) float32)."""
+        H = self._existing_H()
         W = self._layout.matrix().to(torch.float32, copy=True).contiguous()
         checks.check_finite(W, "layer.weight")
         if quantizer is not None and not quantizer.ready():
@@ -159,26 +159,26 @@ class Collected:
         return time.time() - begun, error, W
 
     def _finish(self, pruned: Tensor) -> None:
-        """Store the new weight (R, C) in the layer's dtype; H is used up."""
+        """Store the new weight (R, C) in the layer's dtype, and delete H."""
         kind = self._layout.weight.dtype
         pruned = pruned.to(kind)
         if not bool(torch.isfinite(pruned).all()):
             raise NonFiniteError(
-                f"layer.weight: a repaired weight outgrew {str(kind).removeprefix('torch.')}; "
+                f"layer.weight: a repaired weight overflowed {str(kind).removeprefix('torch.')}; "
                 "convert the layer to a wider type, raise percdamp, or remove less"
             )
         self._layout.store(pruned)
         del self.H
 
     def free(self) -> None:
-        """Let the second moment go."""
+        """Release the second moment."""
         self.H = None
         if self.dev.type == "cuda":
             torch.cuda.empty_cache()
 
 
 class _Rounding:
-    """The host's quantisation of a column (R, 1): to the nearest level, within range."""
+    """The host's quantisation of a column (R, 1): to the nearest level in range."""
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer = quantizer
@@ -190,8 +190,8 @@ class _Rounding:
 
 
 def _mirrored_(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle this is, in place."""
-    step = 512  # a whole transposed copy would double the peak
+    """Complete a symmetric matrix from its lower triangle, in place."""
+    step = 512  # a transposed copy of the whole matrix would double the peak memory
     for first in range(0, len(lower), step):
         rows = slice(first, first + step)
         square = lower[rows, rows].tril()

@@ -1,7 +1,7 @@
-"""How the hosts of SparseGPT's family lay out a layer: its weight as (R, C), its inputs as (N, C).
+"""The layout of a layer in SparseGPT and its copies: weight (R, C), inputs (N, C).
 
-Columns stand in the order of the stored weight, ``weight.flatten(1)``, as the hosts have them;
-``lobs_native.layers`` orders those of a convolution otherwise.
+Columns are in the order of the stored weight, ``weight.flatten(1)``, as in the hosts;
+``lobs_native.layers`` orders those of a convolution differently.
 """
 
 from __future__ import annotations
@@ -25,42 +25,40 @@ class Layout:
         if not (self.conv or self.transposed or isinstance(layer, nn.Linear)):
             raise DtypeError(
                 f"layer: a {type(layer).__name__}; this class takes Linear, Conv2d and the Conv1D "
-                "of transformers, as its host does. lobs_native.prune takes more kinds"
+                "of transformers, as its host does; lobs_native.prune takes more types"
             )
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             raise ShapeError(
-                f"layer: a Conv2d with {layer.groups} groups has as many second moments, this "
-                "class keeps one; use lobs_native.prune"
+                f"layer: a Conv2d with {layer.groups} groups has as many second moments, but this "
+                "class has one; use lobs_native.prune"
             )
         self.rows, self.columns = self.matrix().shape
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight as it is stored, a parameter."""
+        """The layer's weight as stored, a parameter."""
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight
 
     def matrix(self) -> Tensor:
-        """(R, C), a view of the weight in its own dtype."""
+        """The weight (R, C), as a view in its own dtype."""
         stored = self.weight.data
         return stored.T if self.transposed else stored.flatten(1)
 
     def store(self, W: Tensor) -> None:
-        """Give the layer a new weight (R, C), in the dtype and shape of the old one.
-
-        The old tensor is left as it is, as the hosts leave it.
-        """
+        """Replace the layer's weight by W (R, C), in the dtype and shape of the old one. The old
+        tensor is not changed, as in the hosts."""
         weight = self.weight
         stored = W.T if self.transposed else W
         weight.data = stored.reshape(weight.shape).to(weight.dtype).contiguous()
 
     def samples(self, inputs: Tensor) -> int:
-        """What the hosts count: the first dimension; a single sample may come without it."""
+        """The hosts' count of samples: the first dimension, or 1 for a single sample without it."""
         return inputs.shape[0] if inputs.ndim > (3 if self.conv else 2) else 1
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        """(N, C): the rows that the weight is multiplied by."""
+        """The inputs as (N, C): the rows that the weight is multiplied by."""
         if not isinstance(self.layer, nn.Conv2d):
             if inputs.ndim == 0 or inputs.shape[-1] != self.columns:
                 raise ShapeError(

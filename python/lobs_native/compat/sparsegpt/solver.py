@@ -1,12 +1,12 @@
-"""``SparseGPT`` of the published program of that name, and of the programs that carry a copy of it.
+"""A drop-in replacement for ``SparseGPT`` of the published program and its copies.
 
-The names, the arguments, the printed lines and the numerics are the host's (github.com/IST-DASLab/
-sparsegpt at 147d215; github.com/locuslab/wanda at 8e8fc87, ``lib/sparsegpt.py``); the work is done
-by our kernels. Also on machines without CUDA, where the host's own class ends in an error.
+Names, arguments, printed lines and numerics are the host's (github.com/IST-DASLab/sparsegpt at
+147d215; github.com/locuslab/wanda at 8e8fc87, ``lib/sparsegpt.py``); our kernels do the work, also
+on machines without CUDA, where the host's own class raises an error.
 
-Different on purpose: convolutions get their patches (the host's ``add_batch`` fails on images);
-inputs that are not finite are refused at once, not as a failed factorisation later; a weight that
-outgrows its dtype is an error, not an infinity; after a failure ``H`` is still there.
+Intended differences: convolutions work on their patches (the host's ``add_batch`` fails on images);
+inputs that are not finite are refused at once, not by a failed factorisation later; a weight that
+overflows its dtype is an error, not an infinity; and ``H`` is kept after a failure.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _METHODS = ("exact", "sweep")
 
 
 class SparseGPT(Collected):
-    """Prunes one layer by the second moment of its inputs; see :class:`Collected` for these.
+    """Prunes one layer by the second moment of its inputs, see :class:`Collected`.
 
     Attributes
     ----------
     quantizer : optional
         Set by the caller, with the host's interface (``ready``, ``find_params``, ``scale``,
-        ``zero``, ``maxq``): kept weights are quantised in the same sweep, in plain torch, not
-        faster than the host.
+        ``zero``, ``maxq``). Kept weights are then quantised in the same sweep, in plain torch and
+        no faster than in the host.
     numerics : str
-        ``"host"``: the host's rules, whose masks and weights these are (see ``host_sweep``).
-        ``"ours"``: those of ``lobs_native.prune_weight``: exact counts, float64 inverse, error
-        measured on the final weights. For all: ``SparseGPT.numerics = "ours"``, or
+        ``"host"``: the host's rules, which give its masks and weights (see ``sweep.py``).
+        ``"ours"``: the rules of ``lobs_native.prune_weight``: exact counts, float64 inverse, error
+        measured on the final weights. For all objects: ``SparseGPT.numerics = "ours"``, or
         ``patch("sparsegpt", numerics="ours")``.
     method : str
-        With ``numerics="ours"``: ``"exact"`` or ``"sweep"``.
+        ``"exact"`` or ``"sweep"``, with ``numerics="ours"``.
     result : PrunedWeight or None
-        With ``numerics="ours"``: what ``prune_weight`` returned, notes included.
+        With ``numerics="ours"``, the result of ``prune_weight``, notes included.
     """
 
     OPTIONS = ("numerics", "method")
@@ -76,29 +76,30 @@ class SparseGPT(Collected):
         prune_n: int | None = None,
         prune_m: int | None = None,
     ) -> None:
-        """Prune the layer; ``H`` is used up.
+        """Prune the layer. This consumes ``H``.
 
         Parameters
         ----------
         sparsity : float, 0 <= sparsity < 1
-            Share of the weights of every block that go, in the host's count: one more than
-            ``int(numel * sparsity)``, and ties. Not used with ``prunen``.
+            The share of each block's weights to remove, counted as in the host: one more than
+            ``int(numel * sparsity)``, and all ties. Not used with ``prunen``.
         prunen, prunem : int
-            prunen > 0: of every prunem weights of a row, prunen go (2 and 4 for 2:4). Also as
-            ``prune_n`` and ``prune_m``, wanda's spelling.
+            prunen > 0: remove prunen of every prunem weights of a row (2 and 4 for 2:4). Also
+            spelled ``prune_n`` and ``prune_m``, as in wanda.
         blocksize : int
-            Columns of a block.
+            The number of columns in a block.
         percdamp : float
-            Damping, as a share of the mean of H's diagonal.
+            Damping, as a fraction of the mean of H's diagonal.
 
         Raises
         ------
         ArgumentError, PatternError
-            An argument is out of range; ``H`` and the weight are untouched, here and below.
+            An argument is out of range. Whichever error is raised, ``H`` and the weight are
+            unchanged.
         NotPositiveDefiniteError
             H cannot be inverted.
         NonFiniteError
-            The weight holds a NaN or an infinity, or a repaired weight outgrew the layer's dtype.
+            The weight has a NaN or an infinity, or a repaired weight overflowed the layer's dtype.
         """
         n = _spelling("prunen", prunen, "prune_n", prune_n)
         m = _spelling("prunem", prunem, "prune_m", prune_m)
@@ -138,11 +139,11 @@ class SparseGPT(Collected):
         for note in result.notes:
             warnings.warn(f"lobs_native: {note}", RuntimeWarning, stacklevel=4)
         self.result = result
-        return result.seconds, result.error / 2, result.weight  # the host's error has a half
+        return result.seconds, result.error / 2, result.weight  # the host's error is half of ours
 
     @staticmethod
     def check_options(numerics: str = "host", method: str = "exact") -> None:
-        """ArgumentError for a value that does not exist."""
+        """Raise ArgumentError for an unknown value."""
         if numerics not in _NUMERICS:
             raise ArgumentError(f"numerics: {numerics!r}; use one of {', '.join(_NUMERICS)}")
         if method not in _METHODS:
@@ -150,7 +151,7 @@ class SparseGPT(Collected):
 
 
 class SparseGPTOfWanda(SparseGPT):
-    """:class:`SparseGPT` as wanda's copy of it has it, which prints nothing."""
+    """:class:`SparseGPT` as in wanda's copy, which prints nothing."""
 
     prints = False
 
@@ -162,12 +163,15 @@ def _by_saliency(sparsity: float) -> host_sweep.Choose:
     return choose
 
 
-def _spelling(name: str, value: int, other: str, given: int | None) -> int:
-    if given is None:
+def _spelling(name: str, value: int, other: str, other_value: int | None) -> int:
+    """The value of an argument with two spellings."""
+    if other_value is None:
         return checks.count(value, name)
-    if value not in (0, given):
-        raise ArgumentError(f"{name}={value} and {other}={given} contradict: give one of them")
-    return checks.count(given, other)
+    if value not in (0, other_value):
+        raise ArgumentError(
+            f"{name}={value} and {other}={other_value} contradict: pass one of them"
+        )
+    return checks.count(other_value, other)
 
 
 # ---- the host ------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ def verify(call: Call) -> Compare | None:
     """Repeat ``add_batch`` or ``fasterprune`` with the host's class on copies."""
     ours, args, kwargs = call.instance, call.args, call.kwargs
     if call.method == "add_batch" and ours._layout.conv:
-        return None  # the host's cannot take images
+        return None  # the host's method fails on images
     theirs = call.original(_bare_copy(ours.layer))
     theirs.H, theirs.nsamples = ours.peek(), ours.nsamples
     if hasattr(ours, "quantizer"):
@@ -199,13 +203,13 @@ def verify(call: Call) -> Compare | None:
 
 
 def _bare_copy(layer: nn.Module) -> nn.Module:
-    """The layer with a weight of its own; hooks and all else are shared."""
-    made = copy.copy(layer)
+    """The layer with a copy of the weight; hooks and everything else are shared."""
+    copied = copy.copy(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    made._parameters = dict(layer._parameters)
-    made._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return made
+    copied._parameters = dict(layer._parameters)
+    copied._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return copied
 
 
 _ADD_BATCH = ("(self, inp, out, blocksize=1024)", "(self, inp, out)")

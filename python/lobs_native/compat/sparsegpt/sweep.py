@@ -1,11 +1,11 @@
-"""SparseGPT's procedure from a second moment to pruned weights, by the published program's rules.
+"""SparseGPT's algorithm from a second moment to pruned weights, by the published program's rules.
 
 They differ from those of ``method="sweep"``: a block loses ``int(numel * sparsity) + 1`` weights
 and all ties of the last one, N:M groups are counted from the start of a block, and the factor of
-the inverse is taken by three factorisations in float32. The last rule costs time and digits, but
-masks follow from the factor's last bits: with the same H and the same factorisations they are the
-published program's, which no better factor gives (on an ill-conditioned H of 2048 columns, one in
-5,000 entries changes sides).
+the inverse is computed by three factorisations in float32. The last rule costs time and accuracy,
+but masks depend on the factor's last bits: the same H and the same factorisations give the
+published program's masks, and a more accurate factor does not (on an ill-conditioned H of 2048
+columns, one in 5,000 mask entries differs).
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ __all__ = [
     "upper_factor",
 ]
 
-_SAMPLED = 1 << 14  # scores from which on a threshold is looked for by a sample
-_STRIDE = 61  # of the sample: odd, so that it goes through all columns of a block
+_SAMPLED = 1 << 14  # with at least so many scores, a threshold is found by sampling
+_STRIDE = 61  # of the sample: odd, so that it reaches all columns of a block
 
-# (weights of a piece as they stand, its columns, U's diagonal there) -> bool like it, True = goes
+# (current weights of a piece, its columns, U's diagonal there) -> bool of its shape, True = removed
 Choose = Callable[[Tensor, slice, Tensor], Tensor]
 
 
 def upper_factor(H: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
-    """Upper ``U`` (C, C) with ``U^T U`` the inverse of the damped ``H``, and which inputs are dead.
+    """Upper ``U`` (C, C) with ``U^T U`` the inverse of the damped ``H``, and the dead inputs (C,).
 
     Parameters
     ----------
     H : (C, C) float32, symmetric
-        Not modified in the end: its diagonal is changed for the time of the call.
+        Its diagonal is changed during the call and restored.
     percdamp : float
-        Damping, as a share of the mean of the diagonal once dead inputs have got a one there.
+        Damping, as a fraction of the mean diagonal, where dead inputs have a one.
 
     Raises
     ------
     ArgumentError
-        H is zero throughout: by the published rule all weights would be set to zero.
+        H is all zeros: by the published rule, all weights would be set to zero.
     NotPositiveDefiniteError
-        A factorisation failed; H is as it was.
+        A factorisation failed; H is unchanged.
     """
     diagonal = H.diagonal()
     before = diagonal.clone()
     dead = before == 0
     if bool(dead.all()):
         raise ArgumentError(
-            "H: zero throughout, so the layer has seen no inputs, and by the published rule for "
-            "dead inputs all its weights would become zero; call add_batch first, or leave it out"
+            "H: all zeros, so the layer has seen no inputs; by the published rule for dead inputs "
+            "all its weights would become zero; call add_batch first, or leave the layer out"
         )
     diagonal[dead] = 1.0
     diagonal.add_(percdamp * diagonal.mean())
@@ -79,20 +79,20 @@ def upper_factor(H: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
 
 
 def saliency(W: Tensor, diagonal: Tensor) -> Tensor:
-    """``w^2 / U_jj^2`` (R, B) in float32, with the published program's roundings."""
+    """``w^2 / U_jj^2`` (R, B) in float32, rounded as in the published program."""
     return W**2 / diagonal**2
 
 
 def by_threshold(score: Tensor, sparsity: float) -> Tensor:
-    """Bool like score: what is not above the entry of rank ``int(numel * sparsity)``, from 0."""
+    """Bool of score's shape: entries up to the one of rank ``int(numel * sparsity)``, from 0."""
     return score <= _ranked(score.flatten(), int(score.numel() * sparsity))
 
 
 def _ranked(score: Tensor, rank: int) -> Tensor:
-    """The entry of a rank, from 0, as ``score.sort().values[rank]``; score (n,).
+    """``score.sort().values[rank]`` for score (n,).
 
-    On the host kthvalue has one thread, and looking at all scores would be a tenth of the whole
-    pruning: a sample brackets the entry, and only what lies between is looked at closely.
+    On the CPU kthvalue is single-threaded, and on all scores it would take a tenth of the pruning's
+    time. A sorted sample brackets the entry, so that only the scores in between are ranked.
     """
     n = len(score)
     if score.device.type == "cpu" and n >= _SAMPLED:
@@ -108,7 +108,7 @@ def _ranked(score: Tensor, rank: int) -> Tensor:
 
 
 def lowest_in_row(score: Tensor, count: int) -> Tensor:
-    """Bool like score (R, B): the ``count`` lowest of each row."""
+    """Bool of score's shape (R, B): the ``count`` lowest of each row."""
     chosen = torch.zeros_like(score, dtype=torch.bool)
     return chosen.scatter_(1, score.topk(count, dim=1, largest=False).indices, True)
 
@@ -123,18 +123,19 @@ def sweep_(
     groups: tuple[int, int] = (0, 0),
     step: int | None = None,
 ) -> float:
-    """Sweep W (R, C) float32 from left to right in place; returns ``sum(e^2) / 2``.
+    """Sweep W (R, C) float32 from left to right, in place. Returns ``sum(e^2) / 2``.
 
     Parameters
     ----------
     U : (C, C) float32, upper
     blocksize : int
-        Columns of a block: what is right of it is repaired once it is done.
+        The number of columns in a block. The columns right of a block are repaired once it is done.
     choose : callable, optional
-        Which weights go, asked once for every ``step`` columns of a block, all of them by default.
+        Selects the weights to remove. It is called for every ``step`` columns of a block, by
+        default for the whole block.
     groups : (int, int)
-        Without ``choose``: of every m columns the n cheapest go, (n, m). What is left over at the
-        end of a block is a smaller group.
+        (n, m), used without ``choose``: the n cheapest of every m columns are removed. The last
+        group of a block may be smaller.
     """
     R, C = W.shape
     n, m = groups
@@ -165,7 +166,7 @@ def sweep_(
 
 
 def _cuts(begin: int, end: int, m: int) -> Sequence[int]:
-    """A block's ends, and where its last whole group of m columns ends."""
+    """The ends of a block, and the end of its last whole group of m columns."""
     return sorted({begin, end - (end - begin) % m, end})
 
 
@@ -177,28 +178,30 @@ def check_target(
     percdamp: float = 0.01,
     names: Sequence[str] = ("prunen", "prunem", "blocksize", "percdamp"),
 ) -> None:
-    """ArgumentError for what the host's rules cannot do; ``names``: what the host calls the
-    arguments after the first."""
+    """Raise ArgumentError for values that the host's rules exclude. ``names`` are the host's names
+    of the arguments after the first."""
     n_name, m_name, size_name, damping_name = names
     if checks.count(n, n_name) > checks.count(m, m_name):
-        raise ArgumentError(f"{n_name}, {m_name}: {n} of every {m} weights cannot go")
+        raise ArgumentError(f"{n_name}, {m_name}: cannot remove {n} of every {m} weights")
     if not n and not 0 <= checks.real(sparsity, "sparsity") < 1:
         raise ArgumentError(
             f"sparsity: {sparsity}; the host's rule needs 0 <= sparsity < 1 (a block loses "
             "int(numel * sparsity) + 1 weights)"
         )
     if checks.count(blocksize, size_name) == 0:
-        raise ArgumentError(f"{size_name}: 0; it is a number of columns, 128 as published")
+        raise ArgumentError(
+            f"{size_name}: 0; it must be a positive number of columns (usually 128)"
+        )
     if checks.real(percdamp, damping_name) < 0:
         raise ArgumentError(f"{damping_name}: {percdamp}; it must be >= 0")
 
 
 def check_groups(columns: int, blocksize: int, n: int, m: int) -> None:
-    """PatternError where a group that is left over at the end of a block has no n columns."""
+    """Raise PatternError if the last group of a block would have fewer than n columns."""
     for width in {min(blocksize, columns), columns % blocksize}:
         if 0 < width % m < n:
             raise PatternError(
-                f"prunen: {n} of {m}, but a block of {width} columns ends with a group of "
+                f"prunen: {n} of {m}, but a block of {width} columns ends in a group of "
                 f"{width % m}; choose a blocksize that is a multiple of {m}"
                 + (f" (the layer has {columns} columns)" if columns % m else "")
             )
@@ -214,10 +217,10 @@ def sweep_quantized_(
     choose: Choose | None,
     groups: tuple[int, int] = (0, 0),
 ) -> float:
-    """:func:`sweep_` where kept weights are quantised on the way: ``quantize`` (R, 1) -> (R, 1).
+    """:func:`sweep_` that also quantises the kept weights: ``quantize`` (R, 1) -> (R, 1).
 
-    In torch, a column at a time, as published and as slow: the kernel keeps what it does not
-    remove.
+    It runs in torch, one column at a time, as slowly as the published program: the kernel cannot
+    change kept weights.
     """
     R, C = W.shape
     n, m = groups

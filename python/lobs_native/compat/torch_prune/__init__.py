@@ -1,4 +1,4 @@
-"""``torch.nn.utils.prune`` and ``torch.ao.pruning`` with repaired weights behind their masks."""
+"""Methods for ``torch.nn.utils.prune`` and ``torch.ao.pruning`` that repair the kept weights."""
 
 from lobs_native.compat.torch_prune.pruning import (
     LOBSSparsifier,

@@ -1,6 +1,6 @@
-"""One parameter of one module: its second moments by a hook, its pruned values, nothing written.
+"""Pruning one parameter of one module, and the second moments for it.
 
-What the adapters of ``torch.nn.utils.prune`` and ``torch.ao.pruning`` have in common.
+The common part of the adapters for ``torch.nn.utils.prune`` and ``torch.ao.pruning``.
 """
 
 from __future__ import annotations
@@ -40,54 +40,54 @@ def second_moments(
     forward: Forward | None = None,
     seed: int = 0,
 ) -> dict[str, list[Hessian]]:
-    """Run a model on data and collect the second moments of what its layers read.
+    """Run a model on data and collect the second moments of its layers' inputs.
 
     Parameters
     ----------
     model : nn.Module
-        Run in eval mode without gradients; neither its weights nor its mode are changed. Pruned and
-        parametrized weights count as they are now.
+        It runs in eval mode without gradients; its weights and mode are unchanged. Masks and
+        parametrizations of weights are applied.
     calibration : iterable of batches
-        Tensors, tuples or dicts, on the model's device. An iterator is gone through once.
+        Tensors, tuples or dicts, on the model's device. An iterator is consumed once.
     names : sequence of str, optional
-        Modules to look at, as ``model.named_modules()`` calls them. All that can be pruned by
-        default.
+        The modules to observe, named as in ``model.named_modules()``. By default, all that can be
+        pruned.
     forward : callable(model, batch), optional
-        Where ``model(batch)`` is not right.
+        Replaces ``model(batch)``.
     seed : int
-        For random numbers that the forward draws. The caller's random state is kept.
+        For random numbers in the forward. The caller's random state is restored.
 
     Returns
     -------
     {module name: list of Hessian}
-        One for each group of a convolution, one otherwise, with a column of ones where the module
-        has a bias. The columns of a convolution are in the order (kernel position, input channel of
-        the group). What ``hessian=`` of the adapters takes.
+        One for each group of a convolution, otherwise one, with a column of ones if the module has
+        a bias. The columns of a convolution are ordered by kernel position, then input channel of
+        the group. The lists are accepted by ``hessian=`` of the adapters.
 
     Raises
     ------
     ArgumentError
-        A name is no prunable layer, the model does not call it on this data, or it shares its
-        weight with another one (``lobs_native.prune`` handles those).
+        A name is not a prunable layer, the model does not call it on this data, or it shares its
+        weight with another layer (``lobs_native.prune`` handles those).
     NonFiniteError
-        A NaN or an infinity in a layer's input.
+        A layer's input has a NaN or an infinity.
     """
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers = _chosen(model, names)
+    layers = _selected(model, names)
     run = Run(model, batches_of(calibration), forward, None, seed, progress=False)
     with run.evaluating():
-        found = calibrate(layers, run, "calibrate")
+        by_name = calibrate(layers, run, "calibrate")
     for layer in layers:
-        if not all(h.rows > 0 for h in found[layer.name]):
+        if not all(h.rows > 0 for h in by_name[layer.name]):
             raise ArgumentError(
                 f"names: {layer.name!r} is not called by the model on this data; leave it out"
             )
-    return {name: list(moments) for name, moments in found.items()}
+    return {name: list(moments) for name, moments in by_name.items()}
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
-    """The layers of these names, all of them checked."""
+def _selected(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
+    """The layers of these names, checked."""
     known = {layer.name: layer for layer in layers_of(model) if _whole(layer)}
     if names is None:
         layers = list(known.values())
@@ -99,7 +99,7 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
             if name not in known:
                 some = ", ".join(map(repr, list(known)[:8])) or "none"
                 raise ArgumentError(
-                    f"names: {name!r} is no layer that can be pruned; known: {some}"
+                    f"names: {name!r} is not a layer that can be pruned; known: {some}"
                 )
             layers.append(known[name])
     owner: dict[int, str] = {}
@@ -110,41 +110,41 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
             other = owner.setdefault(id(parameter), layer.name)
             if other != layer.name:
                 raise ArgumentError(
-                    f"names: {layer.name!r} and {other!r} share one weight, which has to be pruned "
+                    f"names: {layer.name!r} and {other!r} share one weight, which must be pruned "
                     "for the inputs of both: use lobs_native.prune(model, ...)"
                 )
     return layers
 
 
 def _masked(module: nn.Module, name: str) -> bool:
-    """Whether this weight is a parameter times a mask, as torch's two pruning packages have it."""
+    """Whether a weight is a parameter times a mask, as in torch's two pruning packages."""
     return f"{name}_mask" in module._buffers or parametrize.is_parametrized(module, name)
 
 
 def _whole(layer: Layer) -> bool:
-    """Whether the layer is a module's whole weight, and its inputs are the module's."""
+    """Whether a layer is the whole weight of a module, and has the module's inputs."""
     return layer.caller is layer.module and not layer.watched
 
 
-def layer_of(module: Any, name: Any, called: str) -> Layer:
-    """The layer whose weight is the tensor ``name`` of ``module``, for messages ``called`` so."""
+def layer_of(module: Any, name: Any, label: str) -> Layer:
+    """The layer whose weight is the tensor ``name`` of ``module``. Messages call it ``label``."""
     if not isinstance(module, nn.Module):
         raise DtypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     if not isinstance(name, str):
         raise DtypeError(f"name: expected a parameter's name, got {type(name).__name__}")
-    for layer in layers_for(called, module):
+    for layer in layers_for(label, module):
         if layer.module is module and layer.weight_part == name and _whole(layer):
             return layer
     raise ArgumentError(
         f"name: {name!r} of {type(module).__name__} is not the weight of a known layer type "
-        "(Linear, Conv1d to 3d and their transposes, transformers' Conv1D); describe it by "
+        "(Linear, Conv1d to 3d and their transposes, transformers' Conv1D); describe it with "
         "lobs_native.register_layer"
     )
 
 
 @dataclass(frozen=True)
 class How:
-    """How far and in which way, as :func:`lobs_native.prune_weight` explains it."""
+    """The settings, which :func:`lobs_native.prune_weight` explains."""
 
     sparsity: float | None = None
     threshold: float | None = None
@@ -167,19 +167,19 @@ class How:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a parameter is to become; all tensors as the module stores them."""
+    """The new values of a parameter, in the shapes in which the module stores them."""
 
     weight: Tensor  # removed entries are exactly zero
     mask: Tensor  # bool, True = kept
-    bias: Tensor | None  # None where it stays as it is
+    bias: Tensor | None  # None if it does not change
     report: LayerReport
 
 
 def prune_parameter(
     layer: Layer, value: Tensor, mask: Tensor | None, hessian: Any, how: How
 ) -> Pruned:
-    """Prune ``value``, the layer's weight as it is stored; entries where ``mask`` is False are gone
-    already. Nothing is written."""
+    """Prune ``value``, the layer's weight as stored, without writing anything. Entries where
+    ``mask`` is False are already removed."""
     pattern = pattern_of(how.pattern)
     check_fit(pattern, layer.neighbours, None, False)
     target = how.target(masked=mask is not None)
@@ -221,7 +221,7 @@ def prune_parameter(
             method=how.method,
             pattern=pattern,
             scope=how.scope,
-            asked=_asked(target),
+            asked=_target_text(target),
             damping=how.damping,
             rows=rows,
         ),
@@ -229,39 +229,40 @@ def prune_parameter(
 
 
 def _moments(hessian: Any, layer: Layer) -> tuple[list[Tensor], float, list[str]]:
-    """The second moments of the groups, the rows they are the mean of (nan where a matrix does not
-    tell), and what is to be noted."""
+    """The second moments of the groups, the number of their rows (nan for matrices), and notes."""
     if hessian is None:
         raise ArgumentError(
             f"hessian: there is none for layer {layer.name!r}; collect it with "
             "second_moments(model, batches), or pass a lobs_native.Hessian or a matrix"
         )
-    given = list(hessian) if isinstance(hessian, (list, tuple)) else [hessian]
-    if len(given) != layer.groups:
+    hessians = list(hessian) if isinstance(hessian, (list, tuple)) else [hessian]
+    if len(hessians) != layer.groups:
         raise ShapeError(
-            f"hessian: {len(given)} of them for layer {layer.name!r}, which has {layer.groups} "
-            "groups: give one for each"
+            f"hessian: {len(hessians)} for layer {layer.name!r}, which has {layer.groups} groups: "
+            "pass one for each group"
         )
-    made = [h.matrix() if isinstance(h, Hessian) else second_moment(h, "hessian") for h in given]
+    moments = [
+        h.matrix() if isinstance(h, Hessian) else second_moment(h, "hessian") for h in hessians
+    ]
     C = layer.width
-    for H in made:
-        if len(H) not in (C, C + 1) or len(H) != len(made[0]):
+    for H in moments:
+        if len(H) not in (C, C + 1) or len(H) != len(moments[0]):
             raise ShapeError(
-                f"hessian: {tuple(H.shape)}, but layer {layer.name!r} reads {C} columns: it must "
-                f"be ({C}, {C}), or ({C + 1}, {C + 1}) with a last column of ones"
+                f"hessian: {tuple(H.shape)}, but layer {layer.name!r} has {C} inputs: it must be "
+                f"({C}, {C}), or ({C + 1}, {C + 1}) with a last column of ones"
             )
-    if not all(isinstance(h, Hessian) for h in given):
-        return made, math.nan, []
-    rows = min(h.rows for h in given)
-    return made, rows, [few_rows(rows, C)] if 1 < rows < C else []
+    if not all(isinstance(h, Hessian) for h in hessians):
+        return moments, math.nan, []
+    rows = min(h.rows for h in hessians)
+    return moments, rows, [few_rows(rows, C)] if 1 < rows < C else []
 
 
-def _bias(layer: Layer, moments: Sequence[Tensor], wanted: bool) -> Tensor | None:
-    """The bias (G, R) that is updated together with the weights: where there is one, the second
-    moments know of it, and it is wanted."""
+def _bias(layer: Layer, moments: Sequence[Tensor], update_bias: bool) -> Tensor | None:
+    """The bias (G, R) that is updated together with the weights: None if there is none, if the
+    second moments do not include it, or without ``update_bias``."""
     ones = len(moments[0]) == layer.width + 1
     part = layer.bias_part
-    if not (ones and wanted) or not part or getattr(layer.module, part, None) is None:
+    if not (ones and update_bias) or not part or getattr(layer.module, part, None) is None:
         return None
     if layer.module._parameters.get(part) is None:
         raise ArgumentError(
@@ -271,14 +272,15 @@ def _bias(layer: Layer, moments: Sequence[Tensor], wanted: bool) -> Tensor | Non
     return layer.bias()
 
 
-def _asked(target: Target) -> str:
-    given = (f"{k} {v:g}" for k, v in dataclasses.asdict(target).items() if v is not None)
-    return next(given, "mask")
+def _target_text(target: Target) -> str:
+    """The target for the report, such as "sparsity 0.5"."""
+    values = (f"{k} {v:g}" for k, v in dataclasses.asdict(target).items() if v is not None)
+    return next(values, "mask")
 
 
 @torch.no_grad()
 def write_bias(layer: Layer, bias: Tensor | None) -> None:
-    """Copy what :func:`prune_parameter` made of the bias into the module's own."""
+    """Copy the bias from :func:`prune_parameter` into the module's own."""
     if bias is not None:
         own = layer.stored(layer.bias_part)
         own.copy_(bias.reshape(own.shape))

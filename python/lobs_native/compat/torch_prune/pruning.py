@@ -1,10 +1,10 @@
-"""PyTorch's own two pruning packages: ``torch.nn.utils.prune`` and ``torch.ao.pruning``.
+"""Adapters for PyTorch's two pruning packages, ``torch.nn.utils.prune`` and ``torch.ao.pruning``.
 
-Both know masks only: a weight is a parameter times a mask. Optimal Brain Surgeon also changes what
-is kept. Both adapters therefore write the repaired weights, with exact zeros where something was
-removed, into the parameter behind the mask (``weight_orig``; ``parametrizations.weight.original``)
-and the bias into the module's, in place, so that optimizers keep what they hold. The values from
-before are not kept: copy the model first if they are needed.
+In both, a weight is a parameter times a mask. But Optimal Brain Surgeon also changes the kept
+weights. The adapters therefore write the repaired weights, with exact zeros for the removed ones,
+into the parameter behind the mask (``weight_orig``; ``parametrizations.weight.original``), and the
+bias into the module's. They write in place, so that optimizers keep their references. The original
+values are lost: copy the model first if you need them.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ __all__ = ["LOBSSparsifier", "LOBSUnstructured", "lobs_unstructured", "second_mo
 class LOBSUnstructured(BasePruningMethod):
     """Prune a layer's weight by second-order information, as a method of ``torch.nn.utils.prune``.
 
-    Call :meth:`apply`; an instance is what stays in the module's hooks. ``mask`` is the mask that
-    was found, ``report`` a ``LayerReport`` of what it cost; its ``rows`` are nan where ``hessian``
-    was a matrix, which does not tell.
+    Call :meth:`apply`; the instance remains in the module's hooks. ``mask`` is its mask, and
+    ``report`` the ``LayerReport``, whose ``rows`` are nan if ``hessian`` was a matrix.
     """
 
-    PRUNING_TYPE = "global"  # compute_mask is then given whole tensors, in their own shape
+    PRUNING_TYPE = "global"  # so that compute_mask is called on whole tensors, in their own shape
 
     def __init__(self, mask: Tensor, report: LayerReport) -> None:
         self.mask = mask
         self.report = report
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The mask that was found, on top of the one before."""
+        """The mask, combined with the one from before."""
         return default_mask * self.mask.to(device=default_mask.device, dtype=default_mask.dtype)
 
     @classmethod
@@ -74,58 +73,58 @@ class LOBSUnstructured(BasePruningMethod):
         update_bias: bool = True,
         backend: str | None = None,
     ) -> BasePruningMethod:
-        """Prune the tensor ``name`` of ``module``, repair the rest, and attach the mask.
+        """Prune the tensor ``name`` of ``module``, repair the kept weights, and attach the mask.
 
         The repaired values are written into the parameter, which becomes ``<name>_orig``, before
-        ``<name>_mask`` is attached: without the mask the weights are those of the pruned layer, not
-        those from before.
+        ``<name>_mask`` is attached. Without the mask, the weights are therefore those of the pruned
+        layer, not the original ones.
 
         Parameters
         ----------
         module : nn.Module
-            Linear, Conv1d to 3d (groups as well), their transposes, transformers' Conv1D, or a
-            type made known by ``register_layer``. Its weight may have been pruned before, by any
-            method of ``torch.nn.utils.prune``.
+            Linear, Conv1d to 3d (also with groups), their transposes, transformers' Conv1D, or a
+            type registered with ``register_layer``. Its weight may already be pruned, by any method
+            of ``torch.nn.utils.prune``.
         name : str
-            The weight's name, mostly ``"weight"``.
+            The weight's name, usually ``"weight"``.
         hessian : Hessian, (C, C) tensor, or a list of these, one for each group
-            Mean second moment of the layer's inputs, not modified; :func:`second_moments` collects
-            it. Columns of convolutions are in the order (kernel position, input channel).
+            The mean second moment of the layer's inputs, from :func:`second_moments`. Not modified.
+            The columns of convolutions are ordered by kernel position, then input channel.
         sparsity : float in [0, 1]
-            Share of the whole weight that is zero afterwards, what was pruned before included
-            (``amount`` of torch's own methods is a share of what is left). It may not be lower
-            than what the mask removes already. Without any target, on a weight that has a mask,
-            nothing more is removed and the kept weights are repaired for that mask.
+            The fraction of the whole weight that is zero afterwards, including what was pruned
+            before (in torch's own methods, ``amount`` is a fraction of what is left). It must not
+            be lower than the fraction that the mask already removes. Without a target, for a weight
+            with a mask, nothing more is removed and the kept weights are repaired for that mask.
         threshold, max_error, method, pattern, scope, damping, refine, backend
             As in :func:`lobs_native.prune_weight`.
         update_bias : bool
-            Update ``module.bias`` together with the weights where ``hessian`` has a last column of
-            ones; without one, or with False, the bias stays as it is.
+            Update ``module.bias`` together with the weights if ``hessian`` has a last column of
+            ones. Otherwise the bias does not change.
 
         Returns
         -------
         LOBSUnstructured, or PruningContainer
-            The hook, as torch's own methods return it; a container, whose last member is ours, if
-            the weight was pruned before.
+            The hook, as from torch's own methods: a container whose last member is ours if the
+            weight was already pruned.
 
         Raises
         ------
         ArgumentError, DtypeError, ShapeError, PatternError, BackendError
-            An argument does not fit. Nothing has been changed.
+            An argument does not fit. Nothing was changed.
         NonFiniteError, NotPositiveDefiniteError
-            As in :func:`lobs_native.prune_weight`. Nothing has been changed.
+            As in :func:`lobs_native.prune_weight`. Nothing was changed.
 
         Warns
         -----
         RuntimeWarning
-            More damping was needed than was asked for; ``report`` says how much.
+            More damping was needed than requested; ``report`` tells how much.
 
         Notes
         -----
         ``prune.remove``, ``prune.is_pruned``, containers and ``state_dict`` work as with torch's
-        own methods. A budget for several layers is ``lobs_native.prune(model, scope="model")``;
-        ``as_torch_prune`` then makes the same buffers. A weight that several modules share has to
-        be pruned by ``lobs_native.prune`` as well.
+        own methods. For one budget for several layers, use ``lobs_native.prune(model,
+        scope="model")`` and then ``as_torch_prune``, which makes the same buffers. A weight that
+        several modules share must also be pruned by ``lobs_native.prune``.
         """
         how = How(
             sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias,
@@ -133,21 +132,21 @@ class LOBSUnstructured(BasePruningMethod):
         )  # fmt: skip
         layer = layer_of(module, name, type(module).__name__)
         parameter, mask = _parameter(module, name)
-        found = prune_parameter(layer, _effective(parameter, mask), mask, hessian, how)
+        pruned = prune_parameter(layer, _effective(parameter, mask), mask, hessian, how)
         before = parameter.detach().clone()
         with torch.no_grad():
-            parameter.copy_(found.weight)
+            parameter.copy_(pruned.weight)
         try:
-            made = super().apply(  # type: ignore[no-untyped-call]
-                module, name, found.mask, found.report
+            hook = super().apply(  # type: ignore[no-untyped-call]
+                module, name, pruned.mask, pruned.report
             )
         except BaseException:
             with torch.no_grad():
                 parameter.copy_(before)
             raise
-        write_bias(layer, found.bias)
-        assert isinstance(made, BasePruningMethod)
-        return made
+        write_bias(layer, pruned.bias)
+        assert isinstance(hook, BasePruningMethod)
+        return hook
 
 
 def lobs_unstructured(module: nn.Module, name: str, hessian: Any = None, **how: Any) -> nn.Module:
@@ -168,7 +167,7 @@ def lobs_unstructured(module: nn.Module, name: str, hessian: Any = None, **how: 
 
 
 def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter, Tensor | None]:
-    """The parameter behind a weight and its mask (bool), None where it has none."""
+    """The parameter behind a weight, and its mask (bool) or None."""
     own, original = module._parameters.get(name), module._parameters.get(f"{name}_orig")
     hooks = [
         hook
@@ -188,7 +187,7 @@ def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter, Tensor | Non
 
 
 def _effective(parameter: Tensor, mask: Tensor | None) -> Tensor:
-    """The weight as the next forward would see it."""
+    """The weight as used by the next forward."""
     value = parameter.detach()
     return value if mask is None else value.masked_fill(~mask, 0)
 
@@ -197,39 +196,39 @@ def _effective(parameter: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class LOBSSparsifier(BaseSparsifier):
-    """Prune a model's layers by second-order information, as ``torch.ao.pruning`` has it.
+    """Prune a model's layers by second-order information, in the manner of ``torch.ao.pruning``.
 
     ``prepare(model, config)`` puts masks of ones on the weights, ``step()`` prunes, and
-    ``squash_mask()`` makes the result permanent. Repaired values go into
-    ``parametrizations.<name>.original`` and masks into ``parametrizations.<name>[0].mask``, in
-    place, and only after all layers have been computed: a failure changes nothing. A later step
-    with a higher sparsity goes on from there and never brings a weight back.
+    ``squash_mask()`` makes the result permanent. Repaired values are written to
+    ``parametrizations.<name>.original`` and masks to ``parametrizations.<name>[0].mask``, in place,
+    once all layers have been computed, so that a failure changes nothing. A later step with a
+    higher sparsity continues from there and does not restore any weight.
 
     Parameters
     ----------
     hessians : {module name: Hessian, (C, C) tensor, or a list of these, one for each group}
-        What :func:`second_moments` returns. Not modified.
+        The result of :func:`second_moments`. Not modified.
     calibration : iterable of batches
-        Instead of ``hessians``: the model is run on them at every step, and its second moments are
-        those of the weights as they are then. ``forward`` as in :func:`second_moments`.
+        Instead of ``hessians``: at every step the model runs on them with its present weights.
+        ``forward`` is as in :func:`second_moments`.
     sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias, backend
-        As in :meth:`LOBSUnstructured.apply`, for every layer; an entry of ``config`` may have its
-        own, next to its ``tensor_fqn``.
+        As in :meth:`LOBSUnstructured.apply`, for all layers. An entry of ``config`` may have its
+        own values, beside its ``tensor_fqn``.
 
     Attributes
     ----------
     reports : {tensor_fqn: LayerReport}
-        What the last step did to each layer.
+        The report of each layer from the last step.
 
     Raises
     ------
     ArgumentError, DtypeError
-        Not exactly one of ``hessians`` and ``calibration``, or they are not what they should be.
+        Not exactly one of ``hessians`` and ``calibration`` is given, or its type is wrong.
 
     Notes
     -----
     As in every BaseSparsifier, a config of None means all nn.Linear, and the model's state_dict
-    holds no masks; the zeros are in the weights themselves.
+    contains no masks; the zeros are in the weights themselves.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class LOBSSparsifier(BaseSparsifier):
         backend: str | None = None,
     ) -> None:
         if (hessians is None) == (calibration is None):
-            raise ArgumentError("hessians, calibration: give exactly one of them")
+            raise ArgumentError("hessians, calibration: pass exactly one of them")
         if hessians is not None and not isinstance(hessians, Mapping):
             raise DtypeError(
                 f"hessians: expected {{module name: Hessian}}, got {type(hessians).__name__}"
@@ -266,29 +265,29 @@ class LOBSSparsifier(BaseSparsifier):
         self.reports: dict[str, LayerReport] = {}
 
     def step(self, use_path: bool = True) -> None:
-        """Prune every layer of the config to its target, all or none of them.
+        """Prune all layers of the config to their targets, or none if there is an error.
 
         Raises
         ------
         ArgumentError
-            A layer has no second moment, or is none that can be pruned.
+            A layer has no second moment, or cannot be pruned.
         LobsError
-            As in :func:`lobs_native.prune_weight`, with the layer's name. Nothing has been changed.
+            As in :func:`lobs_native.prune_weight`, with the layer's name. Nothing was changed.
         """
         if not self.enable_mask_update:
             return
         hessians = self._hessians([group["module_fqn"] for group in self.groups])
-        done = [(group, *self._pruned(hessians, **group)) for group in self.groups]
-        for group, layer, found in done:
-            _write(group["module"], group["tensor_name"], layer, found)
-            self.reports[group["tensor_fqn"]] = found.report
+        results = [(group, *self._pruned(hessians, **group)) for group in self.groups]
+        for group, layer, pruned in results:
+            _write(group["module"], group["tensor_name"], layer, pruned)
+            self.reports[group["tensor_fqn"]] = pruned.report
 
     def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
-        """Prune one tensor of the config; ``step`` does all of them."""
+        """Prune one tensor of the config; ``step`` prunes all of them."""
         hessians = self._hessians([kwargs["module_fqn"]])
-        layer, found = self._pruned(hessians, module, tensor_name, **kwargs)
-        _write(module, tensor_name, layer, found)
-        self.reports[kwargs["tensor_fqn"]] = found.report
+        layer, pruned = self._pruned(hessians, module, tensor_name, **kwargs)
+        _write(module, tensor_name, layer, pruned)
+        self.reports[kwargs["tensor_fqn"]] = pruned.report
 
     def _hessians(self, names: list[str]) -> Mapping[str, Any]:
         if self.hessians is not None:
@@ -307,18 +306,18 @@ class LOBSSparsifier(BaseSparsifier):
         original, mask = _parametrized(module, tensor_name, layer.name)
         how = How(**{key: config[key] for key in How.__dataclass_fields__})
         value, kept = original.detach(), mask != 0
-        found = prune_parameter(
+        pruned = prune_parameter(
             layer,
             value.masked_fill(~kept, 0),
             None if bool(kept.all()) else kept,
             hessians.get(module_fqn),
             how,
         )
-        return layer, found
+        return layer, pruned
 
 
-def _parametrized(module: nn.Module, name: str, called: str) -> tuple[Tensor, Tensor]:
-    """The parameter behind a weight and the mask of its one parametrization."""
+def _parametrized(module: nn.Module, name: str, label: str) -> tuple[Tensor, Tensor]:
+    """The parameter behind a weight, and the mask of its only parametrization."""
     chain: Any = ()
     if parametrize.is_parametrized(module, name):
         assert isinstance(module.parametrizations, nn.ModuleDict)
@@ -326,8 +325,8 @@ def _parametrized(module: nn.Module, name: str, called: str) -> tuple[Tensor, Te
     kinds = [type(member).__name__ for member in chain]
     if len(kinds) != 1 or not isinstance(chain[0], FakeSparsity):
         raise ArgumentError(
-            f"layer {called!r}: its {name} must have one parametrization, FakeSparsity, which "
-            f"prepare() puts there; it has {', '.join(kinds) or 'none'}"
+            f"layer {label!r}: its {name} must have one parametrization, the FakeSparsity from "
+            f"prepare(); it has {', '.join(kinds) or 'none'}"
         )
     mask = chain[0].mask
     assert isinstance(mask, Tensor)
@@ -335,8 +334,8 @@ def _parametrized(module: nn.Module, name: str, called: str) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _write(module: nn.Module, name: str, layer: Layer, found: Pruned) -> None:
+def _write(module: nn.Module, name: str, layer: Layer, pruned: Pruned) -> None:
     original, mask = _parametrized(module, name, layer.name)
-    original.copy_(found.weight)
-    mask.copy_(found.mask)
-    write_bias(layer, found.bias)
+    original.copy_(pruned.weight)
+    mask.copy_(pruned.mask)
+    write_bias(layer, pruned.bias)
