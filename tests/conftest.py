@@ -1,4 +1,4 @@
-"""Fixtures: every backend in turn, and the real data where it lies beside the checkout."""
+"""Fixtures: each backend in turn, and the real data if it is beside the checkout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BACKENDS = [
 
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend by name; one that cannot run here is skipped with its reason."""
+    """Each backend by name. One that cannot run here is skipped with the reason."""
     name: str = request.param
     if name == "emulated":
         return request.getfixturevalue("emulated")
@@ -40,17 +40,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The CUDA kernels, compiled for the host against ``tests/emulator``, as a backend."""
+    """The CUDA kernels, compiled for the CPU against ``tests/emulator``, as a backend."""
     folder = os.environ.get("LOBS_EMULATED_CACHE") or tmp_path_factory.getbasetemp()
     built = build_emulated(Path(folder))
     if built is None:
-        pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the host")
+        pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the CPU")
     return ops._core.load_backend(str(built))
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For files of many tiny calls: handing them to other threads costs more than they do."""
+    """For files with many tiny calls, which cost less than distributing them to threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder where fsync costs nothing, as far as there is one."""
+    """A folder in memory, where fsync costs nothing; on the disk if there is none."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path
@@ -75,7 +75,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with MNIST and the authors' LeNet-300-100, outside the checkout."""
+    """The folder with MNIST and the authors' LeNet-300-100, outside the checkout."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not (folder / "lenet300-100" / "w_layer1.npy").is_file():
         pytest.skip(

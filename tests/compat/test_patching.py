@@ -231,7 +231,7 @@ def test_a_failure_of_the_host_s_own_code_is_only_noted(toy):
     ("old", "new", "message"),
     [
         ("block=4", "block=8", r"prune takes \(self, share, block=8\).*leave this host out"),
-        ("def prune", "def shrink", "toyhost.Pruner.prune: not there"),
+        ("def prune", "def shrink", "toyhost.Pruner.prune: does not exist"),
         ("by=2", "by=3", r"scale takes \(weight, by=3\)"),
         ("def scale", "def multiply", "has no scale"),
     ],

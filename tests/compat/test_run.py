@@ -125,7 +125,7 @@ def test_a_host_with_another_signature_stops_the_script(script):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--hosts", "nohost"), "there is none called 'nohost'"),
+        (("--hosts", "nohost"), "unknown host 'nohost'"),
         (("--verify", "-1"), "verify: -1"),
         (("--verify", "1", "--numerics", "ours"), "leave one of them out"),
     ],

@@ -1,4 +1,4 @@
-"""Named matrices for tests: layer inputs and second moments as they occur, and as they hurt."""
+"""Named matrices for tests: realistic and difficult layer inputs and second moments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def features(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Correlated ReLU features (rows, columns) float64, as a trained layer sees them."""
+    """Correlated ReLU features (rows, columns) float64, like the inputs of a trained layer."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
@@ -15,8 +15,8 @@ def features(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def conditioned(columns: int, condition: float, seed: int = 0) -> Tensor:
-    """Symmetric positive definite (columns, columns) float64 with the given condition number, norm
-    1."""
+    """Symmetric positive definite (columns, columns) float64 with the given condition number and
+    norm 1."""
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))
     values = torch.logspace(0, -1, columns, base=condition, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Experts as transformers stores them, and rows that are sent to them."""
+"""Stacked experts as in transformers, and rows routed to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class Experts(nn.Module):
-    """As transformers stores them; ``transposed`` as in GPT-OSS, with biases."""
+    """Stacked as in transformers; with ``transposed`` as in GPT-OSS, with biases."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Experts(nn.Module):
 
 
 def routed(counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows of which ``counts[e]`` go to expert e."""
+    """Random rows and their experts: ``counts[e]`` rows for expert e."""
     torch.manual_seed(1)
     chosen = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     order = torch.randperm(len(chosen))

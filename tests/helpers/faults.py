@@ -1,4 +1,4 @@
-"""Stand-ins for ``lobs_native.fs.call``: the k-th call fails, falls short, or is only counted."""
+"""Replacements for ``lobs_native.files.fs.call``: the k-th call fails, is short, or is counted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from lobs_native.files import fs
 
 
 class Counter:
-    """Does every call, counts them, and at number ``at`` (from 1) does ``fault`` instead; without
-    one, a write there falls short.
+    """Makes and counts all calls. Call number ``at`` (from 1) is replaced by ``fault``; without a
+    fault, it is a short write.
 
-    A close is done all the same before its fault: the kernel frees a descriptor whatever it
-    answers.
+    A close is made before its fault: the kernel frees the descriptor even if it reports an error.
     """
 
     def __init__(self, at: int = 0, fault: Callable[[], Any] | None = None) -> None:
@@ -41,7 +40,7 @@ class Counter:
 
     @staticmethod
     def short(operation: str, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """A write of half of what was given, rounded up; any other call is done."""
+        """Write half of the bytes, rounded up; make any other call unchanged."""
         if operation == "write":
             handle, data = args
             return function(handle, data[: (len(data) + 1) // 2])
@@ -49,7 +48,7 @@ class Counter:
 
 
 def failing(code: int) -> Callable[[], Any]:
-    """A fault that raises OSError with this errno."""
+    """A fault that raises OSError with an errno."""
 
     def fault() -> Any:
         raise OSError(code, os.strerror(code))
@@ -59,14 +58,14 @@ def failing(code: int) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def installed(counter: Callable[..., Any]) -> Iterator[None]:
-    """Put a stand-in in the place of ``fs.call`` for the length of the block."""
+    """Replace ``fs.call`` inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fs, "call", counter)
         yield
 
 
 def refusal(action: Callable[[], Any]) -> str | None:
-    """What the CheckpointError of an action says; None where it ends well."""
+    """The message of the CheckpointError that an action raises; None if it succeeds."""
     try:
         action()
     except CheckpointError as error:

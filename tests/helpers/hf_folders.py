@@ -1,4 +1,4 @@
-"""Tiny random networks of transformers in folders, with a tokenizer made here. Nothing is
+"""Folders with tiny random networks of transformers, and a tokenizer made here. Nothing is
 downloaded."""
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ VOCABULARY = len(WORDS) + len(SPECIAL)
 
 
 def text(lines: int = 40, words: int = 24) -> str:
-    """Running text of known words, with a heading and a short line that are to be left out."""
+    """Running text of known words, with a heading and a short line that should be left out."""
     chosen = random.Random(0)
     running = [" ".join(chosen.choices(WORDS, k=words + i % 3)) for i in range(lines)]
     return "\n".join(["= Heading " + "w1 " * words, "w1 w2", "", *running]) + "\n"
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Whole words, with [CLS] and [SEP] around a line."""
+    """Save a tokenizer of whole words, with [CLS] and [SEP] around a line."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def network(kind: str, **changed: Any) -> Any:
-    """A random network of two layers, 32 wide."""
+    """A random network with two layers of width 32."""
     import transformers
 
     torch.manual_seed(0)

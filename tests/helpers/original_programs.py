@@ -1,5 +1,5 @@
-"""The originals that compat stands for, where ``LOBS_HOSTS=FOLDER`` names a folder of their clones:
-OBC/trueobs.py, sparseml/src/sparseml/... Tests without it say so and are skipped."""
+"""The original programs that compat replaces, from clones in the folder ``LOBS_HOSTS``:
+OBC/trueobs.py, sparseml/src/sparseml/... Without it, tests are skipped with a message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 def _folder_with(path: str) -> Path:
     folder = os.environ.get("LOBS_HOSTS")
     if folder is None:
-        pytest.skip("LOBS_HOSTS names no folder with the original programs")
+        pytest.skip("LOBS_HOSTS does not name a folder with the original programs")
     if not (Path(folder) / path).is_file():
         pytest.skip(f"LOBS_HOSTS has no {path}")
     return Path(folder)

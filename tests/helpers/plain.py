@@ -1,4 +1,4 @@
-"""Exact pruning as plainly as it can be said, in float64: what the library must agree with."""
+"""Exact pruning in its simplest form, in float64: the reference for the library."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def traced(W: Tensor, H: Tensor, state: Tensor | None = None, **options: Any) ->
 def merged(
     rows: Sequence[Plain], count: int, block: int = 1, first: Sequence[int] | None = None
 ) -> list[int]:
-    """How many weights each row loses when the layer loses ``count`` blocks, always the cheapest
-    that is next in any row; each row's ``first`` ones before all others."""
+    """The number of weights removed from each row when the layer loses ``count`` blocks, always the
+    cheapest among the next ones of all rows, after the ``first`` ones of each row."""
     taken = [0] * len(rows)
     if first is not None:
         taken = list(first)
@@ -116,7 +116,7 @@ def merged(
 
 
 def mask_of(rows: Sequence[Plain], taken: Sequence[int], columns: int) -> Tensor:
-    """(R, columns) bool, True = kept: each row without the first ones of its order."""
+    """(R, columns) bool, True = kept: each row without the first ``taken`` of its order."""
     mask = torch.ones(len(rows), columns, dtype=torch.bool)
     for r, (row, k) in enumerate(zip(rows, taken, strict=True)):
         mask[r, row.order[:k]] = False

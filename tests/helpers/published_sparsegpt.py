@@ -1,6 +1,5 @@
-"""SparseGPT by the published program's rules, from the algorithm alone, in float64: what
-``lobs_native.compat.sparsegpt`` is held against.
-"""
+"""SparseGPT by the published program's rules, written from the algorithm alone, in float64: the
+reference for ``lobs_native.compat.sparsegpt``."""
 
 from __future__ import annotations
 
@@ -33,11 +32,11 @@ def prune(
     quantize=lambda column: column,
     mask: Tensor | None = None,
 ) -> Published:
-    """One weight after another, by removing it from the inverse of what is right of it.
+    """Remove one weight after another, using the inverse for the columns from it on.
 
-    ``mask`` (True = goes) leaves no choice. No factor is taken: with A the inverse of the damped H
-    among columns j and later, the removal of w_j changes the rest by ``-w_j / A_jj * A_j``, and the
-    next A is what elimination leaves.
+    ``mask`` (True = removed) fixes the choice. No factorisation is used: with A the inverse of the
+    damped H for columns j and later, the removal of w_j changes the rest by ``-w_j / A_jj * A_j``,
+    and eliminating column j gives the next A.
     """
     W, H = W.double().clone(), H.double().clone()
     R, C = W.shape
@@ -46,7 +45,7 @@ def prune(
     W[:, dead] = 0.0
     H.diagonal().add_(percdamp * H.diagonal().mean())
     A = torch.linalg.inv(H)
-    # U_jj^2 of the upper factor is the pivot A_jj when elimination arrives at j.
+    # U_jj^2 of the upper factor is the pivot A_jj when elimination reaches j.
     pivots, rows, rest = torch.empty(C).double(), [], A.clone()
     for j in range(C):
         pivots[j] = rest[0, 0]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention-like: three layers that read one tensor, then two in a row, with residuals."""
+    """Like a transformer block: three layers that read one tensor, then two in a row, each part
+    with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -375,7 +375,7 @@ def test_a_damaged_layer_is_named_and_the_model_is_as_it_was(tmp_path):
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("lobs_native.files.fs.free_bytes", lambda _: 1000)
-    with pytest.raises(CheckpointError, match=r"needs \d+ bytes, and 1000 are free there"):
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes, but 1000 are free there"):
         lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
 
 
