@@ -11,8 +11,7 @@
 **A record is committed** when its line in the manifest is on the disk: temporary file, fsync,
 rename, fsync of the folder, line, fsync. A kill or power cut at any moment keeps all earlier
 records, and leaves at most one file that no line refers to; repeating the commit replaces it. The
-last line may be torn: it then has no line break, does not count, and is cut off before the next
-line is written.
+last line may be torn: without a line break, it does not count and is cut off before the next one.
 
 **Nothing is trusted before its hash is verified.** Each line contains the check of the line before
 it (the first line that of run.json) and its own (:func:`lobs_native.files.strict_json.seal`). The
@@ -160,8 +159,8 @@ class RunDirectory:
         ArgumentError
             ``repair`` without ``write``.
         CheckpointError
-            There is no run; another process is writing to it (the message has its number and host);
-            run.json or a line of the manifest is damaged; or another version wrote the format.
+            There is no run, another process is writing to it, run.json or a line of the manifest is
+            damaged, or the format is from another version.
         """
         if repair and not write:
             raise ArgumentError("repair: it changes the run; open it with write=True")
@@ -241,8 +240,7 @@ class RunDirectory:
         name : str
             Any text of up to 1000 characters, not yet committed under this ``kind``.
         tensors : {str: Tensor}
-            Bool, integer or floating-point tensors of any shape on any device. Not copied unless
-            necessary.
+            Bool, integer or floating-point, any shape, any device. Copied only if necessary.
         info : dict, optional
             Plain JSON values. The whole line may have at most 1 MB.
         kind : str
@@ -391,9 +389,7 @@ class RunDirectory:
         if owner is None:
             raise ArgumentError(f"{label}: was opened read-only; open it with write=True")
         if owner != os.getpid():
-            raise ArgumentError(
-                f"{label}: belongs to process {owner}; its child processes must not write"
-            )
+            raise ArgumentError(f"{label}: belongs to process {owner}; its children must not write")
 
 
 def _sync_parent(path: Path) -> None:
