@@ -2,7 +2,7 @@
 
     python bench/hosts/host_fisher.py --folder DIR [--quick] [--pairs N] [--threads N] [--json FILE]
 
-DIR holds a clone of neuralmagic/sparseml as DIR/sparseml. Timed is the whole life of an object:
+DIR holds a clone of neuralmagic/sparseml as DIR/sparseml. The whole life of an object is timed:
 construction, 64 gradients, the diagonal, one product.
 """
 
@@ -17,23 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))  # run as a script
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import host_runs
-import originals
-import shapes
 import torch
-from pairings import Case, Side, clock, relative_error
 from torch import Tensor
 
+from hosts import host_runs, originals
 from lobs_native.compat.fisher import EmpiricalBlockFisherInverse
 from lobs_native.ops import reference
+from speed import shapes
+from speed.case import Case, Side, relative_error
 
 FEW = 8  # blocks, which are independent: so many are checked against float64
 
 
 def fisher_case(theirs: Any, d: int, B: int) -> Case:
-    """The answer is the diagonal and the product of the first blocks."""
+    """One size of block. The answer is the diagonal and the product of the first blocks."""
     m = shapes.FISHER_GRADIENTS
     G = shapes.gradients(m, d)
     v = torch.randn(d, generator=torch.Generator().manual_seed(7))
@@ -48,20 +48,21 @@ def fisher_case(theirs: Any, d: int, B: int) -> Case:
             inverse.add_grad(g)
         return inverse.diag(), inverse.mul(v)
 
-    def answer(kind: Any) -> Tensor:
-        return torch.cat([part[: FEW * B] for part in both(kind)])
+    def first_blocks(parts: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat([part[: FEW * B] for part in parts])
 
     def side(name: str, kind: Any) -> Side:
-        return Side(name, clock(lambda: both(kind)), lambda: answer(kind))
+        return Side(name, lambda: both(kind), result=first_blocks)
 
     return Case(
+        inputs=(),
         name=f"block Fisher inverse, {d:,} weights, B={B}, {m} gradients, diag, mul",
         work=-(-d // B) * (m / 16) * (4 * 16 * B**2 + 3 * 16**2 * B),
         unit="GFLOP/s",
         error=relative_error(expected),
         tolerance=1e-3,
         ours=side("lobs", EmpiricalBlockFisherInverse),
-        rivals=[side("SparseML", theirs)],
+        rivals={"SparseML": side("SparseML", theirs)},
     )
 
 
@@ -72,4 +73,4 @@ def cases(folder: Path, quick: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    host_runs.run(__doc__, cases, pairs=3)
+    host_runs.run(__doc__, {"fisher": cases}, pairs=3, quick_pairs=3)

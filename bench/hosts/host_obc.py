@@ -3,9 +3,9 @@
     python bench/hosts/host_obc.py --folder DIR [--quick] [--pairs N] [--threads N] [--json FILE]
 
 DIR holds a clone of IST-DASLab/OBC as DIR/OBC. Both sides get the same layer and the same H, which
-is not timed. The original works on 32 rows at a time, one batch like the other, and takes many
-minutes for a layer: it is timed on one batch, and the time is multiplied by their number. Ours is
-timed on the whole layer.
+is not timed. The original takes many minutes for a layer. It works on 32 rows at a time, and all
+batches take the same time, so one batch is timed and the time is multiplied by their number. Ours
+is timed on the whole layer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))  # run as a script
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import baselines
-import host_runs
-import originals
-import shapes
 import torch
-from pairings import Case, Side
 from torch import Tensor, nn
 
+from hosts import host_runs, originals
 from lobs_native.compat.obc import TrueOBS
+from speed import shapes
+from speed.baselines import exact as baselines
+from speed.case import Case, Side
 
 BATCH = 32  # rows that the original has in flight
 SHARES = [0.3, 0.5, 0.7]
@@ -83,11 +83,11 @@ def traced(obs: Any) -> list[Tensor]:
     return obs.prune_unstr(SHARES)
 
 
-def unstructured_case(given: Problem) -> Case:
-    """Losses and costs of the weights must be float64's, for the first batch of rows."""
-    W = given.part.weight.data
-    C = given.shape.columns
-    expected = baselines.exact_torch(W.to(torch.float64), given.A, C).loss / 2
+def unstructured_case(problem: Problem) -> Case:
+    """Three sparsities. Losses and costs of the first batch of rows must be those of float64."""
+    W = problem.part.weight.data
+    C = problem.shape.columns
+    expected = baselines.exact_torch(W.to(torch.float64), problem.A, C).loss / 2
     curve = torch.nn.functional.pad(expected.cumsum(1), (1, 0))
     order = expected.reshape(-1).argsort(stable=True)
     lost = []
@@ -96,59 +96,62 @@ def unstructured_case(given: Problem) -> Case:
         lost.append(float(curve.gather(1, taken[:, None]).sum()))
 
     def answer(make: Callable[[nn.Linear], Any]) -> Tensor:
-        """How far costs and weights are from those of float64, the largest of them."""
-        obs = make(given.part)
+        """Largest relative deviation of costs and weights from float64."""
+        obs = make(problem.part)
         with contextlib.redirect_stdout(io.StringIO()):
             weights = traced(obs)
         off = [float((obs.Losses.to(torch.float64).cumsum(1) - curve).norm() / curve.norm())]
         for weight, cost in zip(weights, lost, strict=True):
-            off.append(abs(shapes.cost(W, weight, given.damped) / 2 / cost - 1))
+            off.append(abs(shapes.cost(W, weight, problem.damped) / 2 / cost - 1))
         return torch.tensor(off).max()
 
     return Case(
-        name=f"TrueOBS, {given.shape} {tuple(given.layer.weight.shape)}, 30, 50 and 70%",
-        work=2.0 * given.shape.rows * C**3 / 6,
+        inputs=(),
+        name=f"TrueOBS, {problem.shape} {tuple(problem.layer.weight.shape)}, 30, 50 and 70%",
+        work=2.0 * problem.shape.rows * C**3 / 6,
         unit="GFLOP/s",
         error=float,
         tolerance=1e-3,
-        **sides(given, traced, answer),
+        **sides(problem, traced, answer),
     )
 
 
 def sides(
-    given: Problem, job: Callable[[Any], Any], answer: Callable[..., Tensor]
+    problem: Problem, job: Callable[[Any], Any], answer: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """Ours on the whole layer, the original on the first batch of its rows, at the same job."""
     return {
         "ours": Side(
             "lobs",
-            lambda: seconds(lambda: given.ours(given.layer), job),
-            lambda: answer(given.ours),
+            seconds=lambda: seconds(lambda: problem.ours(problem.layer), job),
+            answer=lambda: answer(problem.ours),
         ),
-        "rivals": [
-            Side(
+        "rivals": {
+            "OBC": Side(
                 "OBC",
-                lambda: seconds(lambda: given.original(given.part), job, given.batches),
-                lambda: answer(given.original),
-                note=f"timed on {BATCH} of {given.shape.rows} rows",
+                seconds=lambda: seconds(
+                    lambda: problem.original(problem.part), job, problem.batches
+                ),
+                answer=lambda: answer(problem.original),
+                note=f"timed on {BATCH} of {problem.shape.rows} rows",
             )
-        ],
+        },
     }
 
 
-def groups_case(given: Problem) -> Case:
-    """2:4; what the first batch of rows loses must be what it loses in float64."""
-    W = given.part.weight.data
-    C = given.shape.columns
-    expected = float(baselines.exact_torch(W.to(torch.float64), given.A, C // 2, 2, 4).loss.sum())
+def groups_case(problem: Problem) -> Case:
+    """2:4. The first batch of rows must lose what it loses in float64."""
+    W = problem.part.weight.data
+    C = problem.shape.columns
+    expected = float(baselines.exact_torch(W.to(torch.float64), problem.A, C // 2, 2, 4).loss.sum())
 
     def error(pruned: Tensor) -> float:
         if not bool(((pruned == 0).view(BATCH, -1, 4).sum(2) == 2).all()):
             return math.inf
-        return abs(shapes.cost(W, pruned, given.damped) / expected - 1)
+        return abs(shapes.cost(W, pruned, problem.damped) / expected - 1)
 
     def answer(make: Callable[[nn.Linear], Any]) -> Tensor:
-        obs = make(given.part)
+        obs = make(problem.part)
         with contextlib.redirect_stdout(io.StringIO()):
             obs.nmprune(2, 4)
         return obs.layer.weight.data
@@ -157,21 +160,22 @@ def groups_case(given: Problem) -> Case:
         obs.nmprune(2, 4)
 
     return Case(
-        name=f"TrueOBS, {given.shape} {tuple(given.layer.weight.shape)}, 2:4",
-        work=2.0 * given.shape.rows * C**3 / 12,
+        inputs=(),
+        name=f"TrueOBS, {problem.shape} {tuple(problem.layer.weight.shape)}, 2:4",
+        work=2.0 * problem.shape.rows * C**3 / 12,
         unit="GFLOP/s",
         error=error,
         tolerance=1e-3,
-        **sides(given, prune, answer),
+        **sides(problem, prune, answer),
     )
 
 
 def cases(folder: Path, quick: bool) -> Iterator[Case]:
     with originals.trueobs(folder) as module:
-        given = Problem(module, quick)
-        yield unstructured_case(given)
-        yield groups_case(given)
+        problem = Problem(module, quick)
+        yield unstructured_case(problem)
+        yield groups_case(problem)
 
 
 if __name__ == "__main__":
-    host_runs.run(__doc__, cases, pairs=3)
+    host_runs.run(__doc__, {"obc": cases}, pairs=3, quick_pairs=3)

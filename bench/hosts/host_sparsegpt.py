@@ -2,44 +2,41 @@
 
     python bench/hosts/host_sparsegpt.py --folder FOLDER [--only GROUP] [--quick] [...]
 
-``FOLDER`` holds clones of the hosts: ``sparsegpt`` (IST-DASLab/sparsegpt). They run unmodified;
-on a machine without CUDA, where they wait for it all the same, that wait is left out. Both sides
-prune copies of one layer from copies of one H, and answers are compared before anything is timed:
-masks may differ in one entry of 100,000 (scores that tie up to rounding; the table says in how
-many), and weights by 1e-4 of the largest, in rows of equal masks. See ``paired.py`` for how times
-are taken.
+FOLDER holds a clone of IST-DASLab/sparsegpt as FOLDER/sparsegpt, which runs unmodified. It waits
+for CUDA on any machine; without CUDA that wait is left out. Both sides prune copies of one layer
+from copies of one H. Answers are compared before anything is timed: masks may differ in one entry
+of 100,000 (scores that tie up to rounding; the table says in how many), and in rows of equal masks
+weights may differ by 1e-4 of the largest. See ``paired.py`` for how times are taken.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import os
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))  # run as a script
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, as in paired.py
 
-# paired first: it says how threads wait, before torch is loaded
-from paired import HEADINGS, PAIRS, QUICK_PAIRS, machine, run_case, table_row  # isort: skip
-
-import argparse
 import contextlib
 import copy
 import importlib
 import io
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import shapes
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from pairings import Case, Side, clock
 from torch import Tensor, nn
 
+from hosts import host_runs
 from lobs_native.compat.hosts import Difference
 from lobs_native.compat.sparsegpt import SparseGPT
+from speed import shapes
+from speed.case import Case, Side
+from speed.paired import PAIRS, QUICK_PAIRS
 
 SEQUENCES = 16
 TOKENS = 2048
@@ -84,17 +81,18 @@ def collect_case(theirs: type, shape: shapes.LayerShape, tokens: int, dtype: tor
         return gpt.H
 
     def side(name: str, kind: type) -> Side:
-        return Side(name, clock(lambda: run(kind)), lambda: run(kind))
+        return Side(name, lambda: run(kind))
 
     kept = str(dtype).removeprefix("torch.")
     return Case(
+        inputs=(),
         name=f"SparseGPT.add_batch, {SEQUENCES} x {tokens} x {shape.columns} {kept}",
         work=float(SEQUENCES * tokens) * shape.columns**2,
         unit="GFLOP/s",
         error=lambda H: _distance(H, expected),
         tolerance=1e-4,
         ours=side("lobs_native", SparseGPT),
-        rivals=[side("the host's own", theirs)],
+        rivals={"host": side("the host's own", theirs)},
     )
 
 
@@ -113,7 +111,7 @@ def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any)
         return gpt.layer.weight.data
 
     def side(name: str, kind: type) -> Side:
-        return Side(name, clock(run, lambda: fresh(kind)), lambda: run(*fresh(kind)))
+        return Side(name, run, prepare=lambda: fresh(kind))
 
     expected = run(*fresh(theirs))
 
@@ -125,13 +123,16 @@ def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any)
 
     pattern = "2:4" if target.get("prunen") else f"{target['sparsity']:.0%}"
     return Case(
+        inputs=(),
         name=f"SparseGPT.fasterprune, {shape.rows} x {shape.columns}, {pattern}",
         work=float(shape.rows) * shape.columns**2,
         unit="GFLOP/s",
         error=error,
         tolerance=1e-4,
         ours=side("lobs_native", SparseGPT),
-        rivals=[replace(side("the host's own", theirs), note=f"masks differ in {ties} entries")],
+        rivals={
+            "host": replace(side("the host's own", theirs), note=f"masks differ in {ties} entries")
+        },
     )
 
 
@@ -168,33 +169,10 @@ GROUPS = {"sparsegpt collect": collect_cases, "sparsegpt prune": prune_cases}
 
 
 def main() -> None:
-    """Run the cases, print the table as it grows, and write the JSON."""
-    parser = argparse.ArgumentParser(description="Our classes against the hosts' own, in pairs.")
-    parser.add_argument("--folder", type=Path, required=True, help="where the clones lie")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few pairs")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
-    parser.add_argument("--threads", type=int, help="for both sides; default torch's")
-    parser.add_argument("--only", choices=GROUPS, help="one group")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    """Compare; without CUDA, nothing waits for it."""
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None
-    pairs = arguments.pairs or (QUICK_PAIRS if arguments.quick else PAIRS)
-    about = machine()
-    print("| " + " | ".join(HEADINGS) + " |")
-    print("|" + " --- |" * len(HEADINGS))
-    rows = []
-    for name in [arguments.only] if arguments.only else GROUPS:
-        for case in GROUPS[name](arguments.folder, arguments.quick):
-            for row in run_case(case, pairs):
-                print(table_row(row), flush=True)
-                rows.append(asdict(row))
-    if arguments.json:
-        about["load_at_end"] = os.getloadavg()
-        result = {"machine": about, "quick": arguments.quick, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    host_runs.run(__doc__, GROUPS, pairs=PAIRS, quick_pairs=QUICK_PAIRS)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install llmcompressor
     python bench/hosts/sparsegpt_functions.py [--out FILE]
 
-CPU seconds with one thread, the least of five interleaved rounds: adding 2048 tokens to a second
-moment, and pruning a layer by it, for layers (rows, columns). The masks of both are compared.
+CPU seconds with one thread, the least of five interleaved rounds: for adding 2048 tokens to a
+second moment, and for pruning a layer by it. The masks of both sides are compared.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompressor import __version__ as host_version
-from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify as host
 from torch import nn
 
 from lobs_native.compat import llmcompressor as ours
@@ -38,8 +36,8 @@ def least(*functions: Callable[[], Any]) -> list[float]:
     return best
 
 
-def measure(rows: int, columns: int) -> list[dict[str, Any]]:
-    """The rows of the table for one layer."""
+def measure(host: Any, rows: int, columns: int) -> list[dict[str, Any]]:
+    """The rows of the table for one layer; ``host`` is llm-compressor's module."""
     layer = nn.Linear(columns, rows, bias=False)
     mix = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns) / 2
     x = (torch.randn(TOKENS, columns) @ mix)[None]
@@ -66,9 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    try:
+        from llmcompressor import __version__ as host_version
+        from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify as host
+    except ImportError as error:
+        raise SystemExit(f"{error}; pip install llmcompressor") from error
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    rows = [row for shape in SHAPES for row in measure(*shape)]
+    rows = [row for shape in SHAPES for row in measure(host, *shape)]
     for row in rows:
         print(
             f"{row['layer']:12} {row['what']:14} host {row['host']:.4f} s, ours {row['ours']:.4f} "

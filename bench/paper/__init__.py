@@ -1,5 +1,5 @@
-"""The paper (Dong, Chen & Pan, NIPS 2017) reproduced and surpassed: ``python bench/paper``.
+"""The experiments of the paper (Dong, Chen & Pan, NIPS 2017), and what goes beyond them.
 
-Every subcommand is a module here with ``NAME``, ``SAID``, ``add_arguments`` and ``run``; they are
-listed in ``__main__``. The installed package does not hold them.
+Run ``python bench/paper``. Every subcommand is a module with ``NAME``, ``HELP``, ``add_arguments``
+and ``run``; ``__main__`` lists them.
 """

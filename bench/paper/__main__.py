@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for module in COMMANDS:
         command = commands.add_parser(
             module.NAME,
-            help=module.SAID,
+            help=module.HELP,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -23,10 +23,10 @@ from paper.defaults import experiment as defaults
 from paper.small import experiment as small
 from paper.theorem import experiment as bound_experiment
 
-__all__ = ["NAME", "SAID", "add_arguments", "run"]
+__all__ = ["NAME", "HELP", "add_arguments", "run"]
 
 NAME = "all"
-SAID = "the following ones but large, into one folder"
+HELP = "the following ones but large, into one folder"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

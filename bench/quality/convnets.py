@@ -4,7 +4,7 @@
     python bench/quality/convnets.py [--images FOLDER] [--seeds N] [--cache PREFIX] [--out FILE]
     python bench/quality/convnets.py --batch-norm [--images FOLDER] [--cache PREFIX]
 
-FOLDER holds the four IDX files of Fashion-MNIST (gzip); the default is where Debian's package puts
+FOLDER holds the four IDX files of Fashion-MNIST; the default is where Debian's package puts
 them. Trained on the 60,000 training images as they are, one cycle of the learning rate, a few
 minutes on two cores, or read from ``PREFIX-<network>-<seed>.safetensors`` if that is there and
 written to it if not:
@@ -39,24 +39,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import copy
-import gzip
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.errors import ArgumentError
 from lobs_native.files.atomic import write_file
+from paper.data import FASHION, Images, idx_images, standardised
 
-IMAGES = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of the training images' pixels
 CALIBRATION, AT_ONCE, TRAINED_AT_ONCE = 2000, 100, 128
 EPOCHS = {"lenet5": 4, "resnet": 5}
@@ -80,30 +83,15 @@ METHODS: dict[str, dict[str, Any]] = {
 # ---- data --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images (N, 1, 28, 28) float32, normalised, and labels (N,)."""
-
-    x: Tensor
-    y: Tensor
-
-
 def fashion(folder: Path, which: str) -> Images:
-    """The training ("train") or test ("t10k") images."""
-
-    def read(kind: str, offset: int) -> np.ndarray:
-        path = folder / f"{which}-{kind}-ubyte.gz"
-        if not path.is_file():
-            raise SystemExit(
-                f"skipped: there is no {path}; apt-get install dataset-fashion-mnist, or give the "
-                "folder with Fashion-MNIST's four IDX files (gzip) as --images"
-            )
-        with gzip.open(path) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=offset)
-
-    x = read("images-idx3", 16).reshape(-1, 1, 28, 28) / np.float32(255)
-    y = read("labels-idx1", 8).astype(np.int64)
-    return Images((torch.from_numpy(x) - MEAN) / STD, torch.from_numpy(y))
+    """The training ("train") or test ("t10k") images (N, 1, 28, 28), normalised."""
+    try:
+        return standardised(idx_images(folder, which), MEAN, STD)
+    except ArgumentError as error:
+        raise SystemExit(
+            f"skipped: {error}; apt-get install dataset-fashion-mnist, or give the folder with "
+            "Fashion-MNIST's four IDX files as --images"
+        ) from error
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -339,7 +327,7 @@ def compare_batch_norm(model: nn.Module, training: Images, tested: Images) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pruning convolutional networks.")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of Fashion-MNIST")
+    parser.add_argument("--images", type=Path, default=FASHION, help="folder of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
     parser.add_argument("--cache", help="prefix of files with trained weights")
     parser.add_argument("--threads", type=int, help="default torch's")

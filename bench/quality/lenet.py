@@ -2,73 +2,69 @@
 
     python bench/quality/lenet.py [FOLDER]
 
-FOLDER holds ``mnist/`` (the 10,000 test images, IDX, gzip) and ``lenet300-100/`` (the weights that
-the paper's authors released). Calibrated on the first 5,000 images without labels; errors are those
-on the last 5,000. One network: differences of a few tenths of a point mean nothing.
+FOLDER holds ``mnist/`` (the 10,000 test images, IDX) and ``lenet300-100/`` (the weights that the
+paper's authors released). Calibrated on the first 5,000 images without labels; errors are those on
+the last 5,000. This is one network: differences of a few tenths of a point mean nothing.
 """
 
 from __future__ import annotations
 
-import gzip
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from torch import nn
 
 import lobs_native as lobs
+from lobs_native.errors import ArgumentError
+from paper.data import Images, idx_images
+from paper.networks import percent_wrong, released_network
 
 CALIBRATION = 5000
 DEFAULT_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"
+LAYERS = ("fc1", "fc2", "fc3")
 
 
-def mnist(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images (10000, 784) float32 in [0, 1] and labels (10000,)."""
-
-    def read(name: str, offset: int) -> np.ndarray:
-        with gzip.open(folder / "mnist" / name) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=offset)
-
-    images = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 784) / np.float32(255)
-    labels = read("t10k-labels-idx1-ubyte.gz", 8).astype(np.int64)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+def mnist(folder: Path = DEFAULT_FOLDER) -> Images:
+    """The 10,000 test images, in [0, 1]."""
+    return idx_images(folder / "mnist", "t10k")
 
 
-def lenet(folder: Path) -> nn.Sequential:
-    """The released network; its layers are called 0, 2 and 4."""
-    steps: list[nn.Module] = []
-    for i in (1, 2, 3):
-        weight = torch.from_numpy(np.load(folder / "lenet300-100" / f"w_layer{i}.npy")).T
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            bias = np.load(folder / "lenet300-100" / f"b_layer{i}.npy")
-            layer.bias.copy_(torch.from_numpy(bias))
-        steps += [layer, nn.ReLU()]
-    return nn.Sequential(*steps[:-1])
+def network(folder: Path = DEFAULT_FOLDER) -> nn.Sequential:
+    """The released network."""
+    return released_network(folder / "lenet300-100")
 
 
-def percent_wrong(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Test error in percent."""
-    with torch.no_grad():
-        return 100 * float((model(images).argmax(1) != labels).float().mean())
-
-
-def prune(model: nn.Module, images: Tensor, kept: Sequence[float], **settings: Any) -> lobs.Report:
+def prune(model: nn.Module, images: Images, kept: Sequence[float], **settings: Any) -> lobs.Report:
     """Prune in place to the given shares of kept weights, calibrated on the first 5,000 images."""
-    overrides = {name: {"sparsity": 1 - k} for name, k in zip("024", kept, strict=True)}
-    batches = images[:CALIBRATION].split(500)
+    overrides = {name: {"sparsity": 1 - k} for name, k in zip(LAYERS, kept, strict=True)}
+    batches = images.part(0, CALIBRATION).batches()
     return lobs.prune(model, batches, sparsity=0.5, overrides=overrides, progress=False, **settings)
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER
-    images, labels = mnist(folder)
-    tested = images[CALIBRATION:], labels[CALIBRATION:]
-    print(f"not pruned: {percent_wrong(lenet(folder), *tested):.2f} %")
+    """Print the table of errors."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=DEFAULT_FOLDER,
+        metavar="FOLDER",
+        help="folder with mnist/ and lenet300-100/ (default: shared/data beside the checkout)",
+    )
+    folder: Path = parser.parse_args().folder
+    try:
+        images, dense = mnist(folder), network(folder)
+    except ArgumentError as error:
+        raise SystemExit(f"bench/quality/lenet.py: {error}") from error
+    tested = images.part(CALIBRATION)
+    print(f"not pruned: {percent_wrong(dense, tested):.2f} %")
     print("\n| kept in fc1 / fc2 / fc3 | inputs | method | error, % | seconds |")
     print("| --- | --- | --- | --- | --- |")
     ways: dict[str, dict[str, Any]] = {
@@ -101,9 +97,9 @@ def main() -> None:
     ):
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():
-            model = lenet(folder)
+            model = network(folder)
             report = prune(model, images, kept, **{"inputs": inputs, **settings})
-            error = percent_wrong(model, *tested)
+            error = percent_wrong(model, tested)
             print(f"| {shares} | {inputs} | {name} | {error:.2f} | {report.seconds:.1f} |")
 
 

@@ -4,18 +4,19 @@
     python bench/quality/oneshot.py [--model FOLDER] [--steps N] [--repeats N] [--out FILE]
 
 A byte-level Llama of 0.7 million parameters is trained on the first nine tenths of WikiText-2's
-validation text, in FOLDER unless there is one already, and its 21 linear layers are pruned on 128
-pieces of 128 bytes of that part. Printed is the perplexity per byte on the last tenth, the mean
-Kullback-Leibler divergence of the pruned network's predictions from the original's there, and
-CPU seconds with one thread: of the whole oneshot, and of what the modifiers do themselves (second
-moments, pruning), the shortest of N runs. "SparseGPTModifier, patched" is the host's modifier under
-``lobs_native.compat.patch("llmcompressor")``. The head is left alone.
+validation text and saved in FOLDER, unless one is there already. Its 21 linear layers are pruned on
+128 pieces of 128 bytes of that part; the head is left alone. The table shows the perplexity per
+byte on the last tenth, the mean Kullback-Leibler divergence of the pruned network's predictions
+from the original's there, and CPU seconds with one thread: those of the whole oneshot, and those of
+the modifiers themselves (second moments, pruning), the shortest of N runs. "SparseGPTModifier,
+patched" is the host's modifier under ``lobs_native.compat.patch("llmcompressor")``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -29,23 +30,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from datasets import Dataset
-from llmcompressor import __version__ as host_version
-from llmcompressor import oneshot
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from llmcompressor.modifiers.pruning.sparsegpt import base as sparsegpt
-from llmcompressor.modifiers.pruning.wanda import base as wanda
-from loguru import logger
-from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lobs_native as lobs
 from lobs_native import compat
-from lobs_native.compat.llmcompressor import LOBSModifier
-from lobs_native.compat.llmcompressor import modifier as lobs_modifier
 
+NEEDED = ("datasets", "llmcompressor", "loguru", "tokenizers", "transformers")
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext2" / "valid.txt"
 PIECE, CALIBRATION, BATCH = 128, 128, 16
 IGNORED = ["re:.*lm_head"]
@@ -54,23 +45,41 @@ TARGETS: dict[str, dict[str, Any]] = {
     "70%": {"sparsity": 0.7},
     "2:4": {"sparsity": 0.5, "mask_structure": "2:4"},
 }
-ROWS: dict[str, tuple[type, dict[str, Any]]] = {
-    "WandaPruningModifier": (WandaPruningModifier, {}),
-    "SparseGPTModifier": (SparseGPTModifier, {}),
-    "SparseGPTModifier, patched": (SparseGPTModifier, {}),
-    "LOBSModifier, sweep": (LOBSModifier, {"method": "sweep"}),
-    "LOBSModifier, exact": (LOBSModifier, {"method": "exact"}),
-    "LOBSModifier, exact, exchange": (LOBSModifier, {"method": "exact", "refine": "exchange"}),
+MODIFIERS: dict[str, dict[str, Any]] = {  # and their settings
+    "WandaPruningModifier": {},
+    "SparseGPTModifier": {},
+    "SparseGPTModifier, patched": {},
+    "LOBSModifier, sweep": {"method": "sweep"},
+    "LOBSModifier, exact": {"method": "exact"},
+    "LOBSModifier, exact, exchange": {"method": "exact", "refine": "exchange"},
 }
 
-COUNTED = [  # what the modifiers do for each module, and what that is
-    (sparsegpt, "accumulate_hessian", "moments"),
-    (sparsegpt, "sparsify_weight", "pruning"),
-    (wanda, "accumulate_row_scalars", "moments"),
-    (wanda, "sparsify_weight", "pruning"),
-    (LOBSModifier, "_see", "moments"),
-    (lobs_modifier, "prune_layer", "pruning"),
-]
+
+def modifier_class(name: str) -> type:
+    """The class of a row: ours or the host's."""
+    from llmcompressor.modifiers import pruning
+
+    from lobs_native.compat.llmcompressor import LOBSModifier
+
+    kind = name.partition(",")[0]
+    return LOBSModifier if kind == "LOBSModifier" else getattr(pruning, kind)
+
+
+def counted() -> list[tuple[Any, str, str]]:
+    """What the modifiers do for each module: owner, function, and what that is."""
+    from llmcompressor.modifiers.pruning.sparsegpt import base as sparsegpt
+    from llmcompressor.modifiers.pruning.wanda import base as wanda
+
+    from lobs_native.compat.llmcompressor import LOBSModifier, modifier
+
+    return [
+        (sparsegpt, "accumulate_hessian", "moments"),
+        (sparsegpt, "sparsify_weight", "pruning"),
+        (wanda, "accumulate_row_scalars", "moments"),
+        (wanda, "sparsify_weight", "pruning"),
+        (LOBSModifier, "_see", "moments"),
+        (modifier, "prune_layer", "pruning"),
+    ]
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -83,6 +92,9 @@ def text() -> tuple[Tensor, Tensor]:
 
 def train(folder: Path, pieces: Tensor, steps: int) -> None:
     """Train the Llama and save it with a tokenizer, which oneshot asks for."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -114,7 +126,7 @@ def train(folder: Path, pieces: Tensor, steps: int) -> None:
 
 
 @torch.no_grad()
-def predictions(model: LlamaForCausalLM, pieces: Tensor) -> Tensor:
+def predictions(model: nn.Module, pieces: Tensor) -> Tensor:
     """Log probabilities (n, PIECE, 256)."""
     parts = [model(input_ids=part).logits.log_softmax(-1) for part in pieces.split(32)]
     return torch.cat(parts)
@@ -127,7 +139,7 @@ def perplexity(logs: Tensor, pieces: Tensor) -> float:
 @contextlib.contextmanager
 def timed(clock: dict[str, float]) -> Iterator[None]:
     """Count the CPU seconds in what the modifiers do for each module."""
-    before = [(owner, name, getattr(owner, name), key) for owner, name, key in COUNTED]
+    before = [(owner, name, getattr(owner, name), key) for owner, name, key in counted()]
 
     def counting(function: Any, key: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -148,13 +160,13 @@ def timed(clock: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def run(
-    folder: Path, name: str, target: dict[str, Any], data: Dataset
-) -> tuple[Any, dict[str, Any]]:
-    """One oneshot: the pruned model, and what it took."""
-    kind, settings = ROWS[name]
+def run(folder: Path, name: str, target: dict[str, Any], data: Any) -> tuple[Any, dict[str, Any]]:
+    """One oneshot on a Dataset: the pruned model, and what it took."""
+    from llmcompressor import oneshot
+    from transformers import LlamaForCausalLM
+
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    modifier = kind(**target, **settings, ignore=IGNORED)
+    modifier = modifier_class(name)(**target, **MODIFIERS[name], ignore=IGNORED)
     patched = compat.patch("llmcompressor") if "patched" in name else contextlib.nullcontext()
     clock: dict[str, float] = {}
     begun = time.process_time()
@@ -176,6 +188,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"not installed: {', '.join(missing)}; pip install llmcompressor")
+
+    from datasets import Dataset
+    from llmcompressor import __version__ as host_version
+    from loguru import logger
+    from transformers import LlamaForCausalLM
+
     logger.remove()
     torch.set_num_threads(1)  # CPU seconds can be compared, also on a busy machine
     training, measured = text()
@@ -200,12 +221,11 @@ def main() -> None:
         }
         print(f"original: perplexity {result['perplexity of the original']:.4f} per byte")
         rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for _ in range(
-            arguments.repeats
-        ):  # interleaved: what else the machine does is the same for all
-            for target, given in TARGETS.items():
-                for name in ROWS:
-                    model, took = run(folder, name, given, data)
+        # Interleaved, so that whatever else the machine does affects all rows alike.
+        for _ in range(arguments.repeats):
+            for target, settings in TARGETS.items():
+                for name in MODIFIERS:
+                    model, took = run(folder, name, settings, data)
                     known = rows.get((target, name))
                     if known is not None:
                         known.update({k: min(v, known[k]) for k, v in took.items()})

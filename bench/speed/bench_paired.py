@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-import paired
 import pytest
-import results_page
+
+from speed import paired, results_page
 
 
 @pytest.mark.parametrize("group", paired.GROUPS)
@@ -17,17 +17,19 @@ def test_every_side_of_every_case_is_right(group: str) -> None:
     """run_case ends the program where an answer is wrong."""
     for case in paired.GROUPS[group](True):
         rows = list(paired.run_case(case, 1))
-        assert [row.rival for row in rows] == [rival.name for rival in case.rivals]
+        assert [row.rival for row in rows] == [rival.label for rival in case.rivals.values()]
         assert all(row.ratio > 0 for row in rows)
 
 
 def test_a_wrong_answer_ends_the_program() -> None:
     case = next(iter(paired.GROUPS["hessian"](True)))
-    ours, rival = (
-        replace(side, answer=lambda side=side: side.answer() * 1.01)
-        for side in (case.ours, case.rivals[0])
-    )
-    for wrong in (replace(case, ours=ours), replace(case, rivals=[rival])):
+    sides = {"ours": case.ours, "published": case.rivals["published"]}
+    wrong_sides = {
+        name: replace(side, answer=lambda side=side: case.answer(side) * 1.01)
+        for name, side in sides.items()
+    }
+    rivals = {"published": wrong_sides["published"]}
+    for wrong in (replace(case, ours=wrong_sides["ours"]), replace(case, rivals=rivals)):
         with pytest.raises(SystemExit, match=r"is wrong: error 0\.01"):
             list(paired.run_case(wrong, 1))
 

@@ -38,14 +38,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import baselines
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
-import shapes
 import torch
 from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native import ops
+from speed import shapes
+from speed.baselines import exact as baselines
+from speed.cases.exact import useful_flops
 
 SIZES = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 LARGE = 1024  # from here on the arithmetic outweighs the steps' overhead: a fit of its own
@@ -98,24 +102,19 @@ class Point:
     @property
     def rate(self) -> float:
         """Useful flops per second."""
-        return useful(self.columns, self.removed) / self.per_row
+        return useful_flops(1, self.columns, self.removed) / self.per_row
 
     @property
     def share(self) -> float:
         """Of the rate of the matrix product beside it."""
-        work = useful(self.columns, self.removed) * self.rows
+        work = useful_flops(self.rows, self.columns, self.removed)
         pairs = zip(self.seconds, self.product_seconds, strict=True)
         return statistics.median((work / a) / (2 * PRODUCT**3 / b) for a, b in pairs)
 
 
-def useful(C: int, k: int) -> float:
-    """Flops of k removals from one row, as csrc/exact.h counts them."""
-    return 2 * (C * k**2 / 2 - k**3 / 3)
-
-
 def made_up(C: int) -> Layer:
     """Rows enough for FLOPS, at least 8 and at most 512, in eights so that threads share evenly."""
-    rows = min(512, max(8, round(FLOPS / useful(C, C // 2) / 8) * 8))
+    rows = min(512, max(8, round(FLOPS / useful_flops(1, C, C // 2) / 8) * 8))
     shape = shapes.LayerShape(f"{C} inputs", rows, C)
     return Layer(shapes.weights(shape), shapes.inverse(shapes.second_moment(shape)).float())
 

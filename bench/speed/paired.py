@@ -1,16 +1,16 @@
 """Native kernels against their rivals, in interleaved pairs.
 
     python bench/speed/paired.py [--quick] [--json FILE] [--page FOLDER] [--pairs N] [--threads N]
-                           [--only OPERATION ...]
+                                 [--only OPERATION ...]
 
 A shared machine changes its speed from second to second, so two series taken one after the other
 cannot be compared. Here every ratio comes from one pair of runs taken back to back, in the order
-A, B, B, A, ...; reported is the median over the pairs with its bootstrap 95 % interval. The ratio
-is the rival's time over ours; where the rival does other work than ours, as its note then says, it
-is our rate over the rival's. No pair is discarded. Before anything is timed, all answers are
-checked against float64; a wrong one ends the program. ``host_*`` are whole jobs of other programs
-(hosts.py), the rest single operations (pairings.py). Both sides have the same number of threads
-and inputs of the same type. Cases that take long have fewer pairs than asked for.
+A, B, B, A, ... Reported is the median over the pairs with its bootstrap 95 % interval. The ratio is
+the rival's time over ours. Where the rival does other work, its note says so, and the ratio is our
+rate over the rival's. No pair is discarded. All answers are checked against float64 before anything
+is timed, and a wrong one ends the program. ``host_*`` are whole jobs of other programs, the others
+single operations: see ``cases``. Both sides have the same number of threads and inputs of the same
+type. Cases that take long have fewer pairs than asked for.
 """
 
 from __future__ import annotations
@@ -27,21 +27,46 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hosts
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
-import pairings
-import results_page
 import torch
-from pairings import Case, Side
 
 import lobs_native as lobs
+from speed import results_page
+from speed.case import Case, Side
+from speed.cases import (
+    exact,
+    hessian,
+    host_jobs,
+    inverse,
+    inversion,
+    saliency,
+    solve,
+    static_order,
+    sweep,
+)
 
-GROUPS = {**pairings.GROUPS, **hosts.GROUPS}
+GROUPS: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "hessian": hessian.cases,
+    "inversion": inversion.cases,
+    "inverse": inverse.cases,
+    "saliency": saliency.cases,
+    "static_order": static_order.cases,
+    "exact": exact.cases,
+    "sweep": sweep.cases,
+    "solve": solve.cases,
+    "host_sparsegpt": host_jobs.sparsegpt_cases,
+    "host_obc": host_jobs.obc_cases,
+    "host_fisher": host_jobs.fisher_cases,
+}
 
 PAIRS = 15
 QUICK_PAIRS = 5
@@ -50,7 +75,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Row:
-    """What one pairing gave."""
+    """The result of pairing ours with one rival."""
 
     case: str
     rival: str
@@ -70,13 +95,15 @@ class Row:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def interleave(ours: Side, rival: Side, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of both sides, measured in the order A, B, B, A, A, B, ..."""
-    taken: dict[str, list[float]] = {ours.name: [], rival.name: []}
+def interleave(case: Case, rival: Side, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of ours and of a rival, measured in the order A, B, B, A, A, B, ..."""
+    ours_seconds: list[float] = []
+    rival_seconds: list[float] = []
     for pair in range(pairs):
-        for side in (ours, rival) if pair % 2 == 0 else (rival, ours):
-            taken[side.name].append(side.seconds())
-    return taken[ours.name], taken[rival.name]
+        both = [(case.ours, ours_seconds), (rival, rival_seconds)]
+        for side, seconds in both if pair % 2 == 0 else reversed(both):
+            seconds.append(case.seconds(side))
+    return ours_seconds, rival_seconds
 
 
 def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -89,33 +116,34 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 def run_case(case: Case, pairs: int) -> Iterator[Row]:
     """Check all sides of a case, which also warms them up, then pair ours with each rival."""
-    sides = (case.ours, *case.rivals)
-    errors = {side.name: (side.error or case.error)(side.answer()) for side in sides}
+    ours, rivals = case.ours, list(case.rivals.values())
+    errors = {side.label: case.error_of(side, case.answer(side)) for side in (ours, *rivals)}
     pairs = min(pairs, case.most_pairs or pairs)
-    for name, error in errors.items():
+    for label, error in errors.items():
         if not error <= case.tolerance or math.isinf(error):
             raise SystemExit(
-                f"{case.name}: {name} is wrong: error {error:.3g}, above {case.tolerance:g}"
+                f"{case.name}: {label} is wrong: error {error:.3g}, above {case.tolerance:g}"
             )
-    for rival in case.rivals:
-        ours_seconds, rival_seconds = interleave(case.ours, rival, pairs)
+    for rival in rivals:
+        ours_seconds, rival_seconds = interleave(case, rival, pairs)
         work = rival.work or case.work
         each = zip(ours_seconds, rival_seconds, strict=True)
         ratios = [(case.work / a) / (work / b) for a, b in each]
-        ours, theirs = statistics.median(ours_seconds), statistics.median(rival_seconds)
+        ours_median = statistics.median(ours_seconds)
+        rival_median = statistics.median(rival_seconds)
         yield Row(
             case=case.name,
-            rival=rival.name,
+            rival=rival.label,
             pairs=pairs,
-            ours_seconds=ours,
-            rival_seconds=theirs,
+            ours_seconds=ours_median,
+            rival_seconds=rival_median,
             ratio=statistics.median(ratios),
             interval=bootstrap_interval(ratios),
             unit=case.unit,
-            ours_rate=case.work / ours / 1e9,
-            rival_rate=work / theirs / 1e9,
-            ours_error=errors[case.ours.name],
-            rival_error=errors[rival.name],
+            ours_rate=case.work / ours_median / 1e9,
+            rival_rate=work / rival_median / 1e9,
+            ours_error=errors[ours.label],
+            rival_error=errors[rival.label],
             note=rival.note,
         )
 
@@ -181,6 +209,18 @@ def table_row(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def print_table(cases: Iterable[Case], pairs: int) -> list[Row]:
+    """Run the cases and print the table as it grows."""
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|" + " --- |" * len(HEADINGS))
+    rows = []
+    for case in cases:
+        for row in run_case(case, pairs):
+            print(table_row(row), flush=True)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Run the cases, print the table as it grows, and write the JSON."""
     parser = argparse.ArgumentParser(description="Native kernels against their rivals, in pairs.")
@@ -198,14 +238,8 @@ def main() -> None:
     about = machine()
     level = next(detail for name, _, detail in about["backends"] if name == "cpu")
     print(f"{about['cpu']}: {level}; torch {about['torch']}; {pairs} pairs\n")
-    print("| " + " | ".join(HEADINGS) + " |")
-    print("|" + " --- |" * len(HEADINGS))
-    rows = []
-    for name in arguments.only or GROUPS:
-        for case in GROUPS[name](arguments.quick):
-            for row in run_case(case, pairs):
-                print(table_row(row), flush=True)
-                rows.append(row)
+    names = arguments.only or GROUPS
+    rows = print_table((case for name in names for case in GROUPS[name](arguments.quick)), pairs)
     about["load_at_end"] = os.getloadavg()
     result = {"machine": about, "quick": arguments.quick, "rows": [asdict(row) for row in rows]}
     if arguments.json:

@@ -47,6 +47,12 @@ LAYERS = {
     )
 }
 
+
+def named(name: str, *, small: bool = False) -> LayerShape:
+    """A layer of a real model, or its small version."""
+    return LAYERS[name].small() if small else LAYERS[name]
+
+
 # Block inverse of WoodFisher and oBERT: a million weights, the block sizes that are published.
 FISHER_WEIGHTS = 1_000_000
 FISHER_GRADIENTS = 64

@@ -24,17 +24,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))  # run as a script
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from crash import acknowledged_are_there, finish
-from lenet import CALIBRATION, DEFAULT_FOLDER, lenet, mnist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.network import pruner
 from lobs_native.rundir import ledger
+from quality import lenet
+from stress.crash import acknowledged_are_there, finish
 
 RESULT = "pruned.safetensors"
 
@@ -48,8 +49,7 @@ def chain() -> tuple[nn.Module, Iterable[Tensor]]:
 
 def released() -> tuple[nn.Module, Iterable[Tensor]]:
     """LeNet-300-100 and the images it is calibrated on."""
-    images, _ = mnist(DEFAULT_FOLDER)
-    return lenet(DEFAULT_FOLDER), images[:CALIBRATION].split(500)
+    return lenet.network(), lenet.mnist().part(0, lenet.CALIBRATION).batches()
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Iterable[Tensor]]]] = {

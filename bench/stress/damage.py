@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))  # run as a script
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from crash import finish
-from lenet import CALIBRATION, DEFAULT_FOLDER, lenet, mnist
 from safetensors.torch import save
 from torch import nn
 
@@ -33,15 +32,16 @@ from lobs_native.errors import CheckpointError
 from lobs_native.rundir import ledger
 from lobs_native.rundir.directory import HEADER, LOCK, MANIFEST, RunDirectory
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
+from quality import lenet
+from stress.crash import finish
 
 GONE_ON_WITH = 3  # repaired runs of each file and kind of damage
 
 
 def prune(run: Path | None) -> nn.Module:
     """The network, pruned; from where a run is."""
-    images, _ = mnist(DEFAULT_FOLDER)
-    model = lenet(DEFAULT_FOLDER)
-    batches = images[:CALIBRATION].split(500)
+    model = lenet.network()
+    batches = lenet.mnist().part(0, lenet.CALIBRATION).batches()
     lobs.prune(model, batches, sparsity=0.9, run_dir=run, progress=False)
     return model
 

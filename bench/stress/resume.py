@@ -25,12 +25,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))  # run as a script
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from whole_encoder import encoder_folder, prune_command
 
 import lobs_native as lobs
+from quality.whole_encoder import encoder_folder, prune_command
 
 KILLED_AFTER = (0.25, 0.5, 0.75, 0.95)  # shares of the time of prune itself
 WEIGHTS = "model.safetensors"

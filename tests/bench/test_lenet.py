@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import lenet as data
 import pytest
-from lenet import percent_wrong
+
+from paper.networks import percent_wrong
+from quality import lenet as data
 
 
 @pytest.fixture(scope="module")
@@ -14,19 +15,18 @@ def mnist(shared_data):
 
 @pytest.fixture
 def lenet(shared_data):
-    return data.lenet(shared_data)
+    return data.network(shared_data)
 
 
-def pruned(model, mnist, kept, **settings):
+def pruned(model, images, kept, **settings):
     """Percent wrong on the last 5,000 images after pruning, no retraining; and the report."""
-    images, labels = mnist
     report = data.prune(model, images, kept, **settings)
-    return percent_wrong(model, images[data.CALIBRATION :], labels[data.CALIBRATION :]), report
+    return percent_wrong(model, images.part(data.CALIBRATION)), report
 
 
 def test_the_network_is_the_published_one(lenet, mnist):
-    assert percent_wrong(lenet, *mnist) == pytest.approx(1.61, abs=0.005)
-    assert percent_wrong(lenet, mnist[0][5000:], mnist[1][5000:]) == pytest.approx(1.04, abs=0.005)
+    assert percent_wrong(lenet, mnist) == pytest.approx(1.61, abs=0.005)
+    assert percent_wrong(lenet, mnist.part(5000)) == pytest.approx(1.04, abs=0.005)
 
 
 def test_the_paper_s_setting_keeps_the_network_working(lenet, mnist):

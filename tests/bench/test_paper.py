@@ -12,6 +12,10 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError
 from paper import data, everything, networks
 from paper.__main__ import _parser, main
 from paper.data import Images
@@ -21,10 +25,6 @@ from paper.small.budgets import prune_layers_to, prune_network_to
 from paper.small.retrain import retrain
 from paper.small.rivals import obd_masks, random_masks
 from paper.small.ways import WAYS, prune_by
-from torch import nn
-
-import lobs_native as lobs
-from lobs_native.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import hf_folders
+from safetensors.torch import save_file
+from torch import nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError
 from paper.__main__ import main
 from paper.defaults import experiment as defaults
 from paper.defaults import subjects as defaults_subjects
@@ -25,11 +30,6 @@ from paper.large.printed import kept_shares
 from paper.large.rates import Rates, Work, measured_rates, wide_layer
 from paper.large.stages import Stages
 from paper.theorem.chains import ChainRun, chain_run
-from safetensors.torch import save_file
-from torch import nn
-
-import lobs_native as lobs
-from lobs_native.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import originals
 import pytest
+
+from hosts import originals
 
 
 def _folder_with(path: str) -> Path:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import crash
 import pytest
 import torch
 from helpers.faults import Counter, failing, installed, refusal
@@ -21,6 +20,7 @@ from lobs_native.errors import CheckpointError
 from lobs_native.files import fs
 from lobs_native.rundir import directory as rundir
 from lobs_native.rundir.directory import RunDirectory
+from stress import crash
 
 LAYERS = 3
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fuzz_rundir
 import pytest
 import torch
 from helpers.faults import installed
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from lobs_native.errors import CheckpointError
 from lobs_native.files import regular, safefile, strict_json
 from lobs_native.rundir.directory import RunDirectory
+from stress import fuzz_rundir
 
 SECONDS, BYTES = 2.0, 50 << 20  # measured: below 0.1 s but for tracemalloc, which costs tenfold
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import crash_prune
 import pytest
 import torch
 from helpers.cases import features
@@ -34,6 +33,7 @@ from lobs_native.rundir import inspection
 from lobs_native.rundir.directory import RunDirectory
 from lobs_native.rundir.ledger import Ledger
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
+from stress import crash_prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper import markdown as page
-from paper.defaults.page import Row, Whole, defaults_page
-from paper.defaults.subjects import Batch, Subject, encoder, lenet
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
 from lobs_native.solvers.hessian import Hessian
+from paper import markdown as page
+from paper.defaults.page import Row, Whole, defaults_page
+from paper.defaults.subjects import Batch, Subject, encoder, lenet
 
-__all__ = ["NAME", "SAID", "add_arguments", "run"]
+__all__ = ["NAME", "HELP", "add_arguments", "run"]
 
 NAME = "defaults"
-SAID = "how many calibration rows, and how much damping: errors on held-out data"
+HELP = "how many calibration rows, and how much damping: errors on held-out data"
 STEM = "paper-defaults"
 METHODS = ("exact", "sweep", "lobs")
 INPUTS = ("pruned", "corrected")  # for networks pruned as a whole

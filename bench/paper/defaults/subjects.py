@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper.authors import Authors
-from paper.networks import CALIBRATION, LENET300
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lobs_native.errors import ArgumentError
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.text import text_batches
+from paper.authors import Authors
+from paper.networks import CALIBRATION, LENET300
 
 __all__ = ["Subject", "encoder", "lenet"]
 

@@ -23,6 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError
+from lobs_native.network import bound, layerwise
+from lobs_native.report.report import Report
+from lobs_native.solvers import problem
 from paper import markdown as page
 from paper.large.images import FolderImages, GeneratedImages, ImageBatches
 from paper.large.networks import NETWORKS, load_weights, random_weights
@@ -31,18 +38,11 @@ from paper.large.printed import kept_shares
 from paper.large.rates import Rates, Work, measured_rates, wide_layer
 from paper.large.runs import LayerRun, NetworkRun, Results
 from paper.large.stages import Spent, Stages, memory
-from torch import Tensor, nn
 
-import lobs_native as lobs
-from lobs_native.errors import ArgumentError
-from lobs_native.network import bound, layerwise
-from lobs_native.report.report import Report
-from lobs_native.solvers import problem
-
-__all__ = ["NAME", "SAID", "LayerRun", "NetworkRun", "add_arguments", "run"]
+__all__ = ["NAME", "HELP", "LayerRun", "NetworkRun", "add_arguments", "run"]
 
 NAME = "large"
-SAID = "AlexNet, VGG-16 and ResNet-50: time and memory by stages, or your weights and images"
+HELP = "AlexNet, VGG-16 and ResNet-50: time and memory by stages, or your weights and images"
 STEM = "paper-large"
 METHODS = ("lobs", "exact")
 IMAGES = {"alexnet": 1000, "vgg16": 32, "resnet50": 200}

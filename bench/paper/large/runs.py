@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lobs_native.errors import CheckpointError
 from paper.large.rates import WideLayer, Work
 from paper.large.stages import Spent
-
-from lobs_native.errors import CheckpointError
 
 __all__ = ["LayerRun", "NetworkRun", "Results"]
 

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from paper.networks import Case, percent_wrong
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from paper.networks import Case, percent_wrong
 
 RELATIVE = (0.001, 0.01, 0.05)  # errors of layers
 LIMITS = (("measured", 0.1), ("measured", 0.2), ("spectral", 0.5))  # changes of outputs

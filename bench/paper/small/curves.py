@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from paper.data import Images
-from paper.networks import Case, percent_wrong
-from paper.small.ways import prune_by
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from paper.data import Images
+from paper.networks import Case, percent_wrong
+from paper.small.ways import prune_by
 
 Points = tuple[tuple[float, float], ...]
 

@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+import lobs_native
+from lobs_native.errors import ArgumentError
+from lobs_native.files.atomic import write_file
 from paper.data import FASHION, has_idx
 from paper.markdown import save
 from paper.networks import SHAPES, Case, released, trained
@@ -27,12 +31,8 @@ from paper.small.budgets import HALVINGS, budgets_of
 from paper.small.tables import LIGHTLY, LONGER, TAUGHT_WAY, Row, Rows, in_stages, once, taught
 from paper.small.ways import ITERATED, WAYS
 
-import lobs_native
-from lobs_native.errors import ArgumentError
-from lobs_native.files.atomic import write_file
-
 NAME = "small"
-SAID = "LeNet-300-100, LeNet-5 and CIFAR-Net (tables 1, 3 and 4, figures 2 to 5)"
+HELP = "LeNet-300-100, LeNet-5 and CIFAR-Net (tables 1, 3 and 4, figures 2 to 5)"
 
 FEW_WAYS = ("magnitude", "L-OBS as printed", "L-OBS", "exact", "exact, model, corrected")
 

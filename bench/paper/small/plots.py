@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from paper.networks import Case
 from paper.small import printed
 from paper.small.curves import curve, inflection, sensitivities

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from paper.data import Images
-from paper.networks import percent_wrong
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from paper.data import Images
+from paper.networks import percent_wrong
 
 AT_ONCE, RATE = 128, 1e-3
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paper.networks import Case, Split, percent_wrong
-from paper.small.retrain import retrain, varied
-from paper.small.ways import Pruned, prune_by
 from torch import nn
 
 from lobs_native.files.atomic import write_file
 from lobs_native.report.records import plain
+from paper.networks import Case, Split, percent_wrong
+from paper.small.retrain import retrain, varied
+from paper.small.ways import Pruned, prune_by
 
 BETWEEN = 200  # iterations between the two stages, at most
 FEW = 10_000  # training images, below which they are varied

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paper.data import Images
-from paper.small.rivals import obd_masks, random_masks
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from paper.data import Images
+from paper.small.rivals import obd_masks, random_masks
 
 # Layers see the inputs of the original network, as in the paper, unless it says otherwise.
 WAYS: dict[str, dict[str, Any]] = {

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import lobs_native as lobs
+from lobs_native.files.atomic import write_file
 from paper import markdown as page
 from paper.authors import Authors
 from paper.networks import CALIBRATION
 from paper.theorem.chains import ChainRun, chain_run, compared
 
-import lobs_native as lobs
-from lobs_native.files.atomic import write_file
-
-__all__ = ["NAME", "SAID", "add_arguments", "run"]
+__all__ = ["NAME", "HELP", "add_arguments", "run"]
 
 NAME = "theorem"
-SAID = "Theorem 3.2 against measured errors: violations, and how loose it is"
+HELP = "Theorem 3.2 against measured errors: violations, and how loose it is"
 STEM = "paper-theorem"
 CHAINS, SHORT_CHAINS = 100, 20
 INPUTS = ("dense", "pruned")

@@ -1,24 +1,22 @@
-"""Whole jobs of the programs that people use, from inputs to pruned weights, each in three ways:
-as published, in tuned torch, and by this package's public functions.
+"""Whole jobs of other programs, from inputs to pruned weights: as published, in torch, and ours.
 
-SparseGPT prunes one layer from its inputs; OBC one layer to several sparsities; oBERT one step
-of its block Fisher pruner. Published ways are those of baselines.py: imitated from what the
-programs do, habits included.
+SparseGPT prunes one layer from its inputs. OBC prunes one layer to several sparsities. oBERT makes
+one step of its block Fisher pruner. The published methods are those of ``baselines``; ours use the
+package's public functions only.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
-import baselines
-import shapes
 import torch
-from pairings import Case, Side, clock, relative_error
 from torch import Tensor
 
 import lobs_native as lobs
+from speed import shapes
+from speed.baselines import exact, hessian, inverse, solve, sweep
+from speed.case import Case, Side, relative_error
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities that one OBC run is asked for
 SEQUENCES, LENGTH = 16, 512  # of the calibration text
@@ -41,17 +39,17 @@ def sparsegpt_published(X: Tensor, W: Tensor, share: float) -> Tensor:
     H = torch.zeros(W.shape[1], W.shape[1])
     for i, x in enumerate(X):
         # the program counts sequences, so the mean is a sum over tokens divided by those
-        baselines.gram_running_mean_(H, i * len(x), x)
-    return baselines.sparsegpt_(W.clone(), baselines.sparsegpt_factor(H, shapes.DAMPING), share)
+        hessian.gram_running_mean_(H, i * len(x), x)
+    return sweep.sparsegpt_(W.clone(), sweep.sparsegpt_factor(H, shapes.DAMPING), share)
 
 
 def sparsegpt_torch(X: Tensor, W: Tensor, share: float) -> Tensor:
     """The lower block triangle of H in pieces of many rows, the sweep on transposed blocks."""
     H = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64)
-    baselines.gram_block_triangle_(H, X.flatten(0, 1))
+    hessian.gram_block_triangle_(H, X.flatten(0, 1))
     H = (H.tril() + H.tril(-1).T).div_(X.shape[0] * X.shape[1]).float()
-    U = baselines.sparsegpt_factor(H, shapes.DAMPING)
-    return baselines.sweep_transposed_(W.clone(), U, share)
+    U = sweep.sparsegpt_factor(H, shapes.DAMPING)
+    return sweep.sweep_transposed_(W.clone(), U, share)
 
 
 def sparsegpt_ours(X: Tensor, W: Tensor, share: float, *, backend: str | None = None) -> Tensor:
@@ -96,7 +94,7 @@ def obc_published(X: Tensor, W: Tensor, levels: Sequence[float], parallel: int =
     A = _obc_inverse(X)
     batches = []
     for w in W.split(parallel):
-        batches.append(baselines.PublishedRows(w, A))
+        batches.append(exact.PublishedRows(w, A))
         batches[-1].remove(W.shape[1])
     loss = torch.cat([rows.loss for rows in batches])
     kept = torch.cat([rows.history for rows in batches if rows.history is not None], dim=1)
@@ -108,12 +106,12 @@ def obc_torch(X: Tensor, W: Tensor, levels: Sequence[float]) -> Tensor:
     """Rows in panels, orders and costs only; the weights of a level by one system per row."""
     A = _obc_inverse(X)
     C = W.shape[1]
-    trace = baselines.exact_torch(W, A, C)
+    trace = exact.exact_torch(W, A, C)
     rank = torch.empty_like(trace.order).scatter_(1, trace.order, torch.arange(C).expand_as(W))
     made = []
     for share in levels:
         gone = rank < _counts(trace.loss, share)[:, None]
-        x = baselines.solve_together(torch.where(gone, W, 0), A, gone)
+        x = solve.solve_together(torch.where(gone, W, 0), A, gone)
         made.append(torch.addmm(W, x, A, alpha=-1).masked_fill_(gone, 0))
     return torch.stack(made)
 
@@ -166,14 +164,12 @@ def fisher_step(F: Tensor, w: Tensor) -> Tensor:
 
 def fisher_published(G: Tensor, w: Tensor, B: int) -> Tensor:
     """All blocks are streamed through three times for every gradient."""
-    return fisher_step(
-        baselines.inverse_update_one_by_one_(_fisher_start(G, B), G, float(len(G))), w
-    )
+    return fisher_step(inverse.inverse_update_one_by_one_(_fisher_start(G, B), G, float(len(G))), w)
 
 
 def fisher_torch(G: Tensor, w: Tensor, B: int) -> Tensor:
     """Sixteen gradients at a time, blocks that fit into the cache."""
-    return fisher_step(baselines.inverse_update_together_(_fisher_start(G, B), G, float(len(G))), w)
+    return fisher_step(inverse.inverse_update_together_(_fisher_start(G, B), G, float(len(G))), w)
 
 
 def fisher_ours(G: Tensor, w: Tensor, B: int, *, backend: str | None = None) -> Tensor:
@@ -189,117 +185,110 @@ def fisher_ours(G: Tensor, w: Tensor, B: int, *, backend: str | None = None) -> 
     return fisher_step(s.update(G).inverse(), w)
 
 
-# ---- as pairs ------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 def sparsegpt_cases(quick: bool) -> Iterator[Case]:
-    shape = _shape("bert-base.fc1", quick)
-    X, W, share = sparsegpt_inputs(shape, small=quick)
+    """One layer for ``paired.py``."""
+    yield sparsegpt_case(shapes.named("bert-base.fc1", small=quick), small=quick)
+
+
+def sparsegpt_case(shape: shapes.LayerShape, *, small: bool) -> Case:
+    """Half of a layer. All sides must come within 1 % of the lower of the two errors."""
+    X, W, share = sparsegpt_inputs(shape, small=small)
     H = mean_moment(X)
     energy = shapes.cost(W, torch.zeros_like(W), H)
-    surplus = -(-shape.columns // 128) * 4 / W.numel()  # the published threshold takes a few more
+    surplus = -(-shape.columns // 128) * 4  # the published threshold takes a few more
 
     def error(pruned: Tensor) -> float:
-        removed = float((pruned == 0).double().mean())
-        if not -1e-9 <= removed - share <= surplus:
-            return float("inf")
+        if not 0 <= int((pruned == 0).sum()) - share * W.numel() <= surplus:
+            return torch.inf
         return shapes.cost(W, pruned, H) / energy
 
-    ways = (sparsegpt_published, sparsegpt_torch, sparsegpt_ours)
-    published, tuned, ours = (
-        Side(name, clock(lambda way=way: way(X, W, share)), lambda way=way: way(X, W, share))
-        for name, way in zip(_NAMES, ways, strict=True)
-    )
-    yield Case(
+    note = "errors are the layer's"
+    return Case(
         name=f"SparseGPT layer, {shape} {tuple(W.shape)}, {X.shape[0]} x {X.shape[1]} tokens, 50%",
+        inputs=(X, W, share),
         work=float(X.numel()) * shape.columns + float(W.numel()) * shape.columns,
         unit="GFLOP/s",
         error=error,
-        tolerance=1.01 * min(error(side.answer()) for side in (published, ours)),
-        ours=ours,
-        rivals=[replace(side, note="errors are the layer's") for side in (published, tuned)],
+        tolerance=1.01 * min(error(f(X, W, share)) for f in (sparsegpt_published, sparsegpt_ours)),
+        ours=Side("lobs", sparsegpt_ours),
+        rivals={
+            "published": Side("published", sparsegpt_published, note=note),
+            "torch": Side("torch", sparsegpt_torch, note=note),
+        },
         most_pairs=9,
     )
 
 
 def obc_cases(quick: bool) -> Iterator[Case]:
-    shape = _shape("resnet50.layer1.conv2", quick)
+    """One layer for ``paired.py``."""
+    yield obc_case(shapes.named("resnet50.layer1.conv2", small=quick))
+
+
+def obc_case(shape: shapes.LayerShape) -> Case:
+    """Five sparsities, exactly. All sides must lose no more than the published choice, within 1 %.
+
+    The time of the published job, without its choice of the levels, is extrapolated from some
+    removals of one batch of rows.
+    """
     X, W, levels = obc_inputs(shape)
     R, C = W.shape
     error = lost_shares(W, mean_moment(X), levels)
     sample, batch = min(24, C // 2), W[:32]
 
     def sampled() -> float:
-        """All of it but the choice of the levels, from a few removals of one batch."""
         begun = time.perf_counter()
         A = _obc_inverse(X)
         inverted = time.perf_counter()
-        rows = baselines.PublishedRows(batch, A)
-        made = time.perf_counter()
+        rows = exact.PublishedRows(batch, A)
+        ready = time.perf_counter()
         rows.remove(sample)
-        each = (time.perf_counter() - made) / sample
-        return inverted - begun + (made - inverted + each * C) * (R / len(batch))
+        each = (time.perf_counter() - ready) / sample
+        return inverted - begun + (ready - inverted + each * C) * (R / len(batch))
 
-    ours = Side("lobs", clock(lambda: obc_ours(X, W, levels)), lambda: obc_ours(X, W, levels))
-    published = Side(
-        "published",
-        sampled,
-        lambda: obc_published(X, W, levels),
-        note=f"extrapolated from {sample} of {C} removals; errors are the layer's",
-    )
-    tuned = Side(
-        "torch",
-        clock(lambda: obc_torch(X, W, levels)),
-        lambda: obc_torch(X, W, levels),
-        note="errors are the layer's",
-    )
-    yield Case(
+    return Case(
         name=f"OBC layer, {shape} {tuple(W.shape)}, {len(levels)} sparsities from one run",
+        inputs=(X, W, levels),
         work=2.0 * R * (C**3 / 2 - C**3 / 3),
         unit="GFLOP/s",
         error=error,
-        tolerance=1.01 * error(tuned.answer()),  # which chooses as published
-        ours=ours,
-        rivals=[published, tuned],
+        tolerance=1.01 * error(obc_torch(X, W, levels)),  # which chooses as published
+        ours=Side("lobs", obc_ours),
+        rivals={
+            "published": Side(
+                "published",
+                obc_published,
+                seconds=sampled,
+                note=f"extrapolated from {sample} of {C} removals; errors are the layer's",
+            ),
+            "torch": Side("torch", obc_torch, note="errors are the layer's"),
+        },
         most_pairs=7,
     )
 
 
 def fisher_cases(quick: bool) -> Iterator[Case]:
+    """Both published block sizes for ``paired.py``."""
     for B in shapes.FISHER_BLOCKS:
-        shape = _shape("bert-base.attention", quick)
-        G, w, _ = fisher_inputs(shape, B)
-        expected = fisher_torch(G.double(), w.double(), B)
-        ways = (fisher_published, fisher_torch, fisher_ours)
-        published, tuned, ours = (
-            Side(
-                name,
-                clock(lambda way=way, G=G, w=w, B=B: way(G, w, B)),
-                lambda way=way, G=G, w=w, B=B: way(G, w, B),
-            )
-            for name, way in zip(_NAMES, ways, strict=True)
-        )
-        yield Case(
-            name=f"block Fisher step, {shape}, {len(w):,} weights, B={B}, {len(G)} gradients",
-            work=len(w) / B * (len(G) / 16) * (4 * 16 * B**2 + 3 * 16**2 * B),
-            unit="GFLOP/s",
-            error=relative_error(expected),
-            tolerance=1e-2,  # a weight at the threshold may fall on either side
-            ours=ours,
-            rivals=[published, tuned],
-            most_pairs=5,
-        )
+        yield fisher_case(shapes.named("bert-base.attention", small=quick), B)
 
 
-_NAMES = ("published", "torch", "lobs")
-
-
-def _shape(name: str, quick: bool) -> shapes.LayerShape:
-    return shapes.LAYERS[name].small() if quick else shapes.LAYERS[name]
-
-
-GROUPS = {
-    "host_sparsegpt": sparsegpt_cases,
-    "host_obc": obc_cases,
-    "host_fisher": fisher_cases,
-}
+def fisher_case(shape: shapes.LayerShape, B: int) -> Case:
+    """Half of the weights. All sides must leave the weights that float64 leaves."""
+    G, w, _ = fisher_inputs(shape, B)
+    return Case(
+        name=f"block Fisher step, {shape}, {len(w):,} weights, B={B}, {len(G)} gradients",
+        inputs=(G, w, B),
+        work=len(w) / B * (len(G) / 16) * (4 * 16 * B**2 + 3 * 16**2 * B),
+        unit="GFLOP/s",
+        error=relative_error(fisher_torch(G.double(), w.double(), B)),
+        tolerance=1e-2,  # a weight at the threshold may fall on either side
+        ours=Side("lobs", fisher_ours),
+        rivals={
+            "published": Side("published", fisher_published),
+            "torch": Side("torch", fisher_torch),
+        },
+        most_pairs=5,
+    )

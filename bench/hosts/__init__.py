@@ -1,0 +1,1 @@
+"""Against originals: the replacements in ``lobs_native.compat`` against the programs themselves."""

@@ -1,0 +1,1 @@
+"""How good: real networks pruned without retraining, compared by method."""

@@ -1,0 +1,1 @@
+"""Does it hold: run directories under kills, damage and hostile content, and the report's page."""
