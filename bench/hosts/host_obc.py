@@ -59,14 +59,14 @@ class Problem:
         self.shape = shape
 
     def ours(self, layer: nn.Linear) -> TrueOBS:
-        made = TrueOBS(copy.deepcopy(layer), rel_damp=shapes.DAMPING)
-        made.H, made.nsamples = self.H, 1
-        return made
+        obs = TrueOBS(copy.deepcopy(layer), rel_damp=shapes.DAMPING)
+        obs.H, obs.nsamples = self.H, 1
+        return obs
 
     def original(self, layer: nn.Linear) -> Any:
-        made = self.theirs(copy.deepcopy(layer), rel_damp=shapes.DAMPING)
-        made.H, made.nsamples = self.H, 1
-        return made
+        obs = self.theirs(copy.deepcopy(layer), rel_damp=shapes.DAMPING)
+        obs.H, obs.nsamples = self.H, 1
+        return obs
 
 
 def seconds(make: Callable[[], Any], use: Callable[[Any], Any], times: float = 1.0) -> float:

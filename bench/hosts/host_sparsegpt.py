@@ -51,8 +51,8 @@ def _quietly(run: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+def _distance(x: Tensor, expected: Tensor) -> float:
+    return float((x.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def _calibration(shape: shapes.LayerShape, dtype: torch.dtype, tokens: int) -> list[Tensor]:
@@ -62,9 +62,9 @@ def _calibration(shape: shapes.LayerShape, dtype: torch.dtype, tokens: int) -> l
 
 
 def _layer(shape: shapes.LayerShape) -> nn.Linear:
-    made = nn.Linear(shape.columns, shape.rows, bias=False)
-    made.weight.data = shapes.weights(shape)
-    return made
+    layer = nn.Linear(shape.columns, shape.rows, bias=False)
+    layer.weight.data = shapes.weights(shape)
+    return layer
 
 
 def collect_case(theirs: type, shape: shapes.LayerShape, tokens: int, dtype: torch.dtype) -> Case:
@@ -115,8 +115,8 @@ def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any)
 
     expected = run(*fresh(theirs))
 
-    def error(found: Tensor) -> float:
-        apart = Difference.between(found, expected)
+    def error(pruned: Tensor) -> float:
+        apart = Difference.between(pruned, expected)
         return apart.values if apart.mask <= TIES * apart.entries else float("inf")
 
     ties = Difference.between(run(*fresh(SparseGPT)), expected).mask
@@ -138,8 +138,8 @@ def prune_case(theirs: type, shape: shapes.LayerShape, H: Tensor, **target: Any)
 
 def _of_sparsegpt(folder: Path) -> type:
     sys.path.insert(0, str(folder / "sparsegpt"))
-    found: type = importlib.import_module("sparsegpt").SparseGPT
-    return found
+    original: type = importlib.import_module("sparsegpt").SparseGPT
+    return original
 
 
 def _sizes(quick: bool) -> tuple[shapes.LayerShape, int]:

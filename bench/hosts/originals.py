@@ -1,6 +1,6 @@
-"""Programs that compat stands for, loaded from a folder of their clones.
+"""The programs that compat replaces, loaded from a folder of their clones.
 
-A folder holds OBC/trueobs.py and sparseml/src/sparseml/...; nothing of them is in this repository.
+A folder holds OBC/trueobs.py and sparseml/src/sparseml/...; this repository contains none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FISHER = "sparseml/src/sparseml/pytorch/sparsification/pruning/modifier_pruning_
 
 @contextlib.contextmanager
 def trueobs(folder: Path) -> Iterator[ModuleType]:
-    """OBC's module, as it is but for what it prints and that it waits for CUDA on any machine."""
+    """OBC's module, without its output and, on machines without CUDA, its wait for CUDA."""
     place = str(folder / "OBC")
     wait = torch.cuda.synchronize
     before = {name: sys.modules.pop(name, None) for name in ("trueobs", "quant")}

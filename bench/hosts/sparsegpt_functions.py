@@ -41,9 +41,11 @@ def measure(host: Any, rows: int, columns: int) -> list[dict[str, Any]]:
     layer = nn.Linear(columns, rows, bias=False)
     mix = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns) / 2
     x = (torch.randn(TOKENS, columns) @ mix)[None]
-    made = {f: f.accumulate_hessian(x, layer, f.make_empty_hessian(layer), 0) for f in (host, ours)}
+    empty = {
+        f: f.accumulate_hessian(x, layer, f.make_empty_hessian(layer), 0) for f in (host, ours)
+    }
     shape = f"{rows} x {columns}"
-    times = least(*(lambda f=f: f.accumulate_hessian(x, layer, made[f][0], 1) for f in made))
+    times = least(*(lambda f=f: f.accumulate_hessian(x, layer, empty[f][0], 1) for f in empty))
     table = [{"layer": shape, "what": "2048 tokens", "host": times[0], "ours": times[1]}]
     H, _ = host.accumulate_hessian(x, layer, host.make_empty_hessian(layer), 0)
     for target, (share, n, m) in TARGETS.items():

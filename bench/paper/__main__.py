@@ -1,4 +1,4 @@
-"""``python bench/paper [COMMAND] [options]``: parses and calls a subcommand."""
+"""The command line: ``python bench/paper [COMMAND] [options]``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-# Threads that spin while they wait cost more than they give on shared cores. Before torch is used.
+# Threads that spin while they wait cost more than they gain on shared cores. torch reads this once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if __name__ == "__main__":  # run as a folder: its modules are those of the package "paper"
+if __name__ == "__main__":  # run as a folder: modules are found from the folder bench
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -28,8 +28,11 @@ DEFAULT = everything.NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one experiment and return the exit code: 0, 1 if it could not be carried out, 2 for
-    wrong usage. Without a command it is ``all``."""
+    """Run one experiment and return the exit code.
+
+    0 for success, 1 if it could not be carried out, 2 for wrong usage. The default command is
+    ``all``.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, DEFAULT)
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         code: int = options.run(options)
     except (LobsError, OSError) as error:
-        print(f"bench/paper: {error}", file=sys.stderr)
+        print(f"python bench/paper: {error}", file=sys.stderr)
         return 1
     return code
 
@@ -66,16 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    """What every experiment has: where to write, how many networks, how long."""
+    """Add the options of every experiment: where to write, how many networks, how long."""
     add = command.add_argument
-    said = "folder for the page, the figures and the numbers (default: %(default)s)"
-    add("--out", type=Path, default=Path("lobs-experiments"), metavar="DIR", help=said)
-    said = "networks trained of each kind (default: what the experiment needs)"
-    add("--seeds", type=_positive, metavar="N", help=said)
+    text = "folder for the page, the figures and the numbers (default: %(default)s)"
+    add("--out", type=Path, default=Path("lobs-experiments"), metavar="DIR", help=text)
+    text = "networks trained of each kind (default: what the experiment needs)"
+    add("--seeds", type=_positive, metavar="N", help=text)
     add("--short", action="store_true", help="fewer seeds and settings, some minutes")
     add("--threads", type=_positive, metavar="N", help="default: torch's")
-    said = "prefix of files that trained networks are kept in, and read from if they are there"
-    add("--cache", metavar="PREFIX", help=said)
+    text = "prefix of files that trained networks are kept in, and read from if they are there"
+    add("--cache", metavar="PREFIX", help=text)
 
 
 def _positive(text: str) -> int:

@@ -14,11 +14,14 @@ __all__ = ["Authors"]
 
 
 class Authors:
-    """``folder`` holds ``mnist/`` (IDX files) and ``lenet300-100/`` (the released weights,
-    w_layer1.npy ...). Calibration is on the training images and tests on all test images; without
-    training images, calibration is on the first 5,000 test images and tests are on the others.
+    """The released network and the images to calibrate and to test on.
 
-    Raises ArgumentError, with the name, where a file is missing.
+    ``folder`` holds ``mnist/`` (IDX files) and ``lenet300-100/`` (the released weights,
+    w_layer1.npy ...). Calibration is on the training images, and tests are on all test images.
+    Without training images, calibration is on the first 5,000 test images and tests are on the
+    others.
+
+    Raises ArgumentError, with its name, if a file is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +38,7 @@ class Authors:
         return copy.deepcopy(self._model)
 
     def percent_wrong(self, model: nn.Module) -> float:
-        """Error on the images to test on."""
+        """Error on the test images."""
         return percent_wrong(model, self.tested)
 
 

@@ -1,4 +1,4 @@
-"""Images in IDX files, as MNIST and Fashion-MNIST come, from folders that the user names."""
+"""Readers of IDX files of images, the format of MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lobs_native.errors import ArgumentError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts them
-_PIECE = 500  # images through a network at once, where nothing else is asked
+_PIECE = 500  # images through a network at once, by default
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,20 @@ class Images:
         return Images(self.x[begin:end], self.y[begin:end])
 
     def batches(self, size: int = _PIECE) -> list[Tensor]:
-        """The inputs alone, in their order."""
+        """The inputs alone, in order."""
         return list(self.x.split(size))
 
 
 def idx_images(folder: Path, which: str) -> Images:
-    """The images (N, 1, H, W) in [0, 1] and labels of ``<which>-images-idx3-ubyte`` and
-    ``<which>-labels-idx1-ubyte`` (plain or .gz). ``which`` is "train" or "t10k".
+    """Read the images (N, 1, H, W) in [0, 1] and their labels.
+
+    The files are ``<which>-images-idx3-ubyte`` and ``<which>-labels-idx1-ubyte``, plain or .gz;
+    ``which`` is "train" or "t10k".
 
     Raises
     ------
     ArgumentError
-        A file is missing or is no IDX file; the message names it.
+        A file is missing or is not an IDX file; the message names it.
     """
     pixels = _idx(folder / f"{which}-images-idx3-ubyte")
     labels = _idx(folder / f"{which}-labels-idx1-ubyte")
@@ -55,7 +57,7 @@ def idx_images(folder: Path, which: str) -> Images:
 
 
 def has_idx(folder: Path, which: str) -> bool:
-    """Whether the images are there."""
+    """Whether the folder has these images."""
     name = folder / f"{which}-images-idx3-ubyte"
     return name.is_file() or name.with_name(name.name + ".gz").is_file()
 
@@ -66,7 +68,7 @@ def standardised(images: Images, mean: float, std: float) -> Images:
 
 
 def _idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes."""
+    """Read an IDX file of unsigned bytes."""
     packed = path.with_name(path.name + ".gz")
     if packed.is_file():
         with gzip.open(packed) as file:

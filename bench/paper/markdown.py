@@ -1,4 +1,4 @@
-"""What all experiments print and write: tables in Markdown, spreads, numbers as JSON."""
+"""Output of all experiments: tables in Markdown, spreads, numbers as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lobs_native.report.records import plain
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, ending in a line break."""
+    """A table in Markdown, with a final line break."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -29,6 +29,6 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def save(folder: Path, stem: str, page: str, numbers: Any) -> list[Path]:
-    """Write ``<stem>.md`` and ``<stem>.json``, each whole or not at all; returns the paths."""
+    """Write ``<stem>.md`` and ``<stem>.json``, each atomically, and return the paths."""
     content = json.dumps(plain(numbers), indent=1, allow_nan=False) + "\n"
     return [write_file(folder / f"{stem}.md", page), write_file(folder / f"{stem}.json", content)]

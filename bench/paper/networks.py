@@ -40,9 +40,11 @@ def lenet5() -> nn.Sequential:
 
 
 def cifarnet() -> nn.Sequential:
-    """Three convolutions with batch normalisation and two linear layers with dropout, as the paper
-    describes its CIFAR-Net, whose sizes it does not give: 65,440 weights here, for images of
-    28 x 28 with one channel."""
+    """CIFAR-Net: three convolutions with batch normalisation, two linear layers with dropout.
+
+    The paper describes it so without its sizes: 65,440 weights here, for images of 28 x 28 with one
+    channel.
+    """
     return _named(
         conv1=nn.Conv2d(1, 32, 3, padding=1), norm1=nn.BatchNorm2d(32), pool1=nn.MaxPool2d(2),
         relu1=nn.ReLU(), conv2=nn.Conv2d(32, 32, 3, padding=1), norm2=nn.BatchNorm2d(32),
@@ -58,7 +60,7 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a network is made and trained, and to what shares of kept weights it is pruned."""
+    """How to build and train a network, and the shares of kept weights to prune it to."""
 
     title: str
     make: Callable[[], nn.Sequential]
@@ -92,8 +94,10 @@ SHAPES = {"lenet300": LENET300, "lenet5": LENET5, "cifarnet": CIFARNET}
 
 @dataclass(frozen=True)
 class Split:
-    """The images that one network is pruned, retrained, stopped and measured with; disjoint, but
-    that calibration (without labels) and training may share images."""
+    """The images with which one network is pruned, retrained, stopped and measured.
+
+    Disjoint, except that calibration (without labels) and training may share images.
+    """
 
     calibration: Images
     training: Images
@@ -103,7 +107,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Case:
-    """One dense network and its images. With two splits an error is the mean of both."""
+    """One dense network and its images. With two splits, errors are the mean of both."""
 
     shape: Shape
     data: str
@@ -124,7 +128,7 @@ class Case:
 
 @torch.no_grad()
 def percent_wrong(model: nn.Module, images: Images) -> float:
-    """Error in percent, in eval mode (which the model is left in)."""
+    """Error in percent. The model is left in eval mode."""
     model.eval()
     wrong = 0
     for x, y in zip(images.x.split(500), images.y.split(500), strict=True):
@@ -138,10 +142,11 @@ def mean_error(model: nn.Module, splits: tuple[Split, ...]) -> float:
 
 
 def released_network(folder: Path) -> nn.Sequential:
-    """LeNet-300-100 with the weights that the paper's authors released: ``w_layer1.npy`` (inputs,
-    outputs) to ``b_layer3.npy``.
+    """LeNet-300-100 with the weights that the paper's authors released.
 
-    Raises ArgumentError, with the name, where a file is missing or of another size.
+    The files are ``w_layer1.npy`` (inputs, outputs) to ``b_layer3.npy``.
+
+    Raises ArgumentError, with its name, if a file is missing or of another size.
     """
     model = lenet300()
     for i in (1, 2, 3):
@@ -164,16 +169,16 @@ def released_network(folder: Path) -> nn.Sequential:
 def released(weights: Path, mnist: Path) -> Case:
     """The authors' LeNet-300-100 and MNIST.
 
-    With its training images: as in the paper, 55,000 to retrain on, 5,000 to stop by, all test
-    images to measure on; calibrated on the first 5,000 of the 55,000, without labels. The 5,000 are
-    the first ones: of these the network gets 1.44% wrong, of the others none, so it was trained on
-    the others.
+    With MNIST's training images, as in the paper: retrained on 55,000, stopped by 5,000, measured
+    on all test images. Calibrated on the first 5,000 of the 55,000, without labels. The 5,000 are
+    the first images: the network gets 1.44% of them wrong and none of the others, so it was trained
+    on the others.
 
-    Without them, on the 10,000 test images, each half of which is measured with the network that
+    Without training images, on the 10,000 test images: each half is measured with the network that
     was pruned (and retrained) on the other half. The halves are every second image, because the
     first 5,000 are harder than the last: 2.18% and 1.04% of them are wrong. Of the half that is not
-    measured, retraining sees the labels of 4,000 images and is stopped by the other 1,000;
-    calibration sees all 5,000, without labels.
+    measured, retraining uses the labels of 4,000 images and is stopped by the other 1,000;
+    calibration uses all 5,000, without labels.
     """
     model = released_network(weights)
     test = idx_images(mnist, "t10k")
@@ -203,9 +208,11 @@ def _halved(seen: Images, test: Images) -> Split:
 def trained(
     kind: str, folder: Path, data: str, seed: int, cache: str | None, epochs: int | None = None
 ) -> Case:
-    """A network trained on all training images of a folder but the last 5,000 (a tenth, if fewer
-    than 50,000); calibrated on the first 5,000 of them. Read from
-    ``<cache>-<kind>-<seed>.safetensors`` if that is there, and written to it if not."""
+    """A network trained on all training images of a folder but the last 5,000.
+
+    With fewer than 50,000 images a tenth is held back. Calibrated on the first 5,000. Read from
+    ``<cache>-<kind>-<seed>.safetensors`` if that exists, and written to it if not.
+    """
     shape = SHAPES[kind]
     images, test = _standardised(folder)
     cut = len(images) - _held_back(images)
@@ -228,21 +235,20 @@ def trained(
 
 @functools.lru_cache(maxsize=1)
 def _standardised(folder: Path) -> tuple[Images, Images]:
-    """To train and to test on; all networks of a folder share them."""
+    """Training and test images; all networks of a folder share them."""
     images, test = idx_images(folder, "train"), idx_images(folder, "t10k")
     mean, std = float(images.x.mean()), float(images.x.std())
     return standardised(images, mean, std), standardised(test, mean, std)
 
 
 def _channels_last(model: nn.Sequential) -> nn.Sequential:
-    """In the layout in which convolutions take a third to a half of the time (one thread of a
-    Xeon)."""
+    """In the layout in which convolutions are two to three times as fast (one thread of a Xeon)."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 
 def train(shape: Shape, images: Images, seed: int, epochs: int) -> nn.Sequential:
-    """Train from scratch; one cycle of the learning rate. The caller's random state is kept."""
+    """Train from scratch with one cycle of the learning rate. The caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _channels_last(shape.make()).train()

@@ -1,20 +1,20 @@
-"""How exact removal grows with the width of a layer: time per row, rate, exponent, memory.
+"""Growth of exact removal with the width of a layer: time per row, rate, exponent, memory.
 
     python bench/speed/growth.py [--out FOLDER] [--sizes C ...] [--threads N ...] [--repeats N]
     python bench/speed/growth.py --memory [--size N] [--out FOLDER]
 
-The first form traces rows of C correlated inputs, half of each row removed, on every number of
-threads. Time per row is that of a batch over its rows. Each batch is timed next to a float32 matrix
-product of torch on as many threads, in the order A, B, B, A, ...; the share is the median over the
-pairs of our useful flops per second, ``2 (C k^2 / 2 - k^3 / 3)`` per row, over the product's.
-Exponents are slopes of the least-squares line through log(seconds per row) against log(C). The
-published loop (baselines.py) is timed on a sample of its removals at small sizes and drawn on from
-the largest of them with its own C^3. One row of every size is checked against float64 first.
-Written: ``growth.json`` and, with matplotlib, ``growth.png``.
+The first form traces rows of C correlated inputs, half of each row removed, for each number of
+threads. The time per row is that of a batch over its rows. Each batch is timed next to a float32
+matrix product of torch on as many threads, in the order A, B, B, A, ... The share is the median
+over the pairs of our useful flops per second, ``2 (C k^2 / 2 - k^3 / 3)`` per row, over the
+product's. Exponents are slopes of the least-squares line through log(seconds per row) against
+log(C). The published loop is timed on a sample of its removals at small sizes and extrapolated from
+the largest of them with its own C^3. One row of every size is checked against float64 first. It
+writes ``growth.json`` and, with matplotlib, ``growth.png``.
 
-The second form prunes a whole layer of N x N from H in a process of its own and reports the highest
-resident memory beyond the bare import and the inputs (W float32, H float64), next to what private
-inverses take. At the default 4096 x 4096 it takes five to ten minutes and 2 GB. Written:
+The second form prunes a whole layer of N x N from H in a process of its own. It reports the highest
+resident memory beyond the bare import and the inputs (W float32, H float64), next to the size of
+private inverses. At the default 4096 x 4096 it takes five to ten minutes and 2 GB. It writes
 ``growth-memory.json``.
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 
-# As in paired.py: threads that spin while they wait would slow down whichever runs next.
+# As in paired.py: threads that spin while they wait would slow down whatever runs next.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass
 class Point:
-    """What was measured at one size on one number of threads."""
+    """The measurements at one size on one number of threads."""
 
     columns: int
     removed: int
@@ -112,15 +112,15 @@ class Point:
         return statistics.median((work / a) / (2 * PRODUCT**3 / b) for a, b in pairs)
 
 
-def made_up(C: int) -> Layer:
-    """Rows enough for FLOPS, at least 8 and at most 512, in eights so that threads share evenly."""
+def synthetic_layer(C: int) -> Layer:
+    """Rows enough for FLOPS: 8 to 512, in multiples of 8 so that threads share them evenly."""
     rows = min(512, max(8, round(FLOPS / useful_flops(1, C, C // 2) / 8) * 8))
     shape = shapes.LayerShape(f"{C} inputs", rows, C)
     return Layer(shapes.weights(shape), shapes.inverse(shapes.second_moment(shape)).float())
 
 
 def check(layer: Layer) -> float:
-    """Distance of one row's costs, summed as they go, from float64's; a large one ends the run."""
+    """Distance of one row's cumulative costs from float64's; a large one ends the program."""
     W = layer.W[:1].contiguous()
     found = ops.exact_trace(W, layer.A, limit=layer.removed).loss.double().cumsum(dim=1)
     wide = baselines.exact_torch(W.double(), layer.A.double(), layer.removed)
@@ -149,7 +149,7 @@ def published_row(layer: Layer) -> float:
 
 
 def measure(layers: Sequence[Layer], threads: int, repeats: int, *, published: bool) -> list[Point]:
-    """Every size in turn, ``repeats`` times over, each beside a matrix product."""
+    """Measure every size in turn, ``repeats`` times, each beside a matrix product."""
     torch.set_num_threads(threads)
     X = torch.randn(PRODUCT, PRODUCT, generator=torch.Generator().manual_seed(5))
     Z = torch.empty_like(X)
@@ -187,7 +187,7 @@ def exponent(points: Sequence[Point], least: int = 0) -> float | None:
 
 
 def published_line(points: Sequence[Point]) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds per row of the published loop: measured, and drawn on by C^3 from the last."""
+    """Seconds per row of the published loop: measured, and extrapolated by C^3 from the last."""
     measured = {p.columns: p.published_per_row for p in points if p.published_seconds}
     if not measured:
         return {}, {}
@@ -207,13 +207,15 @@ def plot(file: Path, by_threads: dict[int, list[Point]]) -> bool:
 
     figure, axes = plt.subplots(figsize=(7, 5))
     most = max(by_threads)
-    measured, drawn_on = published_line(by_threads[most])
+    measured, extrapolated = published_line(by_threads[most])
     if measured:
         label = f"published loop, {most} threads"
         axes.plot(measured.keys(), [1e3 * t for t in measured.values()], "s-C3", label=label)
-    if len(drawn_on) > 1:
-        label = "published loop, drawn on by $C^3$"
-        axes.plot(drawn_on.keys(), [1e3 * t for t in drawn_on.values()], "--C3", label=label)
+    if len(extrapolated) > 1:
+        label = "published loop, extrapolated by $C^3$"
+        axes.plot(
+            extrapolated.keys(), [1e3 * t for t in extrapolated.values()], "--C3", label=label
+        )
     label = "first prototype, another machine, 2 threads"
     axes.plot(PROTOTYPE.keys(), [1e3 * t for t in PROTOTYPE.values()], "x:C7", label=label)
     for color, (threads, points) in enumerate(by_threads.items()):
@@ -250,10 +252,10 @@ def about() -> dict[str, Any]:
 
 
 def grow(arguments: argparse.Namespace) -> None:
-    """The first form."""
+    """Carry out the first form."""
     layers, errors = [], {}
     for C in arguments.sizes:
-        layers.append(made_up(C))
+        layers.append(synthetic_layer(C))
         errors[C] = check(layers[-1])
     started = about()
     by_threads: dict[int, list[Point]] = {}
@@ -317,15 +319,15 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def prune_and_tell(folder: Path) -> None:
-    """What the child does: read the inputs, prune, print the peaks as JSON."""
+def prune_and_report(folder: Path) -> None:
+    """Be the child process: read the inputs, prune, print the peaks as JSON."""
     bare = peak_bytes()
     W, H = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("W", "H"))
     loaded = peak_bytes()
     begun = time.perf_counter()
     pruned = lobs.prune_weight(W, H, sparsity=0.5, method="exact")
     seconds = time.perf_counter() - begun
-    told = {
+    report = {
         "bare_import_bytes": bare,
         "inputs_bytes": W.numel() * W.element_size() + H.numel() * H.element_size(),
         "loaded_bytes": loaded,
@@ -336,11 +338,11 @@ def prune_and_tell(folder: Path) -> None:
         "relative_error": pruned.relative_error,
         "notes": list(pruned.notes),
     }
-    print(json.dumps(told))
+    print(json.dumps(report))
 
 
-def remember(arguments: argparse.Namespace) -> None:
-    """The second form."""
+def measure_memory(arguments: argparse.Namespace) -> None:
+    """Carry out the second form."""
     N = arguments.size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -349,17 +351,17 @@ def remember(arguments: argparse.Namespace) -> None:
         np.save(folder / "H.npy", shapes.second_moment(shape).numpy())
         command = [sys.executable, __file__, "--child", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    told = json.loads(done.stdout)
-    added = told["peak_bytes"] - told["bare_import_bytes"] - told["inputs_bytes"]
+    report = json.loads(done.stdout)
+    added = report["peak_bytes"] - report["bare_import_bytes"] - report["inputs_bytes"]
     inverse = 4 * N * N
-    print(f"{N} x {N}, half removed, {told['threads']} threads: {told['seconds']:.1f} s")
-    print(f"bare import {told['bare_import_bytes'] / 1e6:,.0f} MB, inputs ", end="")
-    print(f"{told['inputs_bytes'] / 1e6:,.0f} MB, peak {told['peak_bytes'] / 1e6:,.0f} MB")
+    print(f"{N} x {N}, half removed, {report['threads']} threads: {report['seconds']:.1f} s")
+    print(f"bare import {report['bare_import_bytes'] / 1e6:,.0f} MB, inputs ", end="")
+    print(f"{report['inputs_bytes'] / 1e6:,.0f} MB, peak {report['peak_bytes'] / 1e6:,.0f} MB")
     print(f"beyond import and inputs: {added / 1e6:,.0f} MB, {added / N / 1e6:.3f} MB per row")
     print(f"(the result, weights and mask, is {5 * N * N / 1e6:,.0f} MB of that)")
     print(f"private inverses in float32: {inverse / 1e6:,.0f} MB per row, ", end="")
     print(f"{32 * inverse / 1e6:,.0f} MB for the published batch of 32 rows, twice while updated")
-    result = {"about": about(), "size": N, **told, "added_bytes": added, "inverse_bytes": inverse}
+    result = {"about": about(), "size": N, **report, "added_bytes": added, "inverse_bytes": inverse}
     written = arguments.out / "growth-memory.json"
     written.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {written}")
@@ -376,11 +378,11 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        prune_and_tell(arguments.child)
+        prune_and_report(arguments.child)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.memory:
-        remember(arguments)
+        measure_memory(arguments)
     else:
         grow(arguments)
 

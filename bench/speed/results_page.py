@@ -43,7 +43,7 @@ RIGHT = 130
 
 
 def write_page(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """``benchmarks.md`` and ``benchmarks.svg`` in ``folder``, from (name, what paired.py saved)."""
+    """Write ``benchmarks.md`` and ``benchmarks.svg`` from (name, JSON of paired.py) pairs."""
     rows = [row for _, result in results for row in result["rows"]]
     sections = [section(name, result) for name, result in results]
     slower = losses(rows)

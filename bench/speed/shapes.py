@@ -1,4 +1,4 @@
-"""Sizes of layers in named real models, and made-up contents that behave like theirs.
+"""Sizes of layers in named real models, and synthetic contents that behave like theirs.
 
 Letters as everywhere: W (R, C) weights, X (N, C) inputs, H (C, C) their mean second moment, A its
 damped inverse.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-DAMPING = 0.01  # fraction of the mean diagonal of H, as prune_weight has it by default
+DAMPING = 0.01  # fraction of the mean diagonal of H: prune_weight's default
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def named(name: str, *, small: bool = False) -> LayerShape:
     return LAYERS[name].small() if small else LAYERS[name]
 
 
-# Block inverse of WoodFisher and oBERT: a million weights, the block sizes that are published.
+# Block inverse of WoodFisher and oBERT: a million weights, the published block sizes.
 FISHER_WEIGHTS = 1_000_000
 FISHER_GRADIENTS = 64
 FISHER_BLOCKS = (50, 128)
@@ -61,9 +61,10 @@ FISHER_ALPHA = 1e4  # start alpha * I, in units in which a gradient entry is abo
 
 
 def relu_features(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """X (N, C) float32: ReLU of correlated Gaussians whose spectrum falls off, as in real layers.
+    """X (N, C) float32: ReLU of correlated Gaussians whose spectrum decays, as in real layers.
 
-    Independent columns would give a nearly diagonal H, on which all orders of removal are alike.
+    Independent columns would give a nearly diagonal H, for which the order of removal does not
+    matter.
     """
     generator = torch.Generator().manual_seed(seed)
     latent = max(4, columns // 4)
@@ -80,7 +81,7 @@ def weights(shape: LayerShape, seed: int = 1) -> Tensor:
 
 
 def halves(shape: LayerShape, seed: int = 4) -> Tensor:
-    """Bool (R, C): 40 to 60 % of every row, as unevenly spread as a whole layer's pruning is."""
+    """Bool (R, C): 40 to 60 % of every row, as uneven as when a whole layer is pruned."""
     generator = torch.Generator().manual_seed(seed)
     share = 0.4 + 0.2 * torch.rand(shape.rows, 1, generator=generator)
     return torch.rand(shape.rows, shape.columns, generator=generator) < share
@@ -113,7 +114,7 @@ def cost(W: Tensor, pruned: Tensor, H: Tensor) -> float:
 
 
 def gradients(count: int, columns: int, seed: int = 2) -> Tensor:
-    """G (count, columns) float32: rows of very different length, as gradients of samples have."""
+    """G (count, columns) float32: rows of very different length, like gradients of samples."""
     generator = torch.Generator().manual_seed(seed)
     length = torch.rand(count, 1, generator=generator).add_(0.1)
     return torch.randn(count, columns, generator=generator).mul_(0.2 * length)

@@ -198,7 +198,7 @@ def test_a_function_is_replaced_for_a_while_only():
 
 def test_exact_operations_are_those_of_the_sum():
     work = Work("layer", rows=3, columns=500, patches=10, kept=0.4)
-    assert work.gone == 300
+    assert work.removed == 300
     # Removal j of a row brings one column up to date with the j before it, and repairs the rest.
     summed = 3 * sum(2 * j * (500 - j) for j in range(300))
     assert work.exact == pytest.approx(summed, rel=0.01)
@@ -383,7 +383,7 @@ def small_subject():
     return defaults_subjects.Subject(
         name="small", model=model, kept={"0": 0.5, "2": 0.5}, largest=40, swept=(20,),
         batches=lambda count: iter(data[:count].split(7)), heldout=[other], measure=measure,
-        forward=lambda network, batch: network(batch), said="a small network",
+        forward=lambda network, batch: network(batch), description="a small network",
     ), data, other  # fmt: skip
 
 
@@ -440,7 +440,7 @@ def test_lenet_is_calibrated_on_training_images_where_there_are_some(shared_data
     assert torch.equal((seen * 255).round().long(), torch.from_numpy(pixels.reshape(70, 784)))
     assert sum(map(len, subject.heldout)) == 10_000
     assert subject.measure(subject.copy())["error, %"] == pytest.approx(1.61, abs=0.005)
-    assert "training images" in subject.said
+    assert "training images" in subject.description
 
 
 def test_an_encoder_is_calibrated_on_as_many_tokens_as_asked(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
-"""What the defaults should be: the damping, and the number of calibration rows.
+"""Search for the defaults: the damping, and the number of calibration rows.
 
 Every linear layer is calibrated on the original network's inputs, on 10 rows and more, and pruned
-with a damping of 1e-6 to 1; errors are those on data that were held out, of each layer (with the
-held-out inputs' second moment) and of the network's output. At the end stands what each damping
-costs against the best one for the same network, method and number of rows. The networks are also
-pruned as a whole by "exact", on inputs of the pruned network and corrected.
+with a damping of 1e-6 to 1. Errors are those on held-out data: of each layer (with the second
+moment of the held-out inputs) and of the network's output. The last tables show what each damping
+costs compared with the best one for the same network, method and number of rows. The networks are
+also pruned as a whole by "exact", with inputs "pruned" and "corrected".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from paper import markdown as page
 from paper.defaults.page import Row, Whole, defaults_page
 from paper.defaults.subjects import Batch, Subject, encoder, lenet
 
-__all__ = ["NAME", "HELP", "add_arguments", "run"]
+__all__ = ["HELP", "NAME", "add_arguments", "run"]
 
 NAME = "defaults"
 HELP = "how many calibration rows, and how much damping: errors on held-out data"
@@ -43,20 +43,20 @@ SHORT_ROWS, SHORT_DAMPINGS = (100, 1000), (1e-4, 1e-2, 1.0)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of this experiment, besides the common ones."""
+    """Add the options of this experiment, besides the common ones."""
     add = command.add_argument
     add("--data", type=Path, metavar="DIR", help="folder with mnist/ and lenet300-100/")
     add("--encoder", type=Path, metavar="DIR", help="folder of a BERT-like encoder, with --text")
     add("--text", type=Path, metavar="FILE", help="running text to calibrate and measure on")
-    said = "blocks of the encoder that are pruned (default: 2)"
-    add("--blocks", type=int, nargs="+", default=[2], metavar="N", help=said)
-    said = "share of the encoder's weights that is kept (default: %(default)s)"
-    add("--kept", type=float, default=0.5, metavar="SHARE", help=said)
+    text = "blocks of the encoder that are pruned (default: 2)"
+    add("--blocks", type=int, nargs="+", default=[2], metavar="N", help=text)
+    text = "share of the encoder's weights that is kept (default: %(default)s)"
+    add("--kept", type=float, default=0.5, metavar="SHARE", help=text)
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all three")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry the experiment out; returns the exit code."""
+    """Carry out the experiment and return the exit code."""
     if not options.data and not options.encoder:
         raise ArgumentError("data, encoder: give at least one of them")
     if bool(options.encoder) != bool(options.text):
@@ -73,20 +73,20 @@ def run(options: argparse.Namespace) -> int:
     for subject in subjects:
         rows += _explore(subject, options)
         whole += _explore_whole(subject, options)
-        said = {s.name: s.said for s in subjects}
+        descriptions = {s.name: s.description for s in subjects}
         threads = torch.get_num_threads()
         numbers: dict[str, Any] = {"torch": str(torch.__version__), "threads": threads}
-        numbers |= {"lobs_native": lobs.__version__, "networks": said}
+        numbers |= {"lobs_native": lobs.__version__, "networks": descriptions}
         numbers["rows"] = [dataclasses.asdict(row) for row in rows]
         numbers["whole"] = [dataclasses.asdict(row) for row in whole]
-        content = defaults_page(said, rows, whole, DEFAULT)
+        content = defaults_page(descriptions, rows, whole, DEFAULT)
         page.save(options.out, STEM, content, numbers)  # after each: they are long
     print(content)
     return 0
 
 
 def _explore(subject: Subject, options: argparse.Namespace) -> list[Row]:
-    """All settings for one network."""
+    """Try all settings on one network."""
     swept = _swept(subject, options)
     wanted = swept if options.short else ROWS
     counts = sorted({min(n, subject.largest) for n in (*wanted, *swept)})
@@ -107,16 +107,16 @@ def _explore(subject: Subject, options: argparse.Namespace) -> list[Row]:
 
 
 def _swept(subject: Subject, options: argparse.Namespace) -> list[int]:
-    """Numbers of rows that every damping is tried with."""
+    """The numbers of rows with which every damping is tried."""
     wanted = SHORT_ROWS if options.short else subject.swept
     return sorted({min(count, subject.largest) for count in wanted})
 
 
 def _explore_whole(subject: Subject, options: argparse.Namespace) -> list[Whole]:
-    """The network as a whole, with every damping."""
+    """Prune the network as a whole with every damping."""
     counts = _swept(subject, options)
     dampings = SHORT_DAMPINGS if options.short else DAMPINGS
-    found = []
+    results = []
     for count, inputs, damping in itertools.product(counts, INPUTS, dampings):
         model = subject.copy()
         report = lobs.prune(
@@ -131,13 +131,13 @@ def _explore_whole(subject: Subject, options: argparse.Namespace) -> list[Whole]
             progress=False,
         )
         network = subject.measure(model)
-        found.append(Whole(subject.name, count, inputs, damping, network, report.seconds))
+        results.append(Whole(subject.name, count, inputs, damping, network, report.seconds))
         print(
             f"{subject.name}, {count} rows, exact, {inputs}, damping {damping:g}: output "
             f"{network['output']:.4g}, {report.seconds:.1f} s",
             flush=True,
         )
-    return found
+    return results
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Moment:
 
 @torch.no_grad()
 def _moments(subject: Subject, batches: Any) -> dict[str, _Moment]:
-    """Second moments of what every layer of the original network reads."""
+    """Second moments of the inputs of every layer of the original network."""
     layers = subject.layers(subject.model)
     sums = {name: Hessian(layer.in_features, bias=True) for name, layer in layers.items()}
     handles = []
@@ -179,7 +179,8 @@ def _prune(
     method: str,
     damping: float,
 ) -> Row:
-    """Prune all layers; their errors on the calibration data and on others, and the network's."""
+    """Prune all layers, and measure their errors on the calibration and held-out data and the
+    network's."""
     model = subject.copy()
     begun = time.perf_counter()
     seen: list[float] = []
@@ -227,5 +228,5 @@ def _energy(weight: Tensor, H: Tensor) -> float:
 
 
 def _mean(errors: list[float]) -> float:
-    """Geometric mean; errors of nothing count as the smallest number there is."""
+    """Geometric mean; zero errors count as the smallest number there is."""
     return math.exp(sum(math.log(max(e, 1e-300)) for e in errors) / len(errors))

@@ -1,4 +1,5 @@
-"""The page of :mod:`defaults`: errors against rows and damping, and what each damping costs."""
+"""The page of the defaults experiment: errors against rows and damping, and the cost of each
+damping."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ _NEAR = 1.1
 
 @dataclass(frozen=True)
 class Row:
-    """One network, pruned with one damping by one method, calibrated on some rows. Errors are
-    relative, geometric means over the layers."""
+    """One network, pruned with one damping by one method and calibrated on some rows.
+
+    Errors are relative: geometric means over the layers.
+    """
 
     subject: str
     rows: float
@@ -32,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Whole:
-    """One network pruned as a whole by ``lobs.prune``, by method "exact"."""
+    """One network pruned as a whole by ``lobs.prune`` with method "exact"."""
 
     subject: str
     rows: int
@@ -43,8 +46,10 @@ class Whole:
 
 
 def regrets(rows: Sequence[Row], of: str = "heldout") -> dict[tuple[str, float, str], list[float]]:
-    """(network, rows, method) -> error of each damping over the error of the best one, in the order
-    of the dampings. ``of`` is "heldout" (layers) or "output" (the network's)."""
+    """(network, rows, method) -> error of each damping over the error of the best one.
+
+    In the order of the dampings. ``of`` is "heldout" (layers) or "output" (the network's).
+    """
 
     def error(row: Row) -> float:
         return row.heldout if of == "heldout" else row.network["output"]
@@ -52,17 +57,19 @@ def regrets(rows: Sequence[Row], of: str = "heldout") -> dict[tuple[str, float, 
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.subject, row.rows, row.method), []).append(row)
-    found = {}
+    costs = {}
     for key, group in groups.items():
         if len(group) > 1:
             errors = [error(row) for row in sorted(group, key=lambda row: row.damping)]
-            found[key] = [e / min(errors) for e in errors]
-    return found
+            costs[key] = [e / min(errors) for e in errors]
+    return costs
 
 
 def best_damping(rows: Sequence[Row], of: str = "heldout") -> float:
-    """The damping that costs least against the best one: geometric mean over networks, methods and
-    numbers of rows."""
+    """The damping that costs least compared with the best one.
+
+    Costs are geometric means over networks, methods and numbers of rows.
+    """
     dampings = _swept(rows)
     each = list(regrets(rows, of).values())
     costs = [_mean([regret[k] for regret in each]) for k in range(len(dampings))]
@@ -70,9 +77,9 @@ def best_damping(rows: Sequence[Row], of: str = "heldout") -> float:
 
 
 def defaults_page(
-    said: Mapping[str, str], rows: Sequence[Row], whole: Sequence[Whole], default: float
+    descriptions: Mapping[str, str], rows: Sequence[Row], whole: Sequence[Whole], default: float
 ) -> str:
-    """Everything that was measured so far, as Markdown."""
+    """Everything that has been measured, as Markdown."""
     parts = [
         "# Calibration rows and damping\n",
         "Made by `python bench/paper defaults --data DIR --encoder DIR --text FILE`.\n",
@@ -82,10 +89,10 @@ def defaults_page(
         "that were calibrated on. output: distance of the network's output from the original "
         "one, relative to that, on held-out data.\n",
     ]
-    for name, text in said.items():
-        mine = [row for row in rows if row.subject == name]
-        if mine:
-            parts += [f"## {name}\n", f"{text[0].upper()}{text[1:]}.\n", *_network(mine, default)]
+    for name, text in descriptions.items():
+        own = [row for row in rows if row.subject == name]
+        if own:
+            parts += [f"## {name}\n", f"{text[0].upper()}{text[1:]}.\n", *_network(own, default)]
         parts += _whole([row for row in whole if row.subject == name])
     if len(_swept(rows)) > 1:
         parts += ["## What a damping costs\n", _costs(rows, default)]
@@ -100,12 +107,12 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
     at_default = [row for row in rows if row.damping == default]
     lines = []
     for count in dict.fromkeys(row.rows for row in at_default):
-        found = {row.method: row for row in at_default if row.rows == count}
+        by_method = {row.method: row for row in at_default if row.rows == count}
         lines.append(
             [
                 f"{count:,.0f}",
-                *(_layers(found[m]) for m in methods),
-                *(_number(found[m].network[n]) for m in methods for n in ("output", *more)),
+                *(_layers(by_method[m]) for m in methods),
+                *(_number(by_method[m].network[n]) for m in methods for n in ("output", *more)),
             ]
         )
     enough = ", ".join(
@@ -122,12 +129,12 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
     for count in swept:
         lines = []
         for damping in _swept(rows):
-            found = {r.method: r for r in rows if r.rows == count and r.damping == damping}
+            by_method = {r.method: r for r in rows if r.rows == count and r.damping == damping}
             lines.append(
                 [
-                    f"{damping:g}{_raised(found.values())}",
-                    *(_layers(found[m]) for m in methods),
-                    *(_number(found[m].network[n]) for m in methods for n in ("output", *more)),
+                    f"{damping:g}{_raised(by_method.values())}",
+                    *(_layers(by_method[m]) for m in methods),
+                    *(_number(by_method[m].network[n]) for m in methods for n in ("output", *more)),
                 ]
             )
         parts += [f"### Damping, at {count:,.0f} rows\n", table(header, lines)]
@@ -135,7 +142,7 @@ def _network(rows: Sequence[Row], default: float) -> list[str]:
 
 
 def _enough(rows: Sequence[Row]) -> float:
-    """The fewest rows whose held-out error is near the lowest."""
+    """The fewest rows with a held-out error near the lowest."""
     most = _NEAR * min(row.heldout for row in rows)
     return min(row.rows for row in rows if row.heldout <= most)
 
@@ -147,9 +154,9 @@ def _whole(rows: Sequence[Whole]) -> list[str]:
     header = ["rows", "inputs", "on held-out data", *(f"{d:g}" for d in dampings)]
     lines = []
     for count, inputs in dict.fromkeys((row.rows, row.inputs) for row in rows):
-        mine = {r.damping: r.network for r in rows if (r.rows, r.inputs) == (count, inputs)}
+        by_damping = {r.damping: r.network for r in rows if (r.rows, r.inputs) == (count, inputs)}
         for name in rows[0].network:
-            values = [mine[d][name] for d in dampings]
+            values = [by_damping[d][name] for d in dampings]
             best = min(values)
             cells = (f"**{_number(v)}**" if v == best else _number(v) for v in values)
             lines.append([f"{count:,}", inputs, name, *cells])
@@ -169,15 +176,15 @@ def _costs(rows: Sequence[Row], default: float) -> str:
     )
     header = ["network", "rows", "method", *(f"{d:g}" for d in dampings)]
     for of, title in (("heldout", "layers"), ("output", "output")):
-        found = regrets(rows, of)
+        groups = regrets(rows, of)
         lines = [
             [name, f"{count:,.0f}", method, *(f"{r:.2f}" for r in regret)]
-            for (name, count, method), regret in found.items()
+            for (name, count, method), regret in groups.items()
         ]
-        for method in dict.fromkeys(key[2] for key in found):
-            mine = [regret for key, regret in found.items() if key[2] == method]
-            lines.append(_line("mean", method, dampings, mine))
-        each = list(found.values())
+        for method in dict.fromkeys(key[2] for key in groups):
+            own = [regret for key, regret in groups.items() if key[2] == method]
+            lines.append(_line("mean", method, dampings, own))
+        each = list(groups.values())
         lines.append(_line("mean", "all", dampings, each))
         worst = [max(regret[k] for regret in each) for k in range(len(dampings))]
         lines.append(["worst", "", "all", *(f"**{w:.2f}**" for w in worst)])
@@ -190,9 +197,9 @@ def _costs(rows: Sequence[Row], default: float) -> str:
 
 
 def _line(
-    name: str, method: str, dampings: Sequence[float], found: Sequence[Sequence[float]]
+    name: str, method: str, dampings: Sequence[float], each: Sequence[Sequence[float]]
 ) -> list[str]:
-    means = (_mean([regret[k] for regret in found]) for k in range(len(dampings)))
+    means = (_mean([regret[k] for regret in each]) for k in range(len(dampings)))
     return [name, "", method, *(f"**{m:.2f}**" for m in means)]
 
 

@@ -1,4 +1,4 @@
-"""The networks of :mod:`defaults`: data in any amount, and what a network does on other data."""
+"""The networks of the defaults experiment, with their calibration and held-out data."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Subject:
     heldout: Sequence[Batch]
     measure: Callable[[nn.Module], dict[str, float]]  # on the held-out data
     forward: Callable[[nn.Module, Batch], Any]
-    said: str
+    description: str
 
     def copy(self) -> nn.Module:
-        """The network, to be changed."""
+        """A copy of the network, to be pruned."""
         return copy.deepcopy(self.model)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """Those that are pruned."""
-        found = {name: module for name, module in model.named_modules() if name in self.kept}
-        assert all(isinstance(module, nn.Linear) for module in found.values())
-        return found
+        """The layers that are pruned."""
+        layers = {name: module for name, module in model.named_modules() if name in self.kept}
+        assert all(isinstance(module, nn.Linear) for module in layers.values())
+        return layers
 
 
 # ---- LeNet-300-100 -------------------------------------------------------------------------------
@@ -60,9 +60,11 @@ _SEEN = {
 
 
 def lenet(folder: Path) -> Subject:
-    """The authors' network at the paper's 6.7 / 20 / 65 % kept, calibrated on MNIST's training
-    images. Without these: on the first 5,000 test images and, beyond those, on copies of them that
-    are shifted by a pixel or two."""
+    """The authors' network with the paper's 6.7 / 20 / 65 % kept.
+
+    Calibrated on MNIST's training images. Without these: on the first 5,000 test images and, for
+    more rows, on copies of them shifted by a pixel or two.
+    """
     authors = Authors(folder)
     model = authors.network()
     with torch.no_grad():
@@ -90,12 +92,12 @@ def lenet(folder: Path) -> Subject:
         heldout=list(authors.tested.x.split(1000)),
         measure=measure,
         forward=lambda network, batch: network(batch),
-        said=f"the authors' weights; 6.7 / 20 / 65 % kept; rows are {_SEEN[authors.whole]}",
+        description=f"the authors' weights; 6.7 / 20 / 65 % kept; rows are {_SEEN[authors.whole]}",
     )
 
 
 def _shifted(images: Tensor, seed: int) -> Tensor:
-    """Each image (N, 784) moved by -2 to 2 pixels both ways, a number of its own."""
+    """Each image (N, 784) shifted by -2 to 2 pixels in both directions, at random."""
     draw = torch.Generator().manual_seed(seed)
     padded = functional.pad(images.reshape(-1, 28, 28), (2, 2, 2, 2))
     down, right = torch.randint(0, 5, (2, len(images)), generator=draw)
@@ -112,16 +114,19 @@ _HELDOUT_ROWS = 15_000
 
 
 def encoder(folder: Path, text: Path, blocks: Sequence[int], kept: float) -> Subject:
-    """Linear layers of some blocks of a BERT-like encoder (a folder as transformers saves it), on
-    lines of a text, at most 128 tokens each. Rows are tokens."""
+    """Linear layers of some blocks of a BERT-like encoder, on lines of a text.
+
+    The encoder is a folder in the format of transformers. Lines have at most 128 tokens; rows are
+    tokens.
+    """
     checkpoint = hf.examine(folder)
     model = hf.load(checkpoint).eval()
-    found = text_batches(checkpoint, model, text, lines=100_000).batches
-    random.Random(0).shuffle(found)  # they come sorted by length
+    remaining = text_batches(checkpoint, model, text, lines=100_000).batches
+    random.Random(0).shuffle(remaining)  # they come sorted by length
     heldout: list[dict[str, Tensor]] = []
-    while found and _rows(heldout) < _HELDOUT_ROWS:
-        heldout.append(found.pop())
-    if not found:
+    while remaining and _rows(heldout) < _HELDOUT_ROWS:
+        heldout.append(remaining.pop())
+    if not remaining:
         raise ArgumentError(
             f"text: {text} has {_rows(heldout):,} tokens in lines of 20 words or more; more than "
             f"{_HELDOUT_ROWS:,} are needed"
@@ -137,7 +142,7 @@ def encoder(folder: Path, text: Path, blocks: Sequence[int], kept: float) -> Sub
 
     def batches(count: int) -> Iterator[dict[str, Tensor]]:
         left = count
-        for batch in found:
+        for batch in remaining:
             ids = batch["input_ids"]
             ids = ids[: max(1, left // ids.shape[1]), :left]
             left -= ids.numel()
@@ -157,13 +162,13 @@ def encoder(folder: Path, text: Path, blocks: Sequence[int], kept: float) -> Sub
         name="encoder",
         model=model,
         kept=dict.fromkeys(names, kept),
-        largest=_rows(found),
+        largest=_rows(remaining),
         swept=(100, 1000, 10_000),
         batches=batches,
         heldout=heldout,
         measure=measure,
         forward=lambda network, batch: network(**batch),
-        said=(
+        description=(
             f"{len(names)} linear layers of blocks {', '.join(map(str, blocks))} of "
             f"{type(model).__name__} ({folder.parent.name}), {100 * kept:g} % kept; rows are "
             f"tokens of {text.name}; held out: {_rows(heldout):,} tokens of other lines; output: "

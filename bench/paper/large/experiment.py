@@ -1,14 +1,15 @@
-"""AlexNet, VGG-16 and ResNet-50 pruned as the paper does and exactly: time and memory by stages.
+"""AlexNet, VGG-16 and ResNet-50 pruned as in the paper and exactly: time and memory by stage.
 
 With --weights (one network; a safetensors file with torchvision's names) and --images (a folder of
-ImageNet's training images; no labels are needed) it prunes your network; with --tested (one folder
-of images for each class) it says what that does to its errors. Without them, random weights and
-generated images show that it runs, how long and in what memory; their errors mean nothing.
+ImageNet's training images; labels are not needed) it prunes your network. With --tested (one folder
+of images for each class) it measures the errors before and after. Without them, random weights and
+generated images show that it runs, how long it takes and how much memory it needs; their errors
+mean nothing.
 
-Layers that --memory has no room for are left out, with an estimate of what they would take; a layer
-on which "exact" would take longer than --longest is pruned as the paper does instead, and exactly
-on a few of its rows, for the time and the error. Runs of other networks and methods that lie in the
-folder of --out already are shown on the same page.
+Layers that do not fit into --memory are left out, and the page estimates what they would take. A
+layer on which "exact" would take longer than --longest is pruned by the paper's method instead, and
+a few of its rows are pruned exactly for the time and the error. Runs of other networks and methods
+that are in the folder --out already are shown on the same page.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from paper.large.rates import Rates, Work, measured_rates, wide_layer
 from paper.large.runs import LayerRun, NetworkRun, Results
 from paper.large.stages import Spent, Stages, memory
 
-__all__ = ["NAME", "HELP", "LayerRun", "NetworkRun", "add_arguments", "run"]
+__all__ = ["HELP", "NAME", "LayerRun", "NetworkRun", "add_arguments", "run"]
 
 NAME = "large"
 HELP = "AlexNet, VGG-16 and ResNet-50: time and memory by stages, or your weights and images"
@@ -53,7 +54,7 @@ SAMPLED = 8  # rows of a layer on which "exact" is measured where all would take
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of this experiment, besides the common ones."""
+    """Add the options of this experiment, besides the common ones."""
     add = command.add_argument
     names = tuple(NETWORKS)
     add("--network", nargs="+", choices=names, default=list(names), help="default: all three")
@@ -62,21 +63,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--images", type=Path, metavar="DIR", help="images to calibrate on")
     add("--tested", type=Path, metavar="DIR", help="images to test on, a folder for each class")
     each = ", ".join(f"{network} {count}" for network, count in IMAGES.items())
-    said = f"images to calibrate on (default: {each})"
-    add("--count", type=int, metavar="N", help=said)
+    text = f"images to calibrate on (default: {each})"
+    add("--count", type=int, metavar="N", help=text)
     add("--tests", type=int, default=TESTED, metavar="N", help="to test on (default: %(default)s)")
     add("--batch", type=int, default=BATCH, metavar="N", help="at once (default: %(default)s)")
-    said = "share kept in every layer, 0 to 1 (default: the paper's, layer by layer)"
-    add("--kept", type=float, metavar="SHARE", help=said)
+    text = "share kept in every layer, 0 to 1 (default: the paper's, layer by layer)"
+    add("--kept", type=float, metavar="SHARE", help=text)
     add("--damping", type=float, default=0.01, help="default: %(default)s")
-    said = "gigabytes that pruning may take besides the network (default: half of what is free)"
-    add("--memory", type=float, metavar="GB", help=said)
-    said = "core seconds that 'exact' may take on one layer (default: %(default)s)"
-    add("--longest", type=float, default=120.0, metavar="S", help=said)
+    text = "gigabytes that pruning may take besides the network (default: half of what is free)"
+    add("--memory", type=float, metavar="GB", help=text)
+    text = "core seconds that 'exact' may take on one layer (default: %(default)s)"
+    add("--longest", type=float, default=120.0, metavar="S", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry the experiment out; returns the exit code."""
+    """Carry out the experiment and return the exit code."""
     _check(options)
     memory = round(1e9 * options.memory) if options.memory else _free() // 2
     results = Results.read(options.out / f"{STEM}.json")
@@ -118,7 +119,7 @@ class _Experiment:
         self.pruned = [w for w in self.works if fits[w.name]]
 
     def prune(self, method: str) -> NetworkRun:
-        """Prune by one method; ``lobs`` where exact would take too long, or too much memory."""
+        """Prune by one method; ``lobs`` where exact would take too long or too much memory."""
         too_long: set[str] = set()
         too_wide: set[str] = set()
         if method == "exact":
@@ -162,16 +163,16 @@ class _Experiment:
         )
 
     def _layer_runs(self, report: Report, watch: _Watch) -> list[LayerRun]:
-        found = {layer.name: layer for layer in report.layers}
+        reported = {layer.name: layer for layer in report.layers}
         return [
             LayerRun(
                 name=w.name,
                 rows=w.rows,
                 columns=w.columns,
-                patches=found[w.name].rows,
+                patches=reported[w.name].rows,
                 kept=w.kept,
-                method=found[w.name].method,
-                error=found[w.name].relative_error,
+                method=reported[w.name].method,
+                error=reported[w.name].relative_error,
                 inverse=watch.seconds("inverse", w.name),
                 pruning=watch.seconds("pruning", w.name),
                 sampled=watch.sampled.get(w.name, {}),
@@ -186,7 +187,7 @@ class _Experiment:
 
     @torch.no_grad()
     def _works(self) -> list[Work]:
-        """What each layer is, from a forward pass of one image."""
+        """The size of each layer, from a forward pass of one image."""
         patches: dict[str, int] = {}
         handles = []
         layers = {
@@ -216,7 +217,7 @@ class _Experiment:
         ]
 
     def _fits(self, work: Work, method: str) -> bool:
-        """Whether a plan for this layer alone can be made."""
+        """Whether a plan for this layer alone is possible."""
         if 10 * work.moment_bytes < self.memory:
             return True
         first = next(iter(self.images))
@@ -237,8 +238,10 @@ class _Experiment:
 
 
 class _Watch:
-    """Stages of one call of ``prune``, by layer; and exact removal of a few rows where all would
-    take too long."""
+    """Stages of one call of ``prune``, by layer.
+
+    Where exact removal of a whole layer would take too long, a few rows are removed exactly.
+    """
 
     def __init__(self, too_long: set[str]) -> None:
         self.stages = Stages()
@@ -258,7 +261,7 @@ class _Watch:
         )
 
     def totals(self) -> dict[str, Spent]:
-        """By stage, all layers together."""
+        """Spent by stage, all layers together."""
         sums: dict[str, Spent] = {}
         for name, spent in self.stages.spent.items():
             sum_ = sums.setdefault(name.split(":")[0], Spent())
@@ -266,7 +269,7 @@ class _Watch:
         return sums
 
     def seconds(self, stage: str, layer: str) -> float:
-        """Of a core, for one layer."""
+        """Core seconds of one layer."""
         spent = self.stages.spent.get(f"{stage}:{layer}")
         return 0.0 if spent is None else spent.core_seconds
 
@@ -287,7 +290,7 @@ class _Watch:
         if H not in self.inverses:  # a layer that is sampled first has it already
             with self.stages(f"inverse:{self.layer}"):
                 self.inverses[H] = original(*args)
-                _ = self.inverses[H].A  # made when it is first asked for: here
+                _ = self.inverses[H].A  # computed at the first access, which is here
         return self.inverses[H]
 
     def _prune_groups(self, original: Any, W: Tensor, moments: Any, **kwargs: Any) -> Any:
@@ -323,17 +326,17 @@ def _images(folder: Path | None, count: int, batch: int, seed: int) -> ImageBatc
 def _measured(outputs: Tensor, reference: Tensor, labels: Tensor | None) -> dict[str, float]:
     """Distance from the network before pruning, and errors in percent where labels are known."""
     change = float((outputs - reference).double().norm() / reference.double().norm())
-    found = {"relative distance": change}
+    errors = {"relative distance": change}
     if labels is not None:
         best = outputs.topk(5).indices
         right = best == labels[:, None]
-        found["top-1 error"] = 100 * (1 - float(right[:, 0].double().mean()))
-        found["top-5 error"] = 100 * (1 - float(right.any(1).double().mean()))
-    return found
+        errors["top-1 error"] = 100 * (1 - float(right[:, 0].double().mean()))
+        errors["top-5 error"] = 100 * (1 - float(right.any(1).double().mean()))
+    return errors
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what does not fit, before any work."""
+    """Refuse arguments that do not fit together, before any work."""
     if options.weights and len(options.network) != 1:
         raise ArgumentError(
             f"weights: they are of one network, but --network is {' '.join(options.network)}"
@@ -351,12 +354,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _free() -> int:
-    """Bytes of memory that are free for new programs; 8 GB where the system does not say."""
+    """Bytes of memory available to new programs; 8 GB where the system does not say."""
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
-        found = None
-    return 1024 * int(found[1]) if found else 8 * 10**9
+        match = None
+    return 1024 * int(match[1]) if match else 8 * 10**9
 
 
 def _facts(options: argparse.Namespace, memory: int, rates: Rates) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Images for the large networks: a folder that the user has, or generated ones."""
+"""Images for the large networks: from a folder of the user's, or generated."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _KINDS = {".jpg", ".jpeg", ".png"}
 
 
 class ImageBatches(Protocol):
-    """Batches (B, 3, 224, 224) float32 that can be gone through again, and labels if known."""
+    """Batches (B, 3, 224, 224) float32 for any number of passes, and labels if known."""
 
-    said: str  # where they come from, for the page
+    description: str  # where they come from, for the page
     labels: Tensor | None  # (N,) int64, in the order of the batches
 
     def __len__(self) -> int: ...
@@ -33,12 +33,12 @@ class ImageBatches(Protocol):
 
 
 class FolderImages:
-    """``count`` images of a folder, drawn at random and read anew in every pass: shorter side to
-    256 pixels, the middle 224 x 224, normalised as the published weights were trained.
+    """``count`` images of a folder, drawn at random and read again in every pass.
 
-    ``folder`` holds images (no labels are known then), or one folder of images for each class:
-    in the order of their names these are the classes 0, 1, ..., as they are for the published
-    weights where all 1,000 of ImageNet's (n01440764, ...) are there.
+    The shorter side is scaled to 256 pixels, the middle 224 x 224 is kept and normalised as for the
+    published weights. ``folder`` holds images, whose labels are then unknown, or one folder of
+    images for each class. In the order of their names the classes are 0, 1, ..., as they are for
+    the published weights if all 1,000 of ImageNet's (n01440764, ...) are there.
 
     Raises
     ------
@@ -53,17 +53,17 @@ class FolderImages:
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise LobsError("reading images needs Pillow: pip install pillow") from error
-        found = _listed(folder)
-        if len(found) < count:
+        files = _listed(folder)
+        if len(files) < count:
             raise ArgumentError(
-                f"{folder}: {len(found)} images (.jpg, .jpeg or .png), but {count} were asked for"
+                f"{folder}: {len(files)} images (.jpg, .jpeg or .png), but {count} were asked for"
             )
-        drawn = random.Random(seed).sample(found, count)
+        drawn = random.Random(seed).sample(files, count)
         self.files = [file for file, _ in drawn]
         numbers = [label for _, label in drawn if label is not None]
         self.labels = torch.tensor(numbers) if len(numbers) == count else None
         self.batch = batch
-        self.said = f"{count:,} images of a folder of {len(found):,}"
+        self.description = f"{count:,} images of a folder of {len(files):,}"
 
     def __len__(self) -> int:
         return math.ceil(len(self.files) / self.batch)
@@ -74,14 +74,16 @@ class FolderImages:
 
 
 class GeneratedImages:
-    """``count`` images of noise whose spectrum falls as natural images' does (amplitude as one over
-    frequency), and whose colours go together; mean 0, variance 1. The same in every pass."""
+    """``count`` images of noise with a natural spectrum, the same in every pass.
+
+    The amplitude falls as one over frequency, colours are correlated; mean 0, variance 1.
+    """
 
     labels: Tensor | None = None
 
     def __init__(self, count: int, *, batch: int, seed: int = 0, size: int = SIZE) -> None:
         self.count, self.batch, self.seed, self.size = count, batch, seed, size
-        self.said = f"{count:,} generated images (noise with a 1/f spectrum)"
+        self.description = f"{count:,} generated images (noise with a 1/f spectrum)"
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.batch)
@@ -102,7 +104,7 @@ class GeneratedImages:
 
 
 def _listed(folder: Path) -> list[tuple[Path, int | None]]:
-    """Images and, where they lie in one folder for each class, the number of the class."""
+    """Images and, if there is one folder for each class, the number of the class."""
     if not folder.is_dir():
         raise ArgumentError(f"images: {folder} is no folder")
 

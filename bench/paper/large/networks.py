@@ -1,8 +1,8 @@
 """The paper's large networks, AlexNet, VGG-16 and ResNet-50, for images of 224 x 224.
 
-Parameters and buffers have the names and shapes of torchvision's networks, so that the weights that
-are published for those load by name. Two differences from the paper's own networks follow: this
-AlexNet is the one of Krizhevsky 2014 without groups (64, 192, 384, 256 and 256 channels), and this
+Parameters and buffers have the names and shapes of torchvision's networks, so that the weights
+published for those load by name. Hence two differences from the paper's own networks: this AlexNet
+is the one of Krizhevsky 2014 without groups (64, 192, 384, 256 and 256 channels), and this
 ResNet-50 has its strides in the 3 x 3 convolutions.
 """
 
@@ -151,8 +151,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ArgumentError
-        There is no such file, it is no safetensors file, or its names or shapes are not the
-        network's; the network may have been written to in the last case.
+        There is no such file, it is not a safetensors file, or its names or shapes are not the
+        network's. In the last case the network may have been written to.
     """
     file = Path(path)
     if not file.is_file():
@@ -167,8 +167,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        found = _shortened(str(error).splitlines()[1:])
-        raise ArgumentError(f"weights: {file} does not fit this network: {found}") from error
+        problems = _shortened(str(error).splitlines()[1:])
+        raise ArgumentError(f"weights: {file} does not fit this network: {problems}") from error
 
 
 def _shortened(lines: Sequence[str], most: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""The page of :mod:`large`: tables of time, memory and errors, beside what the paper prints."""
+"""The page of the large experiment: time, memory and errors, beside what the paper prints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def large_page(
     runs: Sequence[NetworkRun],
     wide: Mapping[str, Sequence[WideLayer]],
 ) -> str:
-    """Everything that was measured so far, as Markdown."""
+    """Everything that has been measured, as Markdown."""
     parts = [
         "# AlexNet, VGG-16 and ResNet-50\n",
         "Made by `python bench/paper large`.\n",
@@ -109,7 +109,7 @@ def _stages(runs: Sequence[NetworkRun]) -> str:
                 f"{peak / 1e9:.2f}",
                 f"{run.planned / 1e9:.2f}",
                 f"{run.after['relative distance']:.3f}",
-                *(_errors(found) for found in (run.before, run.after)),
+                *(_errors(errors) for errors in (run.before, run.after)),
             ]
         )
     return (
@@ -125,14 +125,14 @@ def _stages(runs: Sequence[NetworkRun]) -> str:
 
 def _method(run: NetworkRun) -> str:
     others = [layer.name for layer in run.layers if layer.method != run.method]
-    said = run.method + (f" (lobs in {', '.join(others)})" if others else "")
-    return said + (f"; without {', '.join(run.left_out)}" if run.left_out else "")
+    label = run.method + (f" (lobs in {', '.join(others)})" if others else "")
+    return label + (f"; without {', '.join(run.left_out)}" if run.left_out else "")
 
 
-def _errors(found: Mapping[str, float]) -> str:
-    if "top-1 error" not in found:
+def _errors(errors: Mapping[str, float]) -> str:
+    if "top-1 error" not in errors:
         return "-"
-    return f"{found['top-1 error']:.2f} / {found['top-5 error']:.2f} %"
+    return f"{errors['top-1 error']:.2f} / {errors['top-5 error']:.2f} %"
 
 
 def _beside(runs: Sequence[NetworkRun], wide: Mapping[str, Sequence[WideLayer]]) -> str:

@@ -1,10 +1,9 @@
-"""How fast this machine does what pruning consists of, and what follows for a layer that is too
-large for it: an estimate, and only that.
+"""Rates of this machine, and estimates for layers that are too large for it.
 
-Counted as in the kernels' contracts: ``N C^2`` for a second moment of N rows (half a product,
-because it is symmetric), ``2 C^3`` for an inverse, ``2 R k C`` for the paper's order, and
-``R (C k^2 - 2/3 k^3)`` for exact removal, of k = C * sparsity weights in each of R rows. Seconds
-are those of a core: what all threads used, which other programs on the machine hardly change.
+Operations are counted as in the kernels' contracts: ``N C^2`` for a second moment of N rows (half a
+product, because it is symmetric), ``2 C^3`` for an inverse, ``2 R k C`` for the paper's order, and
+``R (C k^2 - 2/3 k^3)`` for exact removal of k = C * sparsity weights in each of R rows. Seconds are
+core seconds: those of all threads together, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SPARE = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class Work:
-    """One layer: R outputs, C inputs (with the column of ones), N rows of each image."""
+    """One layer: R outputs, C inputs (with the column of ones), N rows per image."""
 
     name: str
     rows: int
@@ -37,8 +36,8 @@ class Work:
     kept: float
 
     @property
-    def gone(self) -> int:
-        """Weights that go from a row, on average."""
+    def removed(self) -> int:
+        """Weights removed from a row, on average."""
         return round(self.columns * (1 - self.kept))
 
     @property
@@ -54,17 +53,17 @@ class Work:
     @property
     def lobs(self) -> float:
         """Operations for the paper's removals."""
-        return 2.0 * self.rows * self.gone * self.columns
+        return 2.0 * self.rows * self.removed * self.columns
 
     @property
     def exact(self) -> float:
         """Operations for exact removals."""
-        k = float(self.gone)
+        k = float(self.removed)
         return self.rows * (self.columns * k**2 - 2 * k**3 / 3)
 
     @property
     def moment_bytes(self) -> int:
-        """Of the second moment in float64."""
+        """Bytes of the second moment in float64."""
         return 8 * self.columns**2
 
 
@@ -78,7 +77,7 @@ class Rates:
     exact: float
 
     def seconds(self, work: Work, images: int) -> dict[str, float]:
-        """Of a core, for each stage of a layer."""
+        """Core seconds of each stage of a layer."""
         return {
             "calibration": images * work.moment / self.moment,
             "inverse": work.inverse / self.inverse,
@@ -97,7 +96,7 @@ class WideLayer:
 
 
 def measured_rates(columns: int = 2048, seed: int = 0) -> Rates:
-    """Measure them on a layer of some size, a few seconds in all."""
+    """Measure the rates on a medium-sized layer, in a few seconds."""
     torch.manual_seed(seed)
     x = torch.randn(2 * columns, columns)
     moment = Hessian(columns)
@@ -119,8 +118,10 @@ def measured_rates(columns: int = 2048, seed: int = 0) -> Rates:
 
 
 def removed_in_order(W: Tensor, A: Tensor, count: int) -> None:
-    """Remove ``count`` weights of every row of a copy of W (R, C), in a random order, with the
-    paper's repair."""
+    """Remove ``count`` weights of every row of a copy of W (R, C), with the paper's repair.
+
+    The order is random.
+    """
     R, C = W.shape
     order = torch.cat([torch.randperm(C)[:count] for _ in range(R)])
     start = torch.arange(R + 1) * count
@@ -128,9 +129,11 @@ def removed_in_order(W: Tensor, A: Tensor, count: int) -> None:
 
 
 def wide_layer(work: Work, rates: Rates, memory: int, images: int) -> WideLayer:
-    """Measure what can be measured of a layer that does not fit into ``memory`` bytes, on some of
-    its rows: adding to its second moment, and the paper's removals with a made-up inverse (their
-    time does not depend on its values). The rest is from ``rates``."""
+    """Measure what can be measured of a layer that does not fit into ``memory`` bytes.
+
+    On some of its rows: adding to its second moment, and the paper's removals with an artificial
+    inverse (their time does not depend on its values). The rest is estimated from ``rates``.
+    """
     estimate, measured = rates.seconds(work, images), []
     if work.moment_bytes + _SPARE < memory:
         moment = Hessian(work.columns)
@@ -143,7 +146,7 @@ def wide_layer(work: Work, rates: Rates, memory: int, images: int) -> WideLayer:
         A = torch.full((work.columns, work.columns), 1e-5)
         A.diagonal().fill_(1.0)
         W = torch.randn(_ROWS, work.columns)
-        seconds = _seconds(lambda: removed_in_order(W, A, work.gone), times=1)
+        seconds = _seconds(lambda: removed_in_order(W, A, work.removed), times=1)
         estimate["lobs"] = seconds * work.rows / _ROWS
         measured.append("lobs")
     return WideLayer(work, estimate, tuple(measured))

@@ -1,4 +1,4 @@
-"""What :mod:`large` measures: one network under one method, layer by layer; and its file."""
+"""Measurements of the large experiment: one network under one method, by layer; and their file."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class NetworkRun:
 
 @dataclass
 class Results:
-    """Runs, one of each network and method, and layers that did not fit, by network."""
+    """Runs, one per network and method, and layers that did not fit, by network."""
 
     runs: list[NetworkRun] = field(default_factory=list)
     wide: dict[str, Sequence[WideLayer]] = field(default_factory=dict)
 
     def add(self, run: NetworkRun, wide: Sequence[WideLayer]) -> None:
-        """A run, in place of an earlier one of the same network and method."""
+        """Add a run, replacing an earlier one of the same network and method."""
         same = [r for r in self.runs if (r.network, r.method) == (run.network, run.method)]
         if same:
             self.runs[self.runs.index(same[0])] = run
@@ -69,21 +69,23 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        wide = {name: [dataclasses.asdict(w) for w in found] for name, found in self.wide.items()}
+        wide = {name: [dataclasses.asdict(w) for w in layers] for name, layers in self.wide.items()}
         return {"runs": [dataclasses.asdict(r) for r in self.runs], "too large": wide}
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """What an earlier command wrote; nothing if there is no such file. Raises CheckpointError
-        if it is not one of these."""
+        """Read what an earlier command wrote; empty if there is no such file.
+
+        Raises CheckpointError if the file is something else.
+        """
         if not path.is_file():
             return cls()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             runs = [_run(values) for values in content["runs"]]
             wide: dict[str, Sequence[WideLayer]] = {
-                name: [_wide(layer) for layer in found]
-                for name, found in content["too large"].items()
+                name: [_wide(layer) for layer in layers]
+                for name, layers in content["too large"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

@@ -1,6 +1,6 @@
-"""Time and memory of the stages of a run, taken from outside: nothing in the package knows of it.
+"""Time and memory of the stages of a run, measured from outside: the package does not know of it.
 
-Memory is the resident set of the process, on Linux; a stage within another one is not counted
+Memory is the resident set of the process, on Linux. A stage within another one is not counted
 twice.
 """
 
@@ -29,7 +29,7 @@ class Spent:
     peak: int = 0  # bytes resident, the most at any time
 
     def add(self, seconds: float, core_seconds: float, peak: int) -> None:
-        """One more part."""
+        """Add one more part."""
         self.seconds += seconds
         self.core_seconds += core_seconds
         self.peak = max(self.peak, peak)
@@ -46,7 +46,7 @@ class Stages:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """A part of the stage ``name``; what is around it waits."""
+        """Measure a part of the stage ``name``; an enclosing stage pauses."""
         self._settle()
         self._open.append(name)
         try:
@@ -57,8 +57,10 @@ class Stages:
 
     @contextlib.contextmanager
     def replacing(self, *functions: tuple[ModuleType, str, Callable[..., Any]]) -> Iterator[None]:
-        """Have calls of ``module.name`` go to another function, which gets the original as its
-        first argument."""
+        """Redirect calls of ``module.name`` to another function.
+
+        That function gets the original as its first argument.
+        """
         with contextlib.ExitStack() as undo:
             for module, name, other in functions:
                 original = getattr(module, name)
@@ -67,7 +69,7 @@ class Stages:
             yield
 
     def _settle(self) -> None:
-        """Give the time and the peak since the last change to the stage that is open."""
+        """Assign the time and the peak since the last change to the open stage."""
         now = _now()
         if self._open:
             spent = self.spent.setdefault(self._open[-1], Spent())

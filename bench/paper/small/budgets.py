@@ -1,4 +1,4 @@
-"""Prune to an error instead of to a share: of every layer, or of the whole network."""
+"""Pruning to an error instead of to a share: of every layer, or of the whole network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pair = tuple[nn.Module, lobs.Report]
 
 @dataclass(frozen=True)
 class Bounded:
-    """A pruned copy, and what its whole output's change was bounded by or measured as."""
+    """A pruned copy, and the bound or the measurement of its whole output's change."""
 
     model: nn.Module
     report: lobs.Report
@@ -44,23 +44,25 @@ class Budgeted:
 
 
 def budgets_of(case: Case, halvings: int = HALVINGS) -> Iterator[Budgeted]:
-    """Every layer to each of ``RELATIVE``, and the whole network to each of ``LIMITS``; the bound
-    only where Theorem 3.2 covers the network."""
+    """Every layer to each of ``RELATIVE``, and the whole network to each of ``LIMITS``.
+
+    The bound only where Theorem 3.2 covers the network.
+    """
     split = case.splits[0]
     batches = split.calibration.batches()
     dense = percent_wrong(case.model, split.test)
 
-    def row(what: str, asked: float, incurred: float, found: Pair) -> Budgeted:
-        model, report = found
+    def row(what: str, asked: float, incurred: float, pair: Pair) -> Budgeted:
+        model, report = pair
         kept = {layer.name: 1 - layer.sparsity for layer in report.layers}
         error = percent_wrong(model, split.test)
         return Budgeted(case.name, what, asked, incurred, kept, 1 - report.sparsity, dense, error)
 
     for relative in RELATIVE:
-        found = prune_layers_to(case.model, batches, relative, list(case.shape.once))
-        worst = max(layer.relative_error for layer in found[1].layers)
-        yield row("error of each layer", relative, worst, found)
-        covered = found[1].error_bound.covered
+        pair = prune_layers_to(case.model, batches, relative, list(case.shape.once))
+        worst = max(layer.relative_error for layer in pair[1].layers)
+        yield row("error of each layer", relative, worst, pair)
+        covered = pair[1].error_bound.covered
     tried: dict[float, Pair] = {}
     for measure, limit in LIMITS:
         if measure == "measured" or covered:
@@ -72,8 +74,11 @@ def budgets_of(case: Case, halvings: int = HALVINGS) -> Iterator[Budgeted]:
 def prune_layers_to(
     model: nn.Module, batches: Sequence[Tensor], relative: float, layers: Sequence[str]
 ) -> Pair:
-    """A copy in which every layer's output error is at most ``relative`` of its output, both mean
-    squares; each layer for itself, on the inputs of the original network (``max_error``)."""
+    """Prune a copy so that every layer's output error is at most ``relative`` of its output.
+
+    Both are mean squares. Each layer is pruned on the inputs of the original network
+    (``max_error``).
+    """
     seen = lobs.prune(
         copy.deepcopy(model), batches, sparsity=0.5, method="magnitude", inputs="dense",
         include=list(layers), progress=False,
@@ -130,10 +135,10 @@ def prune_network_to(
         sparsity = (low + high) / 2
         if sparsity not in tried:
             pruned = copy.deepcopy(model)
-            found = lobs.prune(
+            report = lobs.prune(
                 pruned, batches, sparsity=sparsity, scope="model", inputs="dense", progress=False
             )
-            tried[sparsity] = pruned, found
+            tried[sparsity] = pruned, report
         pruned, report = tried[sparsity]
         bound = report.error_bound
         value = bound.spectral if measure == "spectral" else bound.measured

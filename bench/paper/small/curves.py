@@ -34,11 +34,11 @@ def curve(case: Case, way: str, layers: Sequence[str], shares: Sequence[float]) 
 
 
 def inflection(points: Sequence[tuple[float, float]], dense: float) -> float:
-    """The kept share where the error begins to rise: the paper's "inflection point", made exact.
+    """The kept share where the error begins to rise: the paper's "inflection point", exactly.
 
     In logarithms of both, error against kept share is flat and then rises in nearly a straight
     line. Of all hinges ``log e = log dense + slope * max(0, log(k0 / k))`` the one nearest to the
-    points in least squares is found (``k0`` on a grid of 2,000 shares, the best slope for each in
+    points in least squares is chosen (``k0`` on a grid of 2,000 shares, the best slope for each in
     closed form), and its ``k0`` is the answer. Points whose error is above half of the largest one
     are left out, since there the curve bends again, towards guessing; if that leaves fewer than
     three, all count.
@@ -54,8 +54,8 @@ def inflection(points: Sequence[tuple[float, float]], dense: float) -> float:
     Returns
     -------
     float
-        A share between the smallest and the largest one given; the smallest if no error is above
-        the dense one.
+        A share between the smallest and the largest of the points; the smallest if no error is
+        above the dense one.
     """
     floor = min((e for e in (dense, *(e for _, e in points)) if e > 0), default=1.0) / 2
     dense = dense or floor

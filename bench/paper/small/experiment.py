@@ -2,12 +2,12 @@
 
 LeNet-300-100 with the weights that the authors released (--released, --mnist), and LeNet-300-100,
 LeNet-5 and CIFAR-Net trained from seeds on the training images of a folder (--images: four IDX
-files, as MNIST and Fashion-MNIST come). Whatever is missing is left out, and the page says so.
-small.md holds the page, small.json the numbers; rows that small-rows.json has already, from a run
-with the same settings, are not made again.
+files, as for MNIST and Fashion-MNIST). Parts without data are left out, and the page says so. The
+page is small.md, the numbers small.json. Rows that small-rows.json holds already, from a run with
+the same settings, are not computed again.
 
-In full, on two kinds of images, it takes three hours of a core, most of them for LeNet-5; --short,
-without CIFAR-Net, a quarter of an hour for each kind of images.
+In full, on two kinds of images, it takes three hours of one core, most of them for LeNet-5. With
+--short, without CIFAR-Net, it takes a quarter of an hour for each kind of images.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ SHORT = Extent(
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of this experiment, besides the common ones."""
+    """Add the options of this experiment, besides the common ones."""
     add = command.add_argument
-    said = "folder with the authors' w_layer1.npy to b_layer3.npy; needs --mnist"
-    add("--released", type=Path, metavar="DIR", help=said)
-    said = "folder with MNIST's t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz"
-    add("--mnist", type=Path, metavar="DIR", help=said)
-    said = "folder with the images to train on, train-* and t10k-* (default: %(default)s)"
-    add("--images", type=Path, default=FASHION, metavar="DIR", help=said)
-    said = "what to call them (default: %(default)s)"
-    add("--images-name", default="Fashion-MNIST", metavar="NAME", help=said)
-    said = "trained networks: may be repeated (default: all three; --short: all but cifarnet)"
-    add("--network", action="append", choices=list(SHAPES), help=said)
+    text = "folder with the authors' w_layer1.npy to b_layer3.npy; needs --mnist"
+    add("--released", type=Path, metavar="DIR", help=text)
+    text = "folder with MNIST's t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz"
+    add("--mnist", type=Path, metavar="DIR", help=text)
+    text = "folder with the images to train on, train-* and t10k-* (default: %(default)s)"
+    add("--images", type=Path, default=FASHION, metavar="DIR", help=text)
+    text = "what to call them (default: %(default)s)"
+    add("--images-name", default="Fashion-MNIST", metavar="NAME", help=text)
+    text = "trained networks: may be repeated (default: all three; --short: all but cifarnet)"
+    add("--network", action="append", choices=list(SHAPES), help=text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry the experiment out; returns the exit code."""
+    """Carry out the experiment and return the exit code."""
     extent = SHORT if options.short else FULL
     begun = time.perf_counter()
     result = experiment(
@@ -108,7 +108,7 @@ def experiment(
     kinds: list[str],
     cache: str | None,
 ) -> list[Path]:
-    """Everything, into the folder ``out``; returns the files written.
+    """Carry out everything into the folder ``out`` and return the files written.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def experiment(
 
 
 def _tables(case: Case, extent: Extent, rows: Rows, *, alone: bool) -> None:
-    """All rows of one network that are not there yet."""
+    """Compute all rows of one network that are missing."""
     limit = extent.limits[case.shape.title]
     repetitions = extent.repetitions if alone else 1
     for way in extent.ways:

@@ -1,4 +1,4 @@
-"""Line and bar plots as SVG files that need nothing else."""
+"""Line and bar plots as SVG files without a plotting library."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """What stands beside an axis, and whether it is logarithmic."""
+    """The label of an axis, and whether it is logarithmic."""
 
     label: str
     log: bool = False
 
 
 class _Scale:
-    """Values to positions, and where the ticks are."""
+    """Maps values to positions, and has the ticks."""
 
     def __init__(self, values: Sequence[float], axis: Axis, begin: float, end: float) -> None:
         low, high = min(values), max(values)
@@ -138,10 +138,10 @@ def bar_plot(
 
 
 def _document(title: str, parts: Sequence[str]) -> str:
-    said = html.escape(title, quote=True)
+    label = html.escape(title, quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'role="img" aria-label="{said}" font-family="sans-serif" font-size="12">\n'
+        f'role="img" aria-label="{label}" font-family="sans-serif" font-size="12">\n'
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
@@ -193,8 +193,8 @@ def _legend(entry: int) -> float:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", extra: str = "") -> str:
-    said = html.escape(text)
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{said}</text>'
+    escaped = html.escape(text)
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escaped}</text>'
 
 
 def _step(span: float) -> float:

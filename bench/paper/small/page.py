@@ -1,4 +1,4 @@
-"""The page of the small networks: tables beside the paper's, what was reached, and the figures."""
+"""The page of the small networks: tables beside the paper's, the aims, and the figures."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def page(
     parts += ["\n## Figures\n"]
     for picture in pictures:
         parts.append(f"\n![{picture.caption}]({picture.stem}.svg)\n\n{picture.caption}\n")
-        parts.append(_said(picture))
+        parts.append(_numbers_table(picture))
     numbers = {
         "facts": dict(facts),
         "rows": [dataclasses.asdict(row) for row in rows.rows.values()],
@@ -106,9 +106,9 @@ def _rows_table(case: Case, which: str, rows: Rows) -> str:
               "reached", "s to prune"]  # fmt: skip
     lines = []
     for way in WAYS:
-        found = rows.of(which, case.name, way)
-        if found:
-            lines.append(_line(way, found))
+        cell = rows.of(which, case.name, way)
+        if cell:
+            lines.append(_line(way, cell))
     for row in printed.TABLE1:
         iterated = "iterative" in row.method
         if row.network == case.shape.title and iterated == (which != _ONCE):
@@ -138,26 +138,26 @@ def _taught(how: Taught) -> str:
     )
 
 
-def _line(way: str, found: Sequence[Row]) -> list[str]:
-    retrained = [error for row in found for error in row.retrained]
-    iterations = [count for row in found for count in row.iterations]
-    reached = [share for row in found for share in row.reached]
-    kept = found[0].kept
+def _line(way: str, cell: Sequence[Row]) -> list[str]:
+    retrained = [error for row in cell for error in row.retrained]
+    iterations = [count for row in cell for count in row.iterations]
+    reached = [share for row in cell for share in row.reached]
+    kept = cell[0].kept
     return [
         way,
         " / ".join(f"{100 * share:.3g}" for share in kept.values()),
-        spread([100 * row.kept_all for row in found[:1]]),
-        spread([row.dense for row in found]),
-        spread([row.pruned for row in found]),
+        spread([100 * row.kept_all for row in cell[:1]]),
+        spread([row.dense for row in cell]),
+        spread([row.pruned for row in cell]),
         spread(retrained),
         spread(iterations, 0),
         f"{sum(reached):g} of {len(reached)}",
-        spread([sum(row.seconds for row in found) / len(found)], 1),
+        spread([sum(row.seconds for row in cell) / len(cell)], 1),
     ]
 
 
 def _aims(rows: Rows, cases: Sequence[Case]) -> str:
-    """What was to be shown, and whether it was."""
+    """The aims, and whether they were reached."""
     header = ["network", "what", "measured", "aim", "reached", "the paper's L-OBS"]
     lines = [
         [a.network, a.what, a.measured, a.aim, "yes" if a.reached else "no", a.paper]
@@ -175,7 +175,7 @@ Theorem 3.2 with spectral norms (bisection over one budget for the model).
 """
 
 
-def _budgets(found: Sequence[Budgeted]) -> str:
+def _budgets(budgeted: Sequence[Budgeted]) -> str:
     header = ["network", "at most", "incurred", "kept by layer, %", "kept, %", "before", "pruned"]
     lines = [
         [
@@ -183,7 +183,7 @@ def _budgets(found: Sequence[Budgeted]) -> str:
             " / ".join(f"{100 * share:.3g}" for share in b.kept.values()),
             f"{100 * b.kept_all:.2f}", f"{b.dense:.2f}", f"{b.pruned:.2f}",
         ]
-        for b in found
+        for b in budgeted
     ]  # fmt: skip
     return f"\n## Budgets of error instead of shares\n\n{_BUDGETS}\n{table(header, lines)}"
 
@@ -196,7 +196,7 @@ _BEND = """The inflection point is the kept share k0 of the hinge that is neares
 _SHORT = "300: LeNet-300-100 (*: the authors' weights), L5: LeNet-5, C: CIFAR-Net.\n"
 
 
-def _said(picture: Picture) -> str:
+def _numbers_table(picture: Picture) -> str:
     """The numbers of a figure as a table, where it has some."""
     written = {
         "figure2-fc1": _first_layer,
@@ -228,9 +228,9 @@ def _whole(n: Mapping[str, Any]) -> str:
     shares = [share for share, _ in next(iter(n.values()))["points"]]
     header = ["kept, %", "before", *(f"{100 * k:g}" for k in shares), "inflection point"]
     lines = []
-    for name, found in n.items():
-        errors = (f"{error:.2f}" for _, error in found["points"])
-        lines.append([name, f"{found['dense']:.2f}", *errors, _percent(found["inflection"])])
+    for name, curve in n.items():
+        errors = (f"{error:.2f}" for _, error in curve["points"])
+        lines.append([name, f"{curve['dense']:.2f}", *errors, _percent(curve["inflection"])])
     return table(header, lines)
 
 

@@ -51,10 +51,10 @@ def draw(cases: Sequence[Case], shares: Sequence[float], rows: Rows) -> list[Pic
 def _first_layer(case: Case, shares: Sequence[float]) -> Picture:
     """Figure 2 of the appendix: only fc1 is pruned."""
     dense = case.dense
-    found = {way: curve(case, way, ["fc1"], shares) for way in CURVES}
-    bends = {way: inflection(points, dense) for way, points in found.items() if way != "random"}
-    lines = [Line(way, _in_percent(points)) for way, points in found.items()]
-    numbers: dict[str, Any] = {"dense": dense, "curves": found, "inflection": bends}
+    curves = {way: curve(case, way, ["fc1"], shares) for way in CURVES}
+    bends = {way: inflection(points, dense) for way, points in curves.items() if way != "random"}
+    lines = [Line(way, _in_percent(points)) for way, points in curves.items()]
+    numbers: dict[str, Any] = {"dense": dense, "curves": curves, "inflection": bends}
     if "authors" in case.data:
         for name, points in printed.FIGURE2.items():
             lines.append(Line(f"{name}, printed", points, line=False))
@@ -73,11 +73,11 @@ def _whole(cases: Sequence[Case], shares: Sequence[float]) -> Picture:
     """All layers together, one budget for the model."""
     lines, numbers, uprights = [], {}, {}
     for case in cases:
-        found = curve(case, "exact, model, corrected", list(case.shape.once), shares)
-        bend = inflection(found, case.dense)
-        lines.append(Line(case.name, _in_percent(found)))
+        points = curve(case, "exact, model, corrected", list(case.shape.once), shares)
+        bend = inflection(points, case.dense)
+        lines.append(Line(case.name, _in_percent(points)))
         uprights[case.shape.title if case.shape.title not in uprights else case.name] = 100 * bend
-        numbers[case.name] = {"dense": case.dense, "points": found, "inflection": bend}
+        numbers[case.name] = {"dense": case.dense, "points": points, "inflection": bend}
     svg = line_plot(
         "whole networks: exact, model, corrected; no retraining", _KEPT, _ERROR, lines,
         uprights=uprights,

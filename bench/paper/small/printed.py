@@ -1,5 +1,7 @@
-"""What the paper prints (arXiv 1705.07565 v2), for the small networks: tables 1, 3 and 4, and
-figures read from their vector paths. Shares and errors in percent."""
+"""What the paper prints for the small networks (arXiv 1705.07565 v2): tables 1, 3 and 4.
+
+Figures are read from their vector paths. Shares and errors are in percent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Light retraining: until the error of the original network is reached again, and no longer."""
+"""Light retraining: only until the error of the original network is reached again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ AT_ONCE, RATE = 128, 1e-3
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a light retraining came to. ``curve``: (iterations, error in percent on the validation
-    images)."""
+    """The outcome of a light retraining.
+
+    ``curve`` holds (iterations, error in percent on the validation images).
+    """
 
     iterations: int
     reached: bool
@@ -73,7 +75,7 @@ def retrain(
         Images of a batch.
     teacher : nn.Module, optional
         Learn its outputs, their softmax after division by the temperature (Hinton, Vinyals & Dean
-        2015), and the label only where its answer is another one: of images that ``vary`` has made
+        2015), and the label only where its answer is different: of images that ``vary`` returns
         it may know less than the labels do. In eval mode; not modified.
     temperature : float
         1 or more; with a teacher only.
@@ -121,11 +123,13 @@ def retrain(
 
 
 def _distance(out: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """(B,) Kullback-Leibler divergences from softened outputs, with gradients of the size that they
-    have without softening."""
+    """(B,) Kullback-Leibler divergences from softened outputs.
+
+    Their gradients have the size that they have without softening.
+    """
     target = (wanted / temperature).softmax(1)
-    found = (out / temperature).log_softmax(1)
-    return nn.functional.kl_div(found, target, reduction="none").sum(1) * temperature**2
+    logs = (out / temperature).log_softmax(1)
+    return nn.functional.kl_div(logs, target, reduction="none").sum(1) * temperature**2
 
 
 def varied(images: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ def varied(images: Tensor) -> Tensor:
 
 
 def _endless(count: int, at_once: int) -> Iterator[Tensor]:
-    """Batches of indices, every image once before any comes again."""
+    """Batches of indices; every image once before any comes again."""
     while True:
         order = torch.randperm(count)
         yield from order.split(at_once)

@@ -1,5 +1,7 @@
-"""Two weak rivals of the paper's table 1 that the library does not have: random removal, and
-Optimal Brain Damage (LeCun, Denker & Solla 1990)."""
+"""Two weak rivals of the paper's table 1 that the library lacks: random removal, and OBD.
+
+OBD is Optimal Brain Damage (LeCun, Denker & Solla 1990).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ _OBD_IMAGES, _AT_ONCE = 1000, 50
 def masks_by(
     score: Callable[[str, Tensor], Tensor], model: nn.Module, kept: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Masks that keep the highest scores of every layer, as many as ``kept`` says."""
+    """Masks that keep the highest scores of every layer; ``kept`` holds the shares."""
     masks = {}
     for name, share in kept.items():
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         scores = score(name, weight.detach()).flatten()
-        scores[weight.detach().flatten() == 0] = -1.0  # zeros that are there go first
+        scores[weight.detach().flatten() == 0] = -1.0  # existing zeros go first
         mask = torch.zeros_like(scores, dtype=torch.bool)
         mask[scores.topk(round(share * len(scores))).indices] = True
         masks[name] = mask.view(weight.shape)
@@ -37,9 +39,11 @@ def random_masks(model: nn.Module, kept: Mapping[str, float], seed: int) -> dict
 def obd_masks(
     model: nn.Module, x: Tensor, kept: Mapping[str, float], seed: int
 ) -> dict[str, Tensor]:
-    """Keep the largest ``h_kk w_k**2 / 2``, ``h`` the diagonal of the Gauss-Newton matrix of the
-    cross-entropy, from gradients of single samples (N, ...) with labels drawn from the network's
-    own output. Nothing is repaired."""
+    """Keep the largest ``h_kk w_k**2 / 2``, with h the diagonal of the Gauss-Newton matrix.
+
+    Of the cross-entropy, from gradients of single samples (N, ...) with labels drawn from the
+    network's own output. The kept weights are not repaired.
+    """
     h = _diagonal(model, x[:_OBD_IMAGES], seed)
     return masks_by(lambda name, w: 0.5 * h[f"{name}.weight"] * w**2, model, kept)
 

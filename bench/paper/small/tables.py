@@ -25,9 +25,11 @@ FEW = 10_000  # training images, below which they are varied
 
 @dataclass(frozen=True)
 class Taught:
-    """A recipe beyond the paper: many stages, from the shares of the paper's first one to those of
-    its second in equal ratios, and after each the network learns the outputs of the one before
-    pruning, where that one is right."""
+    """A recipe beyond the paper: many stages with a teacher.
+
+    From the shares of the paper's first stage to those of its second in equal ratios. After each
+    stage the network learns the outputs of the original network, where those are right.
+    """
 
     table: str
     stages: int
@@ -38,8 +40,8 @@ class Taught:
     vary: bool  # the images, also where there are many
 
 
-# No more iterations in all than the paper's iterative method; and a twentieth of what it prints for
-# magnitude.
+# No more iterations in total than the paper's iterative method, and a twentieth of what it prints
+# for magnitude.
 LIGHTLY = Taught("taught", 8, 60, 220, 2e-2, 8.0, vary=False)
 LONGER = Taught("taught, longer", 16, 300, 3000, 1e-2, 4.0, vary=True)
 TAUGHT_WAY, TAUGHT_AT_ONCE = "exact, model, corrected", 512
@@ -47,8 +49,10 @@ TAUGHT_WAY, TAUGHT_AT_ONCE = "exact, model, corrected", 512
 
 @dataclass
 class Row:
-    """One network pruned in one way. Errors in percent, over all splits; lists have one entry per
-    repetition of the retraining."""
+    """One network pruned in one way.
+
+    Errors are in percent, over all splits. Lists have one entry per repetition of the retraining.
+    """
 
     table: str  # "once", "stages", or of a Taught
     network: str
@@ -69,12 +73,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What tells it from the others."""
+        """What distinguishes it from other rows."""
         return (self.table, self.network, self.way, self.seed)
 
 
 class Rows:
-    """Rows in a file: those that are in it already are not made again."""
+    """Rows in a file: those that it holds already are not computed again."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path, self._settings = path, plain(settings)
@@ -82,11 +86,11 @@ class Rows:
         if path.is_file():
             saved = json.loads(path.read_text())
             if saved["settings"] == self._settings:
-                made = [Row(**row) for row in saved["rows"]]
-                self.rows = {row.key: row for row in made}
+                rows = [Row(**row) for row in saved["rows"]]
+                self.rows = {row.key: row for row in rows}
 
     def add(self, row: Row) -> None:
-        """Keep a row, and write all of them."""
+        """Keep a row, and write all rows."""
         self.rows[row.key] = row
         rows = [dataclasses.asdict(r) for r in self.rows.values()]
         content = json.dumps(plain({"settings": self._settings, "rows": rows}), indent=1)
@@ -132,7 +136,7 @@ def in_stages(case: Case, way: str, *, limit: int, repetitions: int) -> Row:
 
 
 def taught(case: Case, how: Taught, *, repetitions: int) -> Row:
-    """Pruned in stages to what is left of all weights after the paper's second one."""
+    """Prune in stages to the share of all weights that the paper's second stage keeps."""
     done = [_taught(case, how, case.seed + k) for k in range(repetitions)]
     first = done[0]
     for other in done[1:]:
@@ -143,7 +147,7 @@ def taught(case: Case, how: Taught, *, repetitions: int) -> Row:
 
 
 def _taught(case: Case, how: Taught, seed: int) -> Row:
-    """One repetition of it."""
+    """One repetition."""
     first, last = case.shape.stages
     pruned, ends, spent, seconds = [], [], [], 0.0
     for split in case.splits:
@@ -186,7 +190,7 @@ def _row(table: str, case: Case, way: str, pruned: list[Pruned]) -> Row:
 
 
 def _retrain(row: Row, case: Case, pruned: list[Pruned], limit: int, seed: int) -> None:
-    """One repetition: a copy of the pruned network of every split is retrained."""
+    """One repetition: retrain a copy of the pruned network of every split."""
     errors, iterations, reached, seconds = [], [], [], 0.0
     for p, split in _pairs(case, pruned):
         model: nn.Module = copy.deepcopy(p.model)

@@ -1,4 +1,4 @@
-"""The ways to prune that are compared, and one call for all of them."""
+"""The methods that are compared, and one call for all of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ITERATED = tuple(way for way in WAYS if way != "L-OBS as printed")  # biases com
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned copy, its masks (True = kept), and what it took."""
+    """A pruned copy, its masks (True = kept), and the seconds it took."""
 
     model: nn.Sequential
     masks: dict[str, Tensor]
@@ -56,9 +56,11 @@ class Pruned:
 def prune_by(
     way: str, model: nn.Sequential, kept: Mapping[str, float], calibration: Images, seed: int
 ) -> Pruned:
-    """Prune a copy to the given shares of kept weights (with scope "model": to their total, each
-    layer within 0.2 of its own and with half of it at least). Layers that ``kept`` does not name
-    are left alone."""
+    """Prune a copy to the given shares of kept weights.
+
+    With scope "model": to their total, each layer within 0.2 of its own share and with at least
+    half of it. Layers that ``kept`` does not name are left alone.
+    """
     begun = time.perf_counter()
     pruned = copy.deepcopy(model)
     if way in ("random", "OBD"):

@@ -33,8 +33,11 @@ _ROWS = 400  # inputs to calibrate on, and as many others
 
 @dataclass(frozen=True)
 class ChainRun:
-    """One network: what its output moved by, and what the theorem allows; all of them
-    ``||output - original||_F / sqrt(rows)`` on the calibration inputs, but for ``elsewhere``."""
+    """One network: how far its output moved, and the bounds of the theorem.
+
+    All are ``||output - original||_F / sqrt(rows)`` on the calibration inputs, except
+    ``elsewhere``.
+    """
 
     name: str
     widths: tuple[int, ...]
@@ -50,18 +53,17 @@ class ChainRun:
 
     @property
     def violated(self) -> bool:
-        """Whether the theorem is: more than rounding of float64 explains."""
+        """Whether the theorem is violated by more than rounding in float64 explains."""
         slack = 1 + 1e-9
         return self.measured > self.spectral * slack or self.spectral > self.frobenius * slack
 
 
 def chain_run(seed: int, inputs: str) -> ChainRun:
-    """Make the network of this seed (1 to 7 layers of 3 to 96 units, in float64), prune it and
-    compare.
+    """Build the network of this seed, prune it and compare.
 
-    Width, depth, activation, biases, the size of the weights, the correlation of the inputs, method
-    and each layer's sparsity (0.05 to 0.98) are drawn; ``inputs`` is as for
-    :func:`lobs_native.prune`.
+    It has 1 to 7 layers of 3 to 96 units, in float64. Width, depth, activation, biases, the size of
+    the weights, the correlation of the inputs, the method and the sparsity of each layer (0.05 to
+    0.98) are drawn. ``inputs`` is as for :func:`lobs_native.prune`.
     """
     draw = random.Random(seed)
     depth = draw.randint(1, 7)
@@ -97,7 +99,7 @@ def chain_run(seed: int, inputs: str) -> ChainRun:
 
 
 def compared(name: str, report: lobs.Report, inputs: str, elsewhere: float) -> ChainRun:
-    """What a report says of the theorem, which must cover the network."""
+    """What a report says about the theorem, which must cover the network."""
     bound = report.error_bound
     values = (bound.measured, bound.spectral, bound.frobenius, bound.output_norm)
     assert bound.covered, bound.reason
@@ -133,7 +135,7 @@ def _network(
 
 
 def _data(draw: random.Random, generator: torch.Generator, width: int) -> Tensor:
-    """(2 * ROWS, width) float64: correlated, with an offset, and with some inputs that are rare."""
+    """(2 * ROWS, width) float64: correlated, with an offset, and with some rare inputs."""
     mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
     mixing = torch.eye(width, dtype=torch.float64) + draw.uniform(0, 1) * mixing
     x = torch.randn(2 * _ROWS, width, generator=generator, dtype=torch.float64) @ mixing

@@ -1,9 +1,10 @@
-"""Theorem 3.2 of the paper against what networks do: is it ever violated, and how loose is it?
+"""Theorem 3.2 of the paper against real networks: is it ever violated, and how loose is it?
 
 One hundred random chains (widths, depths, activations, sizes, inputs, methods and sparsities are
-drawn) and the authors' LeNet-300-100, each pruned on the original network's inputs, as the theorem
-has it, and on the pruned network's, where it holds with the norms of the original layers. The bound
-is on the change of the output on the calibration inputs; what other inputs give stands beside it.
+drawn) and the authors' LeNet-300-100. Each is pruned on the original network's inputs, as in the
+theorem, and on the pruned network's, where the theorem holds with the norms of the original layers.
+The bound is on the change of the output on the calibration inputs; the change on other inputs
+stands beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from paper.authors import Authors
 from paper.networks import CALIBRATION
 from paper.theorem.chains import ChainRun, chain_run, compared
 
-__all__ = ["NAME", "HELP", "add_arguments", "run"]
+__all__ = ["HELP", "NAME", "add_arguments", "run"]
 
 NAME = "theorem"
 HELP = "Theorem 3.2 against measured errors: violations, and how loose it is"
@@ -45,14 +46,13 @@ _LAYERS = ("fc1", "fc2", "fc3")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of this experiment, besides the common ones; ``--seeds`` is the number of
-    chains."""
-    said = "folder with mnist/ and lenet300-100/; without it only the random chains are run"
-    command.add_argument("--data", type=Path, metavar="DIR", help=said)
+    """Add the options of this experiment; ``--seeds`` is the number of chains."""
+    text = "folder with mnist/ and lenet300-100/; without it only the random chains are run"
+    command.add_argument("--data", type=Path, metavar="DIR", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry the experiment out; returns the exit code: 1 if the theorem was violated."""
+    """Carry out the experiment and return the exit code: 1 if the theorem was violated."""
     count = options.seeds or (SHORT_CHAINS if options.short else CHAINS)
     chains = {inputs: [chain_run(seed, inputs) for seed in range(count)] for inputs in INPUTS}
     lenet = _lenet(Authors(options.data)) if options.data else []
@@ -91,8 +91,8 @@ def _lenet(authors: Authors) -> list[ChainRun]:
         with torch.no_grad():
             elsewhere = float((model(other) - before).norm()) / math.sqrt(len(other))
         name = f"{' / '.join(f'{100 * k:g}' for k in kept)}"
-        found = compared(name, report, inputs, elsewhere)
-        runs.append(dataclasses.replace(found, widths=(784, 300, 100, 10)))
+        run = compared(name, report, inputs, elsewhere)
+        runs.append(dataclasses.replace(run, widths=(784, 300, 100, 10)))
     return runs
 
 
@@ -174,7 +174,7 @@ def _picture(chains: dict[str, list[ChainRun]], lenet: Sequence[ChainRun]) -> by
     figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     random = [r for runs in chains.values() for r in runs if r.measured > 0]
-    for runs, said, marks in (
+    for runs, label, marks in (
         (random, "random chains", ("o", "x")),
         ([r for r in lenet if r.measured > 0], "LeNet-300-100", ("s", "+")),
     ):
@@ -182,8 +182,8 @@ def _picture(chains: dict[str, list[ChainRun]], lenet: Sequence[ChainRun]) -> by
             continue
         across = [r.measured / r.output for r in runs]
         spectral, frobenius = ([getattr(r, n) / r.output for r in runs] for n in _BOUNDS)
-        axes.plot(across, spectral, marks[0], markersize=4, alpha=0.7, label=f"{said}, spectral")
-        axes.plot(across, frobenius, marks[1], markersize=4, alpha=0.7, label=f"{said}, Frobenius")
+        axes.plot(across, spectral, marks[0], markersize=4, alpha=0.7, label=f"{label}, spectral")
+        axes.plot(across, frobenius, marks[1], markersize=4, alpha=0.7, label=f"{label}, Frobenius")
     ends = [f(r.measured / r.output for r in random) for f in (min, max)]
     axes.plot(ends, ends, "k-", linewidth=1, label="bound = measured")
     axes.set_xscale("log")

@@ -9,19 +9,22 @@ from torch import Tensor
 
 
 class Exact(NamedTuple):
-    """What exact removal did to R rows; costs are ``w_q**2 / D_qq``, without the published half."""
+    """The outcome of exact removal for R rows.
 
-    order: Tensor  # (R, k) int64, columns as they went
+    Costs are ``w_q**2 / D_qq``, without the published factor of a half.
+    """
+
+    order: Tensor  # (R, k) int64: columns in the order of their removal
     loss: Tensor  # (R, k)
     weights: Tensor  # (R, C), repaired
 
 
 class PublishedRows:
-    """Rows on their way through the loop that came with OBC, which has no licence: imitated.
+    """A batch of rows in the loop that came with OBC, which has no licence: reimplemented.
 
     As published, each row owns a (C, C) inverse, all of which is rewritten at every removal, and
-    the weights after every removal are kept (not with groups). A removal takes the same time
-    early and late, so that a sample of them tells how long all of them take.
+    the weights after every removal are kept (not with groups). Every removal takes the same time,
+    so that a sample of them tells how long all of them take.
     """
 
     def __init__(self, W: Tensor, A: Tensor, keep: int = 0, size: int = 0) -> None:
@@ -41,7 +44,7 @@ class PublishedRows:
         self.removed = 0
 
     def remove(self, count: int) -> None:
-        """Take ``count`` more weights out of every row."""
+        """Remove ``count`` more weights from every row."""
         rows = torch.arange(len(self.w))
         for step in range(self.removed, self.removed + count):
             diag = self.inverse.diagonal(dim1=1, dim2=2)
@@ -102,11 +105,11 @@ def exact_torch(
 ) -> Exact:
     """The best that torch does: a pivoted Cholesky of every row, ``parallel`` rows in step.
 
-    A column of the current inverse is formed when it is needed, from the inverse as it was at the
-    start of the panel and the vectors since; every ``panel`` removals these go into the rows'
-    private inverses by one product. When half of the columns are gone they are dropped. Forming
-    every column from A and all vectors (``panel`` >= ``until``, no private inverses) takes 1.5 to 4
-    times as long, because all vectors are then read again for every removal.
+    A column of the current inverse is formed when it is needed, from the inverse at the start of
+    the panel and the vectors since. Every ``panel`` removals these update the rows' private
+    inverses by one product. Removed columns are dropped once they are half of all. Forming every
+    column from A and all vectors (``panel`` >= ``until``, no private inverses) takes 1.5 to 4 times
+    as long, because all vectors are then read again for every removal.
     """
     return _joined([_in_panels(w, A, until, keep, size, panel) for w in W.split(parallel)])
 
@@ -125,7 +128,7 @@ def _in_panels(W: Tensor, A: Tensor, until: int, keep: int, size: int, panel: in
     taken = torch.zeros(R, -(-C // size) if size else 0, dtype=torch.int64)
     w, diag = W.clone(), A.diagonal().expand(R, C).clone()
     dead = torch.zeros(R, C, dtype=torch.bool)
-    closed = dead.clone() if size else dead  # what must not go, or is gone
+    closed = dead.clone() if size else dead  # removed, or not to be removed
     score = torch.empty_like(w)
     inverse: Tensor | None = None  # (R, C, C); None while it is A for every row
     for first in range(0, until, panel):
@@ -144,11 +147,11 @@ def _in_panels(W: Tensor, A: Tensor, until: int, keep: int, size: int, panel: in
             w.addcmul_(v, w.gather(1, q) * scale, value=-1)
             diag.addcmul_(v, v, value=-1)
             dead.scatter_(1, q, True)
-            gone = name.gather(1, q)
-            order[:, first + i], loss[:, first + i] = gone[:, 0], cost[:, 0]
+            column_removed = name.gather(1, q)
+            order[:, first + i], loss[:, first + i] = column_removed[:, 0], cost[:, 0]
             if size:
                 closed.scatter_(1, q, True)
-                group = gone // size
+                group = column_removed // size
                 taken.scatter_add_(1, group, torch.ones_like(group))
                 full = taken.gather(1, group) >= size - keep
                 closed |= (name // size == group) & full

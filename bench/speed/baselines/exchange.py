@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def exchange_(W: Tensor, A: Tensor, kept: Tensor, limit: int) -> Tensor:
-    """Swap kept against removed weights of W (R, C), best swap first; both are written in place.
+    """Swap kept against removed weights of W (R, C), best swap first; W and kept are modified.
 
-    Per row a tableau as in Beaton's sweep, built by Cholesky's factorisation and kept up to date by
+    Each row has a tableau as in Beaton's sweep, built by a Cholesky factorisation and updated by
     two rank-1 updates per swap. Returns the number of swaps (R,).
     """
     C = W.shape[1]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def solve_row_by_row(X: Tensor, M: Tensor, chosen: Tensor) -> Tensor:
-    """M[P, P] x = X[r, P] with P = chosen[r], for each row of X (R, C), as one would write it."""
+    """M[P, P] x = X[r, P] with P = chosen[r], for each row of X (R, C), written naively."""
     out = torch.zeros_like(X)
     for r in range(len(X)):
         P = chosen[r].nonzero()[:, 0]
@@ -17,16 +17,16 @@ def solve_row_by_row(X: Tensor, M: Tensor, chosen: Tensor) -> Tensor:
 
 
 def solve_together(X: Tensor, M: Tensor, chosen: Tensor, parallel: int = 16) -> Tensor:
-    """The same, ``parallel`` rows at a time, smaller systems filled up with the identity."""
+    """The same, ``parallel`` rows at a time, smaller systems padded with the identity."""
     out = torch.zeros_like(X)
     C = X.shape[1]
     entries = M.reshape(-1)
-    for x, mine, result in zip(
+    for x, selected, result in zip(
         X.split(parallel), chosen.split(parallel), out.split(parallel), strict=True
     ):
-        count = mine.sum(dim=1, keepdim=True)  # (R, 1)
+        count = selected.sum(dim=1, keepdim=True)  # (R, 1)
         k = int(count.max())
-        P = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]  # (R, k)
+        P = (~selected).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]  # (R, k)
         beyond = torch.arange(k) >= count
         place = (P[:, :, None] * C + P[:, None, :]).view(-1)
         corner = entries.index_select(0, place).view(-1, k, k)

@@ -33,9 +33,9 @@ class Ranking(NamedTuple):
 
 
 def rank_by_row(W: Tensor, diag: Tensor, count: int) -> Ranking:
-    """The same ranking by torch.
+    """The same ranking by torch: a threshold for the layer, and a sort within each row.
 
-    Rows are independent, so a threshold for the whole layer and a sort within each row will do.
+    This suffices because rows are independent.
     """
     score = W * W / diag  # (R, C)
     cut = score.view(-1).kthvalue(count).values
@@ -57,7 +57,7 @@ def remove_one_by_one(
 
     With ``mask_at_once`` the whole matrix is masked after every removal, as in the paper's
     TensorFlow code; without, once at the end, as in the authors' later port. The released code
-    computes in float64; this takes W's type, so that both sides of a comparison have the same.
+    computes in float64; this uses W's type, so that both sides of a comparison have the same.
     """
     mask = np.ones_like(W)
     for position in positions.tolist():
@@ -74,9 +74,9 @@ def remove_in_blocks_(W: Tensor, A: Tensor, ranking: Ranking, width: int = 16) -
     """The best that torch does with W (R, C): ``width`` removals of every row at a time.
 
     Each step solves c = tril(A[P, P])^-1 w[P] for all rows together and subtracts c A[P, :], where
-    c is a sparse (R, C) matrix. Fewer removals at a time would be bound by W's traffic, more by
-    gathering A[P, P]. A dense product instead of the sparse one takes more than twice as long, and
-    one solve with all removals of a row more than that.
+    c is a sparse (R, C) matrix. Fewer removals at a time would be bound by the memory traffic of W,
+    more by gathering A[P, P]. A dense product instead of the sparse one takes more than twice as
+    long, and one solve with all removals of a row even longer.
     """
     R, C = W.shape
     entries = A.view(-1)

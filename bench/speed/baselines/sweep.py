@@ -9,12 +9,11 @@ from torch import Tensor
 def sparsegpt_(
     W: Tensor, U: Tensor, sparsity: float, group: int = 0, per_group: int = 0, width: int = 128
 ) -> Tensor:
-    """W (R, C) is pruned in place with U^T U the damped inverse, as in the loop that Frantar &
-    Alistarh released with SparseGPT in 2023.
+    """Prune W (R, C) in place, with U^T U the damped inverse: SparseGPT's released loop (2023).
 
-    Without groups a block loses what is below the sorted scores' ``sparsity`` quantile; with
-    them, ``per_group`` of every ``group`` columns. Every column takes a dozen small operations on
-    fresh tensors and one outer product over what is left of the block, masked or not.
+    Without groups a block loses what is below the sorted scores' ``sparsity`` quantile; with them,
+    ``per_group`` of every ``group`` columns. Every column takes a dozen small operations on new
+    tensors and one outer product over the rest of the block, masked or not.
     """
     for begin in range(0, W.shape[1], width):
         end = min(begin + width, W.shape[1])
@@ -22,20 +21,20 @@ def sparsegpt_(
         u = U[begin:end, begin:end]
         kept, errors = torch.zeros_like(block), torch.zeros_like(block)
         if group:
-            gone = torch.zeros_like(block, dtype=torch.bool)
+            removed = torch.zeros_like(block, dtype=torch.bool)
         else:
             score = block**2 / u.diagonal().reshape(1, -1) ** 2
             ranked = torch.sort(score.flatten()).values
-            gone = score <= ranked[int(score.numel() * sparsity)]
+            removed = score <= ranked[int(score.numel() * sparsity)]
         for j in range(end - begin):
             column, pivot = block[:, j], u[j, j]
             if group and j % group == 0:
                 members = slice(j, j + group)
                 score = block[:, members] ** 2 / u.diagonal()[members].reshape(1, -1) ** 2
                 lowest = torch.topk(score, per_group, dim=1, largest=False).indices
-                gone.scatter_(1, j + lowest, True)
+                removed.scatter_(1, j + lowest, True)
             left = column.clone()
-            left[gone[:, j]] = 0
+            left[removed[:, j]] = 0
             error = (column - left) / pivot
             block[:, j:] -= error.unsqueeze(1).matmul(u[j, j:].unsqueeze(0))
             kept[:, j] = left
@@ -50,8 +49,8 @@ def sweep_transposed_(
 ) -> Tensor:
     """The best that torch does with the same sweep: three operations a column, all in place.
 
-    A block lies transposed, so that a column of W is a row of memory; kthvalue instead of a sort;
-    errors go straight into the block that repairs what is right of it.
+    A block is transposed, so that a column of W is a row of memory. kthvalue replaces the sort.
+    Errors go directly into the block that repairs the columns to its right.
     """
     C = W.shape[1]
     for begin in range(0, C, width):

@@ -38,7 +38,7 @@ def sparsegpt_published(X: Tensor, W: Tensor, share: float) -> Tensor:
     """A running mean sequence by sequence, three factorisations, the loop over columns."""
     H = torch.zeros(W.shape[1], W.shape[1])
     for i, x in enumerate(X):
-        # the program counts sequences, so the mean is a sum over tokens divided by those
+        # The program counts sequences: its mean is a sum over tokens divided by their number.
         hessian.gram_running_mean_(H, i * len(x), x)
     return sweep.sparsegpt_(W.clone(), sweep.sparsegpt_factor(H, shapes.DAMPING), share)
 
@@ -82,15 +82,17 @@ def _obc_inverse(X: Tensor) -> Tensor:
 
 
 def _counts(loss: Tensor, share: float) -> Tensor:
-    """How many removals each row makes if the cheapest of the layer are made, (R,)."""
+    """How many removals each row makes if the layer's cheapest are made, (R,)."""
     count = round(share * loss.numel())
     chosen = loss.flatten().argsort(stable=True)[:count]
     return torch.bincount(chosen // loss.shape[1], minlength=len(loss))
 
 
 def obc_published(X: Tensor, W: Tensor, levels: Sequence[float], parallel: int = 32) -> Tensor:
-    """Every row to the end with an inverse of its own, the weights after every removal kept; then
-    one sort of all costs, and each row as it was after its share of them. (levels, R, C)."""
+    """Every row to the end with an inverse of its own; the weights after every removal are kept.
+
+    Then one sort of all costs, and each row as it was after its share of them. (levels, R, C).
+    """
     A = _obc_inverse(X)
     batches = []
     for w in W.split(parallel):
@@ -103,17 +105,17 @@ def obc_published(X: Tensor, W: Tensor, levels: Sequence[float], parallel: int =
 
 
 def obc_torch(X: Tensor, W: Tensor, levels: Sequence[float]) -> Tensor:
-    """Rows in panels, orders and costs only; the weights of a level by one system per row."""
+    """Rows in panels, orders and costs only; then the weights of each level, row by row."""
     A = _obc_inverse(X)
     C = W.shape[1]
     trace = exact.exact_torch(W, A, C)
     rank = torch.empty_like(trace.order).scatter_(1, trace.order, torch.arange(C).expand_as(W))
-    made = []
+    results = []
     for share in levels:
-        gone = rank < _counts(trace.loss, share)[:, None]
-        x = solve.solve_together(torch.where(gone, W, 0), A, gone)
-        made.append(torch.addmm(W, x, A, alpha=-1).masked_fill_(gone, 0))
-    return torch.stack(made)
+        removed = rank < _counts(trace.loss, share)[:, None]
+        x = solve.solve_together(torch.where(removed, W, 0), A, removed)
+        results.append(torch.addmm(W, x, A, alpha=-1).masked_fill_(removed, 0))
+    return torch.stack(results)
 
 
 def obc_ours(
@@ -154,21 +156,21 @@ def _fisher_start(G: Tensor, B: int) -> Tensor:
 
 
 def fisher_step(F: Tensor, w: Tensor) -> Tensor:
-    """The cheapest weights by w^2 / F_qq go, and each is made up for as if it went alone."""
+    """Remove the cheapest weights by w^2 / F_qq, each compensated as if it were removed alone."""
     diag = F.diagonal(dim1=1, dim2=2).reshape(-1)
     score = w * w / diag
-    gone = score <= score.kthvalue(round(FISHER_SHARE * len(w))).values
-    pull = torch.where(gone, w / diag, 0).view(len(F), -1, 1)
-    return (w - torch.bmm(F, pull).view(-1)).masked_fill_(gone, 0)
+    removed = score <= score.kthvalue(round(FISHER_SHARE * len(w))).values
+    pull = torch.where(removed, w / diag, 0).view(len(F), -1, 1)
+    return (w - torch.bmm(F, pull).view(-1)).masked_fill_(removed, 0)
 
 
 def fisher_published(G: Tensor, w: Tensor, B: int) -> Tensor:
-    """All blocks are streamed through three times for every gradient."""
+    """Every gradient streams all blocks through memory three times."""
     return fisher_step(inverse.inverse_update_one_by_one_(_fisher_start(G, B), G, float(len(G))), w)
 
 
 def fisher_torch(G: Tensor, w: Tensor, B: int) -> Tensor:
-    """Sixteen gradients at a time, blocks that fit into the cache."""
+    """Sixteen gradients at a time, in groups of blocks that fit into the cache."""
     return fisher_step(inverse.inverse_update_together_(_fisher_start(G, B), G, float(len(G))), w)
 
 
