@@ -4,29 +4,30 @@
     python bench/quality/convnets.py [--images FOLDER] [--seeds N] [--cache PREFIX] [--out FILE]
     python bench/quality/convnets.py --batch-norm [--images FOLDER] [--cache PREFIX]
 
-FOLDER holds the four IDX files of Fashion-MNIST; the default is where Debian's package puts
-them. Trained on the 60,000 training images as they are, one cycle of the learning rate, a few
-minutes on two cores, or read from ``PREFIX-<network>-<seed>.safetensors`` if that is there and
-written to it if not:
+FOLDER holds the four IDX files of Fashion-MNIST; the default is where Debian's package puts them.
+The networks are trained on the 60,000 training images, unaugmented, with one cycle of the learning
+rate, in a few minutes on two cores. They are read from ``PREFIX-<network>-<seed>.safetensors`` if
+that exists, and written to it if not:
 
 - LeNet-5 in Caffe's shape: 20 and 50 convolutions of 5x5, each pooled, then 500 outputs, ReLU, 10;
 - a small residual network with batch normalisation: depthwise, strided, dilated, grouped and 1x1
   convolutions, without biases, and one linear layer.
 
-Then every convolution and every linear layer, the first and the last included, is pruned to the
+Then every convolution and every linear layer, including the first and the last, is pruned to the
 same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
-training images without labels, and not trained again. Printed are errors in percent on the 10,000
-test images and seconds of a call of ``prune``; for the residual network also the errors after its
-batch normalisation has been re-estimated on the same 2,000 images, and the seconds of that. With
-several seeds, each trains a network of its own, and a cell is the mean and, in brackets, the lowest
-and the highest. Differences of a few tenths of a point between methods mean nothing for one seed.
+training images without labels, and not retrained. The tables show errors in percent on the 10,000
+test images and the seconds of a call of ``prune``. For the residual network they also show the
+errors after its batch normalisation was re-estimated on the same 2,000 images, and the seconds of
+that. With several seeds, each trains a network of its own, and a cell is the mean with the lowest
+and the highest in brackets. Differences of a few tenths of a point between methods mean nothing for
+one seed.
 
-With ``--batch-norm``, ways to re-estimate are compared instead, on one residual network: this
-package's, layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval
-mode, which feed a layer values that the layers before it normalised with statistics not yet new.
+``--batch-norm`` compares ways to re-estimate instead, on one residual network: this package's,
+layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval mode, which
+feed a layer values that the layers before it normalised with outdated statistics.
 
-``bench/results/convnets.json``: --seeds 3 --threads 1 --out bench/results/convnets.json with torch
-2.13, 14 minutes of training and 28 of pruning. The two cores were shared with other programs, so
+``bench/results/convnets.json`` comes from --seeds 3 --threads 1 --out bench/results/convnets.json
+with torch 2.13: 14 minutes of training and 28 of pruning. Other programs shared the two cores, so
 its seconds are rough.
 """
 
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import os
 
-# As in paired.py: threads that spin while they wait cost more than they give on shared cores.
+# As in paired.py: threads that spin while they wait cost more than they gain on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -203,8 +204,10 @@ def percent_wrong(model: nn.Module, images: Images) -> float:
 
 @dataclass
 class Row:
-    """One network pruned in one way, a number for every seed. "reestimated" stands for errors
-    after the batch normalisation was re-estimated."""
+    """One network pruned in one way, a number for every seed.
+
+    "reestimated" holds the errors after the batch normalisation was re-estimated.
+    """
 
     network: str
     sparsity: float
@@ -265,7 +268,7 @@ def measure(
 
 @torch.no_grad()
 def in_eval_mode(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """One pass: every layer gets the statistics of what it is fed while all have the old ones."""
+    """One pass: a layer gets the statistics of its inputs while all layers have the old ones."""
     seen: dict[nn.BatchNorm2d, list[Tensor]] = {}
     handles = []
     for module in model.modules():
@@ -317,11 +320,11 @@ def compare_batch_norm(model: nn.Module, training: Images, tested: Images) -> No
         batches = x.split(AT_ONCE)
         lobs.prune(pruned, batches, sparsity=sparsity, progress=False, **METHODS[method])
         for name, (way, data) in ways.items():
-            mine = copy.deepcopy(pruned)
+            variant = copy.deepcopy(pruned)
             begun = time.perf_counter()
-            way(mine, data)
+            way(variant, data)
             seconds = time.perf_counter() - begun
-            error = percent_wrong(mine.eval(), tested)
+            error = percent_wrong(variant.eval(), tested)
             print(f"| {sparsity:.0%} | {method} | {name} | {error:.2f} | {seconds:.1f} |")
 
 
@@ -334,8 +337,8 @@ def main() -> None:
     parser.add_argument(
         "--batch-norm", action="store_true", help="compare ways to re-estimate it instead"
     )
-    said = "write all numbers to this JSON file; rows that are in it already are not made again"
-    parser.add_argument("--out", type=Path, help=said)
+    text = "write all numbers to this JSON file; rows that it holds already are not computed again"
+    parser.add_argument("--out", type=Path, help=text)
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds: {arguments.seeds}; at least one network is needed")
@@ -347,10 +350,10 @@ def main() -> None:
         return
     batches = training.x[:CALIBRATION].split(AT_ONCE)
     rows: list[Row] = []
-    made: dict[tuple[str, float, str], Row] = {}
+    known: dict[tuple[str, float, str], Row] = {}
     if arguments.out and arguments.out.is_file():
         kept = [Row(**row) for row in json.loads(arguments.out.read_text())["rows"]]
-        made = {(row.network, row.sparsity, row.method): row for row in kept}
+        known = {(row.network, row.sparsity, row.method): row for row in kept}
     for network in NETWORKS:
         models = [trained(network, training, s, arguments.cache) for s in range(arguments.seeds)]
         dense = Row(network, 0.0, "not pruned")
@@ -364,11 +367,11 @@ def main() -> None:
         print(dense.line(), flush=True)
         for sparsity in SPARSITIES:
             for method in METHODS:
-                row = made.get((network, sparsity, method)) or Row(network, sparsity, method)
+                row = known.get((network, sparsity, method)) or Row(network, sparsity, method)
                 if not row.error:
                     measure(models, batches, tested, row)
-                    made[network, sparsity, method] = row
-                    save(arguments.out, arguments.seeds, made)  # a long run may be ended
+                    known[network, sparsity, method] = row
+                    save(arguments.out, arguments.seeds, known)  # a long run may be interrupted
                 rows.append(row)
                 print(row.line(), flush=True)
         print()

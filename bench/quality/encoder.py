@@ -4,15 +4,15 @@
     python bench/quality/encoder.py [--layers N] [--lines N] [--text FILE] [--threads N]
         [--out FILE]
 
-The package carries the weights and the vocabulary; nothing of it is run, and torch, safetensors and
-the standard library are all that is needed. The network is run once, dense, over some hundred lines
-of WikiText-2 (at most 128 tokens each, padding weighted zero); every linear layer's second moment
-is taken from that. Then each of the 36 layers (6 blocks of q, k, v, o 384 x 384, fc1 1536 x 384,
-fc2 384 x 1536) is pruned by itself to 50, 70 and 80 % (over the whole layer) and to 2:4, by every
-method. Printed are relative errors ``tr(dW H dW^T) / tr(W H W^T)``, without the damping and the
-bias, and the seconds of one call. Below 1, ``exact/sweep`` says that exact lost less than
-SparseGPT's sweep, and ``exchange/exact`` that exchanging weights afterwards lowered it further.
-Errors do not depend on the machine; seconds do, and are those of single calls.
+The package provides the weights and the vocabulary, and none of its code is run: torch, safetensors
+and the standard library suffice. The dense network is run once over some hundred lines of
+WikiText-2 (at most 128 tokens each, padding weighted zero), which gives every linear layer's second
+moment. Then each of the 36 layers (6 blocks of q, k, v, o 384 x 384, fc1 1536 x 384, fc2 384 x
+1536) is pruned by itself to 50, 70 and 80 % (over the whole layer) and to 2:4, by every method. The
+table shows relative errors ``tr(dW H dW^T) / tr(W H W^T)``, without the damping and the bias, and
+the seconds of one call. Below 1, ``exact/sweep`` means that exact lost less than SparseGPT's sweep,
+and ``exchange/exact`` that exchanging weights afterwards lowered it further. Errors do not depend
+on the machine; seconds do, and are those of single calls.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class WordPiece:
                 yield from word if single else ("".join(word),)
 
     def _pieces(self, word: str) -> list[int]:
-        found: list[int] = []
+        numbers: list[int] = []
         begin = 0
         while begin < len(word):
             prefix = "##" if begin else ""
@@ -102,9 +102,9 @@ class WordPiece:
                 end -= 1
             if end == begin:
                 return [self.unknown]
-            found.append(self.number[prefix + word[begin:end]])
+            numbers.append(self.number[prefix + word[begin:end]])
             begin = end
-        return found
+        return numbers
 
 
 def _stands_alone(c: str) -> bool:
@@ -142,9 +142,9 @@ class Encoder:
             longest = max(map(len, tokens))
             numbers = torch.zeros(len(tokens), longest, dtype=torch.int64)
             mask = torch.zeros(len(tokens), longest)
-            for row, mine in enumerate(tokens):
-                numbers[row, : len(mine)] = torch.tensor(mine)
-                mask[row, : len(mine)] = 1
+            for row, line in enumerate(tokens):
+                numbers[row, : len(line)] = torch.tensor(line)
+                mask[row, : len(line)] = 1
             yield numbers, mask
 
     @torch.no_grad()
@@ -195,12 +195,12 @@ def _stored(name: str) -> str:
 
 
 def check(encoder: Encoder) -> None:
-    """End the program if the network does not give the sentence vector that its authors print."""
+    """End the program unless the network gives the sentence vector that its authors print."""
     ((numbers, mask),) = encoder.batches([KNOWN_SENTENCE])
     mean = encoder.run(numbers, mask, lambda name, x: None)[0].mean(dim=0)
-    found = (mean / mean.norm())[: len(KNOWN)]
-    if not torch.allclose(found, torch.tensor(KNOWN), atol=1e-4):
-        raise SystemExit(f"the encoder gives {found.tolist()}, its authors print {KNOWN}")
+    vector = (mean / mean.norm())[: len(KNOWN)]
+    if not torch.allclose(vector, torch.tensor(KNOWN), atol=1e-4):
+        raise SystemExit(f"the encoder gives {vector.tolist()}, its authors print {KNOWN}")
 
 
 # ---- calibration -------------------------------------------------------------------------------
@@ -231,7 +231,10 @@ def text_lines(file: Path, count: int) -> list[str]:
 
 
 def second_moments(encoder: Encoder, lines: Sequence[str]) -> dict[str, lobs.Hessian]:
-    """Of the inputs of every linear layer, in the dense network; q, k and v have the same."""
+    """Second moments of the inputs of every linear layer, in the dense network.
+
+    q, k and v share theirs.
+    """
     moments: dict[str, lobs.Hessian] = {}
     for numbers, mask in encoder.batches(lines):
 
@@ -287,16 +290,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Geometric means over the layers, and total seconds, for every setting."""
     out: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
-        mine = [row["results"] for row in rows if row["setting"] == setting]
+        results = [row["results"] for row in rows if row["setting"] == setting]
         out[setting] = {
-            "layers": len(mine),
+            "layers": len(results),
             "relative_error": {
-                m: geometric_mean([r[m]["relative_error"] for r in mine]) for m in METHODS
+                m: geometric_mean([r[m]["relative_error"] for r in results]) for m in METHODS
             },
-            "seconds": {m: sum(r[m]["seconds"] for r in mine) for m in METHODS},
+            "seconds": {m: sum(r[m]["seconds"] for r in results) for m in METHODS},
         }
         for pair in RATIOS:
-            each = [ratio(r, *pair) for r in mine]
+            each = [ratio(r, *pair) for r in results]
             out[setting]["/".join(pair)] = {
                 "geometric_mean": geometric_mean(each),
                 "lowest": min(each),

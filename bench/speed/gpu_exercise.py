@@ -11,12 +11,119 @@ from lobs_native import ops
 from speed.gpu_place import Place, distance
 
 SIZES = (1, 31, 33, 127, 129, 1000)
+TRACES: tuple[dict[str, Any], ...] = (  # how exact_trace is called; the limit is half of C
+    {"limit": True, "update": True},
+    {"group": 4, "per_group": 2},
+    {"block": 4},
+)
+
+
+class Exercise:
+    """The operations on one problem: W (5, C) and A (C, C), in one dtype on the device.
+
+    The expected answers are those of the CPU kernels in float64.
+    """
+
+    def __init__(self, place: Place, W: Tensor, A: Tensor, dtype: torch.dtype) -> None:
+        self.place, self.backend = place, place.backend
+        self.W, self.A, self.C = W, A, A.shape[0]  # W float32, A float64, both on the host
+        self.block = min(self.C, 128)
+        self.dtype = dtype
+        self.tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+
+    def run(self) -> None:
+        """Run all of them; end the program at the first wrong answer."""
+        for options in TRACES:
+            self.exact(options)
+        for group in (0, self.block):
+            self.sweep(group)
+        self.inverse()
+        self.saliency()
+        self.ranking_and_static_order()
+
+    def exact(self, options: dict[str, Any]) -> None:
+        """``exact_trace``."""
+        if "limit" in options:
+            options = {**options, "limit": (self.C + 1) // 2}
+        trace = ops.exact_trace(
+            self.there(self.W), self.there(self.A), backend=self.backend, **options
+        )
+        expected = ops.exact_trace(self.W.double(), self.A, backend="cpu", **options)
+        if int(expected.count.sum()):
+            self.check(
+                f"exact {options}",
+                trace.loss.double().cumsum(1),
+                expected.loss.double().cumsum(1),
+            )
+
+    def sweep(self, group: int) -> None:
+        """``sweep_block_``, half removed: in groups, or by a mask without groups."""
+        B = self.block
+        U = torch.linalg.cholesky(self.A[:B, :B], upper=True)
+        mask = (torch.arange(5 * B).view(5, B) % 2).to(torch.uint8)
+        w, error = self.there(self.W[:, :B]), self.there(torch.zeros(5, B))
+        expected, expected_error = self.W[:, :B].double().clone(), torch.zeros(5, B).double()
+        half = {"group": group, "per_group": group // 2}
+        there = mask.to(self.place.device, copy=True)
+        ops.sweep_block_(w, self.there(U), there, error, backend=self.backend, **half)
+        ops.sweep_block_(expected, U.contiguous(), mask, expected_error, backend="cpu", **half)
+        self.check("sweep", w, expected)
+
+    def inverse(self) -> None:
+        """``inverse_update_`` of three blocks, the last one cut."""
+        B = self.block
+        expected = torch.eye(B, dtype=torch.float64).expand(3, B, B).contiguous().clone()
+        G = torch.randn(19, 3 * B - (B > 2))
+        F = self.there(expected)
+        ops.inverse_update_(F, self.there(G), 20.0, backend=self.backend)
+        ops.inverse_update_(expected, G.double(), 20.0, backend="cpu")
+        self.check("inverse", F, expected)
+
+    def saliency(self) -> None:
+        """``saliency_argmin``."""
+        live = torch.ones(self.C).bool()
+        diag = self.A.diagonal()
+        column, _ = ops.saliency_argmin(
+            self.there(self.W),
+            self.there(diag),
+            live.to(self.place.device),
+            backend=self.backend,
+        )
+        expected, _ = ops.saliency_argmin(self.W.double(), diag, live, backend="cpu")
+        self.check("saliency", column + 1, expected + 1)
+
+    def ranking_and_static_order(self) -> None:
+        """``rank_lowest``, and ``static_order_prune_`` of what it chose."""
+        score = torch.randn(6, self.C, dtype=torch.float64)
+        lowest = ops.rank_lowest(
+            score.to(self.place.device), self.C // 2, backend=self.backend
+        ).cpu()
+        self.check("ranking", lowest.double() + 1, ops.rank_lowest(score, self.C // 2) + 1.0)
+        order, start = ops.rank_rows(score[:5], lowest[:5], backend="cpu")
+        w, expected = self.there(self.W), self.W.double().clone()
+        ops.static_order_prune_(
+            w,
+            self.there(self.A),
+            order.to(self.place.device),
+            start.to(self.place.device),
+            backend=self.backend,
+        )
+        ops.static_order_prune_(expected, self.A, order, start, backend="cpu")
+        self.check("static order", w, expected)
+
+    def there(self, x: Tensor) -> Tensor:
+        """A copy on the device, in this dtype."""
+        return x.to(device=self.place.device, dtype=self.dtype).contiguous().clone()
+
+    def check(self, what: str, answer: Tensor, expected: Tensor) -> None:
+        """End the program if an answer is wrong."""
+        _check(f"{what} at {self.C}", answer, expected, self.tolerance)
 
 
 def exercise(place: Place) -> None:
-    """Every kernel at every size, against float64 on the host; for compute-sanitizer."""
+    """Run every kernel at every size."""
     sizes = SIZES[:4] if place.rehearse else SIZES
-    ran = 0
+    count = 0
     for C in sizes:
         X = torch.randn(C + 40, C).relu()
         H = X.double().T @ X.double() / len(X) + 0.1 * torch.eye(C, dtype=torch.float64)
@@ -24,77 +131,24 @@ def exercise(place: Place) -> None:
         A = (A + A.T) / 2
         W = torch.randn(5, C)
         for dtype in (torch.float32, torch.float64) if C < 1000 else (torch.float32,):
-            tolerance = 1e-3 if dtype == torch.float32 else 1e-9
-
-            def check(
-                what: str, got: Tensor, expected: Tensor, least: float = tolerance, C: int = C
-            ) -> None:
-                error = distance(got.cpu(), expected) if expected.numel() else 0.0
-                if not error <= least:
-                    raise SystemExit(f"{what} at {C}: error {error:.3g}")
-
-            def there(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-                return x.to(device=place.device, dtype=dtype).contiguous().clone()
-
-            b = place.backend
-            options: dict[str, Any]
-            for options in (
-                {"limit": (C + 1) // 2, "update": True},
-                {"group": 4, "per_group": 2},
-                {"block": 4},
-            ):
-                found = ops.exact_trace(there(W), there(A), backend=b, **options)
-                known = ops.exact_trace(W.double(), A, backend="cpu", **options)
-                if int(known.count.sum()):
-                    check(
-                        f"exact {options}",
-                        found.loss.double().cumsum(1),
-                        known.loss.double().cumsum(1),
-                    )
-            B = min(C, 128)
-            for group in (0, B):
-                w, e = there(W[:, :B]), there(torch.zeros(5, B))
-                U = torch.linalg.cholesky(A[:B, :B], upper=True)
-                gone = (torch.arange(5 * B).view(5, B) % 2).to(torch.uint8)
-                v, f, dead = W[:, :B].double().clone(), torch.zeros(5, B).double(), gone.clone()
-                gone = gone.to(place.device)
-                half = {"group": group, "per_group": group // 2}
-                ops.sweep_block_(w, there(U), gone, e, backend=b, **half)
-                ops.sweep_block_(v, U.contiguous(), dead, f, backend="cpu", **half)
-                check("sweep", w, v)
-            F = torch.eye(B, dtype=torch.float64).expand(3, B, B).contiguous().clone()
-            G = torch.randn(19, 3 * B - (B > 2))
-            known_F = F.clone()
-            got = there(F)
-            ops.inverse_update_(got, there(G), 20.0, backend=b)
-            ops.inverse_update_(known_F, G.double(), 20.0, backend="cpu")
-            check("inverse", got, known_F)
-            column, _ = ops.saliency_argmin(
-                there(W), there(A.diagonal()), there(torch.ones(C)).bool(), backend=b
-            )
-            known_column, _ = ops.saliency_argmin(
-                W.double(), A.diagonal(), torch.ones(C).bool(), backend="cpu"
-            )
-            check("saliency", column + 1, known_column + 1)
-            score = torch.randn(6, C, dtype=torch.float64)
-            low = ops.rank_lowest(score.to(place.device), C // 2, backend=b)
-            check("ranking", low.cpu().double() + 1, ops.rank_lowest(score, C // 2) + 1.0)
-            order, start = ops.rank_rows(score[:5], low[:5].cpu(), backend="cpu")
-            w, v = there(W), W.double().clone()
-            ops.static_order_prune_(
-                w, there(A), order.to(place.device), start.to(place.device), backend=b
-            )
-            ops.static_order_prune_(v, A, order, start, backend="cpu")
-            check("static order", w, v)
-            ran += 1
+            Exercise(place, W, A, dtype).run()
+            count += 1
         long = torch.randn(1, 64 * C, dtype=torch.float64)
-        low = ops.rank_lowest(long.to(place.device), 13 * C, backend=place.backend)
-        check("long ranking", low.cpu().double() + 1, ops.rank_lowest(long, 13 * C) + 1.0)
+        lowest = ops.rank_lowest(long.to(place.device), 13 * C, backend=place.backend)
+        expected = ops.rank_lowest(long, 13 * C) + 1.0
+        _check(f"long ranking at {C}", lowest.cpu().double() + 1, expected, 1e-9)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             x = X.to(dtype)
             M = torch.zeros(C, C, dtype=torch.float64, device=place.device)
             ops.hessian_accumulate_(M, x.to(place.device), backend=place.backend)
-            check(f"hessian {dtype}", M.tril(), (x.double().T @ x.double()).tril(), 1e-5)
-            ran += 1
+            expected = (x.double().T @ x.double()).tril()
+            _check(f"hessian {dtype} at {C}", M.tril(), expected, 1e-5)
+            count += 1
     place.wait()
-    print(f"exercised {ran} combinations at sizes {', '.join(map(str, sizes))}")
+    print(f"exercised {count} combinations at sizes {', '.join(map(str, sizes))}")
+
+
+def _check(what: str, answer: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = distance(answer.cpu(), expected) if expected.numel() else 0.0
+    if not error <= tolerance:
+        raise SystemExit(f"{what}: error {error:.3g}")

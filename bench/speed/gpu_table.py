@@ -46,22 +46,22 @@ class Bench:
         ours()
         for run, _ in rivals.values():
             run()
-        mine: list[float] = []
-        theirs: dict[str, list[float]] = {name: [] for name in rivals}
+        ours_seconds: list[float] = []
+        rivals_seconds: dict[str, list[float]] = {name: [] for name in rivals}
         for _ in range(repeats):
-            mine.append(self.place.seconds(ours))
+            ours_seconds.append(self.place.seconds(ours))
             for name, (run, times) in rivals.items():
-                theirs[name].append(self.place.seconds(run) * times)
-        median = statistics.median(mine)
+                rivals_seconds[name].append(self.place.seconds(run) * times)
+        median = statistics.median(ours_seconds)
         top = self.ceilings[f"{kind}_flops"]
         floor = max(flops / top, moved / self.ceilings["copy_bytes"])
         row: dict[str, Any] = {
-            "what": what, "ms": median * 1e3, "all_ms": [m * 1e3 for m in mine], "error": error,
-            "tflops": flops / median / 1e12, "gbytes": moved / median / 1e9,
+            "what": what, "ms": median * 1e3, "all_ms": [s * 1e3 for s in ours_seconds],
+            "error": error, "tflops": flops / median / 1e12, "gbytes": moved / median / 1e9,
             "roofline": floor / median, "ratios": {},
         }  # fmt: skip
-        for name, values in theirs.items():
-            ratios = sorted(t / m for t, m in zip(values, mine, strict=True))
+        for name, values in rivals_seconds.items():
+            ratios = sorted(t / m for t, m in zip(values, ours_seconds, strict=True))
             row["ratios"][name] = [statistics.median(ratios), ratios[0], ratios[-1]]
         self.rows.append(row)
         against = "; ".join(f"{n} {r[0]:.3g}x" for n, r in row["ratios"].items())
@@ -234,12 +234,12 @@ def exact_rows(b: Bench) -> None:
     few = slice(0, 3)
     for pattern in (None, "2:4"):
         options: dict[str, int] = {"group": 4, "per_group": 2} if pattern else {"limit": k}
-        found = ops.exact_trace(W, a, backend=place.backend, **options)
+        trace = ops.exact_trace(W, a, backend=place.backend, **options)
         with torch.device("cpu"):
             wide = ops.exact_trace(W[few].double().cpu(), A.cpu(), backend="cpu", **options)
         expected = wide.loss[:, :k].cumsum(1)
-        error = distance(found.loss[few, :k].double().cumsum(1).cpu(), expected)
-        if bool(found.lost.any()) or int(found.count.min()) != k:
+        error = distance(trace.loss[few, :k].double().cumsum(1).cpu(), expected)
+        if bool(trace.lost.any()) or int(trace.count.min()) != k:
             error = math.inf
         rows, sample = min(32, C), min(24, k // 2)
         keep = (2, 4) if pattern else (0, 0)

@@ -122,10 +122,10 @@ def synthetic_layer(C: int) -> Layer:
 def check(layer: Layer) -> float:
     """Distance of one row's cumulative costs from float64's; a large one ends the program."""
     W = layer.W[:1].contiguous()
-    found = ops.exact_trace(W, layer.A, limit=layer.removed).loss.double().cumsum(dim=1)
+    curve = ops.exact_trace(W, layer.A, limit=layer.removed).loss.double().cumsum(dim=1)
     wide = baselines.exact_torch(W.double(), layer.A.double(), layer.removed)
     expected = wide.loss.cumsum(dim=1)
-    error = float((found - expected).norm() / expected.norm())
+    error = float((curve - expected).norm() / expected.norm())
     if not error < 1e-3:
         raise SystemExit(f"C = {layer.columns}: wrong, error {error:.3g}")
     return error

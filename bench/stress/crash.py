@@ -1,12 +1,12 @@
-"""Killing a run again and again: is everything that was acknowledged still there, bit for bit?
+"""Runs that are killed again and again: is everything acknowledged still there, bit for bit?
 
     python bench/stress/crash.py [--kills 200] [--folder DIR] [--out FILE]
 
-A child process makes a run of small layers, going on where the last one stopped, and prints a line
-after each commit; it is killed (SIGKILL) at a random moment. Printed is how many acknowledged
-layers were lost, how many files were damaged, and whether each completed run has the bytes of one
-that nobody disturbed. Children are forked from one process that has imported torch, which takes
-far longer than their work.
+A child process writes a run of small layers, resuming where the last one stopped, and prints a line
+after each commit. It is killed (SIGKILL) at a random moment. The report says how many acknowledged
+layers were lost, how many files were damaged, and whether each completed run has the bytes of an
+undisturbed one. Children are forked from one process that has imported torch, because the import
+takes far longer than their work.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ from lobs_native.rundir.directory import LOCK, RunDirectory
 
 LAYERS = 12
 KILLED, FAILED = 137, 74  # exit codes: as by SIGKILL, and "input/output error" of sysexits.h
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
 def tensors(i: int) -> dict[str, torch.Tensor]:
-    """What layer ``i`` becomes: always the same."""
+    """The content of layer ``i``: always the same."""
     weight = torch.arange(64.0).reshape(8, 8) * (i + 1)
     return {"weight": weight, "mask": weight % 3 == 0}
 
 
 def work(path: Path, layers: int = LAYERS, acknowledge: Callable[[str], None] = print) -> None:
-    """Make a run, or go on with it: before each layer a state in two steps, then the layer."""
+    """Write a run, or resume it: before each layer a state in two steps, then the layer."""
     if (path / "run.json").exists():
         run = RunDirectory.open(path, write=True)
     else:
@@ -65,7 +64,7 @@ def work(path: Path, layers: int = LAYERS, acknowledge: Callable[[str], None] = 
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """The content of a run, by name. What is in the lock means nothing."""
+    """The content of a run, by name. The content of the lock has no meaning."""
     return {
         str(p.relative_to(path)): p.read_bytes()
         for p in sorted(path.rglob("*"))
@@ -87,7 +86,7 @@ def acknowledged_are_there(path: Path, names: list[str]) -> tuple[int, int]:
 
 
 class ExitAt:
-    """Stands in for ``fs.call``: the process ends at call ``k``, before it is made."""
+    """Replaces ``fs.call``: the process ends just before call ``k``."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -100,7 +99,7 @@ class ExitAt:
 
 
 def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
-    """One run in this process; its exit code."""
+    """Carry out one run in this process and return its exit code."""
     if "exit_at" in task:
         fs.call = ExitAt(task["exit_at"])
     if "largest_file" in task:
@@ -120,7 +119,7 @@ def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
 
 
 def serve() -> None:
-    """Fork a child for each line of standard input; say its number, what it prints, and its end."""
+    """Fork a child for each line of standard input; report its number, its output, and its end."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         number = os.fork()
@@ -136,12 +135,12 @@ def serve() -> None:
 
 
 def say(kind: str, value: Any) -> None:
-    """One line, in one write, so that a kill cannot tear it."""
+    """Write one line at once, so that a kill cannot tear it."""
     os.write(1, (json.dumps([kind, value]) + "\n").encode())
 
 
 class Server:
-    """The process that forks, seen from outside. A context manager."""
+    """The forking process, seen from outside. A context manager."""
 
     def __enter__(self) -> Server:
         environment = {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[2])}
@@ -179,7 +178,7 @@ class Server:
         return kind, value
 
     def wait(self) -> int:
-        """Until the child's end; its exit code, -9 after SIGKILL."""
+        """Wait for the child's end and return its exit code, -9 after SIGKILL."""
         while True:
             kind, value = self.next()
             if kind == "end":
@@ -190,7 +189,7 @@ class Server:
         return self.wait()
 
     def kill_after(self, seconds: float, **task: Any) -> int:
-        """Start a child and kill it so long after it has begun, unless it ends before."""
+        """Start a child and kill it this long after it has begun, unless it ends before."""
         self.start(**task)
         while not self.pid:
             self.next()
@@ -204,7 +203,7 @@ class Server:
 
 
 def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> dict[str, Any]:
-    """Kill children at random moments until ``count`` have been; what was found.
+    """Kill children at random moments until ``count`` have been killed, and count the losses.
 
     Each run lasts until it is complete, over as many children as it takes.
     """
@@ -251,7 +250,7 @@ def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> d
 
 
 def finish(found: Mapping[str, Any], losses: Sequence[str], out: Path | None) -> None:
-    """Print what was found, write it, and end with an error if any of ``losses`` is not zero."""
+    """Print and write the counts, and end with an error if any of ``losses`` is not zero."""
     for name, value in found.items():
         print(f"{name:40}{value}")
     if out:

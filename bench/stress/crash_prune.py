@@ -1,12 +1,11 @@
-"""Killing ``lobs.prune`` again and again: is every finished layer kept, and are the weights in the
-end those of a run that nobody disturbed, bit for bit?
+"""``lobs.prune`` killed again and again: is every finished layer kept, and are the weights right?
 
     python bench/stress/crash_prune.py [--kills 20] [--network lenet] [--folder DIR] [--out FILE]
 
-A child process prunes a network with a run directory, going on where the last one stopped, and
-prints a line after each layer that is committed; it is killed (SIGKILL) at a random moment.
-"lenet" is the authors' LeNet-300-100 on MNIST, as in ``bench/quality/lenet.py``; "chain" needs no
-data.
+A child process prunes a network with a run directory, resuming where the last one stopped, and
+prints a line after each committed layer. It is killed (SIGKILL) at a random moment. In the end the
+weights must be those of an undisturbed run, bit for bit. "lenet" is the authors' LeNet-300-100 on
+MNIST, as in ``bench/quality/lenet.py``; "chain" needs no data.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def chain() -> tuple[nn.Module, Iterable[Tensor]]:
 
 
 def released() -> tuple[nn.Module, Iterable[Tensor]]:
-    """LeNet-300-100 and the images it is calibrated on."""
+    """LeNet-300-100 and its calibration images."""
     return lenet.network(), lenet.mnist().part(0, lenet.CALIBRATION).batches()
 
 
@@ -62,7 +61,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Iterable[Tensor]]]] = {
 
 
 class Acknowledging(ledger.Ledger):
-    """Prints the name of each layer when it has been committed."""
+    """Prints the name of each layer after its commit."""
 
     def keep(self, layer: Any, *rest: Any) -> None:
         super().keep(layer, *rest)
@@ -70,7 +69,7 @@ class Acknowledging(ledger.Ledger):
 
 
 def child(network: str, folder: Path, kept: bool) -> None:
-    """Prune, and write the weights; with a run directory if ``kept``."""
+    """Prune, with a run directory if ``kept``, and write the weights."""
     torch.set_num_threads(1)
     pruner.Ledger = Acknowledging
     model, batches = NETWORKS[network]()
@@ -85,8 +84,10 @@ def child(network: str, folder: Path, kept: bool) -> None:
 def run_child(
     network: str, folder: Path, *, kept: bool = True, seconds: float | None = None
 ) -> tuple[int, list[str], float]:
-    """Start a child and kill it so many seconds after it has begun, unless it ends before. Its exit
-    code, the layers it acknowledged, and how long it took from its beginning."""
+    """Start a child and kill it this many seconds after it has begun, unless it ends before.
+
+    Returns its exit code, the layers it acknowledged, and its seconds since its beginning.
+    """
     folder.mkdir(exist_ok=True)
     command = [sys.executable, __file__, "--child", str(folder), "--network", network]
     process = subprocess.Popen(
@@ -96,17 +97,17 @@ def run_child(
         text=True,
     )
     assert process.stdout is not None
-    said = process.stdout.readline()
-    if said != "begun\n":
+    first = process.stdout.readline()
+    if first != "begun\n":
         process.kill()
-        raise SystemExit(f"a child said {said!r} and ended with {process.wait()}")
+        raise SystemExit(f"a child printed {first!r} and ended with {process.wait()}")
     since = time.perf_counter()
     if seconds is not None:
         time.sleep(seconds)
         process.kill()
-    said, _ = process.communicate()
+    output, _ = process.communicate()
     # A kill may tear the last line.
-    names = [line[:-1] for line in said.splitlines(keepends=True) if line.endswith("\n")]
+    names = [line[:-1] for line in output.splitlines(keepends=True) if line.endswith("\n")]
     return process.returncode, names, time.perf_counter() - since
 
 
@@ -114,10 +115,12 @@ def run_child(
 
 
 def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str, Any]:
-    """Kill children at random moments until ``count`` have been, and let the last run complete;
-    what was found."""
+    """Kill children at random moments until ``count`` have been killed, and count the losses.
+
+    The last run is completed.
+    """
     generator = random.Random(seed)
-    found = {
+    counts = {
         "kills": 0,
         "runs completed": 0,
         "children with layers to go on from": 0,
@@ -133,28 +136,28 @@ def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str,
         raise SystemExit(f"the undisturbed run ended with {code}")
     right = (folder / "undisturbed" / RESULT).read_bytes()
     path, acknowledged = folder / "disturbed", list[str]()
-    while found["kills"] < count or path.exists():
-        last = found["kills"] >= count
+    while counts["kills"] < count or path.exists():
+        last = counts["kills"] >= count
         moment = None if last else generator.uniform(0, 0.8 * whole)
         code, names, _ = run_child(network, path, seconds=moment)
-        found["children with layers to go on from"] += bool(acknowledged)
-        found["layers acknowledged"] += len(names)
-        found["layers pruned twice"] += len(set(names) & set(acknowledged))
+        counts["children with layers to go on from"] += bool(acknowledged)
+        counts["layers acknowledged"] += len(names)
+        counts["layers pruned twice"] += len(set(names) & set(acknowledged))
         acknowledged += names
         lost, damaged = acknowledged_are_there(path / "run", acknowledged)
-        found["layers lost"] += lost
-        found["damaged files"] += damaged
+        counts["layers lost"] += lost
+        counts["damaged files"] += damaged
         if code == -signal.SIGKILL:
-            found["kills"] += 1
+            counts["kills"] += 1
         elif code == 0:
-            found["runs completed"] += 1
-            found["other bytes than undisturbed"] += (path / RESULT).read_bytes() != right
+            counts["runs completed"] += 1
+            counts["other bytes than undisturbed"] += (path / RESULT).read_bytes() != right
             shutil.rmtree(path)
             acknowledged.clear()
         else:
             raise SystemExit(f"a child ended with {code}")
-    found["seconds"] = round(time.perf_counter() - begun, 1)
-    return found
+    counts["seconds"] = round(time.perf_counter() - begun, 1)
+    return counts
 
 
 def main() -> None:
@@ -170,9 +173,9 @@ def main() -> None:
         child(arguments.network, arguments.child, not arguments.undisturbed)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = kills(arguments.kills, Path(folder), arguments.network)
+        counts = kills(arguments.kills, Path(folder), arguments.network)
     losses = ("layers lost", "damaged files", "other bytes than undisturbed")
-    finish(found, losses, arguments.out)
+    finish(counts, losses, arguments.out)
 
 
 if __name__ == "__main__":

