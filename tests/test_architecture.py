@@ -249,10 +249,10 @@ def test_every_public_name_exists_and_is_documented():
 
 def test_no_absolute_paths_or_hosts_in_the_tree():
     here = re.compile(r"(?<![\w.])/(work|root|home|tmp)/\w")
-    for folder in ("python", "csrc", "cuda", "tests", "bench", "docs"):
+    for folder in ("python", "csrc", "cuda", "tests", "bench", "docs", "examples", "findings"):
         for path in (ROOT / folder).rglob("*"):
             if (
-                path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".md"}
+                path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".sh"}
                 and path.name != Path(__file__).name
             ):
                 assert not here.search(path.read_text()), path

@@ -14,12 +14,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SDIST_FOLDERS = ("csrc/", "cuda/", "python/", "tests/", "bench/", "docs/")
+SDIST_FOLDERS = (
+    *("csrc/", "cuda/", "python/", "tests/", "bench/", "docs/", "examples/", "findings/"),
+)
 SDIST_FILES = {
     "LICENSE",
     "README.md",
     "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
+    "RELEASING.md",
+    "SECURITY.md",
+    "noxfile.py",
     "CMakeLists.txt",
     "pyproject.toml",
 }
