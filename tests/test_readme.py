@@ -1,12 +1,15 @@
-"""What the README and the package's docstring show is run here."""
+"""What the README and the package's docstring show is run here, and its numbers are those of
+``bench/results``."""
 
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from pathlib import Path
 
-import torch
+import pytest
+from helpers.pages import blocks, rows_of_table
 
 import lobs_native
 
@@ -16,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_ten_lines_run_and_say_what_they_claim(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    (code,) = blocks(README, "python")
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["0", "0.8"], ["2", "0.8"]]
@@ -25,55 +28,57 @@ def test_the_ten_lines_run_and_say_what_they_claim(tmp_path, monkeypatch, capsys
     assert (tmp_path / "report.html").is_file()
 
 
-def test_the_names_in_the_second_example_exist():
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    fields = re.findall(r"out\.(\w+)", code)
-    assert set(fields) <= set(lobs_native.PrunedWeight.__dataclass_fields__)
-    assert "lobs.Hessian(" in code
+def test_it_is_short():
+    assert len(README.splitlines()) <= 120
 
 
-def test_the_second_and_third_examples_run():
-    second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1:3]
-    generator = torch.Generator().manual_seed(0)
-    names = {
-        "lobs": lobs_native,
-        "inputs": torch.rand(500, 64, generator=generator),
-        "token_weights": torch.ones(500),
-        "weight": torch.randn(32, 64, generator=generator),
-        "bias": torch.randn(32, generator=generator),
+def test_the_set_up_commands_are_there():
+    commands = blocks(README, "sh")
+    assert commands[0].endswith('".[demo]" && .venv/bin/lobs-native demo\n')
+    marked = README.split("<!-- test command -->\n```sh\n")[1]
+    assert marked.startswith('python3 -m venv .venv && .venv/bin/pip install ".[test]" && ')
+
+
+def test_its_table_of_quality_is_what_was_measured():
+    measured = {
+        (row["target"], row["method"], row["scope"], row["inputs"]): row["cosine"]
+        for row in json.loads((ROOT / "bench/results/whole_encoder.json").read_text())["rows"]
     }
-    exec(compile(second + third, "README.md", "exec"), names)
-    assert names["half"].error <= names["out"].error * 1.001
-    assert int((names["two_of_four"].weight == 0).sum()) == 32 * 32
+    columns = [
+        ("magnitude", "layer", "dense"),
+        ("wanda", "row", "dense"),
+        ("sweep", "layer", "dense"),
+        ("exact", "layer", "dense"),
+        ("exact", "layer", "corrected"),
+        ("exact", "model", "corrected"),
+    ]
+    rows = rows_of_table(README, "| | magnitude |")
+    assert [row[0] for row in rows] == ["50%", "70%", "80%", "2:4"]
+    for target, *shown in rows:
+        name = f"{float(target[:-1]) / 100:g}" if target.endswith("%") else target
+        for column, text in zip(columns, shown, strict=True):
+            if text == "-":
+                assert (name, *column) not in measured
+            else:
+                assert float(text) == pytest.approx(measured[(name, *column)], abs=5e-4)
 
 
-def test_the_training_example_keeps_the_zeros():
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[3]
-    model, x = torch.nn.Linear(8, 4), torch.rand(50, 8)
-    report = lobs_native.prune(model, [x], sparsity=0.5, progress=False)
-
-    def train(model: torch.nn.Module) -> None:
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(x).square().sum().backward()
-        optimizer.step()
-
-    names = {"lobs": lobs_native, "model": model, "report": report, "train": train}
-    exec(compile(code, "README.md", "exec"), names)
-    assert int((model.weight == 0).sum()) == 16
-
-
-def test_the_example_of_torch_prune_runs():
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[4]
-    model, batches = torch.nn.Sequential(torch.nn.Linear(8, 4)), [torch.rand(50, 8)]
-    exec(compile(code, "README.md", "exec"), {"model": model, "batches": batches})
-    assert int((model[0].weight_orig == 0).sum()) == int((model[0].weight_mask == 0).sum()) == 16
-
-
-def test_the_files_it_points_at_exist():
-    for name in re.findall(r"`((?:csrc|python|docs|bench)/[\w./]+)`", README):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"`python (bench/\w+\.py)`", README):
-        assert (ROOT / name).is_file(), name
+def test_its_ratios_are_among_those_that_were_measured():
+    measured = [
+        row
+        for file in (ROOT / "bench/results").glob("*-2-threads.json")
+        for row in json.loads(file.read_text())["rows"]
+    ]
+    for *_, ours, ratio in rows_of_table(README, "| what | rival |"):
+        value, low, high = (float(x) for x in re.findall(r"[\d.]+", ratio))
+        number, unit = ours.split()
+        seconds = float(number) * {"ms": 1e-3, "s": 1}[unit]
+        assert any(
+            row["ratio"] == pytest.approx(value, rel=0.02)
+            and row["interval"] == pytest.approx([low, high], rel=0.02)
+            and row["ours_seconds"] == pytest.approx(seconds, rel=0.02)
+            for row in measured
+        ), ratio
 
 
 def test_the_docstring_s_example_is_true():

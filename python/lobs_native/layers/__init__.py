@@ -86,7 +86,7 @@ def register_layer(layer: type[Layer]) -> type[Layer]:
 
     Notes
     -----
-    ``docs/extending.md`` has an example, and the test that every layer type should pass.
+    ``docs/developers/recipes.md`` has an example, and the test that every layer type should pass.
     """
     if not (isinstance(layer, type) and issubclass(layer, Layer)):
         raise DtypeError(f"layer: expected a subclass of lobs_native.Layer, got {layer!r}")

@@ -49,7 +49,7 @@ class Collected:
 
         Parameters
         ----------
-        inp : (B, ..., C) for a Linear, (B, C_in, *sizes) for a convolution; any float dtype
+        inp : (B, ..., C) for a Linear, (B, C_in, ...) for a convolution; any float dtype
             On the layer's device. Not modified.
         out : ignored
 
