@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import inspect
 import json
 import math
 import re
@@ -117,6 +119,49 @@ def test_the_table_of_convolutional_networks_is_what_was_measured():
             assert any(math.isclose(value, mean, abs_tol=0.011) for mean in means), value
 
 
+# ---- the format of a run directory ---------------------------------------------------------------
+
+
+def documented_fields(heading: str) -> set[str]:
+    page = (DOCS / "developers/run_directory_format.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """An object as the page says that it is to be read: its hash first."""
+    stem, _, check = data.rpartition(b',"check":')
+    assert check == b'"' + hashlib.sha256(stem).hexdigest().encode() + b'"}'
+    return json.loads(data)
+
+
+def test_a_run_directory_can_be_read_by_its_description_alone(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    run, data = tmp_path / "run", [torch.rand(50, 8)]
+    lobs_native.prune(model, data, sparsity=0.5, scope="model", run_dir=run, progress=False)
+
+    header = unsealed((run / "run.json").read_bytes().removesuffix(b"\n"))
+    assert set(header) == documented_fields("run.json") - {"command"}
+    assert header["format"] == 1
+    before, kinds = header["check"], set()
+    for seq, line in enumerate((run / "manifest.jsonl").read_bytes().splitlines()):
+        record = unsealed(line)
+        assert set(record) == documented_fields("manifest.jsonl")
+        assert (record["seq"], record["prev"]) == (seq, before)
+        name = hashlib.sha256(record["name"].encode()).hexdigest()[:12]
+        assert record["file"] == f"layers/{seq:05d}-{name}.safetensors"
+        file = (run / record["file"]).read_bytes()
+        assert (len(file), hashlib.sha256(file).hexdigest()) == (record["bytes"], record["sha256"])
+        before = record["check"]
+        kinds.add((record["kind"], record["name"]))
+    assert kinds == {
+        ("budget", "sensitivity"),
+        ("budget", "shares"),
+        ("layer", "0"),
+        ("layer", "2"),
+    }
+
+
 # ---- names ---------------------------------------------------------------------------------------
 
 
@@ -147,8 +192,6 @@ def test_every_public_name_is_in_the_api():
 
 
 def test_every_argument_of_prune_that_the_guide_uses_exists():
-    import inspect
-
     known = set(inspect.signature(lobs_native.prune).parameters)
     for page in WITH_EXAMPLES:
         for code in blocks(page.read_text(), "python"):
