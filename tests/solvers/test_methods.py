@@ -21,8 +21,7 @@ from lobs_native.errors import (
     NotPositiveDefiniteError,
     PatternError,
 )
-from lobs_native.solvers import exact as greedy
-from lobs_native.solvers import weight as weight_module
+from lobs_native.solvers import result
 from lobs_native.solvers.settings import METHODS, REFINES, SCOPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,7 +127,7 @@ def test_exact_is_solved_again_where_float32_was_not_enough(monkeypatch):
     W = W.float()
     plain = lobs.prune_weight(W, H, sparsity=0.5)
     assert plain.notes == ()
-    monkeypatch.setattr(weight_module, "OPTIMAL", 0.0)
+    monkeypatch.setattr(result, "OPTIMAL", 0.0)
     again = lobs.prune_weight(W, H, sparsity=0.5)
     assert torch.equal(again.mask, plain.mask)
     assert any("solved for again in float64" in note for note in again.notes)
@@ -351,7 +350,7 @@ def test_no_row_is_traced_much_further_than_it_loses(large, monkeypatch):
         return found
 
     whole = ops.exact_trace
-    monkeypatch.setattr(greedy.ops, "exact_trace", counted)
+    monkeypatch.setattr(ops, "exact_trace", counted)
     lobs.prune_weight(W, H, sparsity=0.5)
     assert 0.5 * W.numel() < traced_to < 0.62 * W.numel()
 

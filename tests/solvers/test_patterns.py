@@ -12,7 +12,6 @@ from lobs_native.solvers.patterns import (
     Blocks,
     GroupsOf,
     Unstructured,
-    check_fit,
     pattern_of,
 )
 
@@ -92,24 +91,24 @@ def test_anything_else_is_refused(value):
 
 
 def test_rows_must_be_whole_groups_or_blocks():
-    check_fit(Unstructured(), 7, None, prune_bias=True)
+    Unstructured().check_fit(7, None, prune_bias=True)
     for pattern in (GroupsOf(2, 4), Blocks(4)):
-        check_fit(pattern, 12, None, prune_bias=False)
+        pattern.check_fit(12, None, prune_bias=False)
         for columns in (1, 3, 13, 14):
             with pytest.raises(PatternError, match=f"'{pattern.name}' .* {columns} weights"):
-                check_fit(pattern, columns, None, prune_bias=False)
+                pattern.check_fit(columns, None, prune_bias=False)
         with pytest.raises(ArgumentError, match="prune_bias"):
-            check_fit(pattern, 12, None, prune_bias=True)
+            pattern.check_fit(12, None, prune_bias=True)
 
 
 def test_a_mask_must_fit_the_pattern():
     mask = torch.ones(2, 3, 12, dtype=torch.bool)
     mask[1, 2, 4:6] = False
-    check_fit(GroupsOf(2, 4), 12, mask, prune_bias=False)
-    check_fit(Blocks(2), 12, mask, prune_bias=False)
+    GroupsOf(2, 4).check_fit(12, mask, prune_bias=False)
+    Blocks(2).check_fit(12, mask, prune_bias=False)
     with pytest.raises(ArgumentError, match="mask: it removes 2 of 4"):
-        check_fit(GroupsOf(3, 4), 12, mask, prune_bias=False)
+        GroupsOf(3, 4).check_fit(12, mask, prune_bias=False)
     for size in (3, 4):
         with pytest.raises(ArgumentError, match=f"mask: .* whole 1x{size} blocks"):
-            check_fit(Blocks(size), 12, mask, prune_bias=False)
-    check_fit(Unstructured(), 12, mask, prune_bias=False)
+            Blocks(size).check_fit(12, mask, prune_bias=False)
+    Unstructured().check_fit(12, mask, prune_bias=False)

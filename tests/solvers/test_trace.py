@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
-from lobs_native.solvers import weight as weight_module
+from lobs_native.solvers import result
 from lobs_native.solvers.settings import SCOPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,7 +338,7 @@ def test_notes_of_one_cut_do_not_reach_the_next(monkeypatch):
     trace = lobs.trace_weight(W.float(), H)
     assert trace.at(0.5).notes == ()
     with monkeypatch.context() as patch:
-        patch.setattr(weight_module, "OPTIMAL", 0.0)
+        patch.setattr(result, "OPTIMAL", 0.0)
         first, second = trace.at(0.5).notes, trace.at(0.5).notes
     assert len(first) == 1
     assert first == second

@@ -20,8 +20,10 @@ from lobs_native.calibration.partial import States, passed_before, readable
 from lobs_native.calibration.run import Run
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.network.selection import Plan
-from lobs_native.solvers.exact import Greedy
+from lobs_native.solvers.exact import Exact
+from lobs_native.solvers.measurement import energy
 from lobs_native.solvers.problem import Problem, nearest_count
+from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["Costs", "passes", "share_budget", "shares"]
 
@@ -146,20 +148,19 @@ def _costs(
             inverted=True,
             prune_bias=plan.prune_bias,
             mask=None,
-            backend=ops.select_backend(backend, layer.weight().device),
-            memory=memory,
+            workspace=Workspace(ops.select_backend(backend, layer.weight().device), memory),
         )
-        greedy, energy = Greedy(problem, plan.pattern, importance), problem.energy()
+        exact, unpruned = Exact(problem, plan.pattern, importance), energy(problem)
         most = nearest_count(_highest(asked, spread), plan.weights)
-        values = greedy.cheapest(most)
+        values = exact.cheapest(most)
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
     stride = -(-most // _KEPT) or 1
-    unit = greedy.unit_cost() / each
+    unit = exact.removals.unit_cost() / each
     if importance is not None:
         unit *= float(importance.mean())
-    elif energy > 0:
-        unit /= energy**0.5
+    elif unpruned > 0:
+        unit /= unpruned**0.5
     return Costs(
         values=(values[stride - 1 :: stride] * unit).contiguous(),
         stride=stride,

@@ -13,8 +13,8 @@ import torch
 
 from lobs_native import ops
 from lobs_native.network.selection import Plan
+from lobs_native.solvers.measurement import PIECE
 from lobs_native.solvers.memory import plan_memory
-from lobs_native.solvers.problem import PIECE
 
 __all__ = ["RunPlan", "Workload", "plan_run"]
 

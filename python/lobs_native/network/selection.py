@@ -15,7 +15,7 @@ from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.layers import Layer, layers_of
 from lobs_native.report.records import Skipped
-from lobs_native.solvers.patterns import GroupsOf, Unstructured, check_fit, pattern_of
+from lobs_native.solvers.patterns import GroupsOf, Unstructured, pattern_of
 from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping, check_refine
 
 __all__ = ["OVERRIDABLE", "Plan", "overridden", "plan_layer", "plan_layers", "tie"]
@@ -181,7 +181,7 @@ def plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
             "'layer'"
         )
     try:
-        check_fit(pattern, layer.neighbours, None, prune_bias=False)
+        pattern.check_fit(layer.neighbours, None, prune_bias=False)
     except PatternError as error:
         where = "" if layer.neighbours == layer.width else " (input channels at a kernel position)"
         raise PatternError(f"layer {layer.name!r}: {error}{where}") from error

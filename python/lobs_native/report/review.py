@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lobs_native.report.records import LayerReport, ReportRecord
-from lobs_native.solvers.problem import OPTIMAL
+from lobs_native.solvers.result import OPTIMAL
 
 __all__ = ["Check", "Note", "notes_of", "review"]
 

@@ -9,7 +9,7 @@ import torch
 
 from lobs_native import checks, ops
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.solvers.exact import rows_together
+from lobs_native.solvers.removals import rows_together
 
 __all__ = ["MemoryPlan", "plan_memory"]
 

@@ -1,8 +1,9 @@
-"""Which weights may go together: one frozen dataclass per sparsity pattern, and their list."""
+"""Sparsity patterns: which weights of a row are removed together, one frozen dataclass each."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,27 +20,115 @@ __all__ = [
     "GroupsOf",
     "Pattern",
     "Unstructured",
-    "check_fit",
     "pattern_of",
 ]
 
 FORCED, ZERO = -2.0, -1.0  # scores below every real one: masked out already, zero already
 
 
+class Pattern(ABC):
+    """What methods ask of a pattern. A subclass answers only where it differs from single weights.
+
+    Methods remove *units*: ``unit`` neighbouring inputs of a row, together. Where ``is_grouped``,
+    the pattern alone decides how many: ``per_group`` of every ``group`` neighbouring inputs.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The pattern as users write it."""
+
+    @property
+    def unit(self) -> int:
+        """Weights of a row that are removed together."""
+        return 1
+
+    @property
+    def group(self) -> int:
+        """Neighbouring inputs of a row that form a group; 0 without groups."""
+        return 0
+
+    @property
+    def per_group(self) -> int:
+        """Weights that every group loses; 0 without groups."""
+        return 0
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the pattern itself determines the sparsity."""
+        return self.group > 0
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of weights that the pattern removes; None where a target decides."""
+        return None
+
+    def unit_scores(self, score: Tensor) -> Tensor:
+        """Scores (..., C / unit) of whole units from those of their weights (..., C)."""
+        return score
+
+    def expand(self, units: Tensor) -> Tensor:
+        """Bool (..., C) of weights from bool (..., C / unit) of whole units."""
+        return units.repeat_interleave(self.unit, -1) if self.unit > 1 else units
+
+    @abstractmethod
+    def cuts(self, in_features: int, order: int, width: int) -> list[int]:
+        """Bounds of column blocks, about ``width`` wide, which divide no unit and no group: rising
+        from 0 to ``order``, which is ``in_features`` and the bias."""
+
+    @abstractmethod
+    def check_fit(self, in_features: int, mask: Tensor | None, *, prune_bias: bool) -> None:
+        """Raise PatternError or ArgumentError if rows of ``in_features`` weights with this mask
+        (..., in_features) cannot have the pattern."""
+
+
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Any weight may be removed, whatever its neighbours."""
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """The pattern as users write it."""
         return "unstructured"
+
+    def cuts(self, in_features: int, order: int, width: int) -> list[int]:
+        """See :class:`Pattern`."""
+        return [*range(0, order, width), order]
+
+    def check_fit(self, in_features: int, mask: Tensor | None, *, prune_bias: bool) -> None:
+        """Accept any row."""
+
+
+class _Neighbours(Pattern):
+    """``size`` neighbouring inputs of a row belong together; biases belong nowhere."""
+
+    size: int
+
+    def cuts(self, in_features: int, order: int, width: int) -> list[int]:
+        """See :class:`Pattern`; a bias has a block of its own."""
+        step = max(self.size, width // self.size * self.size)
+        return [*range(0, in_features, step), in_features] + [order] * (order > in_features)
+
+    def check_fit(self, in_features: int, mask: Tensor | None, *, prune_bias: bool) -> None:
+        """See :class:`Pattern`."""
+        if in_features % self.size:
+            raise PatternError(
+                f"pattern: {self.name!r} does not divide rows of {in_features} weights; leave this "
+                "layer out or prune it unstructured"
+            )
+        if prune_bias:
+            raise ArgumentError(f"prune_bias: a bias has no place in pattern {self.name!r}")
+        if mask is not None:
+            self._check_mask(mask.reshape(*mask.shape[:-1], -1, self.size))
+
+    @abstractmethod
+    def _check_mask(self, mask: Tensor) -> None:
+        """ArgumentError for a mask (..., C / size, size) that the pattern does not allow."""
 
 
 @dataclass(frozen=True)
-class GroupsOf:
-    """N:M: of every ``size`` neighbouring inputs, ``keep`` weights are kept; ``GroupsOf(2, 4)`` is
-    "2:4"."""
+class GroupsOf(_Neighbours):
+    """N:M: of every ``size`` neighbouring inputs of a row, ``keep`` stay."""
 
     keep: int
     size: int
@@ -53,17 +142,35 @@ class GroupsOf:
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """The pattern as users write it."""
         return f"{self.keep}:{self.size}"
+
+    @property
+    def group(self) -> int:
+        """See :class:`Pattern`."""
+        return self.size
+
+    @property
+    def per_group(self) -> int:
+        """See :class:`Pattern`."""
+        return self.size - self.keep
 
     @property
     def sparsity(self) -> float:
         """The share of weights that this pattern removes."""
         return 1 - self.keep / self.size
 
+    def _check_mask(self, mask: Tensor) -> None:
+        most = int((~mask).sum(-1).max())
+        if most > self.per_group:
+            raise ArgumentError(
+                f"mask: it removes {most} of {self.size} in some group, but pattern "
+                f"{self.name!r} keeps {self.keep}"
+            )
+
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(_Neighbours):
     """1 x b: ``size`` neighbouring inputs of a row are kept or removed together."""
 
     size: int
@@ -76,19 +183,27 @@ class Blocks:
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """The pattern as users write it."""
         return f"1x{self.size}"
 
-    def scores(self, score: Tensor) -> Tensor:
-        """Scores (..., C / size) of whole blocks from those of their weights (..., C)."""
+    @property
+    def unit(self) -> int:
+        """See :class:`Pattern`."""
+        return self.size
+
+    def unit_scores(self, score: Tensor) -> Tensor:
+        """See :class:`Pattern`: the sum of a block's scores, FORCED or ZERO where all of it is."""
         blocks = score.reshape(*score.shape[:-1], -1, self.size)
         total = blocks.clamp_min(0.0).sum(-1)
         total[(blocks < 0).all(-1)] = ZERO
         total[(blocks == FORCED).all(-1)] = FORCED
         return total
 
+    def _check_mask(self, mask: Tensor) -> None:
+        if not bool((mask == mask[..., :1]).all()):
+            raise ArgumentError(f"mask: it is not made of whole {self.name} blocks")
 
-Pattern = Unstructured | GroupsOf | Blocks
+
 PATTERNS: tuple[type[Pattern], ...] = (Unstructured, GroupsOf, Blocks)
 _WRITTEN: dict[str, Callable[[int, int], Pattern]] = {
     r"(\d{1,6}):(\d{1,6})": GroupsOf,
@@ -97,9 +212,9 @@ _WRITTEN: dict[str, Callable[[int, int], Pattern]] = {
 
 
 def pattern_of(pattern: object) -> Pattern:
-    """The pattern that a user means by an object or a name. Raises PatternError for anything
-    else."""
-    if isinstance(pattern, PATTERNS):
+    """The pattern that a user names or passes. Raises PatternError for an unknown name, DtypeError
+    for another type."""
+    if isinstance(pattern, Pattern):
         return pattern
     if not isinstance(pattern, str):
         raise DtypeError(
@@ -114,28 +229,3 @@ def pattern_of(pattern: object) -> Pattern:
         f"pattern: {pattern!r} is not a pattern; use 'unstructured', 'N:M' (keep N of M, as '2:4') "
         "or '1xB' (as '1x4')"
     )
-
-
-def check_fit(pattern: Pattern, columns: int, mask: Tensor | None, prune_bias: bool) -> None:
-    """PatternError or ArgumentError if rows of ``columns`` cannot have this pattern."""
-    if isinstance(pattern, Unstructured):
-        return
-    if columns % pattern.size:
-        raise PatternError(
-            f"pattern: {pattern.name!r} does not divide rows of {columns} weights; leave this "
-            "layer out or prune it unstructured"
-        )
-    if prune_bias:
-        raise ArgumentError(f"prune_bias: a bias has no place in pattern {pattern.name!r}")
-    if mask is None:
-        return
-    grouped = mask.reshape(*mask.shape[:-1], -1, pattern.size)
-    if isinstance(pattern, Blocks) and not bool((grouped == grouped[..., :1]).all()):
-        raise ArgumentError(f"mask: it is not made of whole {pattern.name} blocks")
-    if isinstance(pattern, GroupsOf):
-        most = int((~grouped).sum(-1).max())
-        if most > pattern.size - pattern.keep:
-            raise ArgumentError(
-                f"mask: it removes {most} of {pattern.size} in some group, but pattern "
-                f"{pattern.name!r} keeps {pattern.keep}"
-            )

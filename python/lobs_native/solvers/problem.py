@@ -1,34 +1,34 @@
-"""One layer as a quadratic problem: weights, second moments, inverses, and what a change costs.
+"""One layer as a quadratic problem: its weights, second moments and inverses.
 
-Shared by every method. G groups (grouped convolutions; 1 otherwise), R rows, D columns: the C
-inputs and, with a bias, the column of ones last.
+Shapes: G groups (grouped convolutions; 1 otherwise), R outputs, C inputs, and D = C, or C + 1 with
+a bias, whose column of ones is the last. ``repair`` finds the best weights for a mask,
+``measurement`` the error of given weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lobs_native import checks, ops
-from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
+from lobs_native import checks
+from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
 from lobs_native.solvers.inversion import Inverse, invert
+from lobs_native.solvers.workspace import Workspace
 
-__all__ = ["OPTIMAL", "PIECE", "Drift", "Problem", "in_errors", "nearest_count"]
+__all__ = ["Drift", "Problem", "in_errors", "nearest_count", "scaled_"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
-OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which exact is redone
-PIECE = 1 << 19  # elements of a float64 temporary
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a layer with its original weights is, on its inputs x, from outputs y that it should
-    have; means over the rows, of all groups together.
+    """The distance of a layer with its original weights, on its inputs x, from desired outputs y:
+    means over the samples, of all groups together.
 
     The best weights are then not the original ones but, with damping, ``W + (A pull)^T``: the
     minimum of ``|y - x W'^T|^2`` plus the damping times ``|W' - W|^2``.
@@ -36,29 +36,26 @@ class Drift:
 
     pull: Sequence[Tensor]  # G times (D, R) float64: x^T (y - x W^T)
     inherited: float  # |y - x W^T|^2
-    energy: float  # what errors are relative to
+    energy: float  # the unit of relative errors
 
 
 @dataclass
 class Problem:
-    """A layer while it is being pruned."""
+    """A layer while it is being pruned; its tensors are never written to."""
 
-    before: Tensor  # (G, R, D) float32, or float64 where weight or bias is; never written
-    original: Tensor  # (G, R, D), the same unless a drift has been made up for
+    before: Tensor  # (G, R, D) float32, or float64 where weight or bias is: what is pruned
+    original: Tensor  # (G, R, D): before, unless that makes up for a drift
     moments: Sequence[Tensor]  # G times (D, D) float64
     inverses: list[Inverse]  # G of them, or none for methods that need none
-    dead: list[Tensor]  # G times (C,) bool: inputs that were zero in every row
+    dead: list[Tensor]  # G times (C,) bool: inputs that were zero in every sample
     weight_dtype: torch.dtype
     bias_dtype: torch.dtype | None
     prune_bias: bool
     mask: Tensor | None  # (G, R, C) bool, True = may stay
     precise: bool  # kernels run in float64
-    backend: str
-    memory: int | None = None  # bytes of kernel scratch
+    workspace: Workspace
     drift: Drift | None = None
-    said: list[str] = field(default_factory=list)  # what was done differently from what was asked
-    widened: set[int] = field(default_factory=set)  # rows that float32 was too narrow for
-    norms: dict[int, float] = field(default_factory=dict)  # of second moments, once asked for
+    _norms: dict[int, float] = field(default_factory=dict, repr=False)  # see norm()
 
     @classmethod
     def of(
@@ -71,11 +68,11 @@ class Problem:
         inverted: bool,
         prune_bias: bool,
         mask: Tensor | None,
-        backend: str,
-        memory: int | None = None,
+        workspace: Workspace,
         drift: Drift | None = None,
     ) -> Problem:
-        """Check that the parts fit together, and invert the second moments if asked."""
+        """Check that the parts fit together, and invert the second moments where ``inverted`` or a
+        drift requires it."""
         _check_layer(W, moments, bias, mask, prune_bias)
         double = torch.float64 in (W.dtype, None if bias is None else bias.dtype)
         before = W.to(torch.float64 if double else torch.float32)
@@ -92,7 +89,7 @@ class Problem:
                 w += inverse.times(pull).div_(inverse.scale).T
             checks.check_finite(before, "weight, corrected for what came before it")
         little = any(i.damping < _FLOAT64_BELOW for i in inverses)
-        made = cls(
+        problem = cls(
             before=before,
             original=original,
             moments=moments,
@@ -103,26 +100,34 @@ class Problem:
             prune_bias=prune_bias,
             mask=mask,
             precise=double or little,
-            backend=backend,
-            memory=memory,
+            workspace=workspace,
             drift=drift,
         )
-        if any(i.raised for i in inverses):
-            made.said.append(f"Cholesky failed with damping {damping:g}; {made.damping:g} was used")
-        if made.precise and W.dtype != torch.float64 and inverses:
+        if problem.damping_raised:
+            workspace.note(
+                f"Cholesky failed with damping {damping:g}; {problem.damping:g} was used"
+            )
+        if problem.precise and W.dtype != torch.float64 and inverses:
             why = f"the damping is below {_FLOAT64_BELOW:g}" if little else "the bias is float64"
-            made.said.append(f"computed in float64 because {why}")
-        return made
+            workspace.note(f"computed in float64 because {why}")
+        return problem
+
+    # ---- sizes and types -------------------------------------------------------------------------
 
     @property
-    def columns(self) -> int:
+    def order(self) -> int:
+        """D: columns of the second moment, the column of ones included."""
+        return self.before.shape[2]
+
+    @property
+    def in_features(self) -> int:
         """C: inputs, without the column of ones."""
-        return self.before.shape[2] - (self.bias_dtype is not None)
+        return self.order - (self.bias_dtype is not None)
 
     @property
     def candidates(self) -> int:
-        """Weights per row that may be removed."""
-        return self.before.shape[2] if self.prune_bias else self.columns
+        """Weights of a row that may be removed."""
+        return self.order if self.prune_bias else self.in_features
 
     @property
     def total(self) -> int:
@@ -130,31 +135,50 @@ class Problem:
         return self.before.shape[0] * self.before.shape[1] * self.candidates
 
     @property
-    def damping(self) -> float:
-        """The largest fraction that was used; 0 where nothing was inverted."""
-        return max((i.damping for i in self.inverses), default=0.0)
+    def bias_stays(self) -> bool:
+        """Whether there is a bias that may not be removed."""
+        return self.bias_dtype is not None and not self.prune_bias
 
     @property
     def dtype(self) -> torch.dtype:
         """What the kernels compute in."""
         return torch.float64 if self.precise else torch.float32
 
+    # ---- the mask --------------------------------------------------------------------------------
+
+    def masked(self) -> Tensor:
+        """Bool (G, R, D): the weights that the user's mask removes."""
+        removed = torch.zeros_like(self.before, dtype=torch.bool)
+        if self.mask is not None:
+            removed[:, :, : self.in_features] = ~self.mask
+        return removed
+
+    def check_mask(self, removed: Tensor) -> None:
+        """Raise ArgumentError if something that the user's mask removes is still there."""
+        if self.mask is not None and not bool(removed[:, :, : self.in_features][~self.mask].all()):
+            raise self.over_masked()
+
+    def over_masked(self) -> ArgumentError:
+        """The error for a mask that removes more than the target."""
+        assert self.mask is not None
+        return ArgumentError(
+            f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
+            "weights, more than was asked for: ask for more"
+        )
+
+    # ---- second moments --------------------------------------------------------------------------
+
     @property
-    def exponent(self) -> int:
-        """A power of two that brings the weights near one, so that their squares keep in range."""
-        largest = max(float(self.before.max()), -float(self.before.min()))
-        return max(-1000, min(1000, math.frexp(largest)[1]))
+    def damping(self) -> float:
+        """The largest fraction that was used; 0 where nothing was inverted."""
+        return max((i.damping for i in self.inverses), default=0.0)
 
-    def damped(self, g: int) -> Tensor:
-        """(D, D) float64: the second moment of group g over its inverse's scale, with damping.
+    @property
+    def damping_raised(self) -> bool:
+        """Whether some group needed more damping than requested."""
+        return any(i.raised for i in self.inverses)
 
-        It is what ``inverses[g].A`` is the inverse of.
-        """
-        H = self.moments[g].clone()
-        H.diagonal().add_(self._shift(g))
-        return H.div_(self.inverses[g].scale)
-
-    def _shift(self, g: int) -> float:
+    def shift(self, g: int) -> float:
         """What damping adds to the diagonal of group g's second moment; 0 where nothing was
         inverted."""
         mean = float(self.moments[g].diagonal().mean())
@@ -162,68 +186,49 @@ class Problem:
             return 0.0
         return self.inverses[g].damping * mean if mean > 0 else 1.0
 
+    def damped(self, g: int) -> Tensor:
+        """(D, D) float64: the second moment of group g over its inverse's scale, with damping. Its
+        inverse is ``inverses[g].A``."""
+        H = self.moments[g].clone()
+        H.diagonal().add_(self.shift(g))
+        return H.div_(self.inverses[g].scale)
+
+    def norm(self, g: int) -> float:
+        """The spectral norm of group g's second moment; see :func:`_spectral_norm`."""
+        if g not in self._norms:
+            self._norms[g] = _spectral_norm(self.moments[g])
+        return self._norms[g]
+
+    # ---- the weights in the kernels' units -------------------------------------------------------
+
+    @property
+    def exponent(self) -> int:
+        """A power of two that brings the weights near one, so that their squares keep in range."""
+        largest = max(float(self.before.max()), -float(self.before.min()))
+        return max(-1000, min(1000, math.frexp(largest)[1]))
+
     def working(
         self, g: int, dtype: torch.dtype | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """(R, D) contiguous copy of group g's weights (or some rows of them), near one in size,
         zero on dead inputs."""
-        given = self.before[g] if rows is None else self.before[g][rows.to(self.before.device)]
-        w = scaled_(given.to(dtype or self.dtype, copy=True), -self.exponent)
+        before = self.before[g] if rows is None else self.before[g][rows.to(self.before.device)]
+        w = scaled_(before.to(dtype or self.dtype, copy=True), -self.exponent)
         w[:, : len(self.dead[g])][:, self.dead[g]] = 0.0
         return w.contiguous()
 
-    def restored(self, after: Tensor, gone: Tensor) -> Tensor:
+    def restored(self, after: Tensor, removed: Tensor) -> Tensor:
         """Working weights (G, R, D) after a removal, brought back to the original unit in place."""
         out = scaled_(after, self.exponent)
         for g, dead in enumerate(self.dead):  # a kept weight of a dead input keeps its value
             if bool(dead.any()):
                 columns = dead.nonzero()[:, 0]
                 out[g][:, columns] = self.before[g][:, columns].to(out.dtype)
-        return out.masked_fill_(gone, 0.0)
-
-    def repaired(
-        self, gone: Tensor, *, precise: bool | None = None, from_kept: bool = False
-    ) -> Tensor:
-        """(G, R, D): the best weights that are zero in ``gone`` (G, R, D).
-
-        Solves for the multipliers of the removed weights or for the change of the kept ones,
-        whichever are fewer: ``w - A[:, P] A[P, P]^-1 w[P]``, or ``w[S] + H[S, S]^-1 H[S, P] w[P]``.
-        ``from_kept`` takes the second, whose error does not grow with the condition of H.
-        """
-        precise = self.precise if precise is None else precise
-        dtype = torch.float64 if precise else torch.float32
-        parts = []
-        for g, inverse in enumerate(self.inverses):
-            w, P = self.working(g, dtype), gone[g].contiguous()
-            count = P.sum(1, dtype=torch.float64)
-            removed = torch.where(P, w, 0.0)
-            fewer = float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum())
-            if fewer and not from_kept:
-                A = inverse.A.to(dtype)
-                ops.support_solve_(removed, A, P, backend=self.backend)
-                parts.append(w.addmm_(removed, A, alpha=-1))
-            else:
-                H = self.damped(g).to(dtype)
-                change = removed @ H
-                ops.support_solve_(change, H, ~P, backend=self.backend)
-                parts.append(w.add_(change))
-        after = parts[0][None] if len(parts) == 1 else torch.stack(parts)
-        return self.restored(after, gone)
-
-    def best(self, gone: Tensor) -> Tensor:
-        """:meth:`repaired`; in float64, with a note, where float32 is not enough."""
-        if not self.precise:
-            try:
-                return self.repaired(gone)
-            except NotPositiveDefiniteError:
-                self.said.append(
-                    "the kept weights were solved for in float64: float32 was too narrow"
-                )
-        return self.repaired(gone, precise=True)
+        return out.masked_fill_(removed, 0.0)
 
     def rounded(self, after: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights (G, R, C) and biases (G, R) in their own types."""
-        C = self.columns
+        C = self.in_features
         weight = after[:, :, :C].to(self.weight_dtype, copy=True).contiguous()
         bias = None
         if self.bias_dtype is not None:
@@ -235,125 +240,6 @@ class Problem:
                 "to a wider type, raise the damping, or remove less"
             )
         return weight, bias
-
-    def energy(self) -> float:
-        """tr(W H W^T) of the original weights; with a drift, of the outputs they should have."""
-        if self.drift is not None:
-            return _finite(self.drift.energy)
-        total = 0.0
-        for g, H in enumerate(self.moments):
-            for rows in self._pieces():
-                total += _error(self.before[g, rows].to(torch.float64), H)[0]
-        return _finite(total)
-
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """tr(dW H dW^T) of final weights (G, R, C) and biases (G, R), without damping; with a
-        drift, how far their outputs are from those they should have."""
-        total = 0.0 if self.drift is None else self.drift.inherited
-        for g, H in enumerate(self.moments):
-            for rows in self._pieces():
-                dW = self._change(weight, bias, g, rows)
-                total += _error(dW, H)[0] - self._pulled(dW, g, rows)
-        return _finite(total)
-
-    def _pulled(self, dW: Tensor, g: int, rows: slice) -> float:
-        """What a change of the original weights gains by following the drift."""
-        if self.drift is None:
-            return 0.0
-        return 2.0 * float((self.drift.pull[g][:, rows].T * dW).sum())
-
-    def measured(self, weight: Tensor, bias: Tensor | None, gone: Tensor) -> tuple[float, float]:
-        """:meth:`error`, and the optimality ratio of the kept weights.
-
-        The ratio is the worst row's ``||(dw H) on kept|| / (D eps ||dw|| ||H||)`` with the damped
-        H and the eps of the weight's type: below about 30 the kept weights are the best there are
-        for their mask as far as this type can tell.
-        """
-        total = 0.0 if self.drift is None else self.drift.inherited
-        worst = 0.0
-        eps = torch.finfo(self.weight_dtype).eps
-        for g, H in enumerate(self.moments):
-            shift = self._shift(g)
-            norm = self._norm(g) + shift or 1.0
-            for rows in self._pieces():
-                dW = self._change(weight, bias, g, rows)
-                error, G = _error(dW, H)
-                total += error - self._pulled(dW, g, rows)
-                if self.drift is not None:
-                    dW -= (self.before - self.original)[g, rows]
-                    G = dW @ H
-                G.add_(dW, alpha=shift).masked_fill_(gone[g, rows], 0.0)
-                # Taken out of both, so that squares keep in range.
-                largest = dW.abs().amax(1, keepdim=True)
-                moved = largest > 0
-                residual = torch.where(moved, G / norm / largest, 0.0).norm(dim=1)
-                size = torch.where(moved, dW / largest, 1.0).norm(dim=1) * (eps * H.shape[0])
-                worst = max(worst, float((residual / size).max()))
-        return _finite(total), worst
-
-    def least(self) -> float:
-        """What the damped objective is with nothing removed: removals add their costs to it. 0
-        without a drift."""
-        if self.drift is None:
-            return 0.0
-        moved = self.before - self.original
-        gained = sum(float((p.T * d).sum()) for p, d in zip(self.drift.pull, moved, strict=True))
-        return self.drift.inherited - gained
-
-    def condition(self) -> float | None:
-        """An estimate of the largest 2-norm condition number of the damped second moments: the
-        product of the norms of H and of its inverse, each by a few steps of the power method, so
-        from below, by less than a factor of two in tests. None where nothing was inverted.
-
-        It takes a few products of a matrix and a vector: nothing beside the factorisation.
-        """
-        found = []
-        for g, inverse in enumerate(self.inverses):
-            found.append((self._norm(g) + self._shift(g)) / inverse.scale * inverse.norm())
-        return max(found, default=None)
-
-    def _norm(self, g: int) -> float:
-        if g not in self.norms:
-            self.norms[g] = _norm(self.moments[g])
-        return self.norms[g]
-
-    def _pieces(self) -> Iterator[slice]:
-        """Rows a few at a time, so that float64 temporaries stay small."""
-        _, R, D = self.before.shape
-        step = max(1, PIECE // D)
-        for first in range(0, R, step):
-            yield slice(first, first + step)
-
-    def _change(self, weight: Tensor, bias: Tensor | None, g: int, rows: slice) -> Tensor:
-        after = weight[g, rows].to(torch.float64)
-        if bias is not None:
-            after = torch.cat([after, bias[g, rows, None].to(torch.float64)], 1)
-        return after - self.original[g, rows]
-
-    def check_mask(self, gone: Tensor) -> None:
-        """ArgumentError if something that the user's mask removes is still there."""
-        if self.mask is not None and not bool(gone[:, :, : self.columns][~self.mask].all()):
-            raise self.over_masked()
-
-    def over_masked(self) -> ArgumentError:
-        """The error for a mask that removes more than was asked for."""
-        assert self.mask is not None
-        return ArgumentError(
-            f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
-            "weights, more than was asked for: ask for more"
-        )
-
-    def notes(self, weight: Tensor, gone: Tensor) -> list[str]:
-        """Everything that was done differently from what was asked."""
-        widened = len(self.widened)
-        redone = f"{widened} rows were redone in float64: float32 was too narrow"
-        return [*self.said, *([redone] if widened else []), *self._lost_in_rounding(weight, gone)]
-
-    def _lost_in_rounding(self, weight: Tensor, gone: Tensor) -> list[str]:
-        C = self.columns
-        lost = int(((weight == 0) & ~gone[:, :, :C] & (self.before[:, :, :C] != 0)).sum())
-        kind = str(self.weight_dtype).removeprefix("torch.")
-        return [f"{lost} kept weights became zero when they were rounded to {kind}"] if lost else []
 
 
 def nearest_count(share: float, of: int) -> int:
@@ -377,22 +263,7 @@ def in_errors(cost: float, exponent: int) -> float:
         return math.inf
 
 
-def _error(dW: Tensor, H: Tensor) -> tuple[float, Tensor]:
-    """tr(dW H dW^T) in float64, and dW H (R, D)."""
-    G = dW @ H
-    return float(torch.linalg.vecdot(G, dW).sum()), G
-
-
-def _finite(total: float) -> float:
-    """``total``, never below zero; NonFiniteError where it is beyond float64."""
-    if not math.isfinite(total):
-        raise NonFiniteError(
-            "weight: tr(W H W^T) is beyond float64; scale the weight or the hessian down"
-        )
-    return max(0.0, total)
-
-
-def _norm(H: Tensor) -> float:
+def _spectral_norm(H: Tensor) -> float:
     """The spectral norm of a second moment, from below, low by a fifth at most in tests."""
     scale = float(H.diagonal().max())
     if scale == 0:

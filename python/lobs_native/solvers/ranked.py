@@ -3,106 +3,145 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.ops import reference
-from lobs_native.solvers.patterns import FORCED, ZERO, Blocks, GroupsOf, Pattern
+from lobs_native.solvers.method import Choice, Method
+from lobs_native.solvers.patterns import FORCED, ZERO, Pattern
 from lobs_native.solvers.problem import Problem, nearest_count, scaled_
 
-__all__ = ["Ranked"]
+__all__ = ["Lobs", "Magnitude", "Ranked", "Wanda"]
 
 
-class Ranked:
-    """One score for every weight, cheapest first, infinite where nothing may be removed."""
+class Ranked(Method):
+    """Removes the weights (units) of the lowest scores; what is kept stays as it is.
 
-    def __init__(self, problem: Problem, pattern: Pattern, method: str) -> None:
-        """Fill ``score`` and ``unit``.
+    ``score`` (G, R, D) float64 is the lower the sooner a weight is removed, and infinite where
+    nothing may be removed. A power of two is taken out of the weights first, so that squares
+    neither over- nor underflow and the ranking does not depend on their scale.
+    """
 
-        Powers of two are taken out of W and H, so that squares neither over- nor underflow and the
-        ranking does not depend on the scale of either.
-        """
-        self.problem = problem
-        self.pattern = pattern
-        self.repairs = method == "lobs"
+    inverts = False
+    optimal = False
+
+    def __init__(
+        self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
+    ) -> None:
+        super().__init__(problem, pattern, importance)
         before = problem.before
         near_one = scaled_(before.to(torch.float64, copy=True), -problem.exponent)
-        common = max((i.scale for i in problem.inverses), default=1.0) if self.repairs else 1.0
-        score = torch.empty_like(before, dtype=torch.float64)  # (G, R, D) float64
-        for g, H in enumerate(problem.moments):
-            if method == "magnitude":
-                score[g] = near_one[g].abs()
-            elif method == "wanda":
-                score[g] = near_one[g].abs() * H.diagonal().sqrt()
-            else:
-                inverse, dead = problem.inverses[g], problem.dead[g]
-                cost = reference.saliency(near_one[g], inverse.A.diagonal())
-                score[g] = cost * (inverse.scale / common)
-                score[g][:, : len(dead)][:, dead] = 0.0
+        score = torch.empty_like(before, dtype=torch.float64)
+        for g, w in enumerate(near_one):
+            score[g] = self.scored(g, w)
         score[before == 0] = ZERO
-        if problem.bias_dtype is not None and not problem.prune_bias:
+        if problem.bias_stays:
             score[:, :, -1] = torch.inf
         if problem.mask is not None:
-            score[:, :, : problem.columns][~problem.mask] = FORCED
+            score[:, :, : problem.in_features][~problem.mask] = FORCED
         self.score = score
-        root = math.sqrt(common)  # a power of two, or one times sqrt(2)
-        beyond = math.frexp(root)[1] + problem.exponent > 1023
-        # for "lobs": w**2 / A_qq is score * unit**2
-        self.unit = math.inf if beyond else math.ldexp(root, problem.exponent)
 
-    def prune(self, share: float, scope: str) -> tuple[Tensor, Tensor]:
-        """Bool (G, R, D) of what goes, exactly the count asked for, ties to the lowest position;
-        and the weights (G, R, D) that are left."""
-        gone = self._cheapest(share, scope)
-        return gone, self.removed(gone)
+    @abstractmethod
+    def scored(self, g: int, w: Tensor) -> Tensor:
+        """Scores (R, D) >= 0 of group g's weights w (R, D) float64, which are near one."""
 
-    def below(self, threshold: float) -> tuple[Tensor, Tensor]:
-        """The same for everything with sqrt(L_q) <= threshold. The paper's L_q has a factor 1/2."""
-        root = torch.sqrt(0.5 * self.score.clamp_min(0.0)) * self.unit
-        gone = torch.isfinite(self.score) & (root <= threshold)
-        return gone, self.removed(gone)
+    def left(self, removed: Tensor) -> Tensor:
+        """The weights (G, R, D) that a removal leaves."""
+        return torch.where(removed, 0.0, self.problem.before)
 
-    def removed(self, gone: Tensor) -> Tensor:
-        """The weights after a removal; "lobs" repairs the others in the order of the scores."""
-        problem = self.problem
-        if not self.repairs:
-            return torch.where(gone, 0.0, problem.before)
-        work = problem.before.to(problem.dtype, copy=True).contiguous()
-        for g, inverse in enumerate(problem.inverses):
-            order, start = ops.rank_rows(self.score[g], gone[g], backend=problem.backend)
-            A = inverse.A.to(work.dtype)
-            ops.static_order_prune_(work[g], A, order, start, backend=problem.backend)
-        return work
+    def choose(self, share: float, scope: str) -> Choice:
+        """See :class:`Method`."""
+        return self._choice(self._cheapest(share, scope))
+
+    def choose_masked(self) -> Choice:
+        """See :class:`Method`."""
+        return self._choice(self.problem.masked())
+
+    def _choice(self, removed: Tensor) -> Choice:
+        return Choice(removed, self.left(removed))
 
     def _cheapest(self, share: float, scope: str) -> Tensor:
-        problem, pattern = self.problem, self.pattern
-        G, R, D = self.score.shape
-        score = self.score
-        if isinstance(pattern, GroupsOf):
-            C = problem.columns
-            rows = score[:, :, :C].reshape(-1, pattern.size)
-            chosen = ops.rank_lowest(rows, pattern.size - pattern.keep, backend=problem.backend)
-            gone = torch.zeros_like(score, dtype=torch.bool)
-            gone[:, :, :C] = chosen.view(G, R, C)
-            return gone
-        unit = 1
-        if isinstance(pattern, Blocks) and pattern.size > 1:
-            unit = pattern.size
-            score = pattern.scores(score[:, :, : problem.columns])
-        width = score.shape[2]
+        """Bool (G, R, D) of what is removed."""
+        problem, pattern, score = self.problem, self.pattern, self.score
+        backend = problem.workspace.backend
+        G, R, D = score.shape
+        if pattern.is_grouped:
+            groups = score[:, :, : problem.in_features].reshape(-1, pattern.group)
+            chosen = ops.rank_lowest(groups, pattern.per_group, backend=backend)
+            return _with_bias(chosen.view(G, R, -1), D)
+        if pattern.unit > 1:
+            score = pattern.unit_scores(score[:, :, : problem.in_features])
+        units = problem.candidates // pattern.unit
         if scope == "row":
-            rows, count = (
-                score.reshape(G * R, width),
-                nearest_count(share, problem.candidates // unit),
-            )
+            rows, count = score.reshape(G * R, -1), nearest_count(share, units)
         else:
-            rows = score.reshape(1, -1)
-            count = nearest_count(share, G * R * (problem.candidates // unit))
-        chosen = ops.rank_lowest(rows, count, backend=problem.backend).view(G, R, width)
-        if unit == 1:
-            return chosen
-        gone = torch.zeros(G, R, D, dtype=torch.bool, device=score.device)
-        gone[:, :, : problem.columns] = chosen.repeat_interleave(unit, 2)
-        return gone
+            rows, count = score.reshape(1, -1), nearest_count(share, G * R * units)
+        chosen = ops.rank_lowest(rows, count, backend=backend).view(G, R, -1)
+        return _with_bias(pattern.expand(chosen), D)
+
+
+class Magnitude(Ranked):
+    """Ranks by ``abs(w)``."""
+
+    def scored(self, g: int, w: Tensor) -> Tensor:
+        """See :class:`Ranked`."""
+        return w.abs()
+
+
+class Wanda(Ranked):
+    """Ranks by ``abs(w) * sqrt(H_qq)``. Source: Sun et al. 2024."""
+
+    def scored(self, g: int, w: Tensor) -> Tensor:
+        """See :class:`Ranked`."""
+        return w.abs() * self.problem.moments[g].diagonal().sqrt()
+
+
+class Lobs(Ranked):
+    """Ranks by ``w**2 / A_qq`` and, in this order, repairs the others of a row after each removal.
+
+    Source: Dong, Chen & Pan 2017, algorithm 1.
+    """
+
+    inverts = True
+    thresholds = True
+
+    def __init__(
+        self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
+    ) -> None:
+        self.common = max(i.scale for i in problem.inverses)  # taken out of H
+        super().__init__(problem, pattern, importance)
+        root = math.sqrt(self.common)  # a power of two, or one times sqrt(2)
+        beyond = math.frexp(root)[1] + problem.exponent > 1023
+        # w**2 / A_qq is score * unit**2
+        self.unit = math.inf if beyond else math.ldexp(root, problem.exponent)
+
+    def scored(self, g: int, w: Tensor) -> Tensor:
+        """See :class:`Ranked`."""
+        inverse, dead = self.problem.inverses[g], self.problem.dead[g]
+        score = reference.saliency(w, inverse.A.diagonal()) * (inverse.scale / self.common)
+        score[:, : len(dead)][:, dead] = 0.0
+        return score
+
+    def choose_below(self, threshold: float) -> Choice:
+        """Remove everything with sqrt(L_q) <= threshold. The paper's L_q has a factor 1/2."""
+        root = torch.sqrt(0.5 * self.score.clamp_min(0.0)) * self.unit
+        return self._choice(torch.isfinite(self.score) & (root <= threshold))
+
+    def left(self, removed: Tensor) -> Tensor:
+        """See :class:`Ranked`; A is never downdated."""
+        problem = self.problem
+        backend = problem.workspace.backend
+        work = problem.before.to(problem.dtype, copy=True).contiguous()
+        for g, inverse in enumerate(problem.inverses):
+            order, start = ops.rank_rows(self.score[g], removed[g], backend=backend)
+            A = inverse.A.to(work.dtype)
+            ops.static_order_prune_(work[g], A, order, start, backend=backend)
+        return work
+
+
+def _with_bias(removed: Tensor, order: int) -> Tensor:
+    """Bool (G, R, D): ``removed`` (G, R, C or D), no bias where it has none."""
+    return torch.nn.functional.pad(removed, (0, order - removed.shape[2]))

@@ -13,11 +13,14 @@ from torch import Tensor
 from lobs_native import checks, ops
 from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError
-from lobs_native.solvers.exact import Greedy
-from lobs_native.solvers.patterns import check_fit, pattern_of
+from lobs_native.solvers.exact import Exact
+from lobs_native.solvers.patterns import pattern_of
 from lobs_native.solvers.problem import Problem, nearest_count
+from lobs_native.solvers.pruning import Pruned, repaired
+from lobs_native.solvers.result import PrunedWeight, finish, first_group
 from lobs_native.solvers.settings import SCOPES, check_damping
-from lobs_native.solvers.weight import PrunedWeight, finished, first_group, one_layer
+from lobs_native.solvers.weight import one_layer
+from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["WeightTrace", "trace_weight"]
 
@@ -38,23 +41,23 @@ class WeightTrace:
         columns.
     """
 
-    def __init__(self, greedy: Greedy, notes: Sequence[str], seconds: float) -> None:
-        self._greedy = greedy
+    def __init__(self, exact: Exact, notes: Sequence[str], seconds: float) -> None:
+        self._exact = exact
         self._notes = tuple(notes)
         self.seconds = seconds
 
     @property
     def order(self) -> Tensor:
         """See the class."""
-        return self._greedy.rows.order.to(self._greedy.problem.before.device, copy=True)
+        return self._exact.removals.order.to(self._exact.problem.before.device, copy=True)
 
     @property
     def loss(self) -> Tensor:
         """See the class."""
-        problem = self._greedy.problem
+        problem, removals = self._exact.problem, self._exact.removals
         wide = problem.weight_dtype == torch.float64
-        unit = self._greedy.row_scale * self._greedy.unit_cost()
-        loss = self._greedy.rows.loss.to(torch.float64) * unit
+        unit = removals.row_scale * removals.unit_cost()
+        loss = removals.loss.to(torch.float64) * unit
         return loss.to(problem.before.device, torch.float64 if wide else torch.float32)
 
     @ops.full_precision()
@@ -80,34 +83,23 @@ class WeightTrace:
         if not 0 <= sparsity <= 1:
             raise ArgumentError(f"sparsity: {sparsity:g}; it is a fraction from 0 to 1")
         check_choice(scope, "scope", SCOPES)
-        greedy = self._greedy
-        if greedy.group and not math.isclose(sparsity, greedy.sparsity, abs_tol=1e-9):
+        exact, problem, pattern = self._exact, self._exact.problem, self._exact.pattern
+        fixed = pattern.sparsity
+        if fixed is not None and not math.isclose(sparsity, fixed, abs_tol=1e-9):
             raise ArgumentError(
-                f"sparsity: {sparsity:g}; pattern {greedy.pattern.name!r} removes "
-                f"{greedy.sparsity:g} of the weights"
+                f"sparsity: {sparsity:g}; pattern {pattern.name!r} removes {fixed:g} of the weights"
             )
-        if scope == "row" and not greedy.group:
-            units = nearest_count(sparsity, greedy.problem.candidates // greedy.unit)
-            greedy.trace_all(units * greedy.unit)
-        problem = greedy.problem
-        before = len(problem.said)
-        try:
-            gone, after = greedy.prune(sparsity, scope)
-            problem.check_mask(gone)
+        if scope == "row" and not pattern.is_grouped:
+            units = nearest_count(sparsity, problem.candidates // pattern.unit)
+            exact.removals.trace_all(units * pattern.unit)
+        with problem.workspace.passing_notes():  # those on this cut are not for the next
+            removed, weights = repaired(problem, exact.choose(sparsity, scope))
+            problem.check_mask(removed)
+            costs = exact.costs(removed, scope)
+            pruned = Pruned(removed, weights, exact.optimal, costs)
             return first_group(
-                finished(
-                    problem,
-                    gone,
-                    after,
-                    method="exact",
-                    optimal=True,
-                    costs=greedy.costs(gone, scope),
-                    notes=self._notes,
-                    begun=begun,
-                )
+                finish(problem, pruned, method="exact", begun=begun, notes=self._notes)
             )
-        finally:
-            del problem.said[before:]  # what was noted about this cut is not about the next
 
     def curve(self, scope: str = "layer", points: int = _POINTS) -> tuple[Tensor, Tensor]:
         """Error against sparsity, as the trace predicts it.
@@ -127,8 +119,7 @@ class WeightTrace:
         """
         check_choice(scope, "scope", SCOPES)
         points = checks.positive_int(points, "points")
-        greedy = self._greedy
-        sparsity, error = greedy.curve(scope)
+        sparsity, error = self._exact.curve(scope)
         if len(sparsity) > points:
             pick = torch.linspace(0, len(sparsity) - 1, points).round().long()
             sparsity, error = sparsity[pick], error[pick]
@@ -194,10 +185,12 @@ def trace_weight(
         inverted=True,
         prune_bias=prune_bias,
         mask=None if allowed is None else allowed.clone(),
-        backend=ops.select_backend(backend, W.device),
-        memory=None if memory is None else checks.positive_int(memory, "memory"),
+        workspace=Workspace(
+            ops.select_backend(backend, W.device),
+            None if memory is None else checks.positive_int(memory, "memory"),
+        ),
     )
-    check_fit(chosen, W.shape[2], allowed, prune_bias)
-    greedy = Greedy(problem, chosen)
-    greedy.trace_all(max(greedy.unit, nearest_count(until, problem.candidates)))
-    return WeightTrace(greedy, notes, time.perf_counter() - begun)
+    chosen.check_fit(W.shape[2], allowed, prune_bias=prune_bias)
+    exact = Exact(problem, chosen)
+    exact.removals.trace_all(max(chosen.unit, nearest_count(until, problem.candidates)))
+    return WeightTrace(exact, notes, time.perf_counter() - begun)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,53 +11,16 @@ from torch import Tensor
 
 from lobs_native import checks, ops
 from lobs_native.checks import check_choice
-from lobs_native.solvers.costs import Costs
-from lobs_native.solvers.exact import Greedy
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
-from lobs_native.solvers.patterns import (
-    GroupsOf,
-    Pattern,
-    check_fit,
-    pattern_of,
-)
-from lobs_native.solvers.problem import OPTIMAL, Drift, Problem
-from lobs_native.solvers.ranked import Ranked
+from lobs_native.solvers.methods import TABLE
+from lobs_native.solvers.patterns import pattern_of
+from lobs_native.solvers.problem import Drift, Problem
+from lobs_native.solvers.pruning import prune_problem
+from lobs_native.solvers.result import PrunedWeight, finish, first_group
 from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping, check_refine
-from lobs_native.solvers.sweep import Sweep
+from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["PrunedWeight", "prune_groups", "prune_weight"]
-
-
-@dataclass(frozen=True)
-class PrunedWeight:
-    """What :func:`prune_weight` returns."""
-
-    weight: Tensor  # (R, C), dtype and device of the input; removed entries are exactly zero
-    bias: Tensor | None  # (R,), updated together with the weights
-    mask: Tensor  # (R, C) bool, True = kept
-    bias_mask: Tensor | None  # (R,) bool, only with prune_bias=True
-    error: float  # tr(dW H dW^T) of the final weights in float64, with the bias, without damping
-    relative_error: float  # error / tr(W H W^T)
-    sparsity: float  # share of removed entries among those that could be removed
-    damping: float  # the fraction that was used; 0 where the method inverts nothing
-    method: str
-    backend: str  # which backend made it
-    status: str  # "ok", or "damping raised"
-    notes: tuple[str, ...] = field(
-        default=()
-    )  # everything that was done differently from what was asked
-    dead_columns: int = 0  # inputs whose second moment is zero
-    optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
-    swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
-    seconds: float = 0.0
-    # what the costs of the removals add up to in units of ``error`` with the damped H, so that it
-    # is not below ``error`` but for rounding; before ``refine``. None: the method does not know.
-    predicted: float | None = None
-    # the same for other sparsities: rising points of equal number, the chosen one among them
-    curve_sparsity: tuple[float, ...] | None = None
-    curve_error: tuple[float, ...] | None = None
-    energy: float | None = None  # tr(W H W^T): the unit of relative errors
-    condition: float | None = None  # estimate for the damped H, from below; None if not inverted
 
 
 def prune_weight(
@@ -207,14 +168,6 @@ def one_layer(
     return W[None], H, b, allowed, notes
 
 
-def first_group(out: PrunedWeight) -> PrunedWeight:
-    def first(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[0]
-
-    changed = {name: first(getattr(out, name)) for name in ("weight", "bias", "mask", "bias_mask")}
-    return PrunedWeight(**{**vars(out), **changed})
-
-
 # ---- the work, over G groups that are ranked together (grouped convolutions; G = 1 otherwise) ----
 
 
@@ -253,173 +206,26 @@ def prune_groups(
     checks.flag(prune_bias, "prune_bias")
     if memory is not None:
         memory = checks.positive_int(memory, "memory")
-    inverted = method in ("exact", "sweep", "lobs") or refine is not None
+    chosen = TABLE[method]
     problem = Problem.of(
         W,
         bias,
         moments,
         damping=check_damping(damping),
-        inverted=inverted,
+        inverted=chosen.inverts or refine is not None,
         prune_bias=prune_bias,
         mask=mask,
-        backend=ops.select_backend(backend, W.device),
-        memory=memory,
+        workspace=Workspace(ops.select_backend(backend, W.device), memory),
         drift=drift,
     )
-    check_fit(pattern, W.shape[2], mask, prune_bias)
-    solver = _solver(problem, pattern, method, importance)
-    gone, after = _removed(problem, solver, target, scope)
-    costs = _costs(solver, gone, scope)
-    del solver  # and what it made for itself
-    problem.check_mask(gone)
-    swaps = 0
-    if not bool(gone.any()):
-        refine = None  # the weights are the best there are, and stay bit for bit
-    if refine == "solve":
-        after = problem.repaired(gone, precise=True, from_kept=True)
-    elif refine == "exchange":
-        gone, after, swaps = _exchanged(problem, pattern, gone)
-    optimal = method == "exact" or refine is not None
-    return finished(
+    pattern.check_fit(W.shape[2], mask, prune_bias=prune_bias)
+    pruned = prune_problem(
         problem,
-        gone,
-        after,
-        method=method,
-        optimal=optimal,
-        swaps=swaps,
-        costs=costs,
-        notes=notes,
-        begun=begun,
+        chosen,
+        pattern,
+        target=target,
+        scope=scope,
+        refine=refine,
+        importance=importance,
     )
-
-
-def finished(
-    problem: Problem,
-    gone: Tensor,
-    after: Tensor,
-    *,
-    method: str,
-    optimal: bool,
-    begun: float,
-    swaps: int = 0,
-    costs: Costs | None = None,
-    notes: Sequence[str] = (),
-) -> PrunedWeight:
-    """Round the weights to their own types and measure what is left of them.
-
-    Where they claim to be ``optimal`` for their mask and are not, they are solved for again.
-    """
-    weight, new_bias = problem.rounded(after)
-    error, optimality = problem.measured(weight, new_bias, gone)
-    if optimal and optimality > OPTIMAL:
-        problem.said.append(
-            f"the kept weights were solved for again in float64: their optimality ratio was "
-            f"{optimality:.3g}"
-        )
-        after = problem.repaired(gone, precise=True, from_kept=True)
-        weight, new_bias = problem.rounded(after)
-        error, optimality = problem.measured(weight, new_bias, gone)
-    energy = problem.energy()
-    C = problem.columns
-    return PrunedWeight(
-        weight=weight,
-        bias=new_bias,
-        mask=~gone[:, :, :C],
-        bias_mask=~gone[:, :, C] if problem.prune_bias else None,
-        error=error,
-        relative_error=error / energy if energy > 0 else (0.0 if error == 0 else math.inf),
-        sparsity=int(gone.sum()) / problem.total,
-        damping=problem.damping,
-        method=method,
-        backend=problem.backend,
-        status="damping raised" if any(i.raised for i in problem.inverses) else "ok",
-        notes=(*notes, *problem.notes(weight, gone)),
-        dead_columns=sum(int(d.sum()) for d in problem.dead),
-        optimality=optimality,
-        swaps=swaps,
-        predicted=None if costs is None else max(0.0, costs.predicted),
-        curve_sparsity=None if costs is None else costs.sparsity,
-        curve_error=None if costs is None else costs.error,
-        energy=energy,
-        condition=problem.condition(),
-        seconds=time.perf_counter() - begun,
-    )
-
-
-def _solver(
-    problem: Problem, pattern: Pattern, method: str, importance: Tensor | None
-) -> Greedy | Sweep | Ranked:
-    if method == "exact":
-        return Greedy(problem, pattern, importance)
-    if method == "sweep":
-        return Sweep(problem, pattern)
-    return Ranked(problem, pattern, method)
-
-
-def _removed(
-    problem: Problem, solver: Greedy | Sweep | Ranked, target: Target, scope: str
-) -> tuple[Tensor, Tensor]:
-    """Bool (G, R, D) of what goes, and the weights (G, R, D) that are left."""
-    if target.max_error is not None:
-        return _bisect(problem, solver, scope, target.max_error)
-    if target.threshold is not None:
-        assert isinstance(solver, Ranked)
-        return solver.below(target.threshold)
-    if target.sparsity is not None:
-        return solver.prune(target.sparsity, scope)
-    assert problem.mask is not None
-    gone = torch.zeros_like(problem.before, dtype=torch.bool)
-    gone[:, :, : problem.columns] = ~problem.mask
-    if isinstance(solver, Sweep):
-        return solver.prune(int(gone.sum()) / problem.total, "layer")
-    return gone, problem.best(gone) if isinstance(solver, Greedy) else solver.removed(gone)
-
-
-def _costs(solver: Greedy | Sweep | Ranked, gone: Tensor, scope: str) -> Costs | None:
-    """What the solver says about a removal it made; rankings make no sum of their costs."""
-    if isinstance(solver, Greedy):
-        return solver.costs(gone, scope)
-    return solver.costs(gone) if isinstance(solver, Sweep) else None
-
-
-def _exchanged(problem: Problem, pattern: Pattern, gone: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Swap kept against removed weights, row by row, in float64."""
-    group = pattern.size if isinstance(pattern, GroupsOf) else 0
-    kept, after = ~gone, torch.empty_like(problem.before, dtype=torch.float64)
-    swaps = 0
-    for g, inverse in enumerate(problem.inverses):
-        fixed = torch.zeros_like(kept[g])
-        if problem.mask is not None:
-            fixed[:, : problem.columns] = ~problem.mask[g]
-        if problem.bias_dtype is not None and not problem.prune_bias:
-            fixed[:, -1] = True
-        W, mine = problem.working(g, torch.float64), kept[g].contiguous()
-        made, _, used = ops.exchange_(
-            W, inverse.A, mine, fixed=fixed, group=group, backend=problem.backend
-        )
-        if used != problem.backend and g == 0:
-            problem.said.append(
-                f"exchanged on the CPU: {problem.backend} has no kernel for it, {used} did it"
-            )
-        kept[g], after[g] = mine, W
-        swaps += int(made.sum())
-    return ~kept, problem.restored(after, ~kept), swaps
-
-
-def _bisect(
-    problem: Problem, solver: Greedy | Sweep | Ranked, scope: str, limit: float
-) -> tuple[Tensor, Tensor]:
-    """The largest removal found whose incurred error is at or below ``limit``."""
-    if isinstance(solver, Greedy):
-        solver.trace_all(problem.before.shape[2])
-    steps = problem.candidates if scope == "row" else problem.total
-    low, high = 0, steps  # low is feasible; nothing above high is
-    best = solver.prune(0.0, scope)
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = solver.prune(middle / steps, scope)
-        if problem.error(*problem.rounded(tried[1])) <= limit:
-            low, best = middle, tried
-        else:
-            high = middle - 1
-    return best
+    return finish(problem, pruned, method=method, begun=begun, notes=notes)

@@ -15,8 +15,9 @@ from lobs_native.layers.base import Layer
 from lobs_native.layers.conv import Conv
 from lobs_native.layers.linear import Linear
 from lobs_native.solvers.inversion import Inverse
-from lobs_native.solvers.patterns import Blocks, Pattern
+from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem
+from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["layout_of", "problem_of"]
 
@@ -82,8 +83,7 @@ def problem_of(
                 inverted=True,
                 prune_bias=False,
                 mask=_kept(weight, pattern, notes),
-                backend=backend,
-                memory=memory,
+                workspace=Workspace(backend, memory),
             )
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"rel_damp: {rel_damp:g}: {error}") from error
@@ -101,7 +101,7 @@ def problem_of(
         problem = problem_for_weight()
         conditions = [_condition(H, A) for H, A in zip(moments, problem.inverses, strict=True)]
     problem.precise = double or max(conditions) > _FLOAT32_UNTIL
-    problem.said.clear()  # notes about the precision that was just overridden
+    problem.workspace.notes.clear()  # notes about the precision that was just overridden
     if problem.precise and not double:
         notes.append(f"computed in float64: the condition number of H is {max(conditions):.1e}")
     return problem, notes
@@ -113,8 +113,8 @@ def _kept(weight: Tensor, pattern: Pattern, notes: list[str]) -> Tensor | None:
     Blocks are removed and repaired as a whole, so only blocks that are all zeros count.
     """
     kept = weight != 0
-    if isinstance(pattern, Blocks):
-        blocks = kept.unflatten(2, (-1, pattern.size))
+    if pattern.unit > 1:
+        blocks = kept.unflatten(2, (-1, pattern.unit))
         whole = blocks.any(3, keepdim=True).expand_as(blocks).flatten(2)
         if count := int((whole & ~kept).sum()):
             note = f"{count} zeros are in blocks with other weights, and may become nonzero"

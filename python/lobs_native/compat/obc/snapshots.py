@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lobs_native.errors import NotPositiveDefiniteError
-from lobs_native.solvers.exact import Greedy
+from lobs_native.solvers.removals import Removals
 
 __all__ = ["Snapshots"]
 
@@ -27,7 +27,7 @@ class Snapshots(Sequence[Tensor]):
 
     Parameters
     ----------
-    greedy : Greedy
+    removals : Removals
         Traced to the end.
     parallel : int
         n.
@@ -35,15 +35,15 @@ class Snapshots(Sequence[Tensor]):
         The order of columns: column c of a tensor is column columns[c] of the trace.
     """
 
-    def __init__(self, greedy: Greedy, parallel: int, columns: Tensor | None = None) -> None:
-        self._greedy = greedy
+    def __init__(self, removals: Removals, parallel: int, columns: Tensor | None = None) -> None:
+        self._removals = removals
         self._parallel = parallel
         self._columns = None if columns is None else columns.cpu()
-        self.unit = greedy.unit
+        self.unit = removals.pattern.unit
         self._last: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self._greedy.rows.count) // self._parallel)
+        return -(-len(self._removals.count) // self._parallel)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -62,9 +62,9 @@ class Snapshots(Sequence[Tensor]):
         return self._last[1]
 
     def _computed(self, number: int) -> Tensor:
-        problem = self._greedy.problem
+        problem = self._removals.problem
         _, R, C = problem.before.shape
-        rows = torch.arange(len(self._greedy.rows.count))
+        rows = torch.arange(len(self._removals.count))
         rows = rows[number * self._parallel : (number + 1) * self._parallel]
         out = torch.empty(C // self.unit + 1, len(rows), C)
         at_once = max(1, _BYTES // (24 * C * C))
@@ -80,11 +80,10 @@ class Snapshots(Sequence[Tensor]):
         With the columns in their order of removal, let A = L L^T and c = L^-1 w. The k-th removal
         subtracts c_k L[:, k] from a row, and leaves zeros up to k.
         """
-        greedy = self._greedy
-        problem = greedy.problem
+        problem = self._removals.problem
         A = problem.inverses[g].A
         C = len(A)
-        order = greedy.rows.order[rows].long().to(A.device)  # (n, C)
+        order = self._removals.order[rows].long().to(A.device)  # (n, C)
         w = problem.before[g][(rows % problem.before.shape[1]).to(A.device)].to(A.dtype)
         factor, info = torch.linalg.cholesky_ex(A[order[:, :, None], order[:, None, :]])
         if bool(info.any()):

@@ -23,10 +23,14 @@ from lobs_native.errors import (
     LobsError,
     PatternError,
 )
-from lobs_native.solvers.exact import Greedy
+from lobs_native.solvers.exact import Exact
 from lobs_native.solvers.hessian import second_moment
-from lobs_native.solvers.patterns import Blocks, GroupsOf, Pattern, Unstructured, check_fit
+from lobs_native.solvers.measurement import error
+from lobs_native.solvers.patterns import Blocks, GroupsOf, Pattern, Unstructured
 from lobs_native.solvers.problem import Problem, nearest_count
+from lobs_native.solvers.pruning import repaired
+from lobs_native.solvers.removals import Removals
+from lobs_native.solvers.repair import repair
 
 __all__ = ["NUMERICS", "TrueOBS"]
 
@@ -118,7 +122,7 @@ class TrueOBS(Collected):
         super().__init__(layer)
         self._backend = ops.select_backend(backend, self.dev)
         self._memory = None if memory is None else checks.positive_int(memory, "memory")
-        self._greedy: Greedy | None = None
+        self._removals: Removals | None = None
         self._original_order = False  # whether the trace has OBC's order of columns
         self.Losses: Tensor | None = None
         self.Traces: Snapshots | None = None
@@ -189,8 +193,8 @@ class TrueOBS(Collected):
 
     @ops.full_precision()
     def _pruned(self, sparsities: Sequence[float]) -> list[Tensor]:
-        greedy = self._greedy
-        if greedy is None or self.Losses is None:
+        removals = self._removals
+        if removals is None or self.Losses is None:
             raise LobsError("sparsities: call prepare_unstr or prepare_blocked first")
         shares = [checks.real(s, "sparsities") for s in sparsities]
         for share in shares:
@@ -200,18 +204,18 @@ class TrueOBS(Collected):
         upto = self.Losses.cpu().to(torch.float64).cumsum(1)
         self.errors, weights = [], []
         for share in shares:
-            counts = self._counts(greedy, costs, share)  # (rows,)
-            gone = greedy.cut(counts * greedy.unit)
-            after = greedy.problem.best(gone).reshape(self.rows, -1)
+            counts = self._counts(removals, costs, share)  # (rows,)
+            removed = removals.cut(counts * removals.pattern.unit)
+            after = repair(removals.problem, removed).reshape(self.rows, -1)
             weights.append(self._in_original_order(after).to(torch.float32))
             self.errors.append(float(upto.gather(1, counts[:, None]).sum()))
-        self._add_notes(greedy.problem)
+        self._add_notes(removals.problem)
         return weights
 
-    def _counts(self, greedy: Greedy, costs: Tensor, share: float) -> Tensor:
+    def _counts(self, removals: Removals, costs: Tensor, share: float) -> Tensor:
         """The number of removals of each row (rows,)."""
         if self.numerics == "ours":
-            ranked, count = greedy.ceilings(), nearest_count(share, costs.numel())
+            ranked, count = removals.ceilings(), nearest_count(share, costs.numel())
         else:
             ranked, count = costs, min(costs.numel(), math.ceil(costs.numel() * share))
         backend = "reference" if self._backend == "reference" else "cpu"
@@ -250,14 +254,15 @@ class TrueOBS(Collected):
 
     @ops.full_precision()
     def _write_groups(self, pattern: GroupsOf) -> None:
-        check_fit(pattern, self.columns, None, False)
+        pattern.check_fit(self.columns, None, prune_bias=False)
         problem = self._problem(pattern)
-        greedy = Greedy(problem, pattern)
-        gone, after = greedy.prune(greedy.sparsity, "layer")
-        if not bool(gone.any()):
+        removed, after = repaired(
+            problem, Exact(problem, pattern).choose(pattern.sparsity, "layer")
+        )
+        if not bool(removed.any()):
             after = problem.before
         weight, _ = problem.rounded(after)
-        self.errors = [problem.error(weight, None) / 2]
+        self.errors = [error(problem, weight, None) / 2]
         self._layout.write_back(weight, None)
         self._add_notes(problem)
 
@@ -281,7 +286,7 @@ class TrueOBS(Collected):
     def free(self) -> None:
         """Release all memory except the layer's description."""
         self._H = None
-        self._pending, self._greedy = [], None
+        self._pending, self._removals = [], None
         self.Losses = self.Traces = None
         if self.dev.type == "cuda":
             torch.cuda.empty_cache()
@@ -289,16 +294,16 @@ class TrueOBS(Collected):
     @ops.full_precision()
     def _trace(self, pattern: Pattern, parallel: int) -> None:
         parallel = checks.positive_int(parallel, "parallel")
-        check_fit(pattern, self.columns, None, False)
+        pattern.check_fit(self.columns, None, prune_bias=False)
         problem = self._problem(pattern)
-        greedy = Greedy(problem, pattern)
-        rows = greedy.trace_all(self.columns)
-        cost = rows.loss.to(torch.float64) * greedy.row_scale * (greedy.unit_cost() / 2)
-        units = cost.reshape(self.rows, -1, greedy.unit).sum(2)
+        removals = Removals(problem, pattern)
+        removals.trace_all(self.columns)
+        cost = removals.loss.to(torch.float64) * removals.row_scale * (removals.unit_cost() / 2)
+        units = cost.reshape(self.rows, -1, pattern.unit).sum(2)
         self.Losses = nn.functional.pad(units, (1, 0)).to(self.dev, torch.float32)
-        self._greedy, self._original_order = greedy, isinstance(pattern, Unstructured)
+        self._removals, self._original_order = removals, isinstance(pattern, Unstructured)
         columns = None if self._original_order else self._to_layout
-        self.Traces = Snapshots(greedy, parallel, columns)
+        self.Traces = Snapshots(removals, parallel, columns)
         self._add_notes(problem)
 
     def _in_original_order(self, weight: Tensor) -> Tensor:
@@ -328,6 +333,6 @@ class TrueOBS(Collected):
         return problem
 
     def _add_notes(self, problem: Problem) -> None:
-        self.notes += [note for note in problem.said if note not in self.notes]
-        if problem.widened:
-            self.notes.append(f"{len(problem.widened)} rows were recomputed in float64")
+        self.notes += [note for note in problem.workspace.notes if note not in self.notes]
+        if problem.workspace.widened:
+            self.notes.append(f"{len(problem.workspace.widened)} rows were recomputed in float64")

@@ -25,7 +25,7 @@ from lobs_native.layers import Layer, layers_for, layers_of
 from lobs_native.network.layerwise import layer_report
 from lobs_native.report.records import LayerReport
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
-from lobs_native.solvers.patterns import check_fit, pattern_of
+from lobs_native.solvers.patterns import pattern_of
 from lobs_native.solvers.settings import METHODS, Target
 from lobs_native.solvers.weight import prune_groups
 
@@ -181,7 +181,7 @@ def prune_parameter(
     """Prune ``value``, the layer's weight as stored, without writing anything. Entries where
     ``mask`` is False are already removed."""
     pattern = pattern_of(how.pattern)
-    check_fit(pattern, layer.neighbours, None, False)
+    pattern.check_fit(layer.neighbours, None, prune_bias=False)
     target = how.target(masked=mask is not None)
     moments, rows, notes = _moments(hessian, layer)
     bias = _bias(layer, moments, checks.flag(how.update_bias, "update_bias"))

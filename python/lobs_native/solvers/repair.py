@@ -1,0 +1,83 @@
+"""The best weights for a mask, and better masks by exchanging single weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.solvers.patterns import Pattern
+from lobs_native.solvers.problem import Problem
+
+__all__ = ["exchange", "repair", "solve"]
+
+
+def solve(
+    problem: Problem, removed: Tensor, *, precise: bool | None = None, from_kept: bool = False
+) -> Tensor:
+    """(G, R, D): the best weights that are zero in ``removed`` (G, R, D).
+
+    Solves for the multipliers of the removed weights or for the change of the kept ones, whichever
+    are fewer: ``w - A[:, P] A[P, P]^-1 w[P]``, or ``w[S] + H[S, S]^-1 H[S, P] w[P]``. ``from_kept``
+    takes the second, whose error does not grow with the condition of H. ``precise`` computes in
+    float64.
+    """
+    precise = problem.precise if precise is None else precise
+    dtype = torch.float64 if precise else torch.float32
+    backend = problem.workspace.backend
+    parts = []
+    for g, inverse in enumerate(problem.inverses):
+        w, P = problem.working(g, dtype), removed[g].contiguous()
+        count = P.sum(1, dtype=torch.float64)
+        lost = torch.where(P, w, 0.0)
+        fewer = float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum())
+        if fewer and not from_kept:
+            A = inverse.A.to(dtype)
+            ops.support_solve_(lost, A, P, backend=backend)
+            parts.append(w.addmm_(lost, A, alpha=-1))
+        else:
+            H = problem.damped(g).to(dtype)
+            change = lost @ H
+            ops.support_solve_(change, H, ~P, backend=backend)
+            parts.append(w.add_(change))
+    after = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+    return problem.restored(after, removed)
+
+
+def repair(problem: Problem, removed: Tensor) -> Tensor:
+    """:func:`solve`; in float64, with a note, where float32 is not enough."""
+    if not problem.precise:
+        try:
+            return solve(problem, removed)
+        except NotPositiveDefiniteError:
+            problem.workspace.note(
+                "the kept weights were solved for in float64: float32 was too narrow"
+            )
+    return solve(problem, removed, precise=True)
+
+
+def exchange(problem: Problem, pattern: Pattern, removed: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Swap kept against removed weights, row by row, in float64, as long as a swap gains.
+
+    Returns what is removed then (G, R, D), the weights (G, R, D) and the number of swaps. Nothing
+    that the mask removes comes back.
+    """
+    workspace = problem.workspace
+    kept, after = ~removed, torch.empty_like(problem.before, dtype=torch.float64)
+    fixed = problem.masked()
+    if problem.bias_stays:
+        fixed[:, :, -1] = True
+    swaps = 0
+    for g, inverse in enumerate(problem.inverses):
+        W, support = problem.working(g, torch.float64), kept[g].contiguous()
+        count, _, used = ops.exchange_(
+            W, inverse.A, support, fixed=fixed[g], group=pattern.group, backend=workspace.backend
+        )
+        if used != workspace.backend and g == 0:
+            workspace.note(
+                f"exchanged on the CPU: {workspace.backend} has no kernel for it, {used} did it"
+            )
+        kept[g], after[g] = support, W
+        swaps += int(count.sum())
+    return ~kept, problem.restored(after, ~kept), swaps

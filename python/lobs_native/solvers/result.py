@@ -1,0 +1,112 @@
+"""The result of pruning one layer: its weights rounded, measured and described."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lobs_native.solvers import measurement
+from lobs_native.solvers.problem import Problem
+from lobs_native.solvers.pruning import Pruned
+from lobs_native.solvers.repair import solve
+
+__all__ = ["OPTIMAL", "PrunedWeight", "finish", "first_group"]
+
+OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which weights are redone
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """What :func:`prune_weight` returns."""
+
+    weight: Tensor  # (R, C), dtype and device of the input; removed entries are exactly zero
+    bias: Tensor | None  # (R,), updated together with the weights
+    mask: Tensor  # (R, C) bool, True = kept
+    bias_mask: Tensor | None  # (R,) bool, only with prune_bias=True
+    error: float  # tr(dW H dW^T) of the final weights in float64, with the bias, without damping
+    relative_error: float  # error / tr(W H W^T)
+    sparsity: float  # share of removed entries among those that could be removed
+    damping: float  # the fraction that was used; 0 where the method inverts nothing
+    method: str
+    backend: str  # which backend made it
+    status: str  # "ok", or "damping raised"
+    notes: tuple[str, ...] = field(
+        default=()
+    )  # everything that was done differently from what was asked
+    dead_columns: int = 0  # inputs whose second moment is zero
+    optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
+    swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
+    seconds: float = 0.0
+    # what the costs of the removals add up to in units of ``error`` with the damped H, so that it
+    # is not below ``error`` but for rounding; before ``refine``. None: the method does not know.
+    predicted: float | None = None
+    # the same for other sparsities: rising points of equal number, the chosen one among them
+    curve_sparsity: tuple[float, ...] | None = None
+    curve_error: tuple[float, ...] | None = None
+    energy: float | None = None  # tr(W H W^T): the unit of relative errors
+    condition: float | None = None  # estimate for the damped H, from below; None if not inverted
+
+
+def finish(
+    problem: Problem,
+    pruned: Pruned,
+    *,
+    method: str,
+    begun: float,
+    notes: Sequence[str] = (),
+) -> PrunedWeight:
+    """Round the weights to their own types and measure what is left of them.
+
+    Where they are meant to be the best for their mask and are not, they are solved for again.
+    Tensors of the result have a leading G; ``begun`` is a time of ``time.perf_counter``.
+    """
+    removed, costs = pruned.removed, pruned.costs
+    weight, bias = problem.rounded(pruned.weights)
+    error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
+    if pruned.optimal and optimality > OPTIMAL:
+        problem.workspace.note(
+            f"the kept weights were solved for again in float64: their optimality ratio was "
+            f"{optimality:.3g}"
+        )
+        weight, bias = problem.rounded(solve(problem, removed, precise=True, from_kept=True))
+        error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
+    energy = measurement.energy(problem)
+    C = problem.in_features
+    lost = measurement.lost_in_rounding(problem, weight, removed)
+    return PrunedWeight(
+        weight=weight,
+        bias=bias,
+        mask=~removed[:, :, :C],
+        bias_mask=~removed[:, :, C] if problem.prune_bias else None,
+        error=error,
+        relative_error=error / energy if energy > 0 else (0.0 if error == 0 else math.inf),
+        sparsity=int(removed.sum()) / problem.total,
+        damping=problem.damping,
+        method=method,
+        backend=problem.workspace.backend,
+        status="damping raised" if problem.damping_raised else "ok",
+        notes=(*notes, *problem.workspace.summary(), *lost),
+        dead_columns=sum(int(d.sum()) for d in problem.dead),
+        optimality=optimality,
+        swaps=pruned.swaps,
+        predicted=None if costs is None else max(0.0, costs.predicted),
+        curve_sparsity=None if costs is None else costs.sparsity,
+        curve_error=None if costs is None else costs.error,
+        energy=energy,
+        condition=measurement.condition(problem),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def first_group(out: PrunedWeight) -> PrunedWeight:
+    """The result for a layer of one group, without the leading 1 of its tensors."""
+
+    def first(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[0]
+
+    changed = {name: first(getattr(out, name)) for name in ("weight", "bias", "mask", "bias_mask")}
+    return PrunedWeight(**{**vars(out), **changed})
