@@ -32,8 +32,9 @@ from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import ErrorBound, LayerReport, Skipped
 from lobs_native.report.report import Report
-from lobs_native.solvers.hessian import Hessian, StreamingInverse
+from lobs_native.solvers.hessian import Hessian
 from lobs_native.solvers.memory import MemoryPlan, plan_memory
+from lobs_native.solvers.streaming_inverse import StreamingInverse
 from lobs_native.solvers.trace import WeightTrace, trace_weight
 from lobs_native.solvers.weight import PrunedWeight, prune_weight
 from lobs_native.version import __version__

@@ -532,7 +532,7 @@ def test_a_mask_that_a_pattern_cannot_hold_is_refused(method):
     mask[1, 4:7] = False
     with pytest.raises(ArgumentError, match=r"mask: it removes 3 of 4 .*'2:4'"):
         lobs.prune_weight(W, H, pattern="2:4", mask=mask, method=method)
-    with pytest.raises(ArgumentError, match="mask: it is not made of whole 1x4 blocks"):
+    with pytest.raises(ArgumentError, match="mask: it does not consist of whole 1x4 blocks"):
         lobs.prune_weight(W, H, pattern="1x4", sparsity=0.5, mask=mask, method=method)
 
 

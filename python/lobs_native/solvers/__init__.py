@@ -1,1 +1,1 @@
-"""One matrix: choose which weights to remove and repair the rest."""
+"""Solvers for one weight matrix: which weights to remove, and how to repair the rest."""

@@ -1,5 +1,4 @@
-"""What a method knows, from its own removals, about the error it will make: before anything is
-measured."""
+"""Predictions of the error of a removal, from the costs that a method computed on the way."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ POINTS = 30  # of a curve
 
 @dataclass(frozen=True)
 class Costs:
-    """The error that removal costs add up to, in units of ``PrunedWeight.error`` with the damped H,
-    and the way there."""
+    """The error that the costs of removals add up to, in units of ``PrunedWeight.error`` with the
+    damped H, at one sparsity and along a curve."""
 
     predicted: float
     sparsity: tuple[float, ...] | None = None  # rising; None where the method has no such curve
@@ -24,15 +23,15 @@ class Costs:
 
 
 def curve_of(predicted: float, chosen: float, sparsity: Tensor, error: Tensor) -> Costs:
-    """Costs with the chosen point among those of the curve (P,) float64, each sparsity once."""
+    """Costs whose curve (P,) float64 includes the chosen point, each sparsity once."""
     points = dict(zip(sparsity.tolist(), error.tolist(), strict=True)) | {chosen: predicted}
     across = sorted(points)
     return Costs(predicted, tuple(across), tuple(points[x] for x in across))
 
 
 def along(length: int, share: float) -> Tensor:
-    """(P,) int64, rising from 0 to ``length - 1``: places in a list of removals that begins at
-    nothing and ends at ``share`` of all weights. Half of them are spaced evenly in what is removed,
+    """(P,) int64, rising from 0 to ``length - 1``: places in a list of removals that begins with
+    none and ends with ``share`` of all weights. Half of them are spaced evenly in what is removed,
     half in the logarithm of what is kept."""
     if length < 2:
         return torch.zeros(1, dtype=torch.int64)

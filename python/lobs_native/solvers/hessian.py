@@ -1,6 +1,6 @@
-"""A layer's second moment: accumulating it, and keeping its inverse up to date.
+"""The second moment of a layer's inputs, accumulated or given as a matrix.
 
-``H = X^T X / N``, the mean over all rows the layer saw (Dong, Chen & Pan 2017, eq. 9).
+``H = X^T X / N``, the mean over all samples that the layer has read (Dong, Chen & Pan 2017, eq. 9).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lobs_native.errors import (
     ShapeError,
 )
 
-__all__ = ["Hessian", "StreamingInverse", "second_moment"]
+__all__ = ["Hessian", "few_rows", "second_moment"]
 
 _PIECE = 512  # rows of a matrix in one temporary
 
@@ -30,8 +30,8 @@ _PIECE = 512  # rows of a matrix in one temporary
 class Hessian:
     """Streaming second moment of a layer's inputs.
 
-    A sum and a total weight are kept, and divided once at the end: no rescaling on the way, so no
-    drift, and the result does not depend on the number of threads.
+    A sum and a total weight are kept and divided once, at the end. Nothing is rescaled on the way,
+    so nothing drifts, and the result does not depend on the number of threads.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Hessian:
 
     @property
     def rows(self) -> float:
-        """Total weight of the rows seen; their number where no weights were given."""
+        """Total weight of the samples seen: their number where no weights were passed."""
         return self._rows
 
     @property
@@ -127,7 +127,7 @@ class Hessian:
                 f"x is on {x.device} but this Hessian is on {self.device}: move one of them"
             )
         lead = tuple(x.shape[:-1])
-        given, x = x, x.reshape(-1, self.columns)  # (N, C)
+        samples = x.reshape(-1, self.columns)  # (N, C)
         if weights is not None:
             t = checks.tensor(weights, "weights", dtypes=checks.WEIGHTS)
             if tuple(t.shape) != lead:
@@ -135,25 +135,25 @@ class Hessian:
                     f"weights: shape {tuple(t.shape)}, but x has rows {lead}: give one weight "
                     "per row"
                 )
-            weights = checks.token_weights(t.reshape(-1), x.shape[0], x.device)
+            weights = checks.token_weights(t.reshape(-1), len(samples), x.device)
         self._whole = False
         try:
-            self.backend = ops.hessian_accumulate_(self._sum, x, weights, ones=self.bias)
+            self.backend = ops.hessian_accumulate_(self._sum, samples, weights, ones=self.bias)
         except NonFiniteError as error:
             self._whole = True
             if error.flat is None:
                 raise
-            raise checks.not_finite("x", given, error.flat) from None
+            raise checks.not_finite("x", x, error.flat) from None
         except (LobsError, MemoryError):
             self._whole = True  # refused before anything was written
             raise
         self._whole = True
-        self._rows += float(x.shape[0]) if weights is None else float(weights.sum())
+        self._rows += float(len(samples)) if weights is None else float(weights.sum())
         return self
 
     def merge(self, other: Hessian) -> Hessian:
-        """Add what ``other`` has seen. Same columns and bias; ``other`` is not modified. Returns
-        itself."""
+        """Add what ``other`` has seen. It must have the same columns and bias, and is not modified.
+        Returns itself."""
         self._check_whole()
         if not isinstance(other, Hessian):
             raise DtypeError(f"other: expected a Hessian, got {type(other).__name__}")
@@ -167,10 +167,10 @@ class Hessian:
         return self
 
     def all_reduce(self, group: Any = None) -> Hessian:
-        """Sum over the ranks of a ``torch.distributed`` group: sums and total weights, so unequal
-        shards count right.
+        """Add up the sums and total weights of all ranks of a ``torch.distributed`` group, so that
+        unequal shards count correctly.
 
-        Collective: every rank of the group must call it. A rank that saw nothing takes part with
+        Collective: every rank of the group must call it. A rank that has seen nothing contributes
         zeros. Returns itself.
         """
         self._check_whole()
@@ -189,13 +189,13 @@ class Hessian:
         return self
 
     def release(self) -> None:
-        """Give the sum's memory back; ``rows`` stays, everything else is refused from now on."""
+        """Free the sum's memory. ``rows`` stays; everything else is refused from then on."""
         self._sum = self._sum.new_empty(0)
 
     def matrix(self) -> Tensor:
         """H = X^T X / N as a new symmetric (C, C) float64 tensor; (C + 1, C + 1) with a bias.
 
-        Raises LobsError if nothing has been seen, NonFiniteError if the sum overflowed.
+        Raises LobsError if no sample has been seen, NonFiniteError if the sum overflowed.
         """
         self._check_whole()
         if not self._rows > 0:
@@ -218,7 +218,7 @@ class Hessian:
         return mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on later, as tensors that safetensors can save."""
+        """Everything needed to resume later, as tensors that safetensors can save."""
         self._check_whole()
         return {
             "sum": self._sum.tril(),
@@ -227,7 +227,7 @@ class Hessian:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave. Nothing changes if it does not fit."""
+        """Restore what :meth:`state_dict` returned. Nothing changes if it does not fit."""
         if not isinstance(state, Mapping):
             raise DtypeError(f"state: expected a mapping, got {type(state).__name__}")
         if set(state) != {"sum", "rows", "bias"}:
@@ -258,155 +258,37 @@ class Hessian:
 
     @classmethod
     def from_matrix(cls, H: Any, rows: float = 1.0) -> Hessian:
-        """A Hessian that has seen ``rows`` rows with mean second moment ``H`` (C, C), symmetric. H
-        is copied."""
+        """A Hessian that has seen ``rows`` samples with the mean second moment ``H`` (C, C), which
+        is symmetric and is copied."""
         H = second_moment(H, "H")
         rows = checks.real(rows, "rows")
         if not 0 < rows < math.inf:
             raise ArgumentError(f"rows: {rows}; it must be positive and finite")
-        made = cls(H.shape[0], device=H.device)
-        made._sum = (H * rows).tril()
-        made._rows = rows
-        return made
+        hessian = cls(H.shape[0], device=H.device)
+        hessian._sum = (H * rows).tril()
+        hessian._rows = rows
+        return hessian
 
     def _check_whole(self) -> None:
         if self._sum.numel() == 0:
             raise LobsError("hessian: its sum was released; start again with a new one")
         if not self._whole:
             raise LobsError(
-                "hessian: an update was interrupted half-way; throw this one away and start again"
+                "hessian: an update was interrupted halfway; discard this one and start again"
             )
-
-
-class StreamingInverse:
-    """The paper's recursion: the inverse of a second moment, kept up to date sample by sample.
-
-    After n = ``rows`` samples it is exactly ``(I / alpha + X^T X / n)^-1``, a ridge inverse. With
-    ``blocks`` > 1 only diagonal blocks are kept: fed with gradients, that is the empirical block
-    Fisher inverse of WoodFisher and oBERT.
-
-    Parameters
-    ----------
-    columns : int
-        Width d of the samples.
-    rows : float
-        Number of samples the mean is taken over; constant, as in the authors' code.
-    alpha : float
-        Start: ``alpha * I``. The paper uses 1e4 to 1e8. oBERT's ``1 / damp``.
-    blocks : int
-        Number of diagonal blocks, each of B = ceil(columns / blocks) columns; the last may be
-        padded.
-    dtype : torch.float64 or torch.float32
-        float32 halves memory and time; with alpha above 1e4 it loses the smaller entries.
-    device : torch.device or str
-        Where the inverse lives.
-
-    Notes
-    -----
-    Source: Dong, Chen & Pan 2017, section 3.4.1 (with the denominator of their code).
-    """
-
-    def __init__(
-        self,
-        columns: int,
-        *,
-        rows: float,
-        alpha: float = 1e6,
-        blocks: int = 1,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.columns = checks.positive_int(columns, "columns")
-        self.blocks = checks.positive_int(blocks, "blocks")
-        self.rows = checks.real(rows, "rows")
-        self.alpha = checks.real(alpha, "alpha")
-        for name, value in (("rows", self.rows), ("alpha", self.alpha)):
-            if not 0 < value < math.inf:
-                raise ArgumentError(f"{name}: {value}; it must be positive and finite")
-        B = -(-self.columns // self.blocks)
-        if (self.blocks - 1) * B >= self.columns:
-            fits = -(-self.columns // B)
-            raise ArgumentError(
-                f"blocks: {self.blocks} blocks of {B} leave some empty; {fits} are enough"
-            )
-        if dtype not in (torch.float64, torch.float32):
-            raise DtypeError(
-                f"dtype: {dtype}; the inverse is kept in torch.float64 or torch.float32"
-            )
-        self._inverse = checks.zeros((self.blocks, B, B), dtype, device, "columns")
-        self._inverse.diagonal(dim1=1, dim2=2).fill_(self.alpha)
-        self._whole = True
-        self.seen = 0
-        self.backend: str | None = None
-
-    def update(self, x: Any) -> StreamingInverse:
-        """Take samples.
-
-        Parameters
-        ----------
-        x : (columns,) or (r, columns), any float dtype
-            Any number of samples at once; equals that many rank-1 updates. Not modified.
-
-        Returns
-        -------
-        StreamingInverse
-            Itself.
-
-        Raises
-        ------
-        ShapeError, DtypeError
-            x does not fit.
-        NonFiniteError
-            A NaN or an infinity in x; nothing changed.
-        NotPositiveDefiniteError
-            Rounding has cost the inverse its definiteness; the object refuses further use.
-        """
-        self._check_whole()
-        x = checks.tensor(x, "x")
-        if x.ndim not in (1, 2) or x.shape[-1] != self.columns:
-            raise ShapeError(
-                f"x: shape {tuple(x.shape)}, expected (r, {self.columns}) or ({self.columns},)"
-            )
-        if x.device != self._inverse.device:
-            raise ShapeError(
-                f"x is on {x.device} but this inverse is on {self._inverse.device}: move one "
-                "of them"
-            )
-        g = x.reshape(-1, self.columns).to(self._inverse.dtype)  # (r, d)
-        self._whole = False
-        try:
-            self.backend = ops.inverse_update_(self._inverse, g, self.rows)
-        except NonFiniteError as error:
-            self._whole = True  # refused before anything was written
-            if error.flat is None:
-                raise
-            raise checks.not_finite("x", g, error.flat) from None
-        self._whole = True
-        self.seen += len(g)
-        return self
-
-    def inverse(self) -> Tensor:
-        """A copy of the inverse: (C, C), or (blocks, B, B)."""
-        self._check_whole()
-        return self._inverse[0].clone() if self.blocks == 1 else self._inverse.clone()
-
-    def _check_whole(self) -> None:
-        if not self._whole:
-            raise LobsError("inverse: an update was interrupted or failed half-way; start again")
 
 
 def second_moment(H: Any, name: str) -> Tensor:
-    """Check a (C, C) second moment given as a tensor and return it in float64, exactly symmetric;
-    not to be written to, because it may be the tensor that was given.
+    """Check a second moment (C, C) and return it in float64, exactly symmetric.
 
     Both triangles must be finite and agree to 1e-4 of the largest entry; the diagonal must not be
-    negative.
+    negative. The result may share its memory with ``H``: do not write to it.
     """
-    given = checks.tensor(H, name, ndim=2)
-    if given.shape[0] != given.shape[1] or given.shape[0] == 0:
-        raise ShapeError(f"{name}: shape {tuple(given.shape)}; it must be square and not empty")
-    checks.check_finite(given, name)
-    moment = given.to(torch.float64)
+    matrix = checks.tensor(H, name, ndim=2)
+    if matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise ShapeError(f"{name}: shape {tuple(matrix.shape)}; it must be square and not empty")
+    checks.check_finite(matrix, name)
+    moment = matrix.to(torch.float64)
     pieces = range(0, len(moment), _PIECE)  # so that temporaries stay small
     apart = torch.tensor([_skew(moment, i).amax() for i in pieces])
     if float(apart.max()) > 1e-4 * max(float(moment.max()), -float(moment.min())):
@@ -421,7 +303,8 @@ def second_moment(H: Any, name: str) -> Tensor:
     if len(negative):
         q = int(negative[0])
         raise NotPositiveDefiniteError(
-            f"{name}: {float(moment[q, q])} at ({q}, {q}); a second moment has no negative diagonal"
+            f"{name}: {float(moment[q, q])} at ({q}, {q}); the diagonal of a second moment is not "
+            "negative"
         )
     if float(apart.max()) == 0:
         return moment.contiguous()

@@ -1,9 +1,9 @@
-"""Inverting a layer's second moment, with a record of how.
+"""The damped inverse of a layer's second moment, with a record of how it was obtained.
 
-Everything is made in the place of one copy of it, by blocks of columns: a matrix of 25,000 columns
-takes 5 GB in float64. Against torch's Cholesky factorisation and solve, which hold three more, it
-also takes about half of the time (``bench/speed/paired.py --only inversion``), since nearly all of
-it is in matrix products and none of them is of zeros.
+It is computed in place of one copy of the matrix, by blocks of columns: a matrix of 25,000 columns
+takes 5 GB in float64. Torch's Cholesky factorisation and solve hold three more. They also take
+about twice the time (``bench/speed/paired.py --only inversion``): here nearly all of it goes into
+matrix products, none of them with zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lobs_native.errors import NotPositiveDefiniteError
 
 __all__ = ["LADDER", "Inverse", "invert"]
 
-LADDER = (1.0, 10.0, 100.0)  # factors on the damping that was asked for, tried in turn
+LADDER = (1.0, 10.0, 100.0)  # factors on the requested damping, tried in turn
 _BLOCK = 256  # columns; 128 and 512 are slower from 1,000 columns on
 
 
@@ -31,7 +31,7 @@ class Inverse:
     damping : float
         The fraction that was used.
     raised : bool
-        True if that is more than was asked for.
+        Whether that is more than was requested.
     """
 
     def __init__(self, U: Tensor, scale: float, damping: float, *, raised: bool) -> None:
@@ -40,7 +40,7 @@ class Inverse:
         self.raised = raised
         self._U: Tensor | None = U
         self._A: Tensor | None = None
-        self._lent = False  # whether somebody else may hold U
+        self._lent = False  # whether a caller may hold U
 
     @property
     def U(self) -> Tensor:
@@ -52,7 +52,7 @@ class Inverse:
         return self._U
 
     def times(self, b: Tensor) -> Tensor:
-        """A @ b for b (C, N) float64, by U where that is all there is."""
+        """A @ b for b (C, N) float64, by U as long as A has not been computed."""
         if self._U is not None:
             return self._U.T @ (self._U @ b)
         return self.A @ b
@@ -63,7 +63,7 @@ class Inverse:
         U, A = self._U, self._A
         matrix = A if U is None else U
         assert matrix is not None
-        # Any start will do that favours no column; a sine needs no random numbers.
+        # Any start that favours no column will do; a sine needs no random numbers.
         v = torch.arange(1.0, len(matrix) + 1, dtype=torch.float64, device=matrix.device).sin_()
         norm = v.norm()
         for _ in range(steps):
@@ -74,8 +74,8 @@ class Inverse:
 
     @property
     def A(self) -> Tensor:
-        """(C, C) float64, exactly symmetric: the inverse of H / scale. It takes the place of U
-        (they are large), which is computed anew should it be asked for again."""
+        """(C, C) float64, exactly symmetric: the inverse of H / scale. It replaces U (both are
+        large), which is recomputed if it is needed again."""
         if self._A is None:
             assert self._U is not None
             A = self._U.clone() if self._lent else self._U
@@ -86,8 +86,8 @@ class Inverse:
 
 
 def invert(H: Tensor, damping: float, what: str) -> Inverse:
-    """Invert a (C, C) float64 second moment, climbing the ladder damping, 10 x, 100 x where
-    Cholesky fails. H is not modified; besides it there is one matrix of its size at any time.
+    """Invert a second moment (C, C) float64 with damping; where Cholesky fails, with 10 and then
+    100 times as much. H is not modified. Besides it there is one matrix of its size at any time.
 
     ``what`` names the matrix in the error that is raised when the ladder ends. A power of two is
     taken out of H first, so that nothing over- or underflows and the result scales exactly with H.
@@ -129,7 +129,7 @@ def _blocks(M: Tensor) -> list[slice]:
 
 
 def _factor_(M: Tensor) -> bool:
-    """Put Cholesky's L into the lower triangle of M, of which only that is read; False if M is not
+    """Put Cholesky's L into the lower triangle of M. Nothing else of M is read. False if M is not
     positive definite (or holds NaN)."""
     failed = torch.zeros((), dtype=torch.int32, device=M.device)  # read once: on a GPU it waits
     for d in _blocks(M):
@@ -145,14 +145,14 @@ def _factor_(M: Tensor) -> bool:
 
 
 def _invert_lower_(L: Tensor) -> None:
-    """Replace a lower triangle by its inverse's, the last columns first; what is above the blocks
-    of the diagonal stays."""
+    """Replace a lower triangle by its inverse, the last columns first. Entries above the blocks of
+    the diagonal stay."""
     blocks = _blocks(L)
     for j, J in reversed(list(enumerate(blocks))):
         unit = torch.eye(J.stop - J.start, dtype=L.dtype, device=L.device)
         D = torch.linalg.solve_triangular(L[J, J].tril(), unit, upper=False)
         L[J, J] = D
-        for later in reversed(blocks[j + 1 :]):  # from below: those above are still to be read
+        for later in reversed(blocks[j + 1 :]):  # from below: those above are still needed
             between = slice(J.stop, later.stop)
             L[later, J] = (L[later, between] @ (L[between, J] @ D)).neg_()
 
@@ -182,5 +182,5 @@ def _turn_(M: Tensor) -> None:
 
 
 def _is_finite(M: Tensor) -> bool:
-    """Without temporaries of M's size."""
+    """Whether all entries are finite; without temporaries of M's size."""
     return all(bool(torch.isfinite(M[rows]).all()) for rows in _blocks(M))

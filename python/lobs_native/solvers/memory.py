@@ -1,4 +1,4 @@
-"""What pruning a layer exactly will take in memory, before it is started."""
+"""The memory that pruning a layer exactly will take, before it is started."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["MemoryPlan", "plan_memory"]
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that method "exact" needs besides its inputs; ``str()`` of it is for people."""
+    """Bytes that method "exact" needs besides its inputs; ``str()`` is meant for people."""
 
     rows: int
     columns: int
-    threads: int  # that the limit leaves; on a device, rows in flight
+    threads: int  # that the limit allows; on a device, rows in flight
     scratch: int  # of all of them
     trace: int  # order and cost of every removal
     matrices: int  # inverse, weights and temporaries
-    private_inverses: int  # what the published algorithm keeps: one inverse per row, for 32 rows
+    private_inverses: int  # of the published algorithm: one inverse per row, for 32 rows
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes together."""
         return self.scratch + self.trace + self.matrices
 
     def __str__(self) -> str:
@@ -62,8 +62,8 @@ def plan_memory(
     bias : bool
         Whether a bias is updated.
     memory : int, optional
-        The limit on scratch that :func:`lobs_native.prune_weight` would be given. Without one, a
-        device's rows in flight take half of its free memory at most.
+        The limit on scratch that will be passed to :func:`lobs_native.prune_weight`. Without one,
+        a device's rows in flight take half of its free memory at most.
     backend : str, optional
         A name from ``backends()``; the CPU's by default.
 
@@ -71,8 +71,8 @@ def plan_memory(
     -------
     MemoryPlan
         Sizes in bytes. ``matrices`` is the largest of inversion, tracing and repair. The result and
-        the libraries' own buffers come on top: where this says 659 MB (4096 x 4096, half), 769 MB
-        were measured, 84 of them the result (``python bench/speed/growth.py --memory``).
+        the libraries' own buffers come on top: for 659 MB here (4096 x 4096, half), 769 MB were
+        measured, including 84 MB of result (``python bench/speed/growth.py --memory``).
 
     Raises
     ------
@@ -88,9 +88,8 @@ def plan_memory(
         raise ArgumentError(f"sparsity: {share:g}; it is a fraction from 0 to 1")
     if dtype not in checks.FLOATS:
         raise DtypeError(f"dtype: {dtype}; weights are floating point")
-    wide = dtype == torch.float64
-    kernel = torch.float64 if wide else torch.float32
-    size = 8 if wide else 4
+    kernel = torch.float64 if dtype == torch.float64 else torch.float32
+    size = kernel.itemsize
     threads = ops.affordable_threads(
         D, kernel, rows=min(R, rows_together(backend or "cpu")), memory=memory, backend=backend
     )

@@ -100,7 +100,7 @@ class Unstructured(Pattern):
 
 
 class _Neighbours(Pattern):
-    """``size`` neighbouring inputs of a row belong together; biases belong nowhere."""
+    """Patterns of ``size`` neighbouring inputs of a row, which have no place for a bias."""
 
     size: int
 
@@ -117,7 +117,7 @@ class _Neighbours(Pattern):
                 "layer out or prune it unstructured"
             )
         if prune_bias:
-            raise ArgumentError(f"prune_bias: a bias has no place in pattern {self.name!r}")
+            raise ArgumentError(f"prune_bias: pattern {self.name!r} cannot include a bias")
         if mask is not None:
             self._check_mask(mask.reshape(*mask.shape[:-1], -1, self.size))
 
@@ -201,7 +201,7 @@ class Blocks(_Neighbours):
 
     def _check_mask(self, mask: Tensor) -> None:
         if not bool((mask == mask[..., :1]).all()):
-            raise ArgumentError(f"mask: it is not made of whole {self.name} blocks")
+            raise ArgumentError(f"mask: it does not consist of whole {self.name} blocks")
 
 
 PATTERNS: tuple[type[Pattern], ...] = (Unstructured, GroupsOf, Blocks)

@@ -163,7 +163,7 @@ class Problem:
         assert self.mask is not None
         return ArgumentError(
             f"mask: it already removes {int((~self.mask).sum())} of {self.mask.numel()} "
-            "weights, more than was asked for: ask for more"
+            "weights, more than the target: raise the target"
         )
 
     # ---- second moments --------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def _check_layer(
         raise ShapeError(f"weight: shape {tuple(W.shape[1:])} is empty; leave this layer out")
     checks.check_finite(W if G > 1 else W[0], "weight")
     if prune_bias and bias is None:
-        raise ArgumentError("prune_bias: True, but no bias was given; pass bias=")
+        raise ArgumentError("prune_bias: True without a bias; pass bias=")
     size = C
     if bias is not None:
         size += 1

@@ -21,7 +21,7 @@ OPTIMAL = 30.0  # optimality ratio (LAPACK's threshold for its own) above which 
 
 @dataclass(frozen=True)
 class PrunedWeight:
-    """What :func:`prune_weight` returns."""
+    """The result of :func:`lobs_native.prune_weight`."""
 
     weight: Tensor  # (R, C), dtype and device of the input; removed entries are exactly zero
     bias: Tensor | None  # (R,), updated together with the weights
@@ -32,19 +32,19 @@ class PrunedWeight:
     sparsity: float  # share of removed entries among those that could be removed
     damping: float  # the fraction that was used; 0 where the method inverts nothing
     method: str
-    backend: str  # which backend made it
+    backend: str  # the backend that was used
     status: str  # "ok", or "damping raised"
     notes: tuple[str, ...] = field(
         default=()
-    )  # everything that was done differently from what was asked
+    )  # everything that was done differently from the request
     dead_columns: int = 0  # inputs whose second moment is zero
     optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
     swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
     seconds: float = 0.0
-    # what the costs of the removals add up to in units of ``error`` with the damped H, so that it
-    # is not below ``error`` but for rounding; before ``refine``. None: the method does not know.
+    # the sum of the removals' costs before ``refine``, in units of ``error`` with the damped H, so
+    # that it is at least ``error`` up to rounding. None: the method does not compute it.
     predicted: float | None = None
-    # the same for other sparsities: rising points of equal number, the chosen one among them
+    # the same at other sparsities: as many errors as sparsities, rising, the chosen one included
     curve_sparsity: tuple[float, ...] | None = None
     curve_error: tuple[float, ...] | None = None
     energy: float | None = None  # tr(W H W^T): the unit of relative errors

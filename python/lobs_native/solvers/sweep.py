@@ -20,7 +20,7 @@ _WIDTH = 128  # columns of a block, as published
 
 
 class Sweep(Method):
-    """Chooses the mask of each block from the weights as they stand when the sweep arrives.
+    """Chooses the mask of each block by the weights as they are when the sweep arrives.
 
     Source: Frantar & Alistarh 2023.
     """

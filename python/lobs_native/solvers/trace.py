@@ -1,4 +1,4 @@
-"""One pass that answers for every sparsity: the order of exact removals and what each cost."""
+"""Traces of exact removals: one pass that answers for every sparsity of a layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _POINTS = 1001
 
 
 class WeightTrace:
-    """What :func:`trace_weight` returns.
+    """The result of :func:`trace_weight`: order and cost of the removals from each row.
 
     Attributes
     ----------
@@ -36,9 +36,8 @@ class WeightTrace:
         Columns of each row in the order of removal; -1 where nothing more was traced. A bias that
         may be removed is column C.
     loss : (R, K) float32, or float64 for a float64 weight
-        What each removal cost, in units of ``error`` with the damped H (the sum over a row's first
-        k is what is lost there); 0 where nothing more was traced. A block's cost is spread over its
-        columns.
+        What each removal cost, in units of ``error`` with the damped H: the first k of a row add up
+        to its error. 0 where nothing more was traced. A block's cost is spread over its columns.
     """
 
     def __init__(self, exact: Exact, notes: Sequence[str], seconds: float) -> None:
@@ -62,14 +61,14 @@ class WeightTrace:
 
     @ops.full_precision()
     def at(self, sparsity: float, scope: str = "layer") -> PrunedWeight:
-        """The layer at one sparsity, as :func:`lobs_native.prune_weight` gives it.
+        """The layer at one sparsity, as :func:`lobs_native.prune_weight` prunes it.
 
         Rows that were not traced far enough are traced further first.
 
         Parameters
         ----------
         sparsity : float in [0, 1]
-            Share of the weights that are zero afterwards. With an N:M pattern, the pattern's.
+            Share of the weights that are zero afterwards; with an N:M pattern, that of the pattern.
         scope : "layer" or "row"
             The cheapest removals of the whole layer, or the same number in every row.
 
@@ -115,7 +114,7 @@ class WeightTrace:
         Returns
         -------
         sparsity, error : (P,) float64
-            Rising from 0 removals; ``error`` in units of ``PrunedWeight.error``.
+            From 0 removals on; ``error`` in units of ``PrunedWeight.error``.
         """
         check_choice(scope, "scope", SCOPES)
         points = checks.positive_int(points, "points")
@@ -152,7 +151,7 @@ def trace_weight(
         As in :func:`lobs_native.prune_weight`. Not modified.
     method : "exact"
     until : float in (0, 1]
-        Share of each row's weights to trace; rows are traced further when ``at`` needs it.
+        Share of each row's weights to trace. Rows are traced further when ``at`` needs it.
 
     Returns
     -------
@@ -163,7 +162,8 @@ def trace_weight(
     ShapeError, DtypeError, ArgumentError, PatternError, BackendError, NonFiniteError
         An argument does not fit; the message names it.
     NotPositiveDefiniteError
-        The second moment cannot be inverted, or rounding in float64 ate a pivot.
+        The second moment cannot be inverted, or rounding in float64 left a pivot that is not
+        positive.
 
     Notes
     -----
@@ -177,7 +177,7 @@ def trace_weight(
     if not 0 < until <= 1:
         raise ArgumentError(f"until: {until:g}; it is a share of each row, above 0 and at most 1")
     checks.flag(prune_bias, "prune_bias")
-    problem = Problem.of(  # of copies: the trace outlives this call, its inputs may change
+    problem = Problem.of(  # of copies: the trace outlives this call, and its inputs may change
         W.clone(),
         b,
         [H.clone()],

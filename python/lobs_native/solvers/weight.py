@@ -1,4 +1,4 @@
-"""One layer: prune a weight matrix by its inputs' second moment, and say what it cost."""
+"""Pruning of one weight matrix by the second moment of its inputs."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def prune_weight(
 ) -> PrunedWeight:
     """Remove weights from one layer and repair the rest.
 
-    ``"exact"`` is true Optimal Brain Surgeon: the weight whose removal costs least,
-    ``w_q**2 / A_qq``, goes; all others of its row make up for it; A is downdated; and so on. Lowest
-    error of all methods here. ``"sweep"`` is SparseGPT's: columns from left to right in blocks of
-    128, one shared factor; several times faster and about twice the error. ``"lobs"`` is the
-    paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in that order, and
-    after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H + damping * mean(diag
-    H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and ``"wanda"`` by ``abs(w) *
-    sqrt(H_qq)``; neither changes the kept weights.
+    ``"exact"`` is true Optimal Brain Surgeon. It removes the weight whose removal costs least,
+    ``w_q**2 / A_qq``, lets all others of its row compensate, downdates A, and repeats; its error is
+    the lowest of all methods here. ``"sweep"`` is SparseGPT's: columns from left to right in blocks
+    of 128, with one shared factor; it is several times faster and makes about twice the error.
+    ``"lobs"`` is the paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in
+    that order, and after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H +
+    damping * mean(diag H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and
+    ``"wanda"`` by ``abs(w) * sqrt(H_qq)``; neither changes the kept weights.
 
     Parameters
     ----------
@@ -61,16 +61,16 @@ def prune_weight(
         last. Not modified.
     sparsity : float in [0, 1]
         Share of the weights that are zero afterwards: exactly the nearest whole number of them (a
-        half rounds down), zeros that were there before included.
+        half rounds down), including zeros that were there before.
     threshold : float >= 0
         The paper's epsilon: remove every weight with ``sqrt(L_q) <= threshold``, where ``L_q = w**2
         / (2 A_qq)`` (eq. 5-7).
     max_error : float >= 0
-        Remove as many as leave the incurred ``error`` at or below this (found by bisection over the
-        ranking).
+        Remove as many as leave the incurred ``error`` at or below this. A bisection over the count
+        finds how many.
     method : "exact", "sweep", "lobs", "magnitude" or "wanda"
     pattern : "unstructured", "N:M" or "1xB"
-        ``"2:4"`` keeps 2 of every 4 neighbouring inputs of a row: it says itself how far to go, so
+        ``"2:4"`` keeps 2 of every 4 neighbouring inputs of a row. It determines the sparsity, so
         leave the three targets out. ``"1x4"`` removes 4 neighbouring inputs of a row together. Rows
         must be whole groups.
     scope : "layer" or "row"
@@ -83,27 +83,27 @@ def prune_weight(
         ``sparsity``.
     mask : (R, C) bool, optional
         True = may stay. Entries that are False are removed first, whatever they cost. Without a
-        target exactly those are removed, and the rest is repaired for that.
+        target, exactly those are removed, and the rest is repaired.
     damping : float >= 0
         Fraction of the mean diagonal of H that is added to the diagonal. Where Cholesky fails, 10
-        and 100 times as much is tried, and ``damping``, ``status`` and ``notes`` of the result say
+        and 100 times as much is tried; ``damping``, ``status`` and ``notes`` of the result then say
         so.
     refine : None, "solve" or "exchange"
         "solve" recomputes the kept weights for the final mask in float64, whatever the method.
         "exchange" then swaps a kept weight of a row against a removed one as long as one swap
-        lowers the error, and takes C * C / 2 doubles per thread. Not with 1xB patterns; what the
-        mask demands stays. For CUDA tensors the exchanges are made on the CPU, and ``notes`` says
-        so.
+        lowers the error, and takes C * C / 2 doubles per thread. It does not work with 1xB patterns
+        and brings nothing back that the mask removes. For CUDA tensors the exchanges are made on
+        the CPU, and ``notes`` says so.
     memory : int, optional
-        Bytes of scratch for "exact" at most: it then uses fewer threads (on a device, fewer rows at
-        a time), or raises MemoryError; see :func:`plan_memory`.
+        Limit on the bytes of scratch for "exact": it then uses fewer threads (on a device, fewer
+        rows at a time), or raises MemoryError; see :func:`plan_memory`.
     backend : str, optional
         A name from ``backends()``.
 
     Returns
     -------
     PrunedWeight
-        New tensors like the inputs, the mask, and what was incurred, used and noted.
+        New tensors like the inputs, the mask, the incurred error, and what was used and noted.
 
     Raises
     ------
@@ -116,13 +116,14 @@ def prune_weight(
 
     Notes
     -----
-    Ties go to the lowest row, then column. Inputs that are zero in every row ("dead") cost nothing,
-    so their weights go first under ``"lobs"`` and ``"wanda"``. With a damping below 1e-4 the
-    removal runs in float64 whatever the weight's type. ``optimality`` of the result says how far
-    the kept weights are from the best for their mask and the damped H, in units of rounding: below
-    about 30, they are it. Source: Dong, Chen & Pan 2017, algorithm 1; Hassibi & Stork 1993 and
-    Frantar, Singh & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024
-    for "wanda".
+    Ties go to the lowest row, then column. Inputs that are zero in every sample ("dead") cost
+    nothing, so their weights are removed first under ``"lobs"`` and ``"wanda"``. With a damping
+    below 1e-4 the removal runs in float64 whatever the weight's type. ``optimality`` of the result
+    says how far the kept weights are from the best for their mask and the damped H, in units of
+    rounding: below about 30, they are the best.
+
+    Sources: Dong, Chen & Pan 2017, algorithm 1, for "lobs"; Hassibi & Stork 1993 and Frantar, Singh
+    & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024 for "wanda".
     """
     W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
     out = prune_groups(
@@ -154,8 +155,8 @@ def prune_weight(
 def one_layer(
     weight: Any, hessian: Any, bias: Any, mask: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
-    """Check a layer's tensors: weight (1, R, C), second moment, bias (1, R), mask (1, R, C), and
-    what is to be noted about the second moment."""
+    """Check a layer's tensors. Returns weight (1, R, C), second moment, bias (1, R), mask
+    (1, R, C), and notes on the second moment."""
     W = checks.tensor(weight, "weight", ndim=2)
     H = hessian.matrix() if isinstance(hessian, Hessian) else second_moment(hessian, "hessian")
     notes = []
@@ -196,8 +197,8 @@ def prune_groups(
 
     W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). With a
     drift, the weights that make up for it are pruned instead of W, whatever the method, and errors
-    are relative to the outputs that it wants. ``importance`` (G, R) multiplies the costs of a row
-    where "exact" compares rows. Returns a PrunedWeight whose tensors have the leading G.
+    are relative to the desired outputs. ``importance`` (G, R) multiplies the costs of a row where
+    "exact" compares rows. Returns a PrunedWeight whose tensors have a leading G.
     """
     begun = time.perf_counter()
     pattern = pattern_of(pattern)
