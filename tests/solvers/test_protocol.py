@@ -71,6 +71,23 @@ def test_a_threshold_is_for_methods_that_compare_saliencies(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_layers_share_a_budget_under_methods_that_can_compare_them(method):
+    given, W, H = problem(TABLE[method])
+    chooser = TABLE[method](given, pattern_of("unstructured"))
+    if TABLE[method].compares_layers:
+        costs, unit = chooser.cheapest(9)
+        ceilings = lobs.trace_weight(W, H).loss.cummax(1).values.reshape(-1).sort().values
+        assert distance(unit * costs, ceilings[:9]) < RELATIVE[F64]
+        return
+    with pytest.raises(NotImplementedError, match=TABLE[method].__name__):
+        chooser.cheapest(9)
+    with pytest.raises(ArgumentError, match="scope: 'model' needs"):
+        lobs.prune(
+            torch.nn.Linear(C, R), [torch.ones(2, C)], sparsity=0.5, method=method, scope="model"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_inverts_only_what_it_declares(method):
     W, H = layer(R, C)
     out = lobs.prune_weight(W, H, sparsity=0.5, method=method)

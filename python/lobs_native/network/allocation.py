@@ -20,8 +20,8 @@ from lobs_native.calibration.partial import States, passed_before, readable
 from lobs_native.calibration.run import Run
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.network.selection import Plan
-from lobs_native.solvers.exact import Exact
 from lobs_native.solvers.measurement import energy
+from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.problem import Problem, nearest_count
 from lobs_native.solvers.workspace import Workspace
 
@@ -150,13 +150,13 @@ def _costs(
             mask=None,
             workspace=Workspace(ops.select_backend(backend, layer.weight().device), memory),
         )
-        exact, unpruned = Exact(problem, plan.pattern, importance), energy(problem)
+        chooser, unpruned = TABLE[plan.method](problem, plan.pattern, importance), energy(problem)
         most = nearest_count(_highest(asked, spread), plan.weights)
-        values = exact.cheapest(most)
+        values, unit = chooser.cheapest(most)
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
     stride = -(-most // _KEPT) or 1
-    unit = exact.removals.unit_cost() / each
+    unit /= each
     if importance is not None:
         unit *= float(importance.mean())
     elif unpruned > 0:

@@ -15,6 +15,7 @@ from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.layers import Layer, layers_of
 from lobs_native.report.records import Skipped
+from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.patterns import GroupsOf, Unstructured, pattern_of
 from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping, check_refine
 
@@ -174,7 +175,9 @@ def plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
     scope = check_choice(settings["scope"], "scope", (*SCOPES, "model"))
     refine = check_refine(settings["refine"], pattern)
     if scope == "model" and not (
-        method == "exact" and isinstance(pattern, Unstructured) and target.sparsity is not None
+        TABLE[method].compares_layers
+        and isinstance(pattern, Unstructured)
+        and target.sparsity is not None
     ):
         raise ArgumentError(
             "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "

@@ -33,6 +33,8 @@ class Exact(Method):
     Alistarh 2022 (ExactOBS).
     """
 
+    compares_layers = True
+
     def __init__(
         self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
     ) -> None:
@@ -71,13 +73,13 @@ class Exact(Method):
         """See :class:`Method`."""
         self.removals.trace_all(self.problem.order)
 
-    def cheapest(self, units: int) -> Tensor:
-        """(units,) float64, ascending: what the cheapest removals of the layer cost, each as its
-        row's running maximum."""
+    def cheapest(self, units: int) -> tuple[Tensor, float]:
+        """See :class:`Method`; a removal costs its row's running maximum."""
+        unit_cost = self.removals.unit_cost()
         if not units:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64), unit_cost
         self._reach(units)
-        return self.removals.ceilings().reshape(-1).sort().values[:units]
+        return self.removals.ceilings().reshape(-1).sort().values[:units], unit_cost
 
     def _nothing(self) -> Choice:
         before = self.problem.before

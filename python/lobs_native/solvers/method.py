@@ -49,6 +49,7 @@ class Method(ABC):
     inverts: ClassVar[bool] = True  # needs the inverse of the second moment
     optimal: ClassVar[bool] = True  # its kept weights are the best for their mask; this is checked
     thresholds: ClassVar[bool] = False  # implements choose_below
+    compares_layers: ClassVar[bool] = False  # implements cheapest: layers can share one budget
 
     def __init__(
         self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
@@ -73,6 +74,11 @@ class Method(ABC):
 
     def prepare(self) -> None:  # noqa: B027 (few methods have anything to prepare)
         """Do what choices at all shares have in common; called before a search over shares."""
+
+    def cheapest(self, units: int) -> tuple[Tensor, float]:
+        """Costs of the ``units`` cheapest removals of the layer, (units,) float64, ascending; and
+        what a cost of one is in tr(dW H dW^T), infinite beyond float64."""
+        raise NotImplementedError(f"{type(self).__name__} does not compare layers")
 
     def costs(self, removed: Tensor, scope: str) -> Costs | None:
         """What the removals of the latest choices add up to. None where the method has no such sum,
