@@ -29,3 +29,14 @@ def layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     x = features(4 * columns, columns, seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     return weight, x.T @ x / len(x)
+
+
+def correlated(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Few directions carry most of the inputs, as in a trained network; the weights are random."""
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(4 * columns, columns // 4, generator=generator, dtype=torch.float64)
+    mix = torch.randn(columns // 4, columns, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
+    x = (few @ mix + 0.3 * noise).relu()
+    W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return W, x.T @ x / len(x)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lobs_native import PrunedWeight
+
 
 class Plain:
     """One row, one removal at a time, in float64, with D downdated as published."""
@@ -121,3 +123,13 @@ def mask_of(rows: Sequence[Plain], taken: Sequence[int], columns: int) -> Tensor
     for r, (row, k) in enumerate(zip(rows, taken, strict=True)):
         mask[r, row.order[:k]] = False
     return mask
+
+
+def damped_error(W: Tensor, out: PrunedWeight, H: Tensor, damping: float = 0.01) -> float:
+    """What pruning W cost, with the damped H."""
+    return error_of(out.weight.double() - W.double(), damped(H, damping))
+
+
+def per_row(out: PrunedWeight) -> list[int]:
+    """Weights removed from each row."""
+    return (~out.mask).sum(1).tolist()
