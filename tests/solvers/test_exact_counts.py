@@ -107,12 +107,12 @@ def check(
 
 
 def zeros_go_first(before: Tensor, removed: Tensor, scope: str) -> None:
-    """A nonzero weight goes only where no zero is left that could have gone."""
+    """A nonzero weight is removed only where no zero is left that could have been removed."""
     rows = zip(before, removed, strict=True) if scope == "row" else [(before, removed)]
-    for weight, gone in rows:
+    for weight, lost in rows:
         zero = weight == 0
-        if bool((gone & ~zero).any()):
-            assert bool(gone[zero].all())
+        if bool((lost & ~zero).any()):
+            assert bool(lost[zero].all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -198,13 +198,13 @@ def test_the_documented_number_of_blocks_is_removed(size, method, scope, share):
         )
         blocks = (~out.mask).reshape(R, -1, size)
         assert bool((blocks == blocks[:, :, :1]).all())
-        gone = blocks[:, :, 0]
+        removed = blocks[:, :, 0]
         if scope == "row":
-            assert gone.sum(1).tolist() == [documented(share, WIDE // size)] * R
+            assert removed.sum(1).tolist() == [documented(share, WIDE // size)] * R
         else:
-            assert int(gone.sum()) == documented(share, R * WIDE // size)
+            assert int(removed.sum()) == documented(share, R * WIDE // size)
         check_agreement(W, out.weight, out.mask)
-        zeros_go_first((W.reshape(R, -1, size) != 0).any(2).double(), gone, scope)
+        zeros_go_first((W.reshape(R, -1, size) != 0).any(2).double(), removed, scope)
         assert out.sparsity == int((~out.mask).sum()) / W.numel()
         if share == 0:
             assert bits(out.weight) == bits(W)

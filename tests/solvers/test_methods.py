@@ -354,8 +354,8 @@ def test_a_bias_has_no_place_in_a_pattern_but_is_repaired(method, pattern):
     if method == "exact":
         whole = torch.cat([W, b[:, None]], 1)
         for r in range(6):
-            gone = torch.cat([~out.mask[r], torch.zeros(1, dtype=torch.bool)])
-            best = least_squares(whole[r], damped(h.matrix(), 0.01), gone)
+            removed = torch.cat([~out.mask[r], torch.zeros(1, dtype=torch.bool)])
+            best = least_squares(whole[r], damped(h.matrix(), 0.01), removed)
             assert distance(torch.cat([out.weight[r], out.bias[r : r + 1]]), best) < 1e-10
 
 
