@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.network import pruner
+from lobs_native.network import pruning
 from lobs_native.rundir import ledger
 from quality import lenet
 from stress.crash import acknowledged_are_there, finish
@@ -71,7 +71,7 @@ class Acknowledging(ledger.Ledger):
 def child(network: str, folder: Path, kept: bool) -> None:
     """Prune, with a run directory if ``kept``, and write the weights."""
     torch.set_num_threads(1)
-    pruner.Ledger = Acknowledging
+    pruning.Ledger = Acknowledging
     model, batches = NETWORKS[network]()
     print("begun", flush=True)
     run = folder / "run" if kept else None

@@ -28,6 +28,7 @@ from lobs_native.network.batch_norm import reestimate_batch_norm
 from lobs_native.network.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import ErrorBound, LayerReport, Skipped
@@ -52,6 +53,7 @@ __all__ = [
     "LayerReport",
     "LobsError",
     "MemoryPlan",
+    "NetworkSettings",
     "NonFiniteError",
     "NotPositiveDefiniteError",
     "PatternError",

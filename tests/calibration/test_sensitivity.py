@@ -157,7 +157,9 @@ def test_a_layer_without_a_sensitivity_keeps_the_sparsity_asked_for():
         progress=False,
     )
     assert [layer.sparsity for layer in report.layers] == [0.5] * 3
-    noted = [any("it kept the sparsity asked" in n for n in layer.notes) for layer in report.layers]
+    noted = [
+        any("it kept the requested sparsity" in n for n in layer.notes) for layer in report.layers
+    ]
     assert noted == [True, True, False]
 
 

@@ -121,8 +121,12 @@ PAIR, FOLDER = "small_here:pair --out out", "folder --out out"
 WRONG = {
     "no out": ("small_here:pair --sparsity 0.5", 2, "--out: it is missing; name a folder to wr"),
     "no model": ("--sparsity 0.5 --out out", 2, "the following arguments are required: MODEL"),
-    "missing folder": ("gone --sparsity 0.5 --out out", 2, "MODEL: 'gone' is no folder here, and"),
-    "a file": ("text.txt --sparsity 0.5 --out out", 2, "MODEL: 'text.txt' is no folder here"),
+    "missing folder": (
+        "gone --sparsity 0.5 --out out",
+        2,
+        "MODEL: 'gone' is not a folder here, and",
+    ),
+    "a file": ("text.txt --sparsity 0.5 --out out", 2, "MODEL: 'text.txt' is not a folder here"),
     "no config": (
         f"{FOLDER} --sparsity 0.5 --calibration text.txt",
         2,
@@ -206,9 +210,10 @@ WRONG = {
     "memory a word": (
         f"{PAIR} --sparsity 0.5 --memory lots",
         2,
-        "argument --memory: 'lots' is no size in bytes; write for example 4000000000, 4GB or 4GiB",
+        "argument --memory: 'lots' is not a size in bytes; write for example 4000000000, 4GB or "
+        "4GiB",
     ),
-    "memory zero": (f"{PAIR} --sparsity 0.5 --memory 0GB", 2, "argument --memory: '0GB' is no"),
+    "memory zero": (f"{PAIR} --sparsity 0.5 --memory 0GB", 2, "argument --memory: '0GB' is not"),
     "memory too small": (f"{PAIR} --sparsity 0.5 --memory 10", 1, "memory: "),
     "memory too small to plan": (
         "small_here:pair --sparsity 0.5 --memory 10 --plan",

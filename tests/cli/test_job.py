@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import nn
 import lobs_native as lobs
 from lobs_native.cli import commands as cli
 from lobs_native.cli import job
-from lobs_native.network import pruner, selection
+from lobs_native.network import pruner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,8 +145,8 @@ def test_the_weights_are_those_of_pruning_in_python(here, name):
 def test_every_argument_reaches_prune(here, monkeypatch):
     seen = {}
 
-    def stop(model, batches, **arguments):
-        seen.update(arguments)
+    def stop(model, batches, *, settings):
+        seen.update(dataclasses.asdict(settings))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pruner, "prune", stop)
@@ -183,6 +184,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "seed": 7,
         "progress": False,
         "forward": None,
+        "overrides": None,
     }
 
 
@@ -227,13 +229,11 @@ def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
 
 def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
     found = job.Job(network(), batches(), None, "2", lambda *_: {})
-    arguments = dict.fromkeys((*selection.OVERRIDABLE, "include", "exclude", "memory", "backend"))
-    arguments |= {"sparsity": 0.5, "method": "exact", "scope": "layer", "damping": 0.01}
-    arguments |= {"pattern": "unstructured", "prune_bias": False, "progress": False}
-    planned = job.plan(found, arguments)
+    settings = lobs.NetworkSettings(sparsity=0.5, progress=False)
+    planned = job.plan(found, settings)
     assert [layer["name"] for layer in planned["layers"]] == ["0"]
     assert [layer["name"] for layer in planned["skipped"]] == ["2"]
-    report = job.run(found, arguments, tmp_path / "out", overwrite=False, masks=False)
+    report = job.run(found, settings, tmp_path / "out", overwrite=False, masks=False)
     assert [layer.name for layer in report.layers] == ["0"]
     assert [layer.name for layer in report.skipped] == ["2"]
 

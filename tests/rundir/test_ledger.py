@@ -24,10 +24,11 @@ from helpers.stacks import made
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.calibration.run import Run
 from lobs_native.cli import commands as cli
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import fs
-from lobs_native.network import layerwise, pruner
+from lobs_native.network import layerwise, pruning
 from lobs_native.report import records
 from lobs_native.rundir import inspection
 from lobs_native.rundir.directory import RunDirectory
@@ -185,13 +186,13 @@ def test_what_is_under_way_is_kept_and_gone_on_with(tmp_path, monkeypatch, model
     through = model == "blocks" and options["inputs"] != "dense"
     assert any(key.startswith("inputs of ") for key in all_saved) == through
     assert ("costs" in all_saved) == (options.get("scope") == "model")
-    each = pruner.Run.each
+    each = Run.each
 
     def starting(self: Any, what: str, start: int = 0) -> Any:
         started.append((what, start))
         return each(self, what, start)
 
-    monkeypatch.setattr(pruner.Run, "each", starting)
+    monkeypatch.setattr(Run, "each", starting)
     moments = range(1, len(all_saved) + 1)
     for k in moments[:: max(1, len(moments) // 8)]:
         folder = tmp_path / str(k)
@@ -646,7 +647,7 @@ def test_resume_goes_on_despite_differences_only_when_told(here, monkeypatch, ca
         after(patched, 2)
         with pytest.raises(EndError):
             cli.main(line.split())
-    monkeypatch.setattr(pruner, "versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr(pruning, "versions", lambda: {"torch": "0.0"})
     assert cli.main(["resume", "run"]) == cli.USAGE
     assert "versions.torch" in capsys.readouterr().err
     assert cli.main(["resume", "run", "--anyway"]) == cli.OK

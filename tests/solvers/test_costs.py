@@ -13,7 +13,7 @@ from torch import Tensor
 import lobs_native as lobs
 from lobs_native.solvers.costs import POINTS, along
 from lobs_native.solvers.problem import Drift
-from lobs_native.solvers.settings import Target
+from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import prune_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,9 +104,7 @@ def test_a_trace_gives_the_same_at_every_sparsity():
 def test_importance_chooses_and_is_not_counted():
     W, H = layer(60, 20)
     importance = torch.logspace(-2, 2, 60, dtype=F64)[None]
-    out = prune_groups(
-        W[None], [H], target=Target(sparsity=0.6), method="exact", importance=importance
-    )
+    out = prune_groups(W[None], [H], LayerSettings(sparsity=0.6), importance=importance)
     assert out.predicted == pytest.approx(damped_error(out, out.weight[0] - W, H), rel=1e-9)
     assert out.curve_error[-1] >= out.predicted
 
@@ -127,7 +125,7 @@ def test_groups_and_a_drift_add_up_too(method, scope):
         inherited += float(left.square().sum()) / 200
     before = torch.stack(W)
     out = prune_groups(
-        before, moments, target=Target(sparsity=0.5), method=method, scope=scope,
+        before, moments, LayerSettings(sparsity=0.5, method=method, scope=scope),
         drift=Drift(pull, inherited, 1.0),
     )  # fmt: skip
     added = sum(

@@ -281,9 +281,9 @@ class _Watch:
         with self.stages("check"):
             return original(*args, **kwargs)
 
-    def _prune_layer(self, original: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
-        self.layer = plan.layer.name
-        return original(plan, *args, **kwargs)
+    def _prune_layer(self, original: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
+        self.layer = job.layer.name
+        return original(job, *args, **kwargs)
 
     def _invert(self, original: Any, *args: Any) -> Any:
         H = id(args[0])
@@ -293,22 +293,25 @@ class _Watch:
                 _ = self.inverses[H].A  # computed at the first access, which is here
         return self.inverses[H]
 
-    def _prune_groups(self, original: Any, W: Tensor, moments: Any, **kwargs: Any) -> Any:
+    def _prune_groups(
+        self, original: Any, W: Tensor, moments: Any, settings: Any, **kwargs: Any
+    ) -> Any:
         if self.layer in self.too_long:
-            self._sample(original, W, moments, **kwargs)
+            self._sample(original, W, moments, settings, **kwargs)
         with self.stages(f"pruning:{self.layer}"):
-            out = original(W, moments, **kwargs)
+            out = original(W, moments, settings, **kwargs)
         self.inverses.clear()
         return out
 
-    def _sample(self, original: Any, W: Tensor, moments: Any, **kwargs: Any) -> None:
+    def _sample(self, original: Any, W: Tensor, moments: Any, settings: Any, **kwargs: Any) -> None:
         rows = torch.linspace(0, W.shape[1] - 1, min(SAMPLED, W.shape[1])).long()
         bias = kwargs.pop("bias")
         some = {**kwargs, "bias": None if bias is None else bias[:, rows], "importance": None}
         errors = {}
         for method in METHODS:
             with self.stages(f"sample:{self.layer} {method}"):
-                out = original(W[:, rows], moments, **{**some, "method": method})
+                tried = dataclasses.replace(settings, method=method)
+                out = original(W[:, rows], moments, tried, **some)
             errors[method] = out.relative_error
         spent = self.seconds("sample", f"{self.layer} exact")
         self.sampled[self.layer] = {"rows": len(rows), "seconds": spent, **errors}

@@ -1,4 +1,4 @@
-"""The command line: ``lobs-native`` and ``python -m lobs_native``. Parses and prints."""
+"""The command line: ``lobs-native`` and ``python -m lobs_native``. It parses and prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lobs_native
 from lobs_native.cli import demo, doctor, job
-from lobs_native.cli.arguments import ARGUMENTS, TEXT, add_prune
+from lobs_native.cli.arguments import TEXT, add_prune, settings_of
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
     ArgumentError,
@@ -40,16 +40,16 @@ _EPILOG = """exit codes:
   2    wrong usage: an argument is missing, unknown, out of its range, or does not fit
   74   with a run directory: a file could not be read or written, or is damaged; finished layers
        are kept
-  75   with a run directory: ended by SIGTERM after the layer or the calibration batch it was at,
-       and can be resumed
+  75   with a run directory: ended by SIGTERM after the current layer or calibration batch; can be
+       resumed
   130  interrupted by Ctrl-C, in the middle of a layer; with a run directory finished ones are kept
-  141  whatever read the output went away
+  141  the reader of the output went away
   143  without a run directory: ended by SIGTERM at once; nothing is written
 """
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM came. No Exception, like KeyboardInterrupt."""
+    """SIGTERM came. Not an Exception, like KeyboardInterrupt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _complain(said: str, error: BaseException) -> None:
-    """One line on standard error, with what was added to the error on its way."""
-    notes = "; ".join([said, *getattr(error, "__notes__", [])])
-    print(f"lobs-native: {visible(notes)}", file=sys.stderr)
+def _complain(message: str, error: BaseException) -> None:
+    """One line on standard error: the message, and the notes that were added to the error."""
+    line = "; ".join([message, *getattr(error, "__notes__", [])])
+    print(f"lobs-native: {visible(line)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    said = "train a small network on real digits, prune it five ways and compare"
-    command = commands.add_parser("demo", help=said, description=said)
+    help_ = "train a small network on real digits, prune it five ways and compare"
+    command = commands.add_parser("demo", help=help_, description=help_)
     command.add_argument(
         "--out",
         type=Path,
@@ -126,54 +126,50 @@ def _parser() -> argparse.ArgumentParser:
 
     add_prune(commands).set_defaults(run_command=_prune)
 
-    said = "go on with a run that lobs-native prune --run-dir began, by the same command"
+    help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
-    command = commands.add_parser("resume", help=said, description=f"{said}. {more}")
+    command = commands.add_parser("resume", help=help_, description=f"{help_}. {more}")
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    said = "also if model, data, versions or threads are no longer the same"
-    command.add_argument("--anyway", action="store_true", help=said)
+    help_ = "also if model, data, versions or threads are no longer the same"
+    command.add_argument("--anyway", action="store_true", help=help_)
     command.set_defaults(run_command=_resume)
 
-    said = (
-        "show the state of a run directory, of a run that goes on as well; exit code 1 if damaged"
-    )
-    command = commands.add_parser("inspect", help=said, description=said)
+    help_ = "show the state of a run directory, even while it is in use; exit code 1 if damaged"
+    command = commands.add_parser("inspect", help=help_, description=help_)
     command.add_argument("run", type=Path, metavar="RUN_DIR")
     command.add_argument("--json", action="store_true", help="print JSON")
-    said = "drop what is damaged and all that follows it, and go on from there later; says what"
-    command.add_argument("--repair", action="store_true", help=said)
+    help_ = "drop damaged records and all that follow them, so that the run can resume; lists them"
+    command.add_argument("--repair", action="store_true", help=help_)
     command.set_defaults(run_command=_inspect)
 
-    said = "write the report of a run directory, finished or not"
-    command = commands.add_parser("report", help=said, description=said)
+    help_ = "write the report of a run directory, finished or not"
+    command = commands.add_parser("report", help=help_, description=help_)
     command.add_argument("run", type=Path, metavar="RUN_DIR")
-    said = "the page to write; or FILE.json"
-    command.add_argument("--html", type=Path, metavar="FILE", required=True, help=said)
+    help_ = "the page to write; or FILE.json"
+    command.add_argument("--html", type=Path, metavar="FILE", required=True, help=help_)
     command.set_defaults(run_command=_report)
 
-    said = "show versions, processor level, threads and devices, and check the kernels"
-    command = commands.add_parser("doctor", help=said, description=said)
+    help_ = "show versions, processor level, threads and devices, and check the kernels"
+    command = commands.add_parser("doctor", help=help_, description=help_)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run_command=_doctor)
     return parser
 
 
 def _prune(options: argparse.Namespace) -> int:
-    given = vars(options)
-    arguments = {name: given[name] for name in ARGUMENTS}
-    text = {name: given[name] for name in TEXT}
-    # What the model's code prints must not get between the lines of a result.
+    text = {name: getattr(options, name) for name in TEXT}
+    # Whatever the model's code prints must not get between the lines of a result.
     with contextlib.redirect_stdout(sys.stderr), job.importable_here():
         if not options.plan:
             out = _check_out(options)
-        found = job.find(options.model, options.calibration, text, planning=options.plan)
+        task = job.find(options.model, options.calibration, text, planning=options.plan)
+        settings = settings_of(options)
         if options.plan:
-            planned = job.plan(found, arguments)
+            planned = job.plan(task, settings)
         else:
-            arguments["progress"] = not options.no_progress
             with _heeding_sigterm(options.run_dir is not None), _remembered(options.arguments):
                 report = job.run(
-                    found, arguments, out, overwrite=options.overwrite, masks=options.masks
+                    task, settings, out, overwrite=options.overwrite, masks=options.masks
                 )
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else plan_table(planned))
@@ -200,9 +196,9 @@ def _resume(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _remembered(arguments: Sequence[str]) -> Iterator[None]:
-    """A run that begins keeps the command, for :func:`_resume`."""
-    told = {"folder": os.getcwd(), "arguments": list(arguments[1:])}
-    token = ledger.command.set(told)
+    """A run that begins records the command, for :func:`_resume`."""
+    command = {"folder": os.getcwd(), "arguments": list(arguments[1:])}
+    token = ledger.command.set(command)
     try:
         yield
     finally:
@@ -211,8 +207,8 @@ def _remembered(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heeding_sigterm(kept: bool) -> Iterator[None]:
-    """With a run directory, SIGTERM lets the present layer or batch finish; without one it ends the
-    run in an orderly way, so that no half-written folder stays."""
+    """With a run directory, SIGTERM lets the current layer or batch finish; without one it ends the
+    run cleanly, so that no half-written folder stays."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
@@ -233,7 +229,7 @@ def _heeding_sigterm(kept: bool) -> Iterator[None]:
 
 def _check_out(options: argparse.Namespace) -> Path:
     if options.out is None:
-        raise ArgumentError("--out: it is missing; name a folder to write, or ask for a --plan")
+        raise ArgumentError("--out: it is missing; name a folder to write, or pass --plan")
     out = check_new_folder(options.out, overwrite=options.overwrite)
     source = Path(options.model).resolve()
     if source.is_dir() and (source in (out, *out.parents) or out in source.parents):
@@ -243,23 +239,23 @@ def _check_out(options: argparse.Namespace) -> Path:
 
 def _inspect(options: argparse.Namespace) -> int:
     repaired = inspection.repair(options.run) if options.repair else []
-    found = {
+    state = {
         **inspection.inspect(options.run),
         **({"repaired": repaired} if options.repair else {}),
     }
     if options.json:
-        print(json.dumps(found, indent=1))
-        return FAILED if found["problems"] else OK
+        print(json.dumps(state, indent=1))
+        return FAILED if state["problems"] else OK
     rows = [("layer", "sparsity", "relative error")]
-    for layer in found["done"]:
+    for layer in state["done"]:
         error = f"{float(layer['relative_error']):.4g}"
         rows.append((visible(layer["name"]), f"{layer['sparsity']:.4f}", error))
     print(aligned(rows))
-    print(visible(in_short(found["config"], found["versions"])))
-    print(f"{len(found['done'])} of {found['layers']} layers are done in {visible(found['path'])}")
-    for line in (*repaired, *found["problems"]):
+    print(visible(in_short(state["config"], state["versions"])))
+    print(f"{len(state['done'])} of {state['layers']} layers are done in {visible(state['path'])}")
+    for line in (*repaired, *state["problems"]):
         print(visible(line))
-    return FAILED if found["problems"] else OK
+    return FAILED if state["problems"] else OK
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -281,7 +277,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     rows = doctor.examine()
-    good, said = doctor.self_check()
-    rows.append(("self-check", said))
+    good, summary = doctor.self_check()
+    rows.append(("self-check", summary))
     print(json.dumps({"ok": good, **dict(rows)}, indent=1) if options.json else doctor.table(rows))
     return OK if good else FAILED

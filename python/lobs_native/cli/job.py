@@ -1,5 +1,4 @@
-"""What ``lobs-native prune`` does: find the network, prune it, and write a folder, whole or not at
-all."""
+"""The work of ``lobs-native prune``: find the network, prune it, and write a folder atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +24,9 @@ from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsE
 from lobs_native.files.atomic import new_folder, writing
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.text import text_batches
-from lobs_native.network import pruner, selection
+from lobs_native.network import pruner
+from lobs_native.network.selection import jobs_of
+from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
 from lobs_native.solvers.memory import plan_memory
@@ -45,7 +46,7 @@ class Job:
     batches: Any  # None if only planning
     forward: Forward | None
     head: str | None  # layer that is left alone unless it is included
-    save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # what is to be said of it
+    save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # returns entries of the report
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
 
 
@@ -79,12 +80,12 @@ def find(
         return _folder(Path(source), calibration, dict(text), planning)
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
-            f"MODEL: {source!r} is no folder here, and not of the form module:function"
+            f"MODEL: {source!r} is not a folder here, and not of the form module:function"
         )
     options = {"calibration": calibration, **text}
-    if given := [name for name, value in options.items() if value is not None]:
+    if extra := [name for name, value in options.items() if value is not None]:
         raise ArgumentError(
-            f"--{given[0].replace('_', '-')}: it is for folders; the function {source} brings its "
+            f"--{extra[0].replace('_', '-')}: it is for folders; the function {source} brings its "
             "own batches"
         )
     model, batches, forward = _call(source)
@@ -111,9 +112,9 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
     batches = None
     if calibration is not None:
         chosen = {name: value for name, value in text.items() if value is not None}
-        found = text_batches(checkpoint, model, calibration, **chosen)
-        batches = found.batches
-        settings |= found.settings
+        calibrating = text_batches(checkpoint, model, calibration, **chosen)
+        batches = calibrating.batches
+        settings |= calibrating.settings
 
     def save(out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes)
@@ -141,22 +142,22 @@ def _call(source: str) -> tuple[nn.Module, Any, Forward | None]:
     if not callable(function):
         raise ArgumentError(f"MODEL: {source} is a {type(function).__name__}, not a function")
     try:
-        found = function()
+        result = function()
     except Exception as error:
         raise LobsError(f"MODEL: {source}() raised {_raised(error)}") from error
     if (
-        not isinstance(found, tuple)
-        or len(found) not in {2, 3}
-        or not isinstance(found[0], nn.Module)
+        not isinstance(result, tuple)
+        or len(result) not in {2, 3}
+        or not isinstance(result[0], nn.Module)
     ):
-        what = type(found).__name__
-        if isinstance(found, tuple):
-            what = f"({', '.join(type(part).__name__ for part in found)})"
+        what = type(result).__name__
+        if isinstance(result, tuple):
+            what = f"({', '.join(type(part).__name__ for part in result)})"
         raise DtypeError(
             f"MODEL: {source}() returned {what}, expected (model, batches) or (model, batches, "
             "forward) with an nn.Module first"
         )
-    return found[0], found[1], found[2] if len(found) == 3 else None
+    return result[0], result[1], result[2] if len(result) == 3 else None
 
 
 def _raised(error: Exception) -> str:
@@ -179,49 +180,45 @@ def _save_state(model: nn.Module, out: Path, masks: Mapping[str, Tensor]) -> dic
     state = model.state_dict()
     for name, value in again.items():
         if not hf.same_bits(state[name].detach().cpu(), value):
-            raise CheckpointError(f"{path}: {name} is not what was written when it is read again")
+            raise CheckpointError(f"{path}: {name} differs from what was written when read again")
     return {}
 
 
 # ---- the work ------------------------------------------------------------------------------------
 
 
-def _without_head(job: Job, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Skipped]]:
-    """The arguments of prune, with the layer that makes the logits excluded if nothing includes
-    it."""
-    excluded = list(arguments.get("exclude") or [])
-    if job.head is None or arguments.get("include") or job.head in excluded:
-        return dict(arguments), []
-    return {**arguments, "exclude": [*excluded, job.head]}, [Skipped(job.head, HEAD)]
+def _for_job(job: Job, settings: NetworkSettings) -> tuple[NetworkSettings, list[Skipped]]:
+    """The settings with the job's own ``forward``, and with the layer that makes the logits
+    excluded unless something includes it."""
+    settings = dataclasses.replace(settings, forward=job.forward)
+    excluded = [] if settings.exclude is None else globs_of(settings.exclude, "exclude")
+    if job.head is None or settings.include or job.head in excluded:
+        return settings, []
+    excluding = dataclasses.replace(settings, exclude=[*excluded, job.head])
+    return excluding, [Skipped(job.head, HEAD)]
 
 
-def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     """What would be pruned, as plain JSON values: layers in order, with the memory that method
     "exact" takes for each, in bytes; and, where there is data, what the whole run will take in
     memory, disk and time. Changes nothing.
 
     Raises as :func:`lobs_native.prune` does before it starts.
     """
-    settings, skipped = _without_head(job, arguments)
-    plans, tied = selection.plan_layers(
-        job.model,
-        {name: settings[name] for name in selection.OVERRIDABLE},
-        settings["include"],
-        settings["exclude"],
-        None,
-    )
+    settings, skipped = _for_job(job, settings)
+    selected, tied = jobs_of(job.model, settings)
     layers = []
-    for planned in plans:
-        layer = planned.layer
+    for planned in selected:
+        layer, target = planned.layer, planned.settings.target
         size = None
-        if planned.method == "exact":
+        if planned.settings.method == "exact":
             size = plan_memory(
                 layer.rows,
                 layer.width,
-                sparsity=1.0 if planned.target.sparsity is None else planned.target.sparsity,
+                sparsity=1.0 if target.sparsity is None else target.sparsity,
                 dtype=layer.weight().dtype,
                 bias=layer.bias() is not None,
-                backend=settings["backend"],
+                backend=settings.backend,
             ).total
         layers.append(
             {
@@ -229,14 +226,14 @@ def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
                 "kind": layer.kind,
                 "shape": list(layer.shape),
                 "weights": planned.weights,
-                "asked": planned.asked,
-                "method": planned.method,
+                "asked": target.label,
+                "method": planned.settings.method,
                 "bytes": size,
             }
         )
     whole = None
     if job.batches is not None:
-        whole = pruner.plan_prune(job.model, job.batches, forward=job.forward, **settings)
+        whole = pruner.plan_prune(job.model, job.batches, settings=settings)
     return {
         "format": 1,
         "run": None if whole is None else {**whole.to_dict(), "text": str(whole)},
@@ -246,17 +243,15 @@ def plan(job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(
-    job: Job, arguments: Mapping[str, Any], out: Path, *, overwrite: bool, masks: bool
-) -> Report:
+def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, masks: bool) -> Report:
     """Prune the network and write it with its report into a new folder.
 
     Parameters
     ----------
     job : Job
         Its model is pruned in place.
-    arguments : mapping
-        Of :func:`lobs_native.prune`.
+    settings : NetworkSettings
+        The arguments of :func:`lobs_native.prune`, but for ``forward``, which the job brings.
     out : Path
         Gets the weights, report.json, report.html, and masks.safetensors (layer name -> bool, True
         = kept) if ``masks`` says so.
@@ -264,16 +259,16 @@ def run(
     Raises
     ------
     LobsError
-        There is no folder then, or still the old one.
+        No folder has been written; an earlier one is still there.
     """
-    settings, skipped = _without_head(job, arguments)
+    settings, skipped = _for_job(job, settings)
     with new_folder(out, overwrite=overwrite) as folder:
-        report = pruner.prune(job.model, job.batches, forward=job.forward, **settings)
-        said = job.save(folder, report.masks)
+        report = pruner.prune(job.model, job.batches, settings=settings)
+        saved = job.save(folder, report.masks)
         report = dataclasses.replace(
             report,
             skipped=(*report.skipped, *skipped),
-            settings={**report.settings, **job.settings, **said},
+            settings={**report.settings, **job.settings, **saved},
         )
         if masks:
             path = folder / "masks.safetensors"

@@ -1,4 +1,4 @@
-"""Plain-text tables for a terminal."""
+"""Plain-text tables for a terminal: a report, and a plan."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from lobs_native.report.report import Report
 from lobs_native.report.text import visible
+from lobs_native.solvers.settings import TARGETS
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -46,8 +47,8 @@ def report_table(report: Report) -> str:
 
 
 def in_short(config: dict[str, Any], versions: dict[str, Any]) -> str:
-    """What a run is, in one line."""
-    targets = ("sparsity", "threshold", "max_error", "pattern", "inputs")
-    told = [f"{name} {config[name]}" for name in targets if config.get(name) is not None]
-    made_by = [f"{name} {version}" for name, version in versions.items()]
-    return f"{', '.join([str(config.get('method')), *told])}; {', '.join(made_by)}"
+    """The method, the target and the versions of a run in one line."""
+    names = (*TARGETS, "pattern", "inputs")
+    chosen = [f"{name} {config[name]}" for name in names if config.get(name) is not None]
+    software = [f"{name} {version}" for name, version in versions.items()]
+    return f"{', '.join([str(config.get('method')), *chosen])}; {', '.join(software)}"

@@ -25,14 +25,14 @@ from torch.nn import functional
 from lobs_native.calibration.run import Run, measure_change
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
-from lobs_native.network.selection import Plan
+from lobs_native.network.selection import LayerJob
 from lobs_native.report.records import ErrorBound, LayerReport
 
 __all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
 
 
 class NotAChainError(Exception):
-    """The network is not one that the theorem covers; the message says why."""
+    """The theorem does not cover the network; the message says why."""
 
 
 _LIPSCHITZ_MODULES = (
@@ -175,14 +175,14 @@ def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tenso
             f"sensitivity: 'bound' needs a network that Theorem 3.2 covers: {why}; use 'output'"
         ) from why
     modules = dict(model.named_modules())
-    later, found = 1.0, {}
+    later, squares = 1.0, {}
     for name in reversed(chain):
-        found[name] = later
+        squares[name] = later
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
         later *= float(torch.linalg.matrix_norm(weight.detach().double(), ord=2)) ** 2
     return {
-        layer.name: torch.full((layer.groups, layer.rows), found[layer.name], dtype=torch.float64)
+        layer.name: torch.full((layer.groups, layer.rows), squares[layer.name], dtype=torch.float64)
         for layer in layers
     }
 
@@ -190,10 +190,12 @@ def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tenso
 def error_bound_of(
     model: nn.Module,
     run: Run,
-    order: Sequence[Plan],
+    jobs: Sequence[LayerJob],
     done: Mapping[str, LayerReport],
     inputs: str,
 ) -> ErrorBound:
+    """The bound for a network that has been pruned, beside its measured error; or the reason why
+    there is none."""
     measured = measure_change(run)
     root = None if measured is None else (measured[0] / measured[2]) ** 0.5
     norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
@@ -203,10 +205,10 @@ def error_bound_of(
                 "the model is run by a function (forward=), so its steps are not known"
             )
         if run.padded:
-            raise NotAChainError("padding was left out, of which the output also has rows")
+            raise NotAChainError("padding was left out, but the output has rows of it")
         if measured is None:
             raise NotAChainError("the output is not one floating-point tensor")
-        chain = chain_of(model, [plan.layer.name for plan in order])
+        chain = chain_of(model, [job.layer.name for job in jobs])
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
             raise NotAChainError(f"layer {last}, the last one pruned, was not corrected")
@@ -224,7 +226,7 @@ def error_bound_of(
     rule = "Theorem 3.2"
     if inputs == "pruned":
         rule = "Theorem 3.2 for pruned inputs: norms of the original later layers"
-    elif inputs == "corrected":  # its error has those of all layers before it in it
+    elif inputs == "corrected":  # its error includes those of all layers before it
         errors = {last: errors[last]}
         rule = f"the measured error of {last}, times the norms of the layers after it"
     parts = theorem_parts(chain, weight, errors, measured[2])

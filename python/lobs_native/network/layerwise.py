@@ -1,5 +1,8 @@
-"""The layers one after another: calibrate, prune, keep, write back. In order, on what the pruned
-layers before them give; or all on the original network's activations."""
+"""The loop over the layers: calibrate, prune, checkpoint, write back.
+
+Layers are pruned in order, each on what the pruned layers before it give; or all of them on the
+original network's activations.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,27 @@ from lobs_native.calibration.replay import Replay
 from lobs_native.calibration.run import Run, Source
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.files.shelf import Shelf
-from lobs_native.layers import Layer
 from lobs_native.network.allocation import passes
 from lobs_native.network.peak import LayerPeak
 from lobs_native.network.resources import RunPlan
-from lobs_native.network.selection import Plan
+from lobs_native.network.selection import LayerJob
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.structure import Structure
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.patterns import Pattern, Unstructured
+from lobs_native.solvers.patterns import Unstructured
 from lobs_native.solvers.problem import nearest_count
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
-__all__ = ["LayerLoop", "Means", "layer_report", "prune_layer"]
+__all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
 
 
 @dataclass(frozen=True)
-class Means:
-    """What the layers are pruned with."""
+class Context:
+    """Everything besides their own settings that the layers are pruned with."""
 
+    settings: NetworkSettings
     plan: RunPlan
-    backend: str | None
     sensitivity: Mapping[str, Tensor]
     ledger: Ledger | None
 
@@ -56,13 +59,13 @@ class LayerLoop:
     masks : {name: (G, R, C) bool}
     """
 
-    def __init__(self, run: Run, inputs: str, structure: Structure, means: Means) -> None:
+    def __init__(self, run: Run, structure: Structure, context: Context) -> None:
         self.run = run
-        self.inputs = inputs
         self.structure = structure
-        self.means = means
-        self.ledger = means.ledger
-        self.states = None if means.ledger is None else means.ledger.states
+        self.context = context
+        self.inputs = context.settings.inputs
+        self.ledger = context.ledger
+        self.states = None if context.ledger is None else context.ledger.states
         self.done: dict[str, LayerReport] = {}
         self.masks: dict[str, Tensor] = {}
 
@@ -73,84 +76,84 @@ class LayerLoop:
         self.bar = tqdm(total=total, desc="layers", unit="layer", disable=off)
         with self.bar:
             if self.inputs == "dense":
-                ((_, (order,)),) = self.structure.parts
-                self._on_original_inputs(order)
+                ((_, (jobs,)),) = self.structure.parts
+                self._on_original_inputs(jobs)
             else:
                 for stack, groups in self.structure.parts:
                     self._in_order(stack, groups)
 
     # ---- one layer -------------------------------------------------------------------------------
 
-    def _kept(self, plan: Plan) -> bool:
-        return self.ledger is not None and plan.layer in self.ledger
+    def _committed(self, job: LayerJob) -> bool:
+        return self.ledger is not None and job.layer in self.ledger
 
-    def _prune(self, plan: Plan, moments: Moments, calibrating: float) -> _New:
+    def _prune(self, job: LayerJob, moments: Moments, calibrating: float) -> _New:
         report, out = prune_layer(
-            plan,
+            job,
             moments,
             calibrating=calibrating,
-            importance=self.means.sensitivity.get(plan.layer.name),
-            memory=self.means.plan.scratch,
-            backend=self.means.backend,
+            importance=self.context.sensitivity.get(job.layer.name),
+            memory=self.context.plan.scratch,
+            backend=self.context.settings.backend,
         )
         if self.ledger is not None:
-            self.ledger.keep(plan.layer, report, out.weight, out.bias, out.mask)
-        self.done[plan.layer.name], self.masks[plan.layer.name] = report, out.mask
+            self.ledger.keep(job.layer, report, out.weight, out.bias, out.mask)
+        self.done[job.layer.name], self.masks[job.layer.name] = report, out.mask
         self.bar.update()
         return out.weight, out.bias
 
-    def _load(self, plan: Plan) -> _New:
+    def _load(self, job: LayerJob) -> _New:
         assert self.ledger is not None
-        name = plan.layer.name
-        self.done[name], weight, bias, self.masks[name] = self.ledger.load(plan.layer)
+        name = job.layer.name
+        self.done[name], weight, bias, self.masks[name] = self.ledger.load(job.layer)
         self.bar.update()
         return weight, bias
 
-    def _write(self, plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
-        self.run.changed.update(plan.layer.parameters)
-        plan.layer.write_back(weight, bias)
+    def _write(self, job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
+        self.run.changed.update(job.layer.parameters)
+        job.layer.write_back(weight, bias)
 
     # ---- all layers ------------------------------------------------------------------------------
 
-    def _on_original_inputs(self, order: Sequence[Plan]) -> None:
+    def _on_original_inputs(self, jobs: Sequence[LayerJob]) -> None:
         """Every pass must see the original network, so new weights wait until the last one."""
-        with Shelf(self.means.plan.kept_limit) as waiting:
+        with Shelf(self.context.plan.kept_limit) as waiting:
 
-            def wait(plan: Plan, weight: Tensor, bias: Tensor | None) -> None:
-                waiting.put((plan.layer.name, "weight"), weight)
+            def wait(job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
+                waiting.put((job.layer.name, "weight"), weight)
                 if bias is not None:
-                    waiting.put((plan.layer.name, "bias"), bias)
+                    waiting.put((job.layer.name, "bias"), bias)
 
-            for plan in filter(self._kept, order):
-                wait(plan, *self._load(plan))
-            rest = [plan for plan in order if plan.layer.name not in self.done]
+            for job in filter(self._committed, jobs):
+                wait(job, *self._load(job))
+            rest = [job for job in jobs if job.layer.name not in self.done]
             begun_with = passed_before(self.states, "calibrate")
-            for piece in passes(rest, self.means.plan.statistics_limit, begun_with):
+            for piece in passes(rest, self.context.plan.statistics_limit, begun_with):
                 begun = time.perf_counter()
-                layers = [plan.layer for plan in piece]
+                layers = [job.layer for job in piece]
                 what = f"calibrate {len(layers)} layers"
                 moments = calibrate(layers, self.run, what, states=self.states)
                 calibrating = (time.perf_counter() - begun) / len(piece)
-                for plan in piece:
-                    wait(plan, *self._prune(plan, moments.pop(plan.layer.name), calibrating))
-            for plan in order:
-                name = plan.layer.name
-                self._write(plan, waiting[name, "weight"], waiting.get((name, "bias")))
-        self.done = {plan.layer.name: self.done[plan.layer.name] for plan in order}
+                for job in piece:
+                    wait(job, *self._prune(job, moments.pop(job.layer.name), calibrating))
+            for job in jobs:
+                name = job.layer.name
+                self._write(job, waiting[name, "weight"], waiting.get((name, "bias")))
+        self.done = {job.layer.name: self.done[job.layer.name] for job in jobs}
 
-    def _in_order(self, stack: Stack | None, groups: Sequence[Sequence[Plan]]) -> None:
+    def _in_order(self, stack: Stack | None, groups: Sequence[Sequence[LayerJob]]) -> None:
         """A part of the network, in a stack block by block; layers of a group read one tensor."""
         with contextlib.ExitStack() as scope:
             replay, source = None, cast(Source, self.run)
-            if stack is not None and not all(self._kept(p) for group in groups for p in group):
-                limit = self.means.plan.states_limit
+            if stack is not None and not all(self._committed(j) for group in groups for j in group):
+                limit = self.context.plan.states_limit
                 corrected = self.inputs == "corrected"
                 replay = Replay(stack, self.run, limit, corrected, self.states)
                 source = scope.enter_context(replay)
             for group in groups:
-                if all(map(self._kept, group)):
-                    for plan in group:
-                        self._write(plan, *self._load(plan))
+                if all(map(self._committed, group)):
+                    for job in group:
+                        self._write(job, *self._load(job))
                     continue
                 if stack is not None and replay is not None:
                     while replay.block < (stack.block_of(group[0].layer.name) or 0):
@@ -159,11 +162,11 @@ class LayerLoop:
             if replay is not None:
                 replay.finish()
 
-    def _group(self, group: Sequence[Plan], source: Source) -> None:
+    def _group(self, group: Sequence[LayerJob], source: Source) -> None:
         """Calibrate layers that read one tensor together, and prune each."""
         leader = group[0].layer
         early = leader.name in self.structure.once and len(leader.sites) == 1
-        readers = {leader.name: [plan.layer for plan in group]}
+        readers = {leader.name: [job.layer for job in group]}
         begun = time.perf_counter()
         (moments,) = calibrate(
             [leader],
@@ -174,15 +177,15 @@ class LayerLoop:
             states=self.states,
         ).values()
         calibrating = (time.perf_counter() - begun) / len(group)
-        for plan in group:
-            kept = self._kept(plan)
-            self._write(
-                plan, *(self._load(plan) if kept else self._prune(plan, moments, calibrating))
-            )
+        for job in group:
+            if self._committed(job):
+                self._write(job, *self._load(job))
+            else:
+                self._write(job, *self._prune(job, moments, calibrating))
 
 
 def prune_layer(
-    plan: Plan,
+    job: LayerJob,
     moments: Moments,
     *,
     calibrating: float,
@@ -191,17 +194,17 @@ def prune_layer(
     memory: int | None = None,
     backend: str | None = None,
 ) -> tuple[LayerReport, PrunedWeight]:
-    """Prune one layer by what it has read; nothing is written to it.
+    """Prune one layer, given the second moments of its inputs; nothing is written to it.
 
     ``mask`` (G, R, C) bool, True = may stay; ``calibrating`` is the time that its moments took.
     Errors name the layer.
     """
-    layer = plan.layer
+    layer = job.layer
     peak = LayerPeak(layer.weight().device)
     notes = [*layer.notes, *moments.notes(layer)]
     drift = moments.drift(layer)
     if drift is not None and bool((zeros := layer.weight() == 0).any()):
-        if _within(zeros, plan):
+        if _within(zeros, job):
             mask = ~zeros
         else:
             drift = None
@@ -213,14 +216,8 @@ def prune_layer(
         out = prune_groups(
             layer.weight(),
             moments.matrices(),
-            target=plan.target,
-            method=plan.method,
-            pattern=plan.pattern,
-            scope="layer" if plan.scope == "model" else plan.scope,
+            job.settings,
             bias=layer.bias(),
-            prune_bias=plan.prune_bias,
-            damping=plan.damping,
-            refine=plan.refine,
             mask=mask,
             memory=memory,
             backend=backend,
@@ -231,13 +228,8 @@ def prune_layer(
     except (ArgumentError, NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
     report = layer_report(
-        layer,
+        job,
         out,
-        method=plan.method,
-        pattern=plan.pattern,
-        scope=plan.scope,
-        asked=plan.asked,
-        damping=plan.damping,
         rows=moments.rows,
         calibrating=calibrating,
         inherited=None if drift is None else drift.inherited,
@@ -247,32 +239,28 @@ def prune_layer(
 
 
 def layer_report(
-    layer: Layer,
+    job: LayerJob,
     out: PrunedWeight,
     *,
-    method: str,
-    pattern: Pattern,
-    scope: str,
-    asked: str,
-    damping: float,
     rows: float,
     calibrating: float = 0.0,
     inherited: float | None = None,
     peak: LayerPeak | None = None,
 ) -> LayerReport:
-    """What was asked of a layer beside what came of it."""
+    """The settings of a layer beside the result that they gave."""
+    layer, settings = job.layer, job.settings
     return LayerReport(
         name=layer.name,
         kind=layer.kind,
         shape=layer.shape,
-        method=method,
-        scope=scope,
-        asked=asked,
+        method=settings.method,
+        scope=job.scope,
+        asked=settings.target.label,
         sparsity=out.sparsity,
         error=out.error,
         relative_error=out.relative_error,
         damping=out.damping,
-        damping_asked=damping,
+        damping_asked=settings.damping,
         optimality=out.optimality,
         swaps=out.swaps,
         rows=rows,
@@ -284,7 +272,7 @@ def layer_report(
         seconds_calibrating=calibrating,
         seconds_pruning=out.seconds,
         inherited=inherited,
-        pattern=pattern.name,
+        pattern=settings.resolved_pattern.name,
         dtype=str(out.weight.dtype).removeprefix("torch."),
         predicted=out.predicted,
         energy=out.energy,
@@ -296,12 +284,11 @@ def layer_report(
     )
 
 
-def _within(zeros: Tensor, plan: Plan) -> bool:
-    """Whether what is asked for removes all of these weights (G, R, C) and no pattern is against
-    it."""
-    share = plan.target.sparsity
-    if share is None or not isinstance(plan.pattern, Unstructured):
+def _within(zeros: Tensor, job: LayerJob) -> bool:
+    """Whether the target is to remove all of these weights (G, R, C), and no pattern forbids it."""
+    share = job.settings.target.sparsity
+    if share is None or not isinstance(job.settings.resolved_pattern, Unstructured):
         return False
-    if plan.scope == "row":
+    if job.settings.scope == "row":
         return int(zeros.sum(2).max()) <= nearest_count(share, zeros.shape[2])
-    return int(zeros.sum()) <= nearest_count(share, plan.weights)
+    return int(zeros.sum()) <= nearest_count(share, job.weights)

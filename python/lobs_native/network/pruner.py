@@ -1,53 +1,23 @@
-"""Prune a network: find its layers, calibrate, prune each, and report. Orchestrates; computes
-nothing."""
+"""The two functions that users call: prune a network, and plan it."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import inspect
 import os
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from lobs_native import checks, ops
-from lobs_native.calibration.partial import States
-from lobs_native.calibration.run import Forward, Run, batches_of
-from lobs_native.calibration.sensitivity import sensitivities
-from lobs_native.checks import check_choice
+from lobs_native.calibration.run import Forward
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.files.shelf import Shelf
-from lobs_native.network import bound
-from lobs_native.network.allocation import share_budget
-from lobs_native.network.bound import error_bound_of
-from lobs_native.network.layerwise import LayerLoop, Means
-from lobs_native.network.peak import Peak, keep_tight
-from lobs_native.network.resources import RunPlan, plan_run
-from lobs_native.network.selection import OVERRIDABLE, Plan, plan_layers
-from lobs_native.network.structure import multiplications, order_of, structure_of, workload
-from lobs_native.report.records import plain
+from lobs_native.network.pruning import Pruning
+from lobs_native.network.resources import RunPlan
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.report import Report
-from lobs_native.rundir.fingerprints import fingerprints
-from lobs_native.rundir.ledger import Ledger, check_resume
-from lobs_native.solvers.patterns import GroupsOf
-from lobs_native.solvers.settings import Target
-from lobs_native.version import versions
 
-__all__ = ["INPUTS", "plan_prune", "prune"]
-
-INPUTS = ("pruned", "dense", "corrected")
-_TOLD = (  # arguments that the report repeats, besides those that overrides may change
-    *("include", "exclude", "overrides", "spread", "sensitivity", "budget", "inputs", "blocks"),
-    *("device", "backend", "memory", "seed", "token_mask"),
-)
-_NOT_COMPARED = ("threads", "batches", "memory")  # they stand elsewhere, or change no result
+__all__ = ["plan_prune", "prune"]
 
 
 def prune(
@@ -80,6 +50,7 @@ def prune(
     progress: bool = True,
     seed: int = 0,
     token_mask: str | None = "auto",
+    settings: NetworkSettings | None = None,
 ) -> Report:
     """Prune the linear and convolution layers, attention and experts of a network in place, one
     after another, without retraining.
@@ -214,16 +185,48 @@ def prune(
     Dong, Chen & Pan 2017; "corrected" is the asymmetric calibration of Li et al. 2025 (GPTAQ), with
     sums added here.
     """
-    given = dict(locals())
-    pruning = _Pruning(given.pop("model"), given.pop("calibration"), given)
-    return pruning.carry_out()
+    arguments = NetworkSettings(
+        sparsity=sparsity,
+        threshold=threshold,
+        max_error=max_error,
+        method=method,
+        pattern=pattern,
+        scope=scope,
+        spread=spread,
+        sensitivity=sensitivity,
+        budget=budget,
+        damping=damping,
+        prune_bias=prune_bias,
+        refine=refine,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        inputs=inputs,
+        blocks=blocks,
+        forward=forward,
+        device=device,
+        memory=memory,
+        backend=backend,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        seed=seed,
+        token_mask=token_mask,
+    )
+    return Pruning(model, calibration, _chosen(settings, arguments)).carry_out()
 
 
-def plan_prune(model: nn.Module, calibration: Iterable[Any], **arguments: Any) -> RunPlan:
+def plan_prune(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    settings: NetworkSettings | None = None,
+    **arguments: Any,
+) -> RunPlan:
     """What :func:`prune` would take with the same arguments: memory, disk and time.
 
-    Runs the model on the first and on the largest batch a few times; changes nothing but the
-    device, where one is given.
+    Runs the model on the first and on the largest batch a few times. Changes nothing but the
+    device, where one is given, and shows no progress bars unless ``progress`` is passed.
 
     Returns
     -------
@@ -236,273 +239,30 @@ def plan_prune(model: nn.Module, calibration: Iterable[Any], **arguments: Any) -
         ``memory`` is too small; the message says for which layer, and what it needs.
     Everything that prune raises before it starts.
     """
-    known = inspect.signature(prune).parameters
+    known = [field.name for field in dataclasses.fields(NetworkSettings)]
     for name in arguments:
-        if name not in known or name in ("model", "calibration"):
-            raise ArgumentError(f"{name}: prune has no such argument; it has {', '.join(known)}")
-    defaults = {n: p.default for n, p in known.items() if n not in ("model", "calibration")}
-    pruning = _Pruning(model, calibration, {**defaults, "progress": False, **arguments})
+        if name not in known:
+            raise ArgumentError(
+                f"{name}: prune has no such argument; it has model, calibration, settings, "
+                f"{', '.join(known)}"
+            )
+    chosen = _chosen(settings, NetworkSettings(**arguments))
+    if settings is None and "progress" not in arguments:
+        chosen = dataclasses.replace(chosen, progress=False)
+    pruning = Pruning(model, calibration, chosen)
     with pruning.run.evaluating():
         return pruning.look()
 
 
-class _Pruning:
-    """One call of :func:`prune`: checks its arguments, looks at the model, and prunes it."""
-
-    def __init__(self, model: nn.Module, calibration: Any, given: Mapping[str, Any]) -> None:
-        self.begun = time.perf_counter()
-        self.given = given
-        defaults = {name: given[name] for name in OVERRIDABLE}
-        self.plans, self.tied = plan_layers(
-            model, defaults, given["include"], given["exclude"], given["overrides"]
+def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
+    """The one of the two that was given."""
+    if settings is None:
+        return arguments
+    if not isinstance(settings, NetworkSettings):
+        raise DtypeError(f"settings: expected NetworkSettings, got {type(settings).__name__}")
+    if changed := arguments.changed():
+        raise ArgumentError(
+            f"settings: {', '.join(changed)} given as well; pass one or the other, or "
+            "dataclasses.replace(settings, ...)"
         )
-        self.memory: int | None = None
-        if given["memory"] is not None:
-            self.memory = checks.positive_int(given["memory"], "memory")
-        self.inputs = check_choice(given["inputs"], "inputs", INPUTS)
-        self.spread = checks.real(given["spread"], "spread")
-        if not 0 <= self.spread <= 1:
-            raise ArgumentError(
-                f"spread: {self.spread:g}; it is a difference of sparsities, from 0 to 1"
-            )
-        self.weighed = self._check_budget(given["sensitivity"], given["budget"])
-        if given["blocks"] is not None:
-            check_choice(given["blocks"], "blocks", ("auto",))
-        forward, seed, device = given["forward"], given["seed"], given["device"]
-        if forward is not None and not callable(forward):
-            raise DtypeError(
-                f"forward: expected callable(model, batch), got {type(forward).__name__}"
-            )
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise DtypeError(f"seed: expected an int, got {type(seed).__name__}")
-        check_resume(given["resume"])
-        if given["token_mask"] is not None:
-            check_choice(given["token_mask"], "token_mask", ("auto",))
-        batches = batches_of(calibration)
-        if device is not None:
-            checks.zeros((1,), torch.float32, device, "device")  # refuses what cannot be used
-            model.to(device)
-        for plan in self.plans:
-            ops.select_backend(given["backend"], plan.layer.weight().device)
-        masked = given["token_mask"] == "auto"
-        self.run = Run(model, batches, forward, device, seed, given["progress"], masked)
-
-    def _check_budget(self, sensitivity: Any, budget: Any) -> list[Plan]:
-        """The layers whose rows are to be weighed."""
-        if sensitivity is not None:
-            check_choice(sensitivity, "sensitivity", ("auto", "output", "bound"))
-        check_choice(budget, "budget", ("weights", "flops"))
-        sharing = [plan for plan in self.plans if plan.scope == "model"]
-        if budget == "flops" and not sharing:
-            raise ArgumentError("budget: 'flops' is shared among layers; use scope 'model' with it")
-        if sensitivity == "bound" and not sharing:
-            raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
-        if sensitivity != "output":
-            return [] if sensitivity is None else sharing
-        weighed = [plan for plan in self.plans if _weighed(plan)]
-        if not weighed:
-            raise ArgumentError(
-                "sensitivity: 'output' weighs rows against each other, which needs method "
-                "'exact', no N:M pattern, and scope 'layer' or 'model'; use 'auto' or None"
-            )
-        return weighed
-
-    def look(self) -> RunPlan:
-        """Run the model on the first batch: in which order its layers come, and what it will
-        take."""
-        included = self.given["include"] is not None
-        self.order, self.uncalled, self.rows = order_of(self.plans, self.run, explicit=included)
-        self.structure = structure_of(self.order, self.run, self.inputs, self.given["blocks"])
-        work = workload(
-            self.structure,
-            self.run,
-            self.rows,
-            self.inputs,
-            weighed=bool(self.weighed),
-            shared_budget=any(plan.scope == "model" for plan in self.order),
-        )
-        return plan_run(
-            self.order,
-            work,
-            inputs=self.inputs,
-            memory=self.memory,
-            backend=self.given["backend"],
-        )
-
-    def carry_out(self) -> Report:
-        """Prune; on any exception all weights are as they were."""
-        run, peak = self.run, Peak()
-        with peak.measuring(), contextlib.ExitStack() as kept, run.evaluating():
-            planned = self.look()
-            _show(planned, run.progress)
-            if planned.limit is not None:
-                keep_tight()
-            run.originals = kept.enter_context(Shelf(planned.kept_limit))
-            run.swapped_limit = planned.swapped_limit
-            ledger = self._ledger()
-            if ledger is not None:
-                kept.enter_context(ledger)
-                ledger.check_space([plan.layer for plan in self.order])
-                ledger.states.largest = planned.scratch if self.memory is not None else None
-            for plan in self.plans:
-                for name, parameter in plan.layer.parameters.items():
-                    run.originals.put(name, parameter.detach().clone())
-            try:
-                order, sensitivity = self._decided(planned, ledger, peak)
-                structure = self.structure.with_plans(order)
-                means = Means(planned, self.given["backend"], sensitivity or {}, ledger)
-                loop = LayerLoop(run, self.inputs, structure, means)
-                loop.carry_out()
-                done, masks = loop.done, loop.masks
-                if ledger is not None:
-                    ledger.states.clear()
-                error_bound = error_bound_of(run.model, run, order, done, self.inputs)
-            except BaseException as error:
-                _restore(run)
-                if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(
-                        f"{len(ledger)} of {len(self.order)} layers are kept in {ledger.run.path}; "
-                        "call prune with the same arguments to go on"
-                    )
-                raise
-        weights = sum(mask.numel() for mask in masks.values())
-        removed = sum(int((~mask).sum()) for mask in masks.values())
-        return Report(
-            layers=tuple(done.values()),
-            skipped=(*self.tied, *self.uncalled),
-            error_bound=error_bound,
-            sparsity=removed / weights,
-            removed=removed,
-            weights=weights,
-            seconds=time.perf_counter() - self.begun,
-            settings={
-                **self._settings(),
-                **structure.said(),
-                "plan": planned.to_dict(),
-                "peak memory": peak.bytes(),
-                "peak memory of sensitivities": peak.before_reset if sensitivity else None,
-                **({} if ledger is None else {"run_dir": str(ledger.run.path)}),
-                **({} if ledger is None else {"resumed layers": ledger.found}),
-                **({} if ledger is None else ledger.states.said()),
-                **(
-                    {"resumed despite": ledger.differences} if ledger and ledger.differences else {}
-                ),
-            },
-            versions=versions(),
-            masks={p.layer.name: p.layer.unpack(masks[p.layer.name]) for p in order},
-        )
-
-    def _ledger(self) -> Ledger | None:
-        """The run directory, opened, if there is to be one."""
-        path = self.given["run_dir"]
-        if path is None:
-            return None
-        settings = self._settings()
-        header = {
-            "config": {k: v for k, v in plain(settings).items() if k not in _NOT_COMPARED},
-            "fingerprints": fingerprints(self.run.model, self.run.batches),
-            "forward": _name_of(self.given["forward"]),
-            "layers": [plan.layer.name for plan in self.order],
-            "machine": {"threads": ops.threads(), "backends": self._backends()},
-            "versions": versions(),
-        }
-        return Ledger.open(path, header, self.given["resume"])
-
-    def _backends(self) -> list[str]:
-        """What will do the work, in detail."""
-        names = {
-            ops.select_backend(self.given["backend"], plan.layer.weight().device)
-            for plan in self.order
-        }
-        return sorted(names)
-
-    def _decided(
-        self, planned: RunPlan, ledger: Ledger | None, peak: Peak
-    ) -> tuple[list[Plan], dict[str, Tensor] | None]:
-        """The plans with their shares of a common budget, and the sensitivities; from the run
-        directory if they are there."""
-        states = None if ledger is None else ledger.states
-        measured = None if ledger is None else ledger.sensitivity()
-        if measured is None:
-            measured = (self._sensitivity(states),)
-            peak.reset()
-            if ledger is not None and measured != (None,):
-                ledger.keep_sensitivity(measured[0])
-        (sensitivity,) = measured
-        shares = None if ledger is None else ledger.shares()
-        if shares is None:
-            shares = self._shares(planned, sensitivity, states)
-            if ledger is not None and shares:
-                ledger.keep_shares(shares)
-        order = []
-        for plan in self.order:
-            share = shares.get(plan.layer.name)
-            if share is not None:
-                plan = dataclasses.replace(plan, target=Target(sparsity=share))
-            elif plan.scope == "model":
-                plan.layer.notes.append(
-                    "it kept the sparsity asked: how the network's output depends on it is not "
-                    "known"
-                )
-            order.append(plan)
-        return order, sensitivity
-
-    def _sensitivity(self, states: States | None) -> dict[str, Tensor] | None:
-        layers = [plan.layer for plan in self.weighed if plan in self.order]
-        if not layers:
-            return None
-        if self.given["sensitivity"] == "bound":
-            return bound.amplifications(self.run.model, layers)
-        return sensitivities(self.run, layers, states)
-
-    def _shares(
-        self, planned: RunPlan, sensitivity: Mapping[str, Tensor] | None, states: States | None
-    ) -> dict[str, float]:
-        flops = self.given["budget"] == "flops"
-        return share_budget(
-            self.order,
-            self.run,
-            spread=self.spread,
-            sensitivity=sensitivity,
-            each=multiplications(self.order, self.rows) if flops else {},
-            statistics=planned.statistics_limit,
-            memory=planned.scratch,
-            backend=self.given["backend"],
-            states=states,
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        """The arguments, for the report."""
-        told = (*OVERRIDABLE, *_TOLD)
-        said = {name: copy.deepcopy(self.given[name]) for name in told}
-        if not isinstance(said["pattern"], str):
-            said["pattern"] = repr(said["pattern"])
-        if said["device"] is not None:
-            said["device"] = str(said["device"])
-        return {**said, "threads": ops.threads(), "batches": len(self.run.batches)}
-
-
-def _weighed(plan: Plan) -> bool:
-    """Whether the sensitivity of its rows makes a difference to a layer."""
-    grouped = isinstance(plan.pattern, GroupsOf)
-    return plan.method == "exact" and not grouped and plan.scope in ("layer", "model")
-
-
-def _name_of(forward: Forward | None) -> str | None:
-    """Of a function, for comparing it with the one of another process."""
-    if forward is None:
-        return None
-    named = forward if hasattr(forward, "__qualname__") else type(forward)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _show(plan: RunPlan, progress: bool) -> None:
-    if progress and sys.stderr.isatty():
-        tqdm.write(str(plan), file=sys.stderr)
-
-
-@torch.no_grad()
-def _restore(run: Run) -> None:
-    parameters = dict(run.model.named_parameters(remove_duplicate=False))
-    for name in run.changed:
-        parameters[name].copy_(run.originals[name])
+    return settings

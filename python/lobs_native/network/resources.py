@@ -1,5 +1,5 @@
-"""What pruning a network will take in memory, disk and time, before it starts; and how a limit on
-memory is divided."""
+"""The memory, disk and time that pruning a network will take, estimated before it starts; and the
+division of a limit on memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lobs_native import ops
-from lobs_native.network.selection import Plan
+from lobs_native.network.selection import LayerJob
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import PIECE
 from lobs_native.solvers.memory import plan_memory
 
@@ -24,13 +25,13 @@ _EXACT, _DOUBLE = 0.4, 0.4  # rates of exact removal and of float64, over torch'
 
 @dataclass(frozen=True)
 class Workload:
-    """What was seen of the model and the data: a forward pass, and what flows between blocks."""
+    """Measurements of the model and the data: a forward pass, and what flows between blocks."""
 
     batches: float  # how many there are, in units of the first
     forward: float  # seconds of one forward pass over all of them
-    rows: dict[str, float]  # of each layer, from the first
+    rows: dict[str, float]  # that the first batch has for each layer
     states: int = 0  # bytes of hidden states between blocks, of all batches
-    others: int = 0  # and of what else blocks are called with
+    others: int = 0  # and of everything else that blocks are called with
     passes: float = 0.0  # forward passes over all batches
 
 
@@ -40,22 +41,22 @@ class RunPlan:
     pass); ``str()`` of it is for people."""
 
     largest: str  # the layer that needs most
-    layer: int  # what pruning it takes: second moment, inverse, trace, scratch
+    layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
-    kept: int  # masks, original weights, results that have to wait or weights that are swapped
+    kept: int  # masks, original weights, and results that wait or weights that are swapped
     disk: int  # of states and weights that do not fit
-    seconds: float  # an estimate; half or twice as long is no surprise
+    seconds: float  # an estimate; expect half to twice as long
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer
-    statistics_limit: int  # limits for what can be shared out
+    statistics_limit: int  # limits on what can be divided
     states_limit: int | None
-    kept_limit: int | None  # of original weights; of results that wait, or weights swapped, again
+    kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
 
     @property
     def memory(self) -> int:
-        """All of it that is in memory."""
+        """Bytes in memory, altogether."""
         return self.layer + self.statistics + self.states + self.kept
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,62 +78,56 @@ class RunPlan:
         )
 
 
-def _scratch_limit(plans: Sequence[Plan], memory: int | None, backend: str | None) -> int | None:
-    """What kernels may take of ``memory`` for one layer: a quarter, but at least what one thread
-    needs."""
-    if memory is None:
+def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int | None:
+    """The part of the memory that kernels may take for one layer: a quarter, but at least what one
+    thread needs."""
+    if settings.memory is None:
         return None
     least = [
-        ops.exact_bytes(plan.columns, _kernel(plan), backend=backend)
-        for plan in plans
-        if plan.method == "exact"
+        ops.exact_bytes(job.order, _kernel(job), backend=settings.backend)
+        for job in jobs
+        if job.settings.method == "exact"
     ]
-    return max([memory // 4, *least])
+    return max([settings.memory // 4, *least])
 
 
-def _layer_memory(
-    plan: Plan, scratch: int | None, backend: str | None, *, corrected: bool = False
-) -> int:
+def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings) -> int:
     """Bytes that pruning one layer takes: its second moments, inverses, trace and scratch."""
-    layer, D = plan.layer, plan.columns
+    layer, D = job.layer, job.order
     rows, square = layer.groups * layer.rows, 8 * D * D
-    share = plan.target.sparsity
+    share = job.settings.target.sparsity
+    exact = job.settings.method == "exact"
     work = plan_memory(
         rows,
         layer.width,
         sparsity=1.0 if share is None else min(1.0, share),
         dtype=layer.weight().dtype,
         bias=layer.bias() is not None,
-        memory=scratch if plan.method == "exact" else None,
-        backend=backend,
+        memory=scratch if exact else None,
+        backend=settings.backend,
     )
-    parts = work.matrices + (work.scratch + work.trace if plan.method == "exact" else 0)
+    parts = work.matrices + (work.scratch + work.trace if exact else 0)
     others = (layer.groups - 1) * square  # inverses
+    corrected = settings.inputs == "corrected"
     pull = rows * D * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
     measuring = 5 * 8 * min(rows * D, PIECE)
-    return plan.moment_bytes + parts + others + pull + measuring
+    return job.moment_bytes + parts + others + pull + measuring
 
 
-def plan_run(
-    plans: Sequence[Plan],
-    work: Workload,
-    *,
-    inputs: str,
-    memory: int | None,
-    backend: str | None,
-) -> RunPlan:
-    """Divide ``memory`` among what pruning takes.
+def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
+    """Divide ``settings.memory`` among everything that pruning needs it for.
 
-    Raises MemoryError, with the layer and the bytes that are needed, if it cannot be kept to.
+    Raises MemoryError, with the layer and the bytes that it needs, if the limit is too small.
     """
-    scratch = _scratch_limit(plans, memory, backend)
-    corrected = inputs == "corrected"
-    needs = {p.layer.name: _layer_memory(p, scratch, backend, corrected=corrected) for p in plans}
+    memory = settings.memory
+    scratch = _scratch_limit(jobs, settings)
+    corrected = settings.inputs == "corrected"
+    needs = {job.layer.name: _layer_memory(job, scratch, settings) for job in jobs}
     largest = max(needs, key=lambda name: needs[name])
     weights = sum(
-        p.numel() * p.element_size() for plan in plans for p in plan.layer.parameters.values()
+        p.numel() * p.element_size() for job in jobs for p in job.layer.parameters.values()
     )
-    masks = sum(plan.layer.groups * plan.layer.rows * plan.layer.width for plan in plans)
+    masks = sum(job.layer.groups * job.layer.rows * job.layer.width for job in jobs)
     fixed = needs[largest] + masks + work.others
     if memory is not None and fixed > memory:
         raise MemoryError(
@@ -140,11 +135,13 @@ def plan_run(
             f"are called with {masks + work.others:,}: {fixed:,} together, more than the "
             f"{memory:,} allowed; allow more, or exclude it"
         )
-    moments = {plan.layer.name: plan.moment_bytes for plan in plans}
-    together = inputs == "dense" or any(plan.scope == "model" for plan in plans)
+    moments = {job.layer.name: job.moment_bytes for job in jobs}
+    together = settings.inputs == "dense" or any(job.shared for job in jobs)
     more = max(0, sum(moments.values()) - moments[largest]) if together else 0
     more = min(more, STATISTICS)
-    times = 1 if inputs == "pruned" else 2  # results wait until the end, or weights are swapped
+    times = (
+        1 if settings.inputs == "pruned" else 2
+    )  # results wait until the end, or weights are swapped
     keeping = weights * times
     states_limit = kept_limit = swapped_limit = None
     states, kept, statistics = work.states, keeping, more
@@ -163,7 +160,7 @@ def plan_run(
         states=states + work.others,
         kept=kept + masks,
         disk=work.states + keeping - states - kept,
-        seconds=_seconds(plans, work, corrected),
+        seconds=_seconds(jobs, work, corrected),
         limit=memory,
         scratch=scratch,
         statistics_limit=statistics + moments[largest],
@@ -173,26 +170,27 @@ def plan_run(
     )
 
 
-def _kernel(plan: Plan) -> torch.dtype:
-    wide = plan.layer.weight().dtype == torch.float64
+def _kernel(job: LayerJob) -> torch.dtype:
+    wide = job.layer.weight().dtype == torch.float64
     return torch.float64 if wide else torch.float32
 
 
-def _seconds(plans: Sequence[Plan], work: Workload, corrected: bool) -> float:
+def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
     products = doubles = exact = 0.0
-    for plan in plans:
-        layer, D = plan.layer, float(plan.columns)
+    for job in jobs:
+        layer, D = job.layer, float(job.order)
+        method, share = job.settings.method, job.settings.target.sparsity
         R, N = float(layer.groups * layer.rows), work.rows.get(layer.name, 0.0) * work.batches
         products += N * D * D * layer.groups
         if corrected:
             products += 6 * N * R * D
-        gone = D * (1.0 if plan.target.sparsity is None else plan.target.sparsity)
+        gone = D * (1.0 if share is None else share)
         doubles += 4 * R * D * D
-        if plan.method not in ("magnitude", "wanda"):
+        if method not in ("magnitude", "wanda"):
             doubles += 2 * layer.groups * D**3
-        if plan.method == "exact":
-            times = 2 if plan.scope == "model" else 1
+        if method == "exact":
+            times = 2 if job.shared else 1
             exact += times * R * (D * gone**2 - 2 * gone**3 / 3)
             products += R * 2 * min(gone, D - gone) ** 3 / 3
     rate = _rate()

@@ -1,9 +1,10 @@
-"""Which layers of a network are pruned, and how each: everything resolved and checked before
+"""Which layers of a network are pruned, and how each: all of it resolved and checked before
 anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,85 +12,79 @@ from typing import Any
 from torch import nn
 
 from lobs_native import checks
-from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.layers import Layer, layers_of
+from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.report.records import Skipped
-from lobs_native.solvers.methods import TABLE
-from lobs_native.solvers.patterns import GroupsOf, Unstructured, pattern_of
-from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping, check_refine
+from lobs_native.solvers.settings import LayerSettings
 
-__all__ = ["OVERRIDABLE", "Plan", "overridden", "plan_layer", "plan_layers", "tie"]
+__all__ = ["LayerJob", "job_of", "jobs_of", "tie"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one layer is to be pruned, all defaults and overrides resolved and checked."""
+class LayerJob:
+    """One layer and how it is to be pruned."""
 
     layer: Layer
-    target: Target
-    method: str
-    pattern: Any
-    scope: str
-    damping: float
-    prune_bias: bool
-    refine: str | None
+    settings: LayerSettings
+    shared: bool = False  # whether its sparsity comes from a budget for the whole model
 
     @property
-    def asked(self) -> str:
-        """The target as people write it."""
-        return next(f"{k} {v:g}" for k, v in vars(self.target).items() if v is not None)
+    def scope(self) -> str:
+        """What its weights are compared with, as users call it: "row", "layer" or "model"."""
+        return "model" if self.shared else self.settings.scope
 
     @property
-    def columns(self) -> int:
-        """Of the second moment: inputs, and the column of ones."""
+    def order(self) -> int:
+        """D, the order of its second moment: inputs, and the column of ones if it has a bias."""
         return self.layer.width + (self.layer.bias() is not None)
 
     @property
     def moment_bytes(self) -> int:
-        """What the second moments of its groups take."""
-        return self.layer.groups * self.columns**2 * 8
+        """Bytes of the second moments of its groups."""
+        return self.layer.groups * self.order**2 * 8
 
     @property
     def weights(self) -> int:
-        """Weights of the layer that may be removed."""
+        """How many weights of the layer may be removed."""
         layer = self.layer
-        return layer.groups * layer.rows * (layer.width + self.prune_bias)
+        return layer.groups * layer.rows * (layer.width + self.settings.prune_bias)
+
+    def with_sparsity(self, share: float) -> LayerJob:
+        """The same with another sparsity."""
+        settings = dataclasses.replace(self.settings, sparsity=share)
+        return dataclasses.replace(self, settings=settings)
 
 
-OVERRIDABLE = (
-    "sparsity",
-    "threshold",
-    "max_error",
-    "method",
-    "pattern",
-    "scope",
-    "damping",
-    "prune_bias",
-    "refine",
-)
-_TARGETS = ("sparsity", "threshold", "max_error")
-
-
-def _globs(value: Any, name: str) -> list[str] | None:
-    if value is None:
-        return None
-    globs = (
-        [value]
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, (list, tuple, set))
-        else None
-    )
-    if globs is None or not all(isinstance(g, str) for g in globs):
-        raise DtypeError(
-            f"{name}: expected a glob or a list of globs on module names, got {value!r}"
+def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list[Skipped]]:
+    """The layers to prune with their settings, in module order, everything checked; and those that
+    cannot be pruned."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    known = layers_of(model)
+    names = [layer.name for layer in known]
+    wanted = set(names)
+    if settings.include is not None:
+        wanted = _matching(globs_of(settings.include, "include"), names, "include")
+    if settings.exclude is not None:
+        wanted -= _matching(globs_of(settings.exclude, "exclude"), names, "exclude")
+    layers = [layer for layer in known if layer.name in wanted]
+    for layer in layers:
+        layer.check()
+    layers, skipped = tie(model, layers, explicit=settings.include is not None)
+    if not layers:
+        raise ArgumentError(
+            "model: no layer is left to prune (see include, exclude); linear and convolution "
+            "layers, attention and experts can be pruned"
+            + "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped)
         )
-    return globs
+    for glob in settings.overrides or {}:
+        _matching([glob], names, "overrides")
+    return [job_of(layer, *settings.for_layer(layer.name)) for layer in layers], skipped
 
 
 def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[str]:
-    found: set[str] = set()
+    matching: set[str] = set()
     for glob in globs:
         hits = {name for name in names if fnmatchcase(name, glob)}
         if not hits:
@@ -97,98 +92,19 @@ def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[
             raise ArgumentError(
                 f"{argument}: {glob!r} matches no prunable layer; there are {some or 'none'}"
             )
-        found |= hits
-    return found
+        matching |= hits
+    return matching
 
 
-def plan_layers(
-    model: Any,
-    defaults: Mapping[str, Any],
-    include: Any,
-    exclude: Any,
-    overrides: Any,
-) -> tuple[list[Plan], list[Skipped]]:
-    """The layers to prune with their settings, in module order, everything checked; and those that
-    cannot be pruned."""
-    if not isinstance(model, nn.Module):
-        raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if overrides is not None and not (
-        isinstance(overrides, Mapping)
-        and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in overrides.items())
-    ):
-        raise DtypeError(f"overrides: expected {{glob: {{argument: value}}}}, got {overrides!r}")
-    found = layers_of(model)
-    names = [layer.name for layer in found]
-    wanted = set(names)
-    if (globs := _globs(include, "include")) is not None:
-        wanted = _matching(globs, names, "include")
-    if (globs := _globs(exclude, "exclude")) is not None:
-        wanted -= _matching(globs, names, "exclude")
-    layers = [layer for layer in found if layer.name in wanted]
-    for layer in layers:
-        layer.check()
-    layers, skipped = tie(model, layers, explicit=include is not None)
-    if not layers:
-        raise ArgumentError(
-            "model: no layer is left to prune (see include, exclude); linear and convolution "
-            "layers, attention and experts can be pruned"
-            + "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped)
-        )
-    plans = []
-    for glob in overrides or {}:
-        _matching([glob], names, "overrides")
-    for layer in layers:
-        settings = dict(defaults)
-        for glob, changes in (overrides or {}).items():
-            if fnmatchcase(layer.name, glob):
-                settings = overridden(settings, changes, glob)
-        plans.append(plan_layer(layer, settings))
-    return plans, skipped
-
-
-def overridden(
-    settings: Mapping[str, Any], changes: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Settings with the changes of ``overrides[where]``. A target, or a pattern that says it
-    itself, takes the place of whatever target there was."""
-    unknown = set(changes) - set(OVERRIDABLE)
-    if unknown:
-        raise ArgumentError(
-            f"overrides[{where!r}]: {sorted(unknown)} unknown; known: {', '.join(OVERRIDABLE)}"
-        )
-    made = dict(settings)
-    grouped = "pattern" in changes and isinstance(pattern_of(changes["pattern"]), GroupsOf)
-    if grouped or any(key in changes for key in _TARGETS):
-        made.update(dict.fromkeys(_TARGETS))
-    made.update(changes)
-    return made
-
-
-def plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
-    """How one layer is to be pruned; ``settings`` has a value for each of OVERRIDABLE. Errors name
-    the setting, or the layer that does not fit."""
-    method = check_choice(settings["method"], "method", METHODS)
-    pattern = pattern_of(settings["pattern"])
-    target = Target.of(
-        settings["sparsity"], settings["threshold"], settings["max_error"], method, pattern
-    )
-    scope = check_choice(settings["scope"], "scope", (*SCOPES, "model"))
-    refine = check_refine(settings["refine"], pattern)
-    if scope == "model" and not (
-        TABLE[method].compares_layers
-        and isinstance(pattern, Unstructured)
-        and target.sparsity is not None
-    ):
-        raise ArgumentError(
-            "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "
-            "'layer'"
-        )
+def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> LayerJob:
+    """A layer with its settings. Errors name the layer that they do not fit, or that cannot be
+    pruned."""
+    settings.check_target()
     try:
-        pattern.check_fit(layer.neighbours, None, prune_bias=False)
+        settings.resolved_pattern.check_fit(layer.neighbours, None, prune_bias=False)
     except PatternError as error:
         where = "" if layer.neighbours == layer.width else " (input channels at a kernel position)"
         raise PatternError(f"layer {layer.name!r}: {error}{where}") from error
-    prune_bias = checks.flag(settings["prune_bias"], "prune_bias")
     for name, parameter in layer.parameters.items():
         value = checks.tensor(parameter, name)
         if value.numel() == 0:
@@ -197,16 +113,9 @@ def plan_layer(layer: Layer, settings: Mapping[str, Any]) -> Plan:
                 "exclude it"
             )
         checks.check_finite(value, name)
-    return Plan(
-        layer,
-        target,
-        method,
-        pattern,
-        scope,
-        check_damping(settings["damping"]),
-        prune_bias and layer.bias() is not None,
-        refine,
-    )
+    if layer.bias() is None:
+        settings = dataclasses.replace(settings, prune_bias=False)
+    return LayerJob(layer, settings, shared)
 
 
 def tie(

@@ -1,5 +1,5 @@
-"""How a model is gone through: the order in which its layers come, its stacks of blocks, and which
-layers need one second moment; from running it on the first batch."""
+"""The structure of a model as its first batch shows it: the order in which its layers are called,
+its stacks of blocks, and which layers share a second moment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lobs_native.calibration.run import Run
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Linear
 from lobs_native.network.resources import Workload
-from lobs_native.network.selection import Plan
+from lobs_native.network.selection import LayerJob
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import Skipped
 
 __all__ = [
@@ -30,10 +31,11 @@ __all__ = [
 
 
 def order_of(
-    plans: Sequence[Plan], run: Run, explicit: bool
-) -> tuple[list[Plan], list[Skipped], dict[str, float]]:
-    """The plans in the order in which the model calls their layers; those it never calls are
-    skipped or refused. And how many rows the first batch has for a layer's groups on average."""
+    jobs: Sequence[LayerJob], run: Run, explicit: bool
+) -> tuple[list[LayerJob], list[Skipped], dict[str, float]]:
+    """The jobs in the order in which the model calls their layers, those that it never calls (if
+    they are not ``explicit``, which is an error), and how many rows the first batch has for a
+    layer's groups on average."""
     called: dict[str, None] = {}
     rows: dict[str, float] = {}
     first = True
@@ -44,13 +46,13 @@ def order_of(
             seen = sum(len(piece) for _, piece in columns(x)) / layer.groups
             rows[layer.name] = rows.get(layer.name, 0.0) + seen
 
-    with hooked([p.layer for p in plans], see):
+    with hooked([job.layer for job in jobs], see):
         for batch in run.each("order"):
             run.call(run.model, batch)
             first = False
-            if len(called) == len(plans):
+            if len(called) == len(jobs):
                 break
-    by_name = {p.layer.name: p for p in plans}
+    by_name = {job.layer.name: job for job in jobs}
     missing = [name for name in by_name if name not in called]
     if missing and (explicit or not called):
         raise ArgumentError(
@@ -69,45 +71,46 @@ def order_of(
 
 @dataclass(frozen=True)
 class Structure:
-    """How the model is gone through: parts, each a stack of blocks or not, and in each part groups
-    of layers that need one second moment."""
+    """The parts of a model in order, each a stack of blocks or not; and the layers of each part, in
+    groups that need one second moment."""
 
-    parts: list[tuple[Stack | None, list[list[Plan]]]]
+    parts: list[tuple[Stack | None, list[list[LayerJob]]]]
     once: set[str]  # layers that one forward calls once
-    reasons: list[str]  # why some modules are no stack
+    reasons: list[str]  # why some modules are not a stack
 
     @property
     def stacks(self) -> list[Stack]:
         return [stack for stack, _ in self.parts if stack is not None]
 
-    def with_plans(self, order: Sequence[Plan]) -> Structure:
-        """The same with what was decided for the layers since."""
-        now = {plan.layer.name: plan for plan in order}
+    def with_jobs(self, jobs: Sequence[LayerJob]) -> Structure:
+        """The same with other settings for its layers."""
+        now = {job.layer.name: job for job in jobs}
         parts = [
-            (stack, [[now[plan.layer.name] for plan in group] for group in groups])
+            (stack, [[now[job.layer.name] for job in group] for group in groups])
             for stack, groups in self.parts
         ]
         return dataclasses.replace(self, parts=parts)
 
-    def said(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For the report."""
         return {"blocks": [stack.name for stack in self.stacks], "no blocks": self.reasons}
 
 
-def multiplications(order: Sequence[Plan], rows: Mapping[str, float]) -> dict[str, float]:
-    """How often a weight of a layer is multiplied, of that of the layer where it is least often."""
-    seen = {plan.layer.name: rows.get(plan.layer.name, 1.0) for plan in order}
+def multiplications(jobs: Sequence[LayerJob], rows: Mapping[str, float]) -> dict[str, float]:
+    """How often a weight of each layer is multiplied, relative to the layer with the fewest."""
+    seen = {job.layer.name: rows.get(job.layer.name, 1.0) for job in jobs}
     return {name: n / min(seen.values()) for name, n in seen.items()}
 
 
-def structure_of(order: Sequence[Plan], run: Run, inputs: str, blocks: str | None) -> Structure:
-    if inputs == "dense":
-        return Structure([(None, [list(order)])], set(), [])
-    modules = {plan.layer.name: plan.layer.caller for plan in order}
-    stacks, reasons = find_stacks(run, modules) if blocks == "auto" else ([], [])
-    stacks = [s for s in stacks if _contiguous(s, order) and _closed(s, order, run.model)]
+def structure_of(jobs: Sequence[LayerJob], run: Run, settings: NetworkSettings) -> Structure:
+    """The structure around these layers, in the order in which they are called."""
+    if settings.inputs == "dense":
+        return Structure([(None, [list(jobs)])], set(), [])
+    modules = {job.layer.name: job.layer.caller for job in jobs}
+    stacks, reasons = find_stacks(run, modules) if settings.blocks == "auto" else ([], [])
+    stacks = [s for s in stacks if _contiguous(s, jobs) and _closed(s, jobs, run.model)]
     shared, once = readers(run, modules)
-    parts = [(stack, _together(plans, shared, stack)) for stack, plans in _segments(order, stacks)]
+    parts = [(stack, _together(own, shared, stack)) for stack, own in _segments(jobs, stacks)]
     return Structure(parts, once, reasons)
 
 
@@ -115,13 +118,15 @@ def workload(
     structure: Structure,
     run: Run,
     rows: Mapping[str, float],
-    inputs: str,
+    settings: NetworkSettings,
     *,
-    weighed: bool,
+    sensitive: bool,
     shared_budget: bool,
 ) -> Workload:
-    batches, doubled = run.size(), 2.0 if inputs == "corrected" else 1.0
-    passes = 2.0 + 3.0 * weighed + shared_budget  # the change of the output, at the end
+    """The work ahead: with a pass for sensitivities if ``sensitive``, one for the costs of a
+    ``shared_budget``."""
+    batches, doubled = run.size(), 2.0 if settings.inputs == "corrected" else 1.0
+    passes = 2.0 + 3.0 * sensitive + shared_budget  # two: the change of the output, at the end
     for stack, groups in structure.parts:
         blocks = 1 if stack is None else len(stack.modules)
         passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
@@ -137,56 +142,56 @@ def workload(
     )
 
 
-def _contiguous(stack: Stack, order: Sequence[Plan]) -> bool:
+def _contiguous(stack: Stack, jobs: Sequence[LayerJob]) -> bool:
     """Whether its layers come one after another, block after block."""
-    inside = [plan.layer.name in stack for plan in order]
+    inside = [job.layer.name in stack for job in jobs]
     first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
-    numbers = [stack.block_of(plan.layer.name) or 0 for plan in order[first : last + 1]]
+    numbers = [stack.block_of(job.layer.name) or 0 for job in jobs[first : last + 1]]
     return all(inside[first : last + 1]) and numbers == sorted(numbers)
 
 
-def _closed(stack: Stack, order: Sequence[Plan], model: nn.Module) -> bool:
+def _closed(stack: Stack, jobs: Sequence[LayerJob], model: nn.Module) -> bool:
     """Whether every weight of its layers is used in one block only."""
     block = {
-        site.module: stack.block_of(plan.layer.name)
-        for plan in order
-        for site in plan.layer.sites
-        if plan.layer.name in stack
+        site.module: stack.block_of(job.layer.name)
+        for job in jobs
+        for site in job.layer.sites
+        if job.layer.name in stack
     }
     names = model.named_modules(remove_duplicate=False)
     return all(stack.block_of(name) == block[m] for name, m in names if m in block)
 
 
 def _segments(
-    order: Sequence[Plan], stacks: Sequence[Stack]
-) -> list[tuple[Stack | None, list[Plan]]]:
-    """The plans in order, cut into those of one stack and those outside."""
-    out: list[tuple[Stack | None, list[Plan]]] = []
-    for plan in order:
-        stack = next((s for s in stacks if plan.layer.name in s), None)
+    jobs: Sequence[LayerJob], stacks: Sequence[Stack]
+) -> list[tuple[Stack | None, list[LayerJob]]]:
+    """The jobs in order, divided into those of one stack and those outside."""
+    out: list[tuple[Stack | None, list[LayerJob]]] = []
+    for job in jobs:
+        stack = next((s for s in stacks if job.layer.name in s), None)
         if out and out[-1][0] is stack:
-            out[-1][1].append(plan)
+            out[-1][1].append(job)
         else:
-            out.append((stack, [plan]))
+            out.append((stack, [job]))
     return out
 
 
 def _together(
-    plans: Sequence[Plan], shared: Sequence[Sequence[str]], stack: Stack | None
-) -> list[list[Plan]]:
+    jobs: Sequence[LayerJob], shared: Sequence[Sequence[str]], stack: Stack | None
+) -> list[list[LayerJob]]:
     """Neighbours that read the same tensor in the same way need one second moment."""
 
-    def reads(plan: Plan) -> tuple[Any, ...]:
-        layer = plan.layer
+    def reads(job: LayerJob) -> tuple[Any, ...]:
+        layer = job.layer
         place = next((i for i, names in enumerate(shared) if layer.name in names), -1)
         block = None if stack is None else stack.block_of(layer.name)
         return place, block, layer.width, layer.bias() is not None
 
-    groups: list[list[Plan]] = []
-    for plan in plans:
-        alike = groups and all(isinstance(p.layer, Linear) for p in (plan, groups[-1][0]))
-        if alike and reads(plan) == reads(groups[-1][0]) and reads(plan)[0] >= 0:
-            groups[-1].append(plan)
+    groups: list[list[LayerJob]] = []
+    for job in jobs:
+        alike = groups and all(isinstance(j.layer, Linear) for j in (job, groups[-1][0]))
+        if alike and reads(job) == reads(groups[-1][0]) and reads(job)[0] >= 0:
+            groups[-1].append(job)
         else:
-            groups.append([plan])
+            groups.append([job])
     return groups

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files.atomic import need_space
 from lobs_native.layers import Layer
@@ -27,7 +26,7 @@ from lobs_native.report.records import LayerReport, plain, report_of_layer
 from lobs_native.rundir.directory import RunDirectory
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 
-__all__ = ["RESUMES", "AnotherRunError", "Ledger", "check_resume", "command"]
+__all__ = ["RESUMES", "AnotherRunError", "Ledger", "command"]
 
 RESUMES = ("auto", "never", "anyway")
 _BUDGET = "budget"  # the kind of what is decided for all layers together
@@ -47,7 +46,7 @@ class Ledger:
         self.run = run
         self.differences = differences  # that were gone over because of resume="anyway"
         self.states = UnderWay(run, trusted=not differences)
-        self.found = len([r for r in run.records if r.kind == "layer"])
+        self.resumed = len([r for r in run.records if r.kind == "layer"])
 
     @classmethod
     def open(cls, path: Any, header: Mapping[str, Any], resume: str) -> Ledger:
@@ -169,11 +168,3 @@ class Ledger:
         ):
             raise CheckpointError(f"{self.run.path}: the budget cannot be read; begin a new run")
         return shares
-
-
-# ---- what the run is -----------------------------------------------------------------------------
-
-
-def check_resume(resume: Any) -> str:
-    """``resume`` if it is one of RESUMES."""
-    return check_choice(resume, "resume", RESUMES)

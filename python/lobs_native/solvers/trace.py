@@ -14,11 +14,10 @@ from lobs_native import checks, ops
 from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError
 from lobs_native.solvers.exact import Exact
-from lobs_native.solvers.patterns import pattern_of
 from lobs_native.solvers.problem import Problem, nearest_count
 from lobs_native.solvers.pruning import Pruned, repaired
 from lobs_native.solvers.result import PrunedWeight, finish, first_group
-from lobs_native.solvers.settings import SCOPES, check_damping
+from lobs_native.solvers.settings import SCOPES, LayerSettings
 from lobs_native.solvers.weight import one_layer
 from lobs_native.solvers.workspace import Workspace
 
@@ -171,26 +170,30 @@ def trace_weight(
     """
     begun = time.perf_counter()
     W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
-    check_choice(method, "method", ("exact",))
-    chosen = pattern_of(pattern)
+    settings = LayerSettings(
+        method=check_choice(method, "method", ("exact",)),
+        pattern=pattern,
+        damping=damping,
+        prune_bias=prune_bias,
+    )
     until = checks.real(until, "until")
     if not 0 < until <= 1:
         raise ArgumentError(f"until: {until:g}; it is a share of each row, above 0 and at most 1")
-    checks.flag(prune_bias, "prune_bias")
     problem = Problem.of(  # of copies: the trace outlives this call, and its inputs may change
         W.clone(),
         b,
         [H.clone()],
-        damping=check_damping(damping),
+        damping=settings.damping,
         inverted=True,
-        prune_bias=prune_bias,
+        prune_bias=settings.prune_bias,
         mask=None if allowed is None else allowed.clone(),
         workspace=Workspace(
             ops.select_backend(backend, W.device),
             None if memory is None else checks.positive_int(memory, "memory"),
         ),
     )
-    chosen.check_fit(W.shape[2], allowed, prune_bias=prune_bias)
-    exact = Exact(problem, chosen)
-    exact.removals.trace_all(max(chosen.unit, nearest_count(until, problem.candidates)))
+    pattern = settings.resolved_pattern
+    pattern.check_fit(W.shape[2], allowed, prune_bias=settings.prune_bias)
+    exact = Exact(problem, pattern)
+    exact.removals.trace_all(max(pattern.unit, nearest_count(until, problem.candidates)))
     return WeightTrace(exact, notes, time.perf_counter() - begun)

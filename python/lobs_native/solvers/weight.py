@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks, ops
-from lobs_native.checks import check_choice
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
 from lobs_native.solvers.methods import TABLE
-from lobs_native.solvers.patterns import pattern_of
 from lobs_native.solvers.problem import Drift, Problem
 from lobs_native.solvers.pruning import prune_problem
 from lobs_native.solvers.result import PrunedWeight, finish, first_group
-from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping, check_refine
+from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["PrunedWeight", "prune_groups", "prune_weight"]
@@ -126,28 +124,19 @@ def prune_weight(
     & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024 for "wanda".
     """
     W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
-    out = prune_groups(
-        W,
-        [H],
-        target=Target.of(
-            sparsity,
-            threshold,
-            max_error,
-            check_choice(method, "method", METHODS),
-            pattern_of(pattern),
-            allowed is not None,
-        ),
+    settings = LayerSettings(
+        sparsity=sparsity,
+        threshold=threshold,
+        max_error=max_error,
         method=method,
         pattern=pattern,
         scope=scope,
-        bias=b,
-        prune_bias=prune_bias,
-        mask=allowed,
         damping=damping,
+        prune_bias=prune_bias,
         refine=refine,
-        memory=memory,
-        backend=backend,
-        notes=notes,
+    )
+    out = prune_groups(
+        W, [H], settings, bias=b, mask=allowed, memory=memory, backend=backend, notes=notes
     )
     return first_group(out)
 
@@ -176,16 +165,10 @@ def one_layer(
 def prune_groups(
     W: Tensor,
     moments: Sequence[Tensor],
+    settings: LayerSettings,
     *,
-    target: Target,
-    method: str,
-    pattern: Any = "unstructured",
-    scope: str = "layer",
     bias: Tensor | None = None,
-    prune_bias: bool = False,
     mask: Tensor | None = None,
-    damping: float = 0.01,
-    refine: str | None = None,
     memory: int | None = None,
     backend: str | None = None,
     notes: Sequence[str] = (),
@@ -201,10 +184,9 @@ def prune_groups(
     "exact" compares rows. Returns a PrunedWeight whose tensors have a leading G.
     """
     begun = time.perf_counter()
-    pattern = pattern_of(pattern)
-    check_choice(scope, "scope", SCOPES)
-    check_refine(refine, pattern)
-    checks.flag(prune_bias, "prune_bias")
+    settings.check_target(masked=mask is not None)
+    pattern, target, scope = settings.resolved_pattern, settings.target, settings.scope
+    method, prune_bias, refine = settings.method, settings.prune_bias, settings.refine
     if memory is not None:
         memory = checks.positive_int(memory, "memory")
     chosen = TABLE[method]
@@ -212,7 +194,7 @@ def prune_groups(
         W,
         bias,
         moments,
-        damping=check_damping(damping),
+        damping=settings.damping,
         inverted=chosen.inverts or refine is not None,
         prune_bias=prune_bias,
         mask=mask,

@@ -34,9 +34,10 @@ from lobs_native.compat.reporting import report_of
 from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.network.layerwise import prune_layer
-from lobs_native.network.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
+from lobs_native.network.selection import LayerJob, job_of, tie
 from lobs_native.report.records import LayerReport, Skipped
 from lobs_native.report.report import Report
+from lobs_native.solvers.settings import LAYER_OPTIONS, LayerSettings, merged
 from lobs_native.solvers.weight import PrunedWeight
 
 __all__ = ["LOBSModifier"]
@@ -120,7 +121,7 @@ class LOBSModifier(Modifier):
     report: str | None = None
     keep_originals: bool = True
 
-    _plans: list[Plan] = PrivateAttr(default_factory=list)
+    _jobs: list[LayerJob] = PrivateAttr(default_factory=list)
     _skipped: list[Skipped] = PrivateAttr(default_factory=list)
     _moments: dict[str, Moments] = PrivateAttr(default_factory=dict)
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
@@ -149,13 +150,13 @@ class LOBSModifier(Modifier):
 
     @model_validator(mode="after")
     def _check(self) -> LOBSModifier:
-        check_settings(self._settings(), self.report)
+        check_settings(self._options(), self.report)
         return self
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings in the terms of ``lobs_native.prune``."""
+    def _options(self) -> dict[str, Any]:
+        """The arguments of ``lobs_native.prune`` for every layer."""
         return {
-            **{name: getattr(self, name) for name in OVERRIDABLE},
+            **{name: getattr(self, name) for name in LAYER_OPTIONS},
             "pattern": pattern_text(self.pattern, self.mask_structure),
             "damping": damping_of(self.damping, self.dampening_frac),
         }
@@ -163,7 +164,7 @@ class LOBSModifier(Modifier):
     def _report_settings(self) -> dict[str, Any]:
         """The settings for the report, those that only this modifier has at the end."""
         own = ("targets", "ignore", "overrides", "preserve_sparsity_mask", "backend")
-        return {**self._settings(), **{name: getattr(self, name) for name in own}}
+        return {**self._options(), **{name: getattr(self, name) for name in own}}
 
     # ---- which layers ----------------------------------------------------------------------------
 
@@ -191,19 +192,20 @@ class LOBSModifier(Modifier):
                 f"targets: {self.targets!r} without ignore {self.ignore!r} leave no layer to "
                 f"prune{reasons}"
             )
-        self._plans = [self._planned(layer) for layer in layers]
+        self._jobs = [self._job(layer) for layer in layers]
         self._check_overrides()
         return True
 
-    def _planned(self, layer: Layer) -> Plan:
-        settings = self._settings()
-        for target, changes in self.overrides.items():
-            if is_match(layer.name, layer.module, target):
-                settings = overridden(settings, changes, target)
-        return plan_layer(layer, settings)
+    def _job(self, layer: Layer) -> LayerJob:
+        matching = {
+            target: changes
+            for target, changes in self.overrides.items()
+            if is_match(layer.name, layer.module, target)
+        }
+        return job_of(layer, LayerSettings(**{**self._options(), **merged(matching)}))
 
     def _check_overrides(self) -> None:
-        layers = [plan.layer for plan in self._plans]
+        layers = [job.layer for job in self._jobs]
         for target in self.overrides:
             if not any(is_match(layer.name, layer.module, target) for layer in layers):
                 raise ArgumentError(f"overrides: {target!r} does not match any layer to be pruned")
@@ -222,9 +224,9 @@ class LOBSModifier(Modifier):
         self._padding = Padding.of(state.data.calib)
         if self._padding is not None:
             self._watch(state.model.get_input_embeddings(), self._padding.watching(running))
-        for plan in self._plans:
-            for site in plan.layer.sites:
-                self._watch(site.module, reader(plan.layer, site, see))
+        for job in self._jobs:
+            for site in job.layer.sites:
+                self._watch(site.module, reader(job.layer, site, see))
 
     def _watch(self, module: nn.Module, hook: Callable[..., None]) -> None:
         def guarded(*arguments: Any) -> None:
@@ -270,23 +272,23 @@ class LOBSModifier(Modifier):
         """Prune the layers of the part that has been calibrated. They are written once all are
         pruned."""
         with self._all_or_nothing():
-            seen = [plan for plan in self._plans if plan.layer.name in self._moments]
-            pruned = [(plan, self._pruned(plan)) for plan in seen]
-            for plan, (report, out) in pruned:
-                self._originals.keep(plan.layer, biases=out.bias is not None)
-                write(plan.layer, out)
-                self._done[plan.layer.name] = report
+            seen = [job for job in self._jobs if job.layer.name in self._moments]
+            pruned = [(job, self._pruned(job)) for job in seen]
+            for job, (report, out) in pruned:
+                self._originals.keep(job.layer, biases=out.bias is not None)
+                write(job.layer, out)
+                self._done[job.layer.name] = report
                 self._removed += int((~out.mask).sum())
         if not self.keep_originals:
             self._originals.clear()
 
-    def _pruned(self, plan: Plan) -> tuple[LayerReport, PrunedWeight]:
-        layer = plan.layer
+    def _pruned(self, job: LayerJob) -> tuple[LayerReport, PrunedWeight]:
+        layer = job.layer
         moments = self._moments.pop(layer.name)
         if not moments.rows > 0:
             raise LobsError(f"layer {layer.name!r}: all rows that it saw are padding")
         report, out = prune_layer(
-            plan,
+            job,
             moments,
             calibrating=self._seconds.pop(layer.name),
             mask=layer.weight() != 0 if self.preserve_sparsity_mask else None,
@@ -312,11 +314,11 @@ class LOBSModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Raise LobsError if there are layers that were never called."""
         with self._all_or_nothing():
-            missing = [p.layer.name for p in self._plans if p.layer.name not in self._done]
+            missing = [j.layer.name for j in self._jobs if j.layer.name not in self._done]
             if missing:
                 names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
                 raise LobsError(
-                    f"{len(missing)} of {len(self._plans)} layers were never called during "
+                    f"{len(missing)} of {len(self._jobs)} layers were never called during "
                     f"calibration: {names}; add them to ignore, or pass data that reaches them"
                 )
         self.remove_hooks()
@@ -327,18 +329,18 @@ class LOBSModifier(Modifier):
         """Make the report, and save it if asked to."""
         if self._failed:  # llm-compressor finalizes a failed run when the next one begins
             return True
-        missing = len(self._plans) - len(self._done)
+        missing = len(self._jobs) - len(self._done)
         if missing:
             self.remove_hooks()
             raise LobsError(
-                f"LOBSModifier: {missing} of {len(self._plans)} layers are not pruned: calibration "
+                f"LOBSModifier: {missing} of {len(self._jobs)} layers are not pruned: calibration "
                 "was not completed, or did not run at all (pass dataset= to oneshot)"
             )
         self._result = report_of(
             list(self._done.values()),
             self._skipped,
             removed=self._removed,
-            weights=sum(plan.weights for plan in self._plans),
+            weights=sum(job.weights for job in self._jobs),
             seconds=time.perf_counter() - self._begun,
             settings=self._report_settings(),
             host={
@@ -347,7 +349,7 @@ class LOBSModifier(Modifier):
             },
             bound="llm-compressor shows the network part by part",
         )
-        self._plans = []
+        self._jobs = []
         if self.report is not None:
             self._result.save(os.fspath(self.report))
         return True

@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError
-from lobs_native.solvers.patterns import pattern_of
-from lobs_native.solvers.settings import METHODS, SCOPES, Target, check_damping
+from lobs_native.solvers.settings import LayerOptions, LayerSettings
 
 __all__ = ["check_settings", "damping_of", "pattern_text"]
-
-_DAMPING = 0.01
 
 
 def damping_of(damping: float | None, dampening_frac: float | None) -> float:
@@ -25,7 +21,7 @@ def damping_of(damping: float | None, dampening_frac: float | None) -> float:
         )
     if damping is not None:
         return damping
-    return _DAMPING if dampening_frac is None else dampening_frac
+    return LayerOptions.damping if dampening_frac is None else dampening_frac
 
 
 def pattern_text(pattern: str | None, mask_structure: str | None) -> str:
@@ -52,15 +48,11 @@ def pattern_text(pattern: str | None, mask_structure: str | None) -> str:
 
 def check_settings(settings: Mapping[str, Any], report: str | None) -> None:
     """Raise an error of this package for settings that do not exist or do not fit each other."""
-    method = check_choice(settings["method"], "method", METHODS)
     if settings["scope"] == "model":
         raise ArgumentError(
             "scope: 'model' needs the whole network at once, but llm-compressor shows it part by "
             "part; use 'layer' or 'row', or lobs_native.prune"
         )
-    check_choice(settings["scope"], "scope", SCOPES)
-    check_damping(settings["damping"])
-    pattern = pattern_of(settings["pattern"])
-    Target.of(settings["sparsity"], settings["threshold"], settings["max_error"], method, pattern)
+    LayerSettings(**settings).check_target()
     if report is not None and Path(report).suffix not in (".json", ".html"):
         raise ArgumentError(f"report: {report!r} must end in .json or .html")

@@ -5,6 +5,7 @@ Importing it needs Model-Optimizer; :func:`lobs_native.compat.modelopt.register`
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -28,13 +29,12 @@ from lobs_native.errors import ArgumentError, LobsError, NonFiniteError
 from lobs_native.layers import Layer, layers_for
 from lobs_native.network.allocation import passes
 from lobs_native.network.layerwise import prune_layer
-from lobs_native.network.selection import OVERRIDABLE, Plan, overridden, plan_layer, tie
+from lobs_native.network.selection import LayerJob, job_of, tie
 from lobs_native.report.records import LayerReport, Skipped
+from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS, LayerOptions, LayerSettings, merged
 from lobs_native.solvers.weight import PrunedWeight
 
 __all__ = ["LOBSModeDescriptor", "LOBSSearcher"]
-
-_TARGETS = ("sparsity", "threshold", "max_error")
 
 
 class LOBSSearcher(BaseSparseSearcher):
@@ -81,15 +81,8 @@ class LOBSSearcher(BaseSparseSearcher):
         """The keys of ``config`` and their defaults."""
         return {
             **super().default_search_config,
+            **{field.name: field.default for field in dataclasses.fields(LayerOptions)},
             "pattern": None,
-            "sparsity": None,
-            "threshold": None,
-            "max_error": None,
-            "method": "exact",
-            "scope": "layer",
-            "damping": 0.01,
-            "prune_bias": False,
-            "refine": None,
             "overrides": {},
             "memory": None,
             "backend": None,
@@ -106,7 +99,7 @@ class LOBSSearcher(BaseSparseSearcher):
         settings = BaseSearcher.sanitize_search_config(self, dict(config or {}))
         pattern = settings["pattern"]
         if pattern is None:
-            targeted = any(settings[name] is not None for name in _TARGETS)
+            targeted = any(settings[name] is not None for name in TARGETS)
             pattern = "unstructured" if targeted else "2:4"
         settings["pattern"] = _pattern(pattern)
         if settings["scope"] == "model":
@@ -121,7 +114,7 @@ class LOBSSearcher(BaseSparseSearcher):
         return dict(settings)
 
     def _check_weight_size(self, weight: Tensor, mod_name: str) -> bool:
-        return True  # if the pattern does not fit, before_search raises an error
+        return True  # if the pattern does not fit, job_of raises an error that names the layer
 
     def _compute_mask(self, module: nn.Module) -> Tensor:
         raise NotImplementedError("masks come with the weights, see run_search")
@@ -151,31 +144,31 @@ class LOBSSearcher(BaseSparseSearcher):
         for target in self.config["overrides"]:
             if target not in {layer.name for layer in layers}:
                 raise ArgumentError(f"overrides: {target!r} is not a layer to be pruned")
-        self.plans = [self._planned(layer) for layer in layers]
+        self.jobs = [self._job(layer) for layer in layers]
         self.begun = time.perf_counter()
 
-    def _planned(self, layer: Layer) -> Plan:
-        settings = {name: self.config[name] for name in OVERRIDABLE}
+    def _job(self, layer: Layer) -> LayerJob:
+        options = {name: self.config[name] for name in LAYER_OPTIONS}
         changes = self.config["overrides"].get(layer.name)
         if changes is not None:
-            settings = overridden(settings, changes, layer.name)
-        return plan_layer(layer, settings)
+            options |= merged({layer.name: changes})
+        return job_of(layer, LayerSettings(**options))
 
     @torch.no_grad()
     def run_search(self) -> None:
         """Calibrate, prune, write and mask. On any exception everything is restored."""
         self.model.eval()  # the host restores the mode after the search
         limit = self.config["memory"]
-        pieces = [self.plans] if limit is None else passes(self.plans, limit)
+        pieces = [self.jobs] if limit is None else passes(self.jobs, limit)
         originals: list[tuple[Layer, dict[str, Tensor], Tensor]] = []
         self.done: list[LayerReport] = []
         self.removed = 0
         try:
             for piece in pieces:
-                for plan, report, out in self._pruned(piece):
-                    kept = {part: p.clone() for part, p in _parameters(plan.layer)}
-                    originals.append((plan.layer, kept, _sparse(plan.layer)._weight_mask.clone()))
-                    self._write(plan.layer, out)
+                for job, report, out in self._pruned(piece):
+                    kept = {part: p.clone() for part, p in _parameters(job.layer)}
+                    originals.append((job.layer, kept, _sparse(job.layer)._weight_mask.clone()))
+                    self._write(job.layer, out)
                     self.done.append(report)
                     self.removed += int((~out.mask).sum())
         except BaseException:
@@ -185,14 +178,14 @@ class LOBSSearcher(BaseSparseSearcher):
                 _sparse(layer).set_mask(mask)
             raise
 
-    def _pruned(self, plans: list[Plan]) -> Iterator[tuple[Plan, LayerReport, PrunedWeight]]:
+    def _pruned(self, jobs: list[LayerJob]) -> Iterator[tuple[LayerJob, LayerReport, PrunedWeight]]:
         begun = time.perf_counter()
-        moments = self._calibrated(plans)
-        each = (time.perf_counter() - begun) / len(plans)
-        for plan in plans:
+        moments = self._calibrated(jobs)
+        each = (time.perf_counter() - begun) / len(jobs)
+        for job in jobs:
             report, out = prune_layer(
-                plan,
-                moments.pop(plan.layer.name),
+                job,
+                moments.pop(job.layer.name),
                 calibrating=each,
                 backend=self.config["backend"],
             )
@@ -200,10 +193,10 @@ class LOBSSearcher(BaseSparseSearcher):
                 f"{report.name}: {report.sparsity:.4f} removed by {report.method}, relative error "
                 f"{report.relative_error:.4g}"
             )
-            yield plan, report, out
+            yield job, report, out
 
-    def _calibrated(self, plans: list[Plan]) -> dict[str, Moments]:
-        moments = {plan.layer.name: Moments(plan.layer) for plan in plans}
+    def _calibrated(self, jobs: list[LayerJob]) -> dict[str, Moments]:
+        moments = {job.layer.name: Moments(job.layer) for job in jobs}
 
         def see(layer: Layer, x: Tensor, columns: Columns) -> None:
             try:
@@ -214,12 +207,12 @@ class LOBSSearcher(BaseSparseSearcher):
                     f"layer {layer.name!r}: its input on the calibration data: {error}"
                 ) from error
 
-        with hooked([plan.layer for plan in plans], see):
+        with hooked([job.layer for job in jobs], see):
             self.forward_loop(self.model)
         missing = [name for name, of_layer in moments.items() if not of_layer.rows > 0]
         if missing:
             raise LobsError(
-                f"{len(missing)} of {len(plans)} layers were never called during calibration: "
+                f"{len(missing)} of {len(jobs)} layers were never called during calibration: "
                 f"{', '.join(missing[:8])}; leave them out by the mode's rules, or pass data that "
                 "reaches them"
             )
@@ -240,12 +233,12 @@ class LOBSSearcher(BaseSparseSearcher):
         skipped: list[Skipped] = self.skipped
         for layer in skipped:
             print_rank_0(f"{layer.name}: skipped: {layer.reason}")
-        reported = (*OVERRIDABLE, "overrides", "memory", "backend")
+        reported = (*LAYER_OPTIONS, "overrides", "memory", "backend")
         self.report = report_of(
             self.done,
             skipped,
             removed=self.removed,
-            weights=sum(plan.weights for plan in self.plans),
+            weights=sum(job.weights for job in self.jobs),
             seconds=time.perf_counter() - self.begun,
             settings={name: self.config[name] for name in reported},
             host={"modelopt": str(modelopt.__version__)},

@@ -5,7 +5,6 @@ The common part of the adapters for ``torch.nn.utils.prune`` and ``torch.ao.prun
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,17 +18,16 @@ from torch.nn.utils import parametrize
 from lobs_native import checks
 from lobs_native.calibration.moments import calibrate
 from lobs_native.calibration.run import Forward, Run, batches_of
-from lobs_native.checks import check_choice
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, ShapeError
 from lobs_native.layers import Layer, layers_for, layers_of
 from lobs_native.network.layerwise import layer_report
+from lobs_native.network.selection import LayerJob
 from lobs_native.report.records import LayerReport
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
-from lobs_native.solvers.patterns import pattern_of
-from lobs_native.solvers.settings import METHODS, Target
+from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import prune_groups
 
-__all__ = ["How", "Pruned", "layer_of", "prune_parameter", "second_moments", "write_bias"]
+__all__ = ["Pruned", "layer_of", "prune_parameter", "second_moments", "write_bias"]
 
 
 def second_moments(
@@ -143,29 +141,6 @@ def layer_of(module: Any, name: Any, label: str) -> Layer:
 
 
 @dataclass(frozen=True)
-class How:
-    """The settings, which :func:`lobs_native.prune_weight` explains."""
-
-    sparsity: float | None = None
-    threshold: float | None = None
-    max_error: float | None = None
-    method: str = "exact"
-    pattern: Any = "unstructured"
-    scope: str = "layer"
-    damping: float = 0.01
-    refine: str | None = None
-    update_bias: bool = True
-    backend: str | None = None
-
-    def target(self, masked: bool) -> Target:
-        method = check_choice(self.method, "method", METHODS)
-        pattern = pattern_of(self.pattern)
-        return Target.of(
-            self.sparsity, self.threshold, self.max_error, method, pattern, masked=masked
-        )
-
-
-@dataclass(frozen=True)
 class Pruned:
     """The new values of a parameter, in the shapes in which the module stores them."""
 
@@ -176,15 +151,21 @@ class Pruned:
 
 
 def prune_parameter(
-    layer: Layer, value: Tensor, mask: Tensor | None, hessian: Any, how: How
+    layer: Layer,
+    value: Tensor,
+    mask: Tensor | None,
+    hessian: Any,
+    settings: LayerSettings,
+    *,
+    update_bias: bool,
+    backend: str | None,
 ) -> Pruned:
     """Prune ``value``, the layer's weight as stored, without writing anything. Entries where
     ``mask`` is False are already removed."""
-    pattern = pattern_of(how.pattern)
-    pattern.check_fit(layer.neighbours, None, prune_bias=False)
-    target = how.target(masked=mask is not None)
+    settings.resolved_pattern.check_fit(layer.neighbours, None, prune_bias=False)
+    settings.check_target(masked=mask is not None)
     moments, rows, notes = _moments(hessian, layer)
-    bias = _bias(layer, moments, checks.flag(how.update_bias, "update_bias"))
+    bias = _bias(layer, moments, checks.flag(update_bias, "update_bias"))
     if bias is None:
         moments = [H[: layer.width, : layer.width] for H in moments]
     kept = None if mask is None else layer.pack(mask).contiguous()
@@ -192,15 +173,10 @@ def prune_parameter(
         out = prune_groups(
             layer.pack(value),
             moments,
-            target=target,
-            method=how.method,
-            pattern=pattern,
-            scope=how.scope,
+            settings,
             bias=bias,
             mask=kept,
-            damping=how.damping,
-            refine=how.refine,
-            backend=how.backend,
+            backend=backend,
             notes=notes,
         )
     except LobsError as error:
@@ -215,16 +191,7 @@ def prune_parameter(
         weight=layer.unpack(out.weight),
         mask=layer.unpack(out.mask),
         bias=None if out.bias is None else out.bias.reshape(-1),
-        report=layer_report(
-            layer,
-            out,
-            method=how.method,
-            pattern=pattern,
-            scope=how.scope,
-            asked=_target_text(target),
-            damping=how.damping,
-            rows=rows,
-        ),
+        report=layer_report(LayerJob(layer, settings), out, rows=rows),
     )
 
 
@@ -270,12 +237,6 @@ def _bias(layer: Layer, moments: Sequence[Tensor], update_bias: bool) -> Tensor 
             "parametrized) and cannot be updated with the weights; pass update_bias=False"
         )
     return layer.bias()
-
-
-def _target_text(target: Target) -> str:
-    """The target for the report, such as "sparsity 0.5"."""
-    values = (f"{k} {v:g}" for k, v in dataclasses.asdict(target).items() if v is not None)
-    return next(values, "mask")
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lobs_native.calibration.run import Forward
 from lobs_native.compat.torch_prune.one_parameter import (
-    How,
     Pruned,
     layer_of,
     prune_parameter,
@@ -31,6 +30,7 @@ from lobs_native.compat.torch_prune.one_parameter import (
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import Layer
 from lobs_native.report.records import LayerReport
+from lobs_native.solvers.settings import LAYER_OPTIONS, LayerSettings
 
 __all__ = ["LOBSSparsifier", "LOBSUnstructured", "lobs_unstructured", "second_moments"]
 
@@ -126,13 +126,27 @@ class LOBSUnstructured(BasePruningMethod):
         scope="model")`` and then ``as_torch_prune``, which makes the same buffers. A weight that
         several modules share must also be pruned by ``lobs_native.prune``.
         """
-        how = How(
-            sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias,
-            backend,
-        )  # fmt: skip
+        settings = LayerSettings(
+            sparsity=sparsity,
+            threshold=threshold,
+            max_error=max_error,
+            method=method,
+            pattern=pattern,
+            scope=scope,
+            damping=damping,
+            refine=refine,
+        )
         layer = layer_of(module, name, type(module).__name__)
         parameter, mask = _parameter(module, name)
-        pruned = prune_parameter(layer, _effective(parameter, mask), mask, hessian, how)
+        pruned = prune_parameter(
+            layer,
+            _effective(parameter, mask),
+            mask,
+            hessian,
+            settings,
+            update_bias=update_bias,
+            backend=backend,
+        )
         before = parameter.detach().clone()
         with torch.no_grad():
             parameter.copy_(pruned.weight)
@@ -254,11 +268,20 @@ class LOBSSparsifier(BaseSparsifier):
             raise DtypeError(
                 f"hessians: expected {{module name: Hessian}}, got {type(hessians).__name__}"
             )
-        how = How(
-            sparsity, threshold, max_error, method, pattern, scope, damping, refine, update_bias,
-            backend,
-        )  # fmt: skip
-        super().__init__(defaults=dict(vars(how)))
+        super().__init__(
+            defaults={
+                "sparsity": sparsity,
+                "threshold": threshold,
+                "max_error": max_error,
+                "method": method,
+                "pattern": pattern,
+                "scope": scope,
+                "damping": damping,
+                "refine": refine,
+                "update_bias": update_bias,
+                "backend": backend,
+            }
+        )
         self.hessians = hessians
         self.calibration = calibration
         self.forward = forward
@@ -304,14 +327,16 @@ class LOBSSparsifier(BaseSparsifier):
     ) -> tuple[Layer, Pruned]:
         layer = layer_of(module, tensor_name, module_fqn or type(module).__name__)
         original, mask = _parametrized(module, tensor_name, layer.name)
-        how = How(**{key: config[key] for key in How.__dataclass_fields__})
+        settings = LayerSettings(**{k: config[k] for k in LAYER_OPTIONS if k in config})
         value, kept = original.detach(), mask != 0
         pruned = prune_parameter(
             layer,
             value.masked_fill(~kept, 0),
             None if bool(kept.all()) else kept,
             hessians.get(module_fqn),
-            how,
+            settings,
+            update_bias=config["update_bias"],
+            backend=config["backend"],
         )
         return layer, pruned
 

@@ -1,0 +1,289 @@
+"""One run of :func:`lobs_native.prune`: look at the model, prune it, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lobs_native import checks, ops
+from lobs_native.calibration.partial import States
+from lobs_native.calibration.run import Forward, Run, batches_of
+from lobs_native.calibration.sensitivity import sensitivities
+from lobs_native.errors import ArgumentError
+from lobs_native.files.shelf import Shelf
+from lobs_native.network import bound
+from lobs_native.network.allocation import share_budget
+from lobs_native.network.bound import error_bound_of
+from lobs_native.network.layerwise import Context, LayerLoop
+from lobs_native.network.peak import Peak, keep_tight
+from lobs_native.network.resources import RunPlan, plan_run
+from lobs_native.network.selection import LayerJob, jobs_of
+from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.structure import multiplications, order_of, structure_of, workload
+from lobs_native.report.records import ErrorBound, plain
+from lobs_native.report.report import Report
+from lobs_native.rundir.fingerprints import fingerprints
+from lobs_native.rundir.ledger import Ledger
+from lobs_native.solvers.patterns import GroupsOf
+from lobs_native.version import versions
+
+__all__ = ["Pruning"]
+
+
+class Pruning:
+    """A model, its data and the settings of a run; it computes nothing by itself.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, PatternError, BackendError
+        The settings do not fit the model or the data, or a layer cannot be pruned correctly.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Any, settings: NetworkSettings) -> None:
+        self.begun = time.perf_counter()
+        self.settings = settings
+        self.selected, self.tied = jobs_of(model, settings)
+        self.sensitive = self._sensitive()
+        batches = batches_of(calibration)
+        if settings.device is not None:
+            checks.zeros((1,), torch.float32, settings.device, "device")  # refuses unusable ones
+            model.to(settings.device)
+        for job in self.selected:
+            ops.select_backend(settings.backend, job.layer.weight().device)
+        self.run = Run(
+            model,
+            batches,
+            settings.forward,
+            settings.device,
+            settings.seed,
+            settings.progress,
+            token_mask=settings.token_mask == "auto",
+        )
+
+    def _sensitive(self) -> list[LayerJob]:
+        """The layers whose rows are weighted by their sensitivity."""
+        sensitivity = self.settings.sensitivity
+        sharing = [job for job in self.selected if job.shared]
+        if self.settings.budget == "flops" and not sharing:
+            raise ArgumentError("budget: 'flops' is shared among layers; use scope 'model' with it")
+        if sensitivity == "bound" and not sharing:
+            raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
+        if sensitivity != "output":
+            return [] if sensitivity is None else sharing
+        sensitive = [job for job in self.selected if _compares_rows(job)]
+        if not sensitive:
+            raise ArgumentError(
+                "sensitivity: 'output' weighs rows against each other, which needs method "
+                "'exact', no N:M pattern, and scope 'layer' or 'model'; use 'auto' or None"
+            )
+        return sensitive
+
+    def look(self) -> RunPlan:
+        """Run the model on the first batch: in which order its layers come, and what pruning them
+        will take."""
+        self.jobs, self.uncalled, self.rows = order_of(
+            self.selected, self.run, explicit=self.settings.include is not None
+        )
+        self.structure = structure_of(self.jobs, self.run, self.settings)
+        work = workload(
+            self.structure,
+            self.run,
+            self.rows,
+            self.settings,
+            sensitive=bool(self.sensitive),
+            shared_budget=any(job.shared for job in self.jobs),
+        )
+        return plan_run(self.jobs, work, self.settings)
+
+    def carry_out(self) -> Report:
+        """Prune; on any exception all weights are as they were."""
+        run, peak = self.run, Peak()
+        with peak.measuring(), contextlib.ExitStack() as kept, run.evaluating():
+            plan = self.look()
+            _show(plan, run.progress)
+            if plan.limit is not None:
+                keep_tight()
+            run.originals = kept.enter_context(Shelf(plan.kept_limit))
+            run.swapped_limit = plan.swapped_limit
+            ledger = self._ledger()
+            if ledger is not None:
+                kept.enter_context(ledger)
+                ledger.check_space([job.layer for job in self.jobs])
+                limited = self.settings.memory is not None
+                ledger.states.largest = plan.scratch if limited else None
+            for job in self.selected:
+                for name, parameter in job.layer.parameters.items():
+                    run.originals.put(name, parameter.detach().clone())
+            try:
+                loop, error_bound = self._prune(plan, ledger, peak)
+            except BaseException as error:
+                _restore(run)
+                if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.run.path}; "
+                        "call prune with the same arguments to resume"
+                    )
+                raise
+        return self._report(loop, error_bound, peak, ledger)
+
+    def _prune(
+        self, plan: RunPlan, ledger: Ledger | None, peak: Peak
+    ) -> tuple[LayerLoop, ErrorBound]:
+        """Prune the layers in the model, and bound the change of its output."""
+        sensitivity = self._sensitivity(ledger, peak)
+        shares = self._shares(plan, sensitivity, ledger)
+        jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
+        context = Context(self.settings, plan, sensitivity or {}, ledger)
+        loop = LayerLoop(self.run, self.structure.with_jobs(jobs), context)
+        loop.carry_out()
+        if ledger is not None:
+            ledger.states.clear()
+        inputs = self.settings.inputs
+        return loop, error_bound_of(self.run.model, self.run, jobs, loop.done, inputs)
+
+    # ---- a common budget -------------------------------------------------------------------------
+
+    def _sensitivity(self, ledger: Ledger | None, peak: Peak) -> dict[str, Tensor] | None:
+        """How much the output depends on the rows of each layer, from the run directory if it is
+        there; None where nothing is measured."""
+        known = None if ledger is None else ledger.sensitivity()
+        if known is not None:
+            return known[0]
+        measured = self._measured(None if ledger is None else ledger.states)
+        peak.reset()
+        if ledger is not None and measured is not None:
+            ledger.keep_sensitivity(measured)
+        return measured
+
+    def _measured(self, states: States | None) -> dict[str, Tensor] | None:
+        layers = [job.layer for job in self.sensitive if job in self.jobs]
+        if not layers:
+            return None
+        if self.settings.sensitivity == "bound":
+            return bound.amplifications(self.run.model, layers)
+        return sensitivities(self.run, layers, states)
+
+    def _shares(
+        self, plan: RunPlan, sensitivity: Mapping[str, Tensor] | None, ledger: Ledger | None
+    ) -> dict[str, float]:
+        """The sparsities of the layers that share a budget, from the run directory if they are
+        there."""
+        known = None if ledger is None else ledger.shares()
+        if known is not None:
+            return known
+        flops = self.settings.budget == "flops"
+        shares = share_budget(
+            self.jobs,
+            self.run,
+            self.settings,
+            plan,
+            sensitivity=sensitivity,
+            each=multiplications(self.jobs, self.rows) if flops else {},
+            states=None if ledger is None else ledger.states,
+        )
+        if ledger is not None and shares:
+            ledger.keep_shares(shares)
+        return shares
+
+    def _with_share(self, job: LayerJob, share: float | None) -> LayerJob:
+        if share is not None:
+            return job.with_sparsity(share)
+        if job.shared:
+            job.layer.notes.append(
+                "it kept the requested sparsity: how the network's output depends on it is not "
+                "known"
+            )
+        return job
+
+    # ---- the run directory and the report --------------------------------------------------------
+
+    def _ledger(self) -> Ledger | None:
+        """The run directory, opened, if there is to be one."""
+        path = self.settings.run_dir
+        if path is None:
+            return None
+        header = {
+            "config": plain(self.settings.arguments(compared=True)),
+            "fingerprints": fingerprints(self.run.model, self.run.batches),
+            "forward": _name_of(self.settings.forward),
+            "layers": [job.layer.name for job in self.jobs],
+            "machine": {"threads": ops.threads(), "backends": self._backends()},
+            "versions": versions(),
+        }
+        return Ledger.open(path, header, self.settings.resume)
+
+    def _backends(self) -> list[str]:
+        """The backends that will do the work, in detail."""
+        names = {
+            ops.select_backend(self.settings.backend, job.layer.weight().device)
+            for job in self.jobs
+        }
+        return sorted(names)
+
+    def _report(
+        self, loop: LayerLoop, error_bound: ErrorBound, peak: Peak, ledger: Ledger | None
+    ) -> Report:
+        masks = loop.masks
+        weights = sum(mask.numel() for mask in masks.values())
+        removed = sum(int((~mask).sum()) for mask in masks.values())
+        settings = {
+            **self.settings.arguments(),
+            "threads": ops.threads(),
+            "batches": len(self.run.batches),
+            **self.structure.summary(),
+            "plan": loop.context.plan.to_dict(),
+            "peak memory": peak.bytes(),
+            "peak memory of sensitivities": peak.before_reset if loop.context.sensitivity else None,
+        }
+        if ledger is not None:
+            settings["run_dir"] = str(ledger.run.path)
+            settings["resumed layers"] = ledger.resumed
+            settings.update(ledger.states.said())
+            if ledger.differences:
+                settings["resumed despite"] = ledger.differences
+        return Report(
+            layers=tuple(loop.done.values()),
+            skipped=(*self.tied, *self.uncalled),
+            error_bound=error_bound,
+            sparsity=removed / weights,
+            removed=removed,
+            weights=weights,
+            seconds=time.perf_counter() - self.begun,
+            settings=settings,
+            versions=versions(),
+            masks={job.layer.name: job.layer.unpack(masks[job.layer.name]) for job in self.jobs},
+        )
+
+
+def _compares_rows(job: LayerJob) -> bool:
+    """Whether the sensitivity of its rows makes a difference to a layer."""
+    settings = job.settings
+    grouped = isinstance(settings.resolved_pattern, GroupsOf)
+    return settings.method == "exact" and not grouped and settings.scope == "layer"
+
+
+def _name_of(forward: Forward | None) -> str | None:
+    """The name of a function, to be compared with the one in another process."""
+    if forward is None:
+        return None
+    named = forward if hasattr(forward, "__qualname__") else type(forward)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _show(plan: RunPlan, progress: bool) -> None:
+    if progress and sys.stderr.isatty():
+        tqdm.write(str(plan), file=sys.stderr)
+
+
+@torch.no_grad()
+def _restore(run: Run) -> None:
+    parameters = dict(run.model.named_parameters(remove_duplicate=False))
+    for name in run.changed:
+        parameters[name].copy_(run.originals[name])

@@ -1,0 +1,199 @@
+"""The settings of a network: those of its layers, and those of the whole run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from lobs_native import checks
+from lobs_native.calibration.run import Forward
+from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.rundir.ledger import RESUMES
+from lobs_native.solvers.options import number, option, option_of
+from lobs_native.solvers.patterns import Unstructured
+from lobs_native.solvers.settings import SCOPES, LayerOptions, LayerSettings, merged
+
+__all__ = ["NetworkSettings", "globs_of"]
+
+
+def globs_of(value: Any, name: str) -> list[str]:
+    """A glob or several as a list; DtypeError for anything else."""
+    globs = [value] if isinstance(value, str) else value
+    if not isinstance(globs, (list, tuple, set)) or not all(isinstance(g, str) for g in globs):
+        raise DtypeError(
+            f"{name}: expected a glob or a list of globs on module names, got {value!r}"
+        )
+    return list(globs)
+
+
+def _globs(value: Any, name: str) -> str | Sequence[str]:
+    globs_of(value, name)
+    kept: str | Sequence[str] = value
+    return kept
+
+
+def _overrides(value: Any, name: str) -> Mapping[str, Mapping[str, Any]]:
+    if not (
+        isinstance(value, Mapping)
+        and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in value.items())
+    ):
+        raise DtypeError(f"{name}: expected {{glob: {{argument: value}}}}, got {value!r}")
+    return value
+
+
+def _spread(value: Any, name: str) -> float:
+    spread = number(value, name)
+    if not 0 <= spread <= 1:
+        raise ArgumentError(f"{name}: {spread:g}; it is a difference of sparsities, from 0 to 1")
+    return spread
+
+
+def _seed(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
+def _forward(value: Any, name: str) -> Forward:
+    if not callable(value):
+        raise DtypeError(f"{name}: expected callable(model, batch), got {type(value).__name__}")
+    kept: Forward = value
+    return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(LayerOptions):
+    """The arguments of :func:`lobs_native.prune`, which explains them, as one object.
+
+    Two of them may contradict each other only where ``overrides`` can still decide: see
+    :meth:`for_layer`. Values are kept as they are given.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, PatternError
+        An argument is not acceptable; the message names it.
+    """
+
+    scope: str = option("layer", choices=(*SCOPES, "model"), help="default: %(default)s")
+    include: str | Sequence[str] | None = option(
+        None,
+        check=_globs,
+        help="glob on layer names; may be repeated; default: all linear and convolution layers",
+    )
+    exclude: str | Sequence[str] | None = option(
+        None, check=_globs, help="likewise, to leave layers out"
+    )
+    overrides: Mapping[str, Mapping[str, Any]] | None = option(None, check=_overrides)
+    spread: float = option(
+        0.2,
+        check=_spread,
+        help="scope model: how far a layer may be from --sparsity (1: any); default: %(default)s",
+    )
+    sensitivity: str | None = option(
+        "auto",
+        choices=("auto", "output", "bound"),
+        optional=True,
+        help="weight rows and layers by how much the output depends on them; auto: with scope "
+        "model",
+    )
+    budget: str = option(
+        "weights",
+        choices=("weights", "flops"),
+        help="with scope model, what --sparsity is a share of; default: %(default)s",
+    )
+    inputs: str = option(
+        "pruned", choices=("pruned", "dense", "corrected"), help="default: %(default)s"
+    )
+    blocks: str | None = option(
+        "auto",
+        choices=("auto",),
+        optional=True,
+        help="run stacks of blocks block by block, or the whole model for every layer",
+    )
+    device: torch.device | str | None = option(
+        None, help="move the model and each batch there, for example cuda"
+    )
+    backend: str | None = option(None, help="a name from lobs-native doctor; default: the fastest")
+    memory: int | None = option(
+        None,
+        check=checks.positive_int,
+        in_bytes=True,
+        compared=False,  # it changes no result
+        help="limit on what pruning takes besides the model and its forward pass, for example 4GB",
+    )
+    seed: int = option(0, check=_seed, help="default: %(default)s")
+    token_mask: str | None = option(
+        "auto",
+        choices=("auto",),
+        optional=True,
+        help="leave out what the batches' attention_mask leaves out, or count it",
+    )
+    forward: Forward | None = option(None, check=_forward, reported=False)
+    run_dir: str | os.PathLike[str] | None = option(
+        None,
+        reported=False,
+        help="save every finished layer there; after an interruption the same command resumes",
+    )
+    resume: str = option(
+        "auto",
+        choices=RESUMES,
+        reported=False,
+        help="where --run-dir holds a run: resume it if it is the same one (auto, the default), "
+        "or anyway",
+    )
+    progress: bool = option(True, reported=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.overrides:
+            self._common()  # raises if what all layers are pruned with does not fit together
+
+    def for_layer(self, name: str) -> tuple[LayerSettings, bool]:
+        """The settings of the layer of this name, and whether it shares a budget with others.
+
+        Entries of ``overrides`` that match it apply one after another. ArgumentError or
+        PatternError if the result does not fit together.
+        """
+        matching = {
+            glob: changes
+            for glob, changes in (self.overrides or {}).items()
+            if fnmatchcase(name, glob)
+        }
+        own = dataclasses.replace(self, overrides=None, **merged(matching))
+        return own._common()
+
+    def _common(self) -> tuple[LayerSettings, bool]:
+        """The same without regard to ``overrides``."""
+        if self.scope != "model":
+            return LayerSettings.of(self), False
+        settings = LayerSettings.of(self, scope="layer")
+        if not (
+            settings.method == "exact"
+            and isinstance(settings.resolved_pattern, Unstructured)
+            and settings.target.sparsity is not None
+        ):
+            raise ArgumentError(
+                "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "
+                "'layer'"
+            )
+        return settings, True
+
+    def arguments(self, *, compared: bool = False) -> dict[str, Any]:
+        """name -> value, as a report repeats them; or those that a resumed run must repeat."""
+        chosen = {
+            field.name: copy.deepcopy(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if (option_of(field).compared if compared else option_of(field).reported)
+        }
+        if not isinstance(self.pattern, str):
+            chosen["pattern"] = repr(self.pattern)
+        if self.device is not None:
+            chosen["device"] = str(self.device)
+        return chosen
