@@ -155,7 +155,7 @@ def _weight_files(folder: Path) -> list[str]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
     if pickles:
         raise ArgumentError(
-            f"MODEL: {folder} has its weights in {pickles[0]}, a pickle, which could run any code "
+            f"MODEL: {folder} has its weights in {pickles[0]}, which is pickled and could run any code "
             "when opened, and is refused; if you trust it, save it as safetensors first: "
             "AutoModel.from_pretrained(folder).save_pretrained(other)"
         )

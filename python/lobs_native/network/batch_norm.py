@@ -27,8 +27,8 @@ def reestimate_batch_norm(
     forward: Forward | None = None,
     device: torch.device | str | None = None,
 ) -> int:
-    """Set the running mean and variance of batch normalisation to those of what each layer is fed
-    now, over all of ``calibration``.
+    """Set the running mean and variance of batch normalisation to those of each layer's present
+    inputs, over all of ``calibration``.
 
     Pruning a convolution changes the mean and the variance of its outputs, while the batch
     normalisation after it still divides by those of the original network. No labels are needed
@@ -43,8 +43,8 @@ def reestimate_batch_norm(
         ``num_batches_tracked`` and the caller's generators are left as they were.
     calibration : iterable of batches
         As in :func:`lobs_native.prune`: a batch is a tensor, a tuple or list, or a dict. How the
-        data is cut into batches does not matter. Padding is counted. In a distributed program
-        every process sees its own data only.
+        data is divided into batches does not matter. Padding is counted. In a distributed program,
+        every process sees only its own data.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of these is right.
     device : optional
@@ -58,12 +58,12 @@ def reestimate_batch_norm(
     Raises
     ------
     ArgumentError
-        There is no layer that tracks statistics, none that the data reaches, one that is fed a
-        single value per channel (it has no variance), or ``forward`` switches to training mode.
+        No layer tracks statistics, the data reaches none of those that do, one of them receives a
+        single value per channel (which has no variance), or ``forward`` switches to training mode.
     DtypeError, BackendError
-        An argument is of the wrong kind, or the device cannot be used.
+        An argument has the wrong type, or the device cannot be used.
     NonFiniteError
-        A statistic is NaN, infinite or beyond the range of the layer's dtype; with its name.
+        A statistic is NaN, infinite or beyond the range of the layer's dtype; the message names it.
 
     Notes
     -----
@@ -71,17 +71,18 @@ def reestimate_batch_norm(
     values of a channel in all batches, merged in float64 around their own means, so that a large
     offset costs no digits (Chan, Golub & LeVeque 1979).
 
-    Layers are done one after another, in the order of their first calls, each with a pass over the
-    data that ends at it: it then sees what inference will give it, the layers before it with their
-    new statistics. With L layers these are about L / 2 + 1 forward passes. One pass in training
-    mode (``torch.optim.swa_utils.update_bn``) costs less, but feeds a layer values that were
-    normalised batch by batch: its result depends on how the data is cut into batches. One pass in
-    eval mode feeds it values that were normalised with the old statistics, and does not help. The
-    residual network of ``python bench/quality/convnets.py --batch-norm``, 80% removed, errs on 65%
-    of the images as pruned, on 23.2% after this, for any batches; on 23.3, 23.8 and 25.3% after a
-    pass in training mode with batches of 100, of 4, and of 100 in the order of their classes; on
-    89% after a pass in eval mode. A layer that is called several times gets the statistics of all
-    its calls, of which the later ones may have seen the old statistics of the first.
+    Layers are re-estimated one after another, in the order of their first calls, each with a pass
+    over the data that ends at it. A layer then sees what it will see at inference, with the new
+    statistics of the layers before it. With L layers, this takes about L / 2 + 1 forward passes.
+    One pass in training mode (``torch.optim.swa_utils.update_bn``) costs less, but feeds a layer
+    values that were normalised batch by batch, so its result depends on how the data is divided
+    into batches. One pass in eval mode feeds it values that were normalised with the old
+    statistics, and does not help. The residual network of ``python bench/quality/convnets.py
+    --batch-norm``, 80% removed, errs on 65% of the images as pruned; on 23.2% after this, for any
+    batches; on 23.3, 23.8 and 25.3% after a pass in training mode with batches of 100, of 4, and of
+    100 in the order of their classes; on 89% after a pass in eval mode. A layer that is called
+    several times gets the statistics of all its calls; the later ones may have seen the old
+    statistics of the first.
     """
     layers = _layers(model)
     if forward is not None and not callable(forward):
@@ -112,20 +113,20 @@ def _layers(model: Any) -> dict[str, _BatchNorm]:
     """The layers that have running statistics, by name."""
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    found = {
+    layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    if not found:
+    if not layers:
         raise ArgumentError(
             "model: it has no nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm that tracks running "
             "statistics; there is nothing to re-estimate, so leave this call out"
         )
-    for name, layer in found.items():
+    for name, layer in layers.items():
         for part in ("running_mean", "running_var"):
             checks.tensor(getattr(layer, part), f"layer {name!r}: {part}", ndim=1)
-    return found
+    return layers
 
 
 def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
@@ -136,8 +137,8 @@ def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
 
 
 def _calls(layers: Mapping[str, _BatchNorm], run: Run) -> dict[str, int]:
-    """The layers that the data reaches, in the order of their first calls, and how often the batch
-    that calls them most does."""
+    """The layers that the data reaches, in the order of their first calls, each with its number of
+    calls in the batch that calls it most."""
     most: dict[str, int] = {}
     now: dict[str, int] = {}
 
@@ -201,10 +202,10 @@ def _reestimate(name: str, layer: _BatchNorm, run: Run, ends: bool) -> None:
     mean, variance = layer.running_mean, layer.running_var
     assert mean is not None
     assert variance is not None
-    found = _Statistics(mean)
+    statistics = _Statistics(mean)
 
     def see(x: Tensor) -> None:
-        found.add(x)
+        statistics.add(x)
         if ends:
             raise Enough
 
@@ -215,14 +216,14 @@ def _reestimate(name: str, layer: _BatchNorm, run: Run, ends: bool) -> None:
                 run.call(run.model, batch)
     finally:
         handle.remove()
-    if found.rows < 2:
+    if statistics.rows < 2:
         raise ArgumentError(
-            f"calibration: layer {name!r} is fed {found.rows} values per channel in all, and a "
-            "variance needs two; give more samples"
+            f"calibration: layer {name!r} is fed {statistics.rows} values per channel in all, and "
+            "a variance needs two; give more samples"
         )
     new = {
-        "mean": found.mean.to(mean.dtype),
-        "variance": (found.squares / (found.rows - 1)).to(variance.dtype),
+        "mean": statistics.mean.to(mean.dtype),
+        "variance": (statistics.squares / (statistics.rows - 1)).to(variance.dtype),
     }
     for what, value in new.items():
         checks.check_finite(value, f"layer {name!r}: {what} of its input on the calibration data")

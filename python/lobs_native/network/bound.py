@@ -6,9 +6,9 @@ the error that pruning layer k incurred on its inputs,
     ||output - original||_F / sqrt(n)  <=  sum_k ( prod_{l > k} ||What_l|| ) sqrt(E_k)
 
 with Frobenius norms as printed, or with spectral norms, which the same proof allows and which are
-far smaller. Biases cancel. If layers were pruned against the inputs of the already pruned network,
-the telescoping goes the other way round and the same holds with the norms of the ORIGINAL later
-layers (our remark).
+far smaller. Biases cancel. If layers were pruned on the inputs of the already pruned network, the
+sum telescopes the other way round, and the same holds with the norms of the ORIGINAL later layers
+(our remark).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _check_step(
     node: fx.Node, current: fx.Node | None, modules: Mapping[str, nn.Module], names: list[str]
 ) -> None:
     if not node.args or node.args[0] is not current:
-        raise NotAChainError(f"{node.name} reads something else than the step before it")
+        raise NotAChainError(f"{node.name} does not read the output of the step before it")
     what: Any = node.target
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -140,14 +140,13 @@ def theorem_parts(
     errors: Mapping[str, tuple[float, float]],
     output_rows: float,
 ) -> dict[str, tuple[float, float]]:
-    """name -> what each pruned layer adds to the (Frobenius, spectral) bound.
+    """name -> the contribution of each pruned layer to the (Frobenius, spectral) bound.
 
     chain : the layers' names, first to last.
     weight : name -> (R, C) of a layer: the pruned ones if layers were pruned on dense inputs, the
     original ones otherwise.
     errors : name -> (E_k, rows), for the pruned layers.
-    output_rows : rows of the network's output; a layer may see more of them where a flatten follows
-    it.
+    output_rows : rows of the network's output; a layer that a flatten follows may see more.
     """
     parts = {}
     later_frobenius = later_spectral = 1.0
@@ -165,8 +164,8 @@ def theorem_parts(
 def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """name -> (1, R) of the square of the spectral norms of the layers after it.
 
-    Their sum over the layers, each times its error, is within a factor of the number of layers of
-    the square of the bound. ArgumentError if the theorem does not cover the network.
+    The sum over the layers, each times its error, equals the square of the bound within a factor of
+    the number of layers. ArgumentError if the theorem does not cover the network.
     """
     try:
         chain = chain_of(model, [layer.name for layer in layers])

@@ -1,4 +1,4 @@
-"""Masks after pruning: keep removed weights at zero while the network is trained further."""
+"""Masks after pruning, which keep removed weights at zero while the network is trained further."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class KeptMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the removed weights to zero now. For a change that no torch optimizer made."""
+        """Set the removed weights to zero now, after a change that no torch optimizer made."""
         for entry in self._removed:
             entry[0].masked_fill_(_there(entry), 0)
 
     def remove(self) -> None:
-        """Stop: take all hooks away. The weights stay as they are."""
+        """Stop: remove all hooks. The weights stay as they are."""
         self._hooks.close()
 
     def __enter__(self) -> KeptMasks:
@@ -61,10 +61,10 @@ class KeptMasks:
 
     def _watch(self, register: Callable[[Callable[..., None]], Any]) -> None:
         """Zero after the optimizer's steps, and keep the gradients of removed weights at zero."""
-        mine = {id(parameter) for parameter, _ in self._removed}
+        masked = {id(parameter) for parameter, _ in self._removed}
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            if any(id(p) in masked for group in optimizer.param_groups for p in group["params"]):
                 self.apply()
 
         self._hooks.callback(register(after_step).remove)
@@ -92,18 +92,18 @@ def _zero_gradient(entry: list[Tensor], parameter: Tensor) -> None:
 def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Tensor]) -> KeptMasks:
     """Keep pruned weights at zero while the network is trained with any torch optimizer.
 
-    Two things happen until the handle is removed. After each step of an optimizer the removed
-    weights are set to zero, so neither momentum from before nor weight decay nor noise brings one
-    back. And their gradients are zero after each backward pass, so they are never part of a
-    gradient's norm, of Adam's moments, or of the direction of a line search (LBFGS).
+    Two things happen until the handle is removed. After each step of an optimizer, the removed
+    weights are set to zero, so that neither earlier momentum nor weight decay nor noise revives
+    one. After each backward pass, their gradients are zero, so that they never enter a gradient's
+    norm, Adam's moments, or the direction of a line search (LBFGS).
 
     Parameters
     ----------
     model_or_optimizer : nn.Module or torch.optim.Optimizer
-        A model: steps of every torch optimizer that holds one of its masked weights count, also
-        of one that is made later. An optimizer: only its own steps; it must know the names of its
-        parameters, as ``AdamW(model.named_parameters())`` does. Weights are changed by training
-        only, not by this call.
+        With a model, the steps of every torch optimizer that holds one of its masked weights count,
+        even of one that is made later. With an optimizer, only its own steps count; it must know
+        the names of its parameters, as ``AdamW(model.named_parameters())`` does. This call itself
+        changes no weights.
     masks : {layer name: bool tensor}
         As in ``report.masks``: shaped like the layer's weight, True where a weight is kept, on any
         device; copied.
@@ -112,13 +112,13 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     -------
     KeptMasks
         ``.remove()`` ends it, and so does the end of a ``with`` block; ``.apply()`` sets the
-        removed weights to zero after a change that no torch optimizer made.
+        removed weights to zero after a change that was not made by a torch optimizer.
 
     Raises
     ------
     ArgumentError, DtypeError, ShapeError
-        A mask does not fit the model, or a weight that a mask removes is not zero: the masks are
-        those of another network, or :func:`apply_masks` comes first. Nothing has been hooked.
+        A mask does not fit the model, or a weight that a mask removes is not zero: the masks belong
+        to another network, or :func:`apply_masks` must be called first. Nothing has been hooked.
 
     Notes
     -----
@@ -164,13 +164,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
 
 def as_torch_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Give each masked layer the buffers of ``torch.nn.utils.prune``: ``weight_orig`` and
-    ``weight_mask``, from which its weight is computed at each forward.
+    ``weight_mask``, from which its weight is computed in each forward pass.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place; its outputs stay the same. Make it before the optimizer, since the
-        parameters are renamed. ``torch.nn.utils.prune.remove(layer, "weight")`` undoes it.
+        Changed in place; its outputs stay the same. Call this before making the optimizer, because
+        the parameters are renamed. ``torch.nn.utils.prune.remove(layer, "weight")`` undoes it.
     masks : {layer name: bool tensor}
         As in :func:`keep_masks`.
 
@@ -202,7 +202,7 @@ _Fitting = Mapping[str, tuple[_Place, Tensor]]
 
 
 def _fitting(owner: Any, masks: Any) -> _Fitting:
-    """Layer name -> its weight and where its mask removes something, all checked."""
+    """Layer name -> the place of its weight, and where its mask removes something; all checked."""
     if not isinstance(masks, Mapping):
         raise DtypeError(
             f"masks: expected {{layer name: bool tensor}}, got {type(masks).__name__}; "
@@ -211,7 +211,7 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
     if not masks:
         raise ArgumentError("masks: there are none; give those of a report")
     places = dict(_places(owner))
-    found = {}
+    fitting = {}
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise DtypeError(f"masks: a key is a {type(name).__name__}, expected a layer's name")
@@ -226,11 +226,11 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
         kept = checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool,))
         if kept.shape != weight.shape:
             raise ShapeError(
-                f"masks[{name!r}]: its shape is {tuple(kept.shape)}, that of the layer's weight "
-                f"{tuple(weight.shape)}"
+                f"masks[{name!r}]: its shape is {tuple(kept.shape)}, but that of the layer's "
+                f"weight is {tuple(weight.shape)}"
             )
-        found[name] = (place, ~kept.to(weight.device))
-    return found
+        fitting[name] = (place, ~kept.to(weight.device))
+    return fitting
 
 
 def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
@@ -273,13 +273,13 @@ def _refuse_nonzero(fitting: _Fitting) -> None:
 
 
 def _merged(fitting: _Fitting) -> list[tuple[_Place, Tensor]]:
-    """One mask of removed weights for each parameter, of which several layers may own parts."""
-    found: dict[int, tuple[_Place, Tensor]] = {}
+    """One mask of removed weights for each parameter; several layers may own parts of one."""
+    masks: dict[int, tuple[_Place, Tensor]] = {}
     for place, removed in fitting.values():
         p, part = place.parameter, place.weight
-        if id(p) not in found:
+        if id(p) not in masks:
             whole = torch.empty_strided(p.shape, p.stride(), dtype=torch.bool, device=p.device)
-            found[id(p)] = (place, whole.fill_(False))
+            masks[id(p)] = (place, whole.fill_(False))
         offset = part.storage_offset() - p.storage_offset()
-        found[id(p)][1].as_strided(part.shape, part.stride(), offset).logical_or_(removed)
-    return list(found.values())
+        masks[id(p)][1].as_strided(part.shape, part.stride(), offset).logical_or_(removed)
+    return list(masks.values())

@@ -1,4 +1,4 @@
-"""Peak memory of a run and of a layer, as the system reports it."""
+"""The peak memory of a run and of a layer, as the system reports it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
 
 class Peak:
-    """The most memory that this process took since :meth:`measuring` began, above what it had then;
-    on Linux, whose counter is one for the whole process."""
+    """The most memory that this process took since :meth:`measuring` began, above what it had then.
 
-    _now: ClassVar[list[Peak]] = []  # that are measuring
+    Only on Linux, which has one counter for the whole process.
+    """
+
+    _now: ClassVar[list[Peak]] = []  # those that are measuring
 
     def __init__(self) -> None:
         self._before: int | None = None
-        self._seen = 0  # before the counter was reset for a layer
+        self._seen = 0  # bytes before the counter was reset for a layer
         self.before_reset: int | None = None
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Peak]:
-        """Start, and give itself."""
+        """Start, and yield itself."""
         with contextlib.suppress(OSError, LobsError):
             forget_peak()
             self._before = resident("VmRSS")
@@ -42,24 +44,23 @@ class Peak:
             Peak._now.remove(self)
 
     def reset(self) -> None:
-        """Forget the peak so far, but for ``before_reset``."""
+        """Move the peak so far to ``before_reset``, and start again from zero."""
         self.before_reset, self._seen = self.bytes(), 0
         with contextlib.suppress(OSError):
             forget_peak()
 
     def bytes(self) -> int | None:
-        """None where it cannot be known."""
+        """The peak; None where it is not known."""
         if self._before is None:
             return None
         return max(0, self._seen, resident("VmHWM") - self._before)
 
 
 class LayerPeak:
-    """The most memory that was in use since this was made, while one layer is pruned: of the
-    process, above what it had when the run began; and of a CUDA device, all that torch had
-    allocated there.
+    """The most memory in use since this object was made, while one layer is pruned: of the process,
+    above what it had when the run began; and of a CUDA device, everything that torch had allocated.
 
-    It resets the counters of both (``torch.cuda.reset_peak_memory_stats``).
+    It resets both counters (``torch.cuda.reset_peak_memory_stats``).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,12 +73,12 @@ class LayerPeak:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def bytes(self) -> int | None:
-        """Of the process; None where it cannot be known."""
+        """The peak of the process; None where it is not known."""
         before = Peak._now[-1]._before if Peak._now else None
         return None if before is None else max(0, resident("VmHWM") - before)
 
     def device_bytes(self) -> int | None:
-        """Of the device; None for the CPU."""
+        """The peak of the device; None for the CPU."""
         return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
 
 
@@ -87,11 +88,11 @@ def forget_peak() -> None:
 
 
 def keep_tight() -> None:
-    """Have glibc map every piece of a megabyte or more by itself, so that it goes back to the
-    system when it is freed.
+    """Have glibc map every piece of a megabyte or more separately, so that it returns to the system
+    when it is freed.
 
-    By default it comes to keep pieces of up to 32 MB, and what lies between those that are in use
-    counts against a limit: in a test 25 to 70 MB, other ones in every run.
+    By default it keeps pieces of up to 32 MB after a while, and the gaps between those in use count
+    against a limit: 25 to 70 MB in a test, varying from run to run.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -101,9 +102,9 @@ def keep_tight() -> None:
 def resident(name: str = "VmRSS") -> int:
     """Bytes of this process: ``VmRSS`` now, ``VmHWM`` the most since :func:`forget_peak`.
 
-    OSError or LobsError where the system does not say.
+    OSError or LobsError where the system does not report it.
     """
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
         raise LobsError(f"/proc/self/status has no {name}")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024

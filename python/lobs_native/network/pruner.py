@@ -59,13 +59,13 @@ def prune(
     ----------
     model : nn.Module
         Run in eval mode for calibration (restored afterwards). Its weights and biases are changed
-        in place, keeping dtype, device and zeros; on any error, and on Ctrl-C, all of them get
+        in place, keeping dtype, device and zeros. On any error, and on Ctrl-C, all of them get
         their old values back.
     calibration : iterable of batches
         A batch is a tensor (``model(batch)``), a tuple or list (``model(*batch)``) or a dict
         (``model(**batch)``). No labels are needed; a few hundred to a few thousand samples are
-        usual. An iterator that can be read only once is kept in memory, since the data is needed
-        more than once.
+        usual. An iterator that can be read only once is kept in memory, because the data is read
+        several times.
     sparsity, threshold, max_error
         Exactly one, for every layer: see :func:`lobs_native.prune_weight`. With an N:M pattern,
         none.
@@ -73,19 +73,19 @@ def prune(
         As in :func:`lobs_native.prune_weight`.
     scope : "layer", "row" or "model"
         As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers and removes
-        the share ``sparsity`` of all of them. It needs method "exact", single weights, and one more
-        pass over the data.
+        the share ``sparsity`` of all of them. It needs method "exact", pattern "unstructured", and
+        one more pass over the data.
     spread : float
-        With scope "model", how far a layer's sparsity may be from the one asked for. Every layer
-        also keeps at least half of the weights that it was asked to keep. 1 sets no bounds.
+        With scope "model", how far a layer's sparsity may be from the requested one. Every layer
+        also keeps at least half of the weights that it was to keep. 1 sets no bounds.
     sensitivity : "auto", "output", "bound" or None
-        "output" multiplies what removals from a row cost by how much the network's output depends
-        on it: the mean square, over the data and random directions v, of the gradient of ``v .
-        output`` (the diagonal of the Gauss-Newton matrix), from one pass with backward passes and
-        without labels. It counts where "exact" compares rows, in a layer or over the model. "auto"
-        does so with scope "model". Layers whose outputs are no module's outputs (attention,
-        experts) keep the sparsity asked, as do those that the output does not depend on. "bound"
-        (scope "model") takes the squared spectral norms of the later layers instead, which
+        "output" multiplies the costs of removals from a row by how much the network's output
+        depends on it: the mean square, over the data and random directions v, of the gradient of
+        ``v . output`` (the diagonal of the Gauss-Newton matrix), from one forward and backward pass
+        without labels. It matters where "exact" compares rows, in a layer or over the model. "auto"
+        does this with scope "model". Layers whose outputs are not a module's outputs (attention,
+        experts) keep the requested sparsity, as do those that the output does not depend on.
+        "bound" (scope "model") takes the squared spectral norms of the later layers instead, which
         minimises the bound of Theorem 3.2 up to a constant, for the networks it covers. None
         compares rows of a layer by their costs alone, and layers by cost over the square root of
         their ``tr(W H W^T)``.
@@ -99,50 +99,52 @@ def prune(
         :func:`lobs_native.register_layer`. A glob that matches no layer is an error.
     overrides : {glob: {argument: value}}
         Other arguments for some layers, for example ``{"classifier": {"sparsity": 0.3}}``; later
-        ones win. A target (sparsity, threshold, max_error) or an N:M pattern replaces the target
-        from before.
+        entries win. Sparsity, threshold, max_error, method, pattern, scope, damping, prune_bias and
+        refine can be overridden. A target (the first three) or an N:M pattern replaces every
+        target from before.
     inputs : "pruned", "dense" or "corrected"
-        Whether a layer is calibrated on what the already pruned network feeds it ("pruned"), or on
-        the original network's activations ("dense": the paper, and Theorem 3.2 as printed; one pass
-        over the data for all layers). "corrected" runs both networks side by side: on the pruned
-        one's inputs, a layer is asked for the original one's outputs, so that it makes up for what
-        the layers before it lost: ``W + (A P)^T`` is pruned in place of W, with ``P = mean of x^T
-        (y0 - x W^T)``. Where an output goes straight into a sum with something else (a residual
-        connection), the sums are made to agree. Experts, and layers whose zeros would be filled,
-        are calibrated as with "pruned", and their notes say so. It costs one more run of the
-        original network for every run of the pruned one, and usually leaves the network by far the
-        nearest to the original (``python bench/quality/whole_encoder.py``).
+        What a layer is calibrated on: the activations of the network as pruned so far ("pruned"),
+        or those of the original network ("dense": the paper, and Theorem 3.2 as printed; one pass
+        over the data for all layers). "corrected" runs both networks side by side. On the pruned
+        network's inputs, a layer is fitted to the original network's outputs, so that it makes up
+        for what the layers before it lost: ``W + (A P)^T`` is pruned in place of W, with ``P = mean
+        of x^T (y0 - x W^T)``. Where an output goes straight into a sum with something else (a
+        residual connection), the sums are made to agree. Experts, and layers whose zeros would be
+        filled, are calibrated as with "pruned", and their notes say so. It costs one more run of
+        the original network for every run of the pruned one, and usually leaves the network by far
+        the closest to the original (``python bench/quality/whole_encoder.py``).
     blocks : "auto" or None
-        With inputs "pruned", run a stack of blocks (a transformer's) block by block on what each
-        receives, instead of the whole model for every layer; the results are the same. "auto" does
-        so where modules of a list are called one after another on what the one before returned, and
-        a replay of the first batch gives what the model gives; ``report.settings`` says which
-        ("blocks") and why others are not ("no blocks").
+        With inputs "pruned" or "corrected", run a stack of blocks (a transformer's) block by block
+        on what each receives, instead of the whole model for every layer; the results are the same.
+        "auto" does so where the modules of a list are called one after another, each on what the
+        one before returned, and a replay of the first batch reproduces the model's output;
+        ``report.settings`` lists these stacks ("blocks") and the reasons against others ("no
+        blocks").
     forward : callable(model, batch), optional
-        How to run the model on a batch when none of the above is right.
+        How to run the model on a batch when none of the forms above is right.
     memory : int, optional
         Bytes that pruning may take besides the model, the data, a forward pass (with sensitivities,
-        a backward pass), and what libraries keep for themselves (some tens of megabytes): kernels
-        use fewer threads, second moments are accumulated in several passes, hidden states and
-        original weights go to a temporary folder on disk. A plan is made before anything is changed
-        (``report.settings["plan"]``; printed on a terminal), and MemoryError says what is needed if
-        the limit cannot be kept to. From then on glibc gives pieces of a megabyte or more back to
-        the system at once, for the whole process.
+        a backward pass), and what libraries keep for themselves (some tens of megabytes). To stay
+        within the limit, kernels use fewer threads, second moments are accumulated in several
+        passes, and hidden states and original weights go to a temporary folder on disk. A plan is
+        made before anything is changed (``report.settings["plan"]``; printed on a terminal), and
+        MemoryError says what is needed if the limit is too small. From then on, glibc returns
+        pieces of a megabyte or more to the system at once, for the whole process.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     run_dir : path, optional
-        A folder that keeps every layer that has been pruned, so that a run that was killed, or
-        ended by an error or a full disk, loses none: call prune again with the same arguments, and
-        only the other layers are calibrated and pruned. Between two layers, sums over the data and
-        what the next block receives are kept as well whenever writing them takes at most a
-        twentieth of the time since the last ones (with ``memory``, if they are small). On the same
-        machine with as many threads the network then has the bits of an uninterrupted run. About
-        the size of the weights, and twice that of the sums.
+        A folder where every pruned layer is checkpointed, so that a run that was killed, or ended
+        by an error or a full disk, loses none: call prune again with the same arguments, and only
+        the other layers are calibrated and pruned. Between two layers, sums over the data and the
+        inputs of the next block are checkpointed as well whenever writing them takes at most a
+        twentieth of the time since the last checkpoint (with ``memory``, if they are small). On
+        the same machine with as many threads, the network then has the bits of an uninterrupted
+        run. The folder takes about the size of the weights, and twice that of the sums.
     resume : "auto", "never" or "anyway"
-        What to do where ``run_dir`` holds a run: "auto" goes on if model, data, arguments (but
-        ``memory``), versions and threads are the same, and is an error that lists the differences
-        otherwise; "anyway" goes on nevertheless, and ``report.settings["resumed despite"]`` says
-        despite what; "never" is an error.
+        What to do where ``run_dir`` holds a run. "auto" resumes it if model, data, arguments
+        (except ``memory``), versions and threads are the same; otherwise it is an error that lists
+        the differences. "anyway" resumes it in spite of differences, which
+        ``report.settings["resumed despite"]`` then lists. "never" is an error.
     progress : bool
         Progress bars on a terminal.
     seed : int
@@ -151,39 +153,42 @@ def prune(
     token_mask : "auto" or None
         With batches that are mappings and hold an ``attention_mask`` (B, T) of zeros and ones,
         "auto" leaves the rows at zeros out wherever a linear layer's input is (B, T, C); each
-        layer's notes say how many, or that it could not. Not for encoder-decoder models, where
-        it would not be known whose mask it is. None counts padding like everything else.
+        layer's notes say how many, or that it could not. Not for encoder-decoder models, where it
+        is unknown which part the mask belongs to. None counts padding like everything else.
+    settings : NetworkSettings, optional
+        All arguments from ``sparsity`` on as one object, instead of keywords.
 
     Returns
     -------
     Report
-        Each layer's incurred error, absolute and relative, the damping used, seconds, sparsity
-        asked and reached; what was skipped and why; the bound of Theorem 3.2 where it holds, beside
-        the measured output error; the masks.
+        Each layer's incurred error, absolute and relative, the damping used, seconds, requested
+        and reached sparsity; the skipped layers and why; the bound of Theorem 3.2 where it holds,
+        beside the measured output error; the masks.
 
     Raises
     ------
     ArgumentError, DtypeError, PatternError, BackendError
-        An argument does not fit, nothing matches, or a layer cannot be pruned rightly: it has a
-        forward of its own, its weight is computed, offloaded, or used in ways that are not seen;
-        nothing has been changed.
+        An argument does not fit, nothing matches, or a layer cannot be pruned correctly: it has a
+        forward of its own, or its weight is computed, offloaded, or used in ways that cannot be
+        observed. Nothing has been changed.
     NonFiniteError, NotPositiveDefiniteError
-        With the layer's name; the model is as it was.
+        The message names the layer; the model is as it was.
     MemoryError
         ``memory`` is too small for some layer; nothing has been changed.
     CheckpointError
-        ``run_dir`` cannot be written or read, is another run or is in use. The model is as it was.
+        ``run_dir`` cannot be written or read, holds another run or is in use. The model is as it
+        was.
 
     Notes
     -----
-    A weight that several layers use is pruned once, for the inputs of all of them, when the first
-    is reached; their biases are updated only if they are one as well. One that something else uses
-    too (an embedding, an excluded layer) is skipped, or refused if ``include`` asks for it. N:M
-    patterns of a convolution group neighbouring input channels at one kernel position. Experts are
-    measured each on the rows that it was sent, and count the same; one that saw none is pruned by
-    magnitude, and its notes say so, as they do where there were fewer rows than columns. Source:
-    Dong, Chen & Pan 2017; "corrected" is the asymmetric calibration of Li et al. 2025 (GPTAQ), with
-    sums added here.
+    A weight that several layers share is pruned once, for the inputs of all of them, when the first
+    is reached; their biases are updated only if they share one as well. A weight that something
+    else uses too (an embedding, an excluded layer) is skipped, or refused if ``include`` names it.
+    N:M patterns of a convolution group neighbouring input channels at one kernel position. Each
+    expert is calibrated on the rows that are routed to it, and all experts count the same. One that
+    saw no rows is pruned by magnitude, and its notes say so, as they do where there were fewer rows
+    than columns. Source: Dong, Chen & Pan 2017; "corrected" is the asymmetric calibration of Li et
+    al. 2025 (GPTAQ), with sums added here.
     """
     arguments = NetworkSettings(
         sparsity=sparsity,

@@ -121,20 +121,20 @@ def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> Layer
 def tie(
     model: nn.Module, layers: Sequence[Layer], explicit: bool
 ) -> tuple[list[Layer], list[Skipped]]:
-    """Layers that use one weight in the same way become one. A weight that something else uses
-    too, an embedding for example, would change behind its back: it is skipped, or refused where it
-    was asked for."""
+    """Merge layers that use one weight in the same way. A weight that something else uses too, for
+    example an embedding, must not change unnoticed: its layer is skipped, or refused if it is
+    ``explicit``."""
     sharing = _overlapping(model)
     by_module = {layer.module: layer for layer in layers if not layer.watched}
     kept: list[Layer] = []
     skipped: list[Skipped] = []
-    done: set[str] = set()
+    merged: set[str] = set()
     for layer in layers:
-        if layer.name in done:
+        if layer.name in merged:
             continue
         own = set(layer.module.modules())
         partners: dict[str, Layer] = {}
-        strange: dict[str, str] = {}
+        others: dict[str, str] = {}
         for name, parameter in layer.parameters.items():
             for module, other in sharing.get(id(parameter), ()):
                 if module in own:
@@ -143,10 +143,10 @@ def tie(
                 if partner is not None and layer.can_share(partner):
                     partners[partner.name] = partner
                 else:
-                    strange[other] = name
-        if strange:
+                    others[other] = name
+        if others:
             reason = (
-                f"{next(iter(strange.values()))} is tied to {', '.join(strange)}, which is not "
+                f"{next(iter(others.values()))} is tied to {', '.join(others)}, which is not "
                 "pruned with it; pruning it would change both"
             )
             if explicit:
@@ -157,7 +157,7 @@ def tie(
             continue
         for partner in partners.values():
             layer.share(partner)
-            done.add(partner.name)
+            merged.add(partner.name)
         kept.append(layer)
     return kept, skipped
 
@@ -173,7 +173,7 @@ def _overlapping(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
                 reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
                 end = start + (reach + 1) * p.element_size()
                 spans.append((start, end, p, module, f"{prefix}.{part}" if prefix else part))
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    sharing: dict[int, list[tuple[nn.Module, str]]] = {}
     cluster: list[tuple[nn.Module, str]] = []
     reached = 0
     for start, end, parameter, module, name in sorted(spans, key=lambda span: span[:2]):
@@ -181,5 +181,5 @@ def _overlapping(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             cluster = []
         reached = max(reached, end)
         cluster.append((module, name))
-        found[id(parameter)] = cluster
-    return found
+        sharing[id(parameter)] = cluster
+    return sharing

@@ -1,4 +1,4 @@
-"""Fingerprints of a model and its data, by which a resumed run is recognised."""
+"""Fingerprints of a model and its data, by which a resumed run recognises them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["fingerprints"]
 
 
 def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-    """sha256 of the model's parameters and buffers (of those that are not saved as well, which
-    the output may depend on) and of the calibration data, and how many batches there are."""
+    """sha256 of the model's parameters and buffers (even those that are not saved, because the
+    output may depend on them) and of the calibration data; and the number of batches."""
     state = hashlib.sha256()
     parameters = model.named_parameters(remove_duplicate=False)
     for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
@@ -27,8 +27,9 @@ def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
             if isinstance(value, Tensor):
                 _add(data, path, value)
             else:
-                told = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-                data.update(f"{path} {told!r}\n".encode())
+                plain = isinstance(value, (bool, int, float, str))
+                label = value if plain else type(value).__name__
+                data.update(f"{path} {label!r}\n".encode())
     return {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
 
 

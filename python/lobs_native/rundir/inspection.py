@@ -1,4 +1,4 @@
-"""Looking at a run directory from outside: its state, its repair, its command, its report."""
+"""Inspection of a run directory from outside: its state, repair, command and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lobs_native.rundir.directory import RunDirectory
 __all__ = ["command_of", "inspect", "repair", "report_of"]
 
 
-def _told(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+def _header(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """Names of the layers, config and versions from the header of a run."""
     header = run.header
     names, config, versions = (header.get(key) for key in ("layers", "config", "versions"))
@@ -23,7 +23,7 @@ def _told(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]
         "config": isinstance(config, dict),
         "versions": isinstance(versions, dict),
     }
-    # What is there and wrong says more than what is missing.
+    # A wrong entry is more informative than a missing one.
     for key in sorted(right, key=lambda key: key not in header):
         if not right[key]:
             raise CheckpointError(f"{run.path}: its header has no {key} that can be read")
@@ -31,13 +31,13 @@ def _told(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state of a run, finished or not, as plain JSON values: what it is, the layers that are
-    committed of all, their errors, and what is wrong with its files. Changes nothing.
+    """The state of a run, finished or not, as plain JSON values: its config, its layers, those that
+    are committed with their errors, and problems with its files. Changes nothing.
 
     Raises CheckpointError if there is no run, or its header or list of records is damaged.
     """
     with RunDirectory.open(path, write=False) as run:
-        names, config, versions = _told(run)
+        names, config, versions = _header(run)
         layers = [report_of_layer(record.info) for record in run.records if record.kind == "layer"]
         return {
             "format": 1,
@@ -55,9 +55,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def repair(path: str | os.PathLike[str]) -> list[str]:
-    """Drop from a run what is damaged and all that follows it; what was done, one line each.
+    """Drop damaged records of a run and all that follow them; one line for each.
 
-    Raises CheckpointError if there is no run, its header is damaged, or it is being written to.
+    Raises CheckpointError if there is no run, its header is damaged, or it is in use.
     """
     with RunDirectory.open(path, write=True, repair=True) as run:
         return run.messages
@@ -66,7 +66,8 @@ def repair(path: str | os.PathLike[str]) -> list[str]:
 def command_of(path: str | os.PathLike[str]) -> list[str]:
     """The arguments of the command that began a run, if it was begun in the current folder.
 
-    Only there: its paths may be relative, and a folder that a file names is none to import from.
+    Only there, because its paths may be relative, and because modules must not be imported from a
+    folder that a file names.
 
     Raises
     ------
@@ -76,29 +77,29 @@ def command_of(path: str | os.PathLike[str]) -> list[str]:
         There is no run, or it is damaged.
     """
     with RunDirectory.open(path, write=False) as run:
-        told = run.header.get("command")
-    if told is None:
+        command = run.header.get("command")
+    if command is None:
         raise ArgumentError(
             f"RUN_DIR: {os.fspath(path)} was not begun by this command; call prune with run_dir "
             "and the same arguments again"
         )
-    folder = told.get("folder") if isinstance(told, dict) else None
-    arguments = told.get("arguments") if isinstance(told, dict) else None
+    folder = command.get("folder") if isinstance(command, dict) else None
+    arguments = command.get("arguments") if isinstance(command, dict) else None
     if not (
         isinstance(folder, str)
         and isinstance(arguments, list)
         and all(isinstance(x, str) for x in arguments)
     ):
-        raise CheckpointError(f"{os.fspath(path)}: holds no command that could be run again")
+        raise CheckpointError(f"{os.fspath(path)}: it holds no command that can be run again")
     if os.path.realpath(folder) != os.path.realpath(os.curdir):
         raise ArgumentError(f"RUN_DIR: {os.fspath(path)} was begun in {folder}; change to it first")
     return arguments
 
 
 def report_of(path: str | os.PathLike[str]) -> Report:
-    """A report of the layers that a run has committed. Raises as :func:`inspect` does."""
+    """A report of the committed layers of a run. Raises as :func:`inspect` does."""
     with RunDirectory.open(path, write=False) as run:
-        names, config, versions = _told(run)
+        names, config, versions = _header(run)
         layers = tuple(
             report_of_layer(record.info) for record in run.records if record.kind == "layer"
         )

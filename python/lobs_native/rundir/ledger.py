@@ -1,9 +1,9 @@
-"""What a run directory keeps of pruning a network, so that it can go on after any end.
+"""The ledger of a pruning run in its run directory, from which an interrupted run resumes.
 
-A layer is committed when it has wholly succeeded and before its weights are replaced. Going on, the
-committed layers are written into the model as they were, and only the others are calibrated and
-pruned: the network has the same bits in the end, on the same machine with the same number of
-threads. That model, data, arguments, versions and threads are the same is checked first.
+A layer is committed after it has succeeded and before its weights are replaced. A resumed run
+writes the committed layers into the model as they were, and calibrates and prunes only the others:
+in the end the network has the same bits, on the same machine with the same number of threads. It
+first checks that model, data, arguments, versions and threads are the same.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 __all__ = ["RESUMES", "AnotherRunError", "Ledger", "command"]
 
 RESUMES = ("auto", "never", "anyway")
-_BUDGET = "budget"  # the kind of what is decided for all layers together
+_BUDGET = "budget"  # the kind of records about all layers together
 
-# What is kept beside a new run, for whoever goes on with it: see command_of. Not compared.
+# The command that begins a run, recorded for whoever resumes it: see command_of. Not compared.
 command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
 
 
 class AnotherRunError(CheckpointError, ArgumentError):
-    """The folder holds a run of another model, data, arguments, versions or threads."""
+    """The folder holds a run with another model, data, arguments, versions or threads."""
 
 
 class Ledger:
@@ -44,28 +44,28 @@ class Ledger:
 
     def __init__(self, run: RunDirectory, differences: list[str]) -> None:
         self.run = run
-        self.differences = differences  # that were gone over because of resume="anyway"
+        self.differences = differences  # that resume="anyway" accepted
         self.states = UnderWay(run, trusted=not differences)
         self.resumed = len([r for r in run.records if r.kind == "layer"])
 
     @classmethod
     def open(cls, path: Any, header: Mapping[str, Any], resume: str) -> Ledger:
-        """Begin a run at ``path``, or go on with the one that is there.
+        """Begin a run at ``path``, or resume the one that is there.
 
         Raises
         ------
         ArgumentError
             There is a run and ``resume`` is "never", or something else is there.
         AnotherRunError
-            The run is another one than ``header`` says; all differences are listed.
+            The run differs from ``header``; the message lists all differences.
         CheckpointError
             The run is damaged, or is being written to by another process.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ArgumentError(f"run_dir: expected a path, got {type(path).__name__}")
         if not (Path(path) / "run.json").exists():
-            told = command.get()
-            whole = header if told is None else {**header, "command": told}
+            recorded = command.get()
+            whole = header if recorded is None else {**header, "command": recorded}
             return cls(RunDirectory.create(path, whole), [])
         if resume == "never":
             raise ArgumentError(
@@ -79,7 +79,7 @@ class Ledger:
             if differences and resume != "anyway":
                 raise AnotherRunError(
                     f"{os.fspath(path)}: this is another run: {'; '.join(differences)}. Name "
-                    "another folder, or pass resume='anyway' to go on nevertheless"
+                    "another folder, or pass resume='anyway' to resume it in spite of that"
                 )
             return cls(run, differences)
         except BaseException:
@@ -93,11 +93,11 @@ class Ledger:
         self.run.close()
 
     def __len__(self) -> int:
-        """Layers that are committed."""
+        """The number of committed layers."""
         return len([r for r in self.run.records if r.kind == "layer"])
 
     def check_space(self, layers: Iterable[Layer]) -> None:
-        """CheckpointError if the disk has no room for the layers that are not committed yet."""
+        """CheckpointError if the disk has too little space for the layers still to be committed."""
         needed = 0
         for layer in layers:
             if self.run.find(layer.name) is None:
@@ -116,7 +116,7 @@ class Ledger:
     def keep(
         self, layer: Layer, report: LayerReport, weight: Tensor, bias: Tensor | None, mask: Tensor
     ) -> None:
-        """Commit a layer that has been pruned."""
+        """Commit a pruned layer."""
         tensors = {"weight": weight, "mask": mask}
         if bias is not None:
             tensors["bias"] = bias
@@ -146,19 +146,19 @@ class Ledger:
         self.states.clear()
 
     def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
-        """What :meth:`keep_sensitivity` was given, in a tuple, if it was."""
+        """The argument of :meth:`keep_sensitivity` in a tuple; None if there is no such record."""
         record = self.run.find("sensitivity", kind=_BUDGET)
         if record is None:
             return None
         return (self.run.load(record) if record.info.get("measured") is True else None,)
 
     def keep_shares(self, shares: Mapping[str, float]) -> None:
-        """Commit how a common budget is shared out."""
+        """Commit the division of a common budget."""
         self.run.commit("shares", {}, {"shares": dict(shares)}, kind=_BUDGET)
         self.states.clear()
 
     def shares(self) -> dict[str, float] | None:
-        """What :meth:`keep_shares` was given, if it was."""
+        """The argument of :meth:`keep_shares`; None if there is no such record."""
         record = self.run.find("shares", kind=_BUDGET)
         if record is None:
             return None
