@@ -396,7 +396,7 @@ WRONG: dict[str, tuple[Any, type[LobsError], str]] = {
     "pickle": (
         pickled,
         ArgumentError,
-        "pytorch_model.bin, a pickle.*save it as safetensors",
+        "pytorch_model.bin, a pickled file.*save it as safetensors",
     ),
     "cut": (cut, CheckpointError, "model.safetensors: is not a complete safetensors file"),
     "empty": (

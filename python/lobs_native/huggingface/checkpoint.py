@@ -155,8 +155,8 @@ def _weight_files(folder: Path) -> list[str]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
     if pickles:
         raise ArgumentError(
-            f"MODEL: {folder} has its weights in {pickles[0]}, which is pickled and could run any code "
-            "when opened, and is refused; if you trust it, save it as safetensors first: "
+            f"MODEL: {folder} has its weights in {pickles[0]}, a pickled file, which could run any "
+            "code when opened, and is refused; if you trust it, save it as safetensors first: "
             "AutoModel.from_pretrained(folder).save_pretrained(other)"
         )
     raise ArgumentError(f"MODEL: {folder} has no {WEIGHTS} and no {INDEX}")

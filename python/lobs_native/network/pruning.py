@@ -31,7 +31,7 @@ from lobs_native.report.records import ErrorBound, plain
 from lobs_native.report.report import Report
 from lobs_native.rundir.fingerprints import fingerprints
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.patterns import GroupsOf
+from lobs_native.solvers.methods import TABLE
 from lobs_native.version import versions
 
 __all__ = ["Pruning"]
@@ -265,8 +265,8 @@ class Pruning:
 def _compares_rows(job: LayerJob) -> bool:
     """Whether the sensitivity of its rows makes a difference to a layer."""
     settings = job.settings
-    grouped = isinstance(settings.resolved_pattern, GroupsOf)
-    return settings.method == "exact" and not grouped and settings.scope == "layer"
+    compares = TABLE[settings.method].compares_layers and not settings.resolved_pattern.is_grouped
+    return compares and settings.scope == "layer"
 
 
 def _name_of(forward: Forward | None) -> str | None:

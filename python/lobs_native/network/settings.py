@@ -16,6 +16,7 @@ from lobs_native import checks
 from lobs_native.calibration.run import Forward
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.rundir.ledger import RESUMES
+from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import number, option, option_of
 from lobs_native.solvers.patterns import Unstructured
 from lobs_native.solvers.settings import SCOPES, LayerOptions, LayerSettings, merged
@@ -175,7 +176,7 @@ class NetworkSettings(LayerOptions):
             return LayerSettings.of(self), False
         settings = LayerSettings.of(self, scope="layer")
         if not (
-            settings.method == "exact"
+            TABLE[settings.method].compares_layers
             and isinstance(settings.resolved_pattern, Unstructured)
             and settings.target.sparsity is not None
         ):
