@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -34,9 +34,7 @@ class PrunedWeight:
     method: str
     backend: str  # the backend that was used
     status: str  # "ok", or "damping raised"
-    notes: tuple[str, ...] = field(
-        default=()
-    )  # everything that was done differently from the request
+    notes: tuple[str, ...] = ()  # everything that was done differently from the request
     dead_columns: int = 0  # inputs whose second moment is zero
     optimality: float = 0.0  # worst row's ||(dw H) on kept|| / (D eps ||dw|| ||H||); see Notes
     swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
