@@ -28,6 +28,7 @@ extensions = [
     "command_help",
     "dataclass_fields",
     "mathml",
+    "runtimes_table",
 ]
 exclude_patterns = ["_extensions", "figures"]
 

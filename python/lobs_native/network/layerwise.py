@@ -30,7 +30,6 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.structure import Structure
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.patterns import Unstructured
 from lobs_native.solvers.problem import nearest_count
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
@@ -287,7 +286,7 @@ def layer_report(
 def _within(zeros: Tensor, job: LayerJob) -> bool:
     """Whether the target is to remove all of these weights (G, R, C), and no pattern forbids it."""
     share = job.settings.target.sparsity
-    if share is None or not isinstance(job.settings.resolved_pattern, Unstructured):
+    if share is None or not job.settings.resolved_pattern.is_unstructured:
         return False
     if job.settings.scope == "row":
         return int(zeros.sum(2).max()) <= nearest_count(share, zeros.shape[2])

@@ -18,7 +18,6 @@ from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.rundir.ledger import RESUMES
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import number, option, option_of
-from lobs_native.solvers.patterns import Unstructured
 from lobs_native.solvers.settings import SCOPES, LayerOptions, LayerSettings, merged
 
 __all__ = ["NetworkSettings", "globs_of"]
@@ -177,7 +176,7 @@ class NetworkSettings(LayerOptions):
         settings = LayerSettings.of(self, scope="layer")
         if not (
             TABLE[settings.method].compares_layers
-            and isinstance(settings.resolved_pattern, Unstructured)
+            and settings.resolved_pattern.is_unstructured
             and settings.target.sparsity is not None
         ):
             raise ArgumentError(

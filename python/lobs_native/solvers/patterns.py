@@ -59,6 +59,16 @@ class Pattern(ABC):
         return self.group > 0
 
     @property
+    def is_unstructured(self) -> bool:
+        """Whether single weights are removed, whatever their neighbours."""
+        return False
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether single weights can be swapped: a kept one for a removed one."""
+        return True
+
+    @property
     def sparsity(self) -> float | None:
         """The share of weights that the pattern removes; None where a target decides."""
         return None
@@ -90,6 +100,11 @@ class Unstructured(Pattern):
     def name(self) -> str:
         """The pattern as users write it."""
         return "unstructured"
+
+    @property
+    def is_unstructured(self) -> bool:
+        """See :class:`Pattern`."""
+        return True
 
     def cuts(self, in_features: int, order: int, width: int) -> list[int]:
         """See :class:`Pattern`."""
@@ -185,6 +200,11 @@ class Blocks(_Neighbours):
     def name(self) -> str:
         """The pattern as users write it."""
         return f"1x{self.size}"
+
+    @property
+    def exchanges(self) -> bool:
+        """See :class:`Pattern`."""
+        return False
 
     @property
     def unit(self) -> int:

@@ -20,7 +20,6 @@ __all__ = ["ROWS_TOGETHER", "Removals", "rows_together"]
 ROWS_TOGETHER = 1024  # in one call of the kernel, so that its results stay small
 _ON_DEVICE = 8 * ROWS_TOGETHER  # there, so that few rows are the last to end
 _LEAST_IMPORTANCE = 1e-6  # of a row, relative to the mean: its weights must not vanish
-_FIRST, _STAYS = 1, 2  # states of a weight, for the kernel; 0 may be removed
 
 
 class Removals:
@@ -52,7 +51,7 @@ class Removals:
         self.first = (
             torch.zeros(G * R, dtype=torch.int64)
             if self._state is None
-            else (self._state == _FIRST).sum(1).cpu()
+            else (self._state == ops.WeightState.GOES_FIRST).sum(1).cpu()
         )
         self._most = problem.candidates  # removals that a row can have
         if pattern.is_grouped:
@@ -259,7 +258,7 @@ def _states(problem: Problem) -> Tensor | None:
     """(N, D) uint8: which weights are removed first and which stay; None where all are alike."""
     if problem.mask is None and not problem.bias_stays:
         return None
-    state = problem.masked().to(torch.uint8) * _FIRST
+    state = problem.masked().to(torch.uint8) * ops.WeightState.GOES_FIRST
     if problem.bias_stays:
-        state[:, :, -1] = _STAYS
+        state[:, :, -1] = ops.WeightState.STAYS
     return state.reshape(-1, problem.order)

@@ -14,7 +14,7 @@ from lobs_native import checks
 from lobs_native.errors import ArgumentError, PatternError
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import Options, number, option
-from lobs_native.solvers.patterns import Blocks, Pattern, Unstructured, pattern_of
+from lobs_native.solvers.patterns import Pattern, pattern_of
 
 __all__ = [
     "LAYER_OPTIONS",
@@ -129,7 +129,7 @@ class LayerSettings(LayerOptions):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
         _ = self.target  # raises if the targets do not fit
-        if self.refine == "exchange" and isinstance(self.resolved_pattern, Blocks):
+        if self.refine == "exchange" and not self.resolved_pattern.exchanges:
             raise PatternError(
                 f"refine: 'exchange' swaps single weights, pattern is "
                 f"{self.resolved_pattern.name!r}; use 'solve'"
@@ -170,7 +170,7 @@ class LayerSettings(LayerOptions):
                 f"threshold: it bounds the paper's sqrt(L_q), which method {self.method!r} does "
                 "not have; use sparsity"
             )
-        if self.threshold is not None and not isinstance(pattern, Unstructured):
+        if self.threshold is not None and not pattern.is_unstructured:
             raise ArgumentError(f"threshold: it removes single weights; pattern is {pattern.name}")
         return Target(**chosen)
 

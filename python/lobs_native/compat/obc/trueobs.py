@@ -301,7 +301,7 @@ class TrueOBS(Collected):
         cost = removals.loss.to(torch.float64) * removals.row_scale * (removals.unit_cost() / 2)
         units = cost.reshape(self.rows, -1, pattern.unit).sum(2)
         self.Losses = nn.functional.pad(units, (1, 0)).to(self.dev, torch.float32)
-        self._removals, self._original_order = removals, isinstance(pattern, Unstructured)
+        self._removals, self._original_order = removals, pattern.is_unstructured
         columns = None if self._original_order else self._to_layout
         self.Traces = Snapshots(removals, parallel, columns)
         self._add_notes(problem)
@@ -316,7 +316,7 @@ class TrueOBS(Collected):
         H = self._existing_H()
         weight = self._layout.weight()
         moments = [second_moment(one, "H") for one in H.view(-1, *H.shape[-2:])]
-        if isinstance(pattern, Unstructured):
+        if pattern.is_unstructured:
             weight = weight[:, :, self._to_layout]
             moments = [one.clone() for one in moments]
         else:
