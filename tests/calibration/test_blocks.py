@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.calibration.blocks import find_stacks
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, LobsError
 from lobs_native.files.shelf import Shelf
 
@@ -56,13 +56,13 @@ def test_the_model_is_run_far_less_often():
 
 def test_layers_that_read_one_tensor_are_calibrated_together(monkeypatch):
     passes: list[str] = []
-    each = Run.each
+    each = Session.each
 
-    def spy(self: Run, label: str, start: int = 0) -> Any:
+    def spy(self: Session, label: str, start: int = 0) -> Any:
         passes.append(label)
         return each(self, label, start)
 
-    monkeypatch.setattr(Run, "each", spy)
+    monkeypatch.setattr(Session, "each", spy)
     pruned(made(), batches())
     calibrated = [p for p in passes if p.startswith("calibrate")]
     assert calibrated == [
@@ -167,10 +167,10 @@ def test_blocks_that_cannot_be_replayed_run_as_a_whole_and_the_report_says_why(k
 
 def test_a_stack_is_not_replayed_if_it_is_passed_objects_that_may_change_between_calls():
     model = made(Cached)
-    run = Run(model, batches(1), None, None, 0, False)
+    session = Session(model, batches(1), None, None, 0, False)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     with torch.no_grad():
-        stacks, reasons = find_stacks(run, layers)
+        stacks, reasons = find_stacks(session, layers)
     assert stacks == []
     assert "passed a Cache, which may change" in reasons[0]
 

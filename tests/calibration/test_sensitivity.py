@@ -12,8 +12,8 @@ from helpers.experts import Experts, routed
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.calibration.run import Run
 from lobs_native.calibration.sensitivity import sensitivities
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import layers_of
 
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def measured(model: nn.Module, batches: list[Any], **options: Any) -> dict[str, Tensor]:
-    run = Run(model, batches, options.get("forward"), None, 0, False, True)
-    with run.evaluating():
-        return sensitivities(run, layers_of(model))
+    session = Session(model, batches, options.get("forward"), None, 0, False, True)
+    with session.evaluating():
+        return sensitivities(session, layers_of(model))
 
 
 def linear_chain() -> nn.Sequential:

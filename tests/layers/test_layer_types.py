@@ -17,16 +17,18 @@ from torch.nn import functional
 import lobs_native as lobs
 from lobs_native import layers as layers_package
 from lobs_native.calibration.moments import Moments, calibrate
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import layers_of
 
 
 def seen(model: nn.Module, batches: list[Any], **options: Any) -> dict[str, Moments]:
     """Second moments of all layers of a model."""
-    run = Run(model, batches, options.get("forward"), None, 0, False, options.get("mask", False))
-    with run.evaluating():
-        return calibrate(layers_of(model), run, "test")
+    session = Session(
+        model, batches, options.get("forward"), None, 0, False, options.get("mask", False)
+    )
+    with session.evaluating():
+        return calibrate(layers_of(model), session, "test")
 
 
 def moment(rows: Tensor, bias: bool = True) -> Tensor:

@@ -24,7 +24,7 @@ from helpers.stacks import made
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.cli import commands as cli
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import fs
@@ -186,13 +186,13 @@ def test_what_is_under_way_is_kept_and_gone_on_with(tmp_path, monkeypatch, model
     through = model == "blocks" and options["inputs"] != "dense"
     assert any(key.startswith("inputs of ") for key in all_saved) == through
     assert ("costs" in all_saved) == (options.get("scope") == "model")
-    each = Run.each
+    each = Session.each
 
     def starting(self: Any, what: str, start: int = 0) -> Any:
         started.append((what, start))
         return each(self, what, start)
 
-    monkeypatch.setattr(Run, "each", starting)
+    monkeypatch.setattr(Session, "each", starting)
     moments = range(1, len(all_saved) + 1)
     for k in moments[:: max(1, len(moments) // 8)]:
         folder = tmp_path / str(k)

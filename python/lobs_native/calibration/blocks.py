@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.calls import BlockCall
 from lobs_native.calibration.hooks import attached
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 
 __all__ = ["NotAStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
 
@@ -27,7 +27,7 @@ _CLOSE = 1e-3  # relative distance below which a replay counts as equal to the m
 # ---- modules that read the same tensor -----------------------------------------------------------
 
 
-def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
+def readers(session: Session, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
     """Run the first batch to find the modules that are called on the very same tensor.
 
     Returns
@@ -51,7 +51,7 @@ def readers(run: Run, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]]
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in modules.items()
     ):
-        run_first(run)
+        run_first(session)
     count: dict[str, int] = {}
     for name, _ in calls:
         count[name] = count.get(name, 0) + 1
@@ -75,10 +75,10 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def run_first(run: Run) -> None:
+def run_first(session: Session) -> None:
     """Run the model on the first batch."""
-    for batch in run.each("look"):
-        run.call(run.model, batch)
+    for batch in session.each("look"):
+        session.call(session.model, batch)
         break
 
 
@@ -110,7 +110,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
+def find_stacks(session: Session, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
     """Find the stacks of blocks that contain some of ``layers`` (name -> module).
 
     Returns
@@ -121,7 +121,7 @@ def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack],
         For each container that looked like a stack but is not one, a line that tells why.
     """
     candidates: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in run.model.named_modules():
+    for name, module in session.model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         children = [
@@ -141,7 +141,7 @@ def find_stacks(run: Run, layers: Mapping[str, nn.Module]) -> tuple[list[Stack],
     for name, children in candidates.items():
         stack = Stack(name, [path for path, _ in children], [child for _, child in children])
         try:
-            stacks.append((stack.verify(run), stack))
+            stacks.append((stack.verify(session), stack))
         except NotAStackError as reason:
             reasons.append(f"{name}: {reason}")
     return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0])], reasons
@@ -172,7 +172,7 @@ class Stack:
                 return i
         return None
 
-    def verify(self, run: Run) -> int:
+    def verify(self, session: Session) -> int:
         """Run the first batch to check that the modules can be replayed as a stack.
 
         Returns the number of module calls before the stack's first one. Raises NotAStackError.
@@ -194,12 +194,12 @@ class Stack:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             outputs.append(output)
 
-        handles = [m.register_forward_pre_hook(count) for m in run.model.modules()]
+        handles = [m.register_forward_pre_hook(count) for m in session.model.modules()]
         for i, module in enumerate(self.modules):
             handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         with attached(handles):
-            run_first(run)
+            run_first(session)
         if [i for i, _, _ in seen] != list(range(len(self.modules))):
             raise NotAStackError("its modules are not called once each, in their order")
         if len(outputs) != len(seen):

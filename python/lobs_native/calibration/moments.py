@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lobs_native.calibration.hooks import Columns, Enough, ending, hooked
 from lobs_native.calibration.pairs import Differences, Pairs
 from lobs_native.calibration.partial import Kept, States, below, resumable
-from lobs_native.calibration.run import Source
+from lobs_native.calibration.session import Source
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.hessian import Hessian, few_rows
@@ -162,7 +162,7 @@ class _Statistics:
 
 def calibrate(
     layers: Sequence[Layer],
-    run: Source,
+    source: Source,
     label: str,
     *,
     until: nn.Module | None = None,
@@ -174,8 +174,8 @@ def calibrate(
 
     Parameters
     ----------
-    layers, run : Sequence[Layer], Source
-        The layers whose inputs are observed, and what is run.
+    layers, source : Sequence[Layer], Source
+        The layers whose inputs are observed, and what runs the model.
     label : str
         The pass's name in the progress bar.
     until : nn.Module, optional
@@ -190,7 +190,7 @@ def calibrate(
     """
     moments = {layer.name: Moments(layer) for layer in layers}
     mask: Tensor | None = None
-    pairs = Pairs(layers, run, corrected) if corrected else None
+    pairs = Pairs(layers, source, corrected) if corrected else None
     for name, differences in pairs.differences.items() if pairs is not None else ():
         moments[name].differences = {d.layer.name: d for d in differences}
 
@@ -212,15 +212,15 @@ def calibrate(
             ) from error
 
     with hooked(layers, see):
-        for batch in resumable(run, label, purpose, _Statistics(moments), states):
-            mask = run.mask(batch)
+        for batch in resumable(source, label, purpose, _Statistics(moments), states):
+            mask = source.mask(batch)
             if pairs is None:
                 with contextlib.suppress(Enough), ending(until):
-                    run.call(run.model, batch)
+                    source.call(source.model, batch)
                 continue
             pairs.run_original(batch, until)
             sums, end = pairs.watching(until)
             with contextlib.suppress(Enough), sums, end:
-                run.call(run.model, batch)
+                source.call(source.model, batch)
             pairs.finish(sums)
     return moments

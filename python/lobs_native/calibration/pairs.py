@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lobs_native import ops
 from lobs_native.calibration.hooks import Columns, Enough, ending
 from lobs_native.calibration.partial import Kept
-from lobs_native.calibration.run import Source
+from lobs_native.calibration.session import Source
 from lobs_native.calibration.sums import Sums
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
@@ -116,10 +116,10 @@ class Pairs:
     def __init__(
         self,
         layers: Sequence[Layer],
-        run: Source,
+        source: Source,
         readers: Mapping[str, Sequence[Layer]],
     ) -> None:
-        self.layers, self.run = layers, run
+        self.layers, self.source = layers, source
         self.differences = {
             name: [Differences(reader) for reader in of_name] for name, of_name in readers.items()
         }
@@ -140,8 +140,8 @@ class Pairs:
         if not candidates:
             return {}
         with Sums(candidates) as sums:
-            for batch in self.run.each("look"):
-                self.run.call(self.run.model, batch)
+            for batch in self.source.each("look"):
+                self.source.call(self.source.model, batch)
                 break
         once = [n for n in candidates if sums.calls[n] == 1 and len(sums.addends[n]) == 1]
         return {name: candidates[name] for name in once if name not in sums.elsewhere}
@@ -168,7 +168,7 @@ class Pairs:
         self.running_original = True
         try:
             with contextlib.suppress(Enough), sums, end:
-                self.run.call_original(batch)
+                self.source.call_original(batch)
         finally:
             self.running_original = False
         self._addends = sums.addends

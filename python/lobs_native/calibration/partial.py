@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lobs_native.calibration.run import Source
+from lobs_native.calibration.session import Source
 from lobs_native.errors import CheckpointError
 
 __all__ = ["Kept", "States", "Summing", "below", "passed_before", "readable", "resumable"]
@@ -80,7 +80,7 @@ def resumable(
     Parameters
     ----------
     source, label : Source, str
-        What is run, and the pass's name in the progress bar.
+        What runs the model, and the pass's name in the progress bar.
     purpose : str
         The kind of pass. Passes of the same purpose and layers have the same sums.
     sums : Summing

@@ -12,7 +12,7 @@ from lobs_native.calibration.blocks import NotAStackError, Stack, hidden_of, run
 from lobs_native.calibration.calls import STRUCTURE, BlockCall, packed, unpacked
 from lobs_native.calibration.hooks import Enough, attached
 from lobs_native.calibration.partial import States, readable
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import LobsError
 from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
@@ -31,20 +31,20 @@ class _Inputs:
 class Replay:
     """A stack that is run block by block on stored hidden states. Use it as a context manager.
 
-    It stands in for a ``Run`` in :func:`lobs_native.calibration.moments.calibrate`: it has the
+    It stands in for a ``Session`` in :func:`lobs_native.calibration.moments.calibrate`: it has the
     model's batches, but running one runs the current block alone.
     """
 
     def __init__(
         self,
         stack: Stack,
-        run: Run,
+        session: Session,
         limit: int | None,
         corrected: bool,
         states: States | None = None,
     ) -> None:
         self.stack = stack
-        self.run = run
+        self.session = session
         self.states = states
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
@@ -56,9 +56,9 @@ class Replay:
     def __enter__(self) -> Replay:
         if self._restore():
             return self
-        for number, batch in enumerate(self.run.each(f"inputs of {self.stack.name}")):
+        for number, batch in enumerate(self.session.each(f"inputs of {self.stack.name}")):
             if self._original is not None:
-                with self.run.original():
+                with self.session.original():
                     self._store(self._original, number, batch)
             self._store(self._pruned, number, batch)
         return self
@@ -81,7 +81,7 @@ class Replay:
             for i, module in enumerate(self.stack.modules)
         )
         with attached(handles), contextlib.suppress(Enough):
-            self.run.call(self.run.model, batch)
+            self.session.call(self.session.model, batch)
         if len(seen) != len(self.stack.modules):
             raise LobsError(
                 f"blocks: {self.stack.name!r} is not called on every batch as it is on the first; "
@@ -104,16 +104,16 @@ class Replay:
     @property
     def batches(self) -> Sequence[Any]:
         """The model's batches."""
-        return self.run.batches
+        return self.session.batches
 
     def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass without the first ``start``, seeded."""
         self._next = start
-        yield from self.run.each(label, start)
+        yield from self.session.each(label, start)
 
     def mask(self, batch: Any) -> Tensor | None:
-        """The mask of :meth:`Run.mask`."""
-        return self.run.mask(batch)
+        """The mask of :meth:`Session.mask`."""
+        return self.session.mask(batch)
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run the current block on its input for the next batch."""
@@ -123,7 +123,7 @@ class Replay:
     def call_original(self, batch: Any) -> Any:
         """Run the original block on its input in the original network for the next batch."""
         assert self._original is not None
-        with self.run.original(self.model):
+        with self.session.original(self.model):
             return self._run(self._original, self._next)
 
     def _run(self, inputs: _Inputs, number: int) -> Any:
@@ -207,7 +207,7 @@ class Replay:
             self.advance()
         self._compare(self._pruned)
         if self._original is not None:
-            with self.run.original():
+            with self.session.original():
                 self._compare(self._original)
         if self.states is not None:
             for kind in ("inputs", "calls"):  # in this order: calls alone are of no use
@@ -224,7 +224,7 @@ class Replay:
             attached([self.stack.modules[-1].register_forward_hook(leave)]),
             contextlib.suppress(Enough),
         ):
-            run_first(self.run)
+            run_first(self.session)
         if not results or not same(replayed.hidden[0], results[0]):
             raise LobsError(
                 f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.partial import Kept, States, resumable
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 
@@ -28,7 +28,7 @@ _WAY_OUT = "; pass sensitivity=None"
 
 
 def sensitivities(
-    run: Run, layers: Sequence[Layer], states: States | None = None
+    session: Session, layers: Sequence[Layer], states: States | None = None
 ) -> dict[str, Tensor]:
     """Measure sensitivities in one pass over the data, with a backward pass for each batch.
 
@@ -49,11 +49,11 @@ def sensitivities(
         A gradient is NaN or infinite.
     """
     meters = [_Meter(layer) for layer in layers if not layer.watched]
-    with _no_weight_gradients(run.model), torch.enable_grad():
-        for batch in resumable(run, "sensitivity", "sensitivity", _Meters(meters), states):
-            mask = run.mask(batch)
+    with _no_weight_gradients(session.model), torch.enable_grad():
+        for batch in resumable(session, "sensitivity", "sensitivity", _Meters(meters), states):
+            mask = session.mask(batch)
             with attached([handle for meter in meters for handle in meter.handles(mask)]):
-                projected = _projected(run.call(run.model, batch), mask)
+                projected = _projected(session.call(session.model, batch), mask)
             try:
                 projected.backward()
             except RuntimeError as error:

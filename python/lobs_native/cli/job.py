@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
-from lobs_native.calibration.run import Forward
+from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files.atomic import new_folder, writing
 from lobs_native.huggingface import checkpoint as hf

@@ -17,7 +17,7 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.calibration.moments import Moments, calibrate
 from lobs_native.calibration.partial import States, passed_before, readable
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
@@ -36,7 +36,7 @@ _PURPOSE = "costs"  # what the pass is for, and the name that its results are ke
 
 def share_budget(
     jobs: Sequence[LayerJob],
-    run: Run,
+    session: Session,
     settings: NetworkSettings,
     plan: RunPlan,
     *,
@@ -62,7 +62,7 @@ def share_budget(
     for piece in passes(rest, plan.statistics_limit, passed_before(states, _PURPOSE)):
         layers = [job.layer for job in piece]
         what = f"costs of {len(layers)} layers"
-        moments = calibrate(layers, run, what, states=states, purpose=_PURPOSE)
+        moments = calibrate(layers, session, what, states=states, purpose=_PURPOSE)
         for job in piece:
             name = job.layer.name
             costs[name] = _costs(

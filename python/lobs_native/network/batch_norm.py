@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lobs_native import checks
 from lobs_native.calibration.hooks import Enough
-from lobs_native.calibration.run import Forward, Run, batches_of
+from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError, DtypeError
 
 __all__ = ["reestimate_batch_norm"]
@@ -91,14 +91,14 @@ def reestimate_batch_norm(
     if device is not None:
         checks.zeros((1,), torch.float32, device, "device")  # refuses what cannot be used, by name
         model.to(device)
-    run = Run(model, batches, forward, device, seed=0, progress=False)
+    session = Session(model, batches, forward, device, seed=0, progress=False)
     modes = [(module, module.training) for module in model.modules()]
     kept = [(b, b.clone()) for layer in layers.values() for b in layer.buffers(recurse=False)]
     try:
-        with run.evaluating():
-            calls = _calls(layers, run)
+        with session.evaluating():
+            calls = _calls(layers, session)
             for name, most in calls.items():
-                _reestimate(name, layers[name], run, ends=most == 1)
+                _reestimate(name, layers[name], session, ends=most == 1)
     except BaseException:
         with torch.no_grad():
             for buffer, value in kept:
@@ -136,7 +136,7 @@ def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
     return hook
 
 
-def _calls(layers: Mapping[str, _BatchNorm], run: Run) -> dict[str, int]:
+def _calls(layers: Mapping[str, _BatchNorm], session: Session) -> dict[str, int]:
     """The layers that the data reaches, in the order of their first calls, each with its number of
     calls in the batch that calls it most."""
     most: dict[str, int] = {}
@@ -159,9 +159,9 @@ def _calls(layers: Mapping[str, _BatchNorm], run: Run) -> dict[str, int]:
         for name, layer in layers.items()
     ]
     try:
-        for batch in run.each("look"):
+        for batch in session.each("look"):
             now.clear()
-            run.call(run.model, batch)
+            session.call(session.model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -197,7 +197,7 @@ class _Statistics:
             self.rows = total
 
 
-def _reestimate(name: str, layer: _BatchNorm, run: Run, ends: bool) -> None:
+def _reestimate(name: str, layer: _BatchNorm, session: Session, ends: bool) -> None:
     """One pass over the data for one layer, which ends each forward if it is called only once."""
     mean, variance = layer.running_mean, layer.running_var
     assert mean is not None
@@ -211,9 +211,9 @@ def _reestimate(name: str, layer: _BatchNorm, run: Run, ends: bool) -> None:
 
     handle = layer.register_forward_pre_hook(_hook(see), with_kwargs=True)
     try:
-        for batch in run.each(f"batch norm {name}"):
+        for batch in session.each(f"batch norm {name}"):
             with contextlib.suppress(Enough):
-                run.call(run.model, batch)
+                session.call(session.model, batch)
     finally:
         handle.remove()
     if statistics.rows < 2:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.run import Run, measure_change
+from lobs_native.calibration.session import Session, measure_change
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 from lobs_native.network.selection import LayerJob
@@ -188,22 +188,22 @@ def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tenso
 
 def error_bound_of(
     model: nn.Module,
-    run: Run,
+    session: Session,
     jobs: Sequence[LayerJob],
     done: Mapping[str, LayerReport],
     inputs: str,
 ) -> ErrorBound:
     """The bound for a network that has been pruned, beside its measured error; or the reason why
     there is none."""
-    measured = measure_change(run)
+    measured = measure_change(session)
     root = None if measured is None else (measured[0] / measured[2]) ** 0.5
     norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
     try:
-        if run.forward is not None:
+        if session.forward is not None:
             raise NotAChainError(
                 "the model is run by a function (forward=), so its steps are not known"
             )
-        if run.padded:
+        if session.padded:
             raise NotAChainError("padding was left out, but the output has rows of it")
         if measured is None:
             raise NotAChainError("the output is not one floating-point tensor")
@@ -219,7 +219,7 @@ def error_bound_of(
         now = modules[name].weight
         assert isinstance(now, Tensor)
         full = f"{name}.weight" if name else "weight"
-        return now.detach() if inputs == "dense" else run.originals.get(full, now.detach())
+        return now.detach() if inputs == "dense" else session.originals.get(full, now.detach())
 
     errors = {name: (report.error, report.rows) for name, report in done.items()}
     rule = "Theorem 3.2"

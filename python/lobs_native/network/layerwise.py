@@ -19,7 +19,7 @@ from lobs_native.calibration.blocks import Stack
 from lobs_native.calibration.moments import Moments, calibrate
 from lobs_native.calibration.partial import passed_before
 from lobs_native.calibration.replay import Replay
-from lobs_native.calibration.run import Run, Source
+from lobs_native.calibration.session import Session, Source
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.files.shelf import Shelf
 from lobs_native.network.allocation import passes
@@ -58,8 +58,8 @@ class LayerLoop:
     masks : {name: (G, R, C) bool}
     """
 
-    def __init__(self, run: Run, structure: Structure, context: Context) -> None:
-        self.run = run
+    def __init__(self, session: Session, structure: Structure, context: Context) -> None:
+        self.session = session
         self.structure = structure
         self.context = context
         self.inputs = context.settings.inputs
@@ -71,7 +71,7 @@ class LayerLoop:
     def carry_out(self) -> None:
         """Prune them all, in the model."""
         total = sum(len(group) for _, groups in self.structure.parts for group in groups)
-        off = None if self.run.progress else True
+        off = None if self.session.progress else True
         self.bar = tqdm(total=total, desc="layers", unit="layer", disable=off)
         with self.bar:
             if self.inputs == "dense":
@@ -109,7 +109,7 @@ class LayerLoop:
         return weight, bias
 
     def _write(self, job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
-        self.run.changed.update(job.layer.parameters)
+        self.session.changed.update(job.layer.parameters)
         job.layer.write_back(weight, bias)
 
     # ---- all layers ------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class LayerLoop:
                 begun = time.perf_counter()
                 layers = [job.layer for job in piece]
                 what = f"calibrate {len(layers)} layers"
-                moments = calibrate(layers, self.run, what, states=self.states)
+                moments = calibrate(layers, self.session, what, states=self.states)
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for job in piece:
                     wait(job, *self._prune(job, moments.pop(job.layer.name), calibrating))
@@ -143,11 +143,11 @@ class LayerLoop:
     def _in_order(self, stack: Stack | None, groups: Sequence[Sequence[LayerJob]]) -> None:
         """A part of the network, in a stack block by block; layers of a group read one tensor."""
         with contextlib.ExitStack() as scope:
-            replay, source = None, cast(Source, self.run)
+            replay, source = None, cast(Source, self.session)
             if stack is not None and not all(self._committed(j) for group in groups for j in group):
                 limit = self.context.plan.states_limit
                 corrected = self.inputs == "corrected"
-                replay = Replay(stack, self.run, limit, corrected, self.states)
+                replay = Replay(stack, self.session, limit, corrected, self.states)
                 source = scope.enter_context(replay)
             for group in groups:
                 if all(map(self._committed, group)):

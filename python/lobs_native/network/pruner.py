@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lobs_native.calibration.run import Forward
+from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.resources import RunPlan
@@ -255,7 +255,7 @@ def plan_prune(
     if settings is None and "progress" not in arguments:
         chosen = dataclasses.replace(chosen, progress=False)
     pruning = Pruning(model, calibration, chosen)
-    with pruning.run.evaluating():
+    with pruning.session.evaluating():
         return pruning.look()
 
 

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.partial import States
-from lobs_native.calibration.run import Forward, Run, batches_of
 from lobs_native.calibration.sensitivity import sensitivities
+from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.network import bound
@@ -57,7 +57,7 @@ class Pruning:
             model.to(settings.device)
         for job in self.selected:
             ops.select_backend(settings.backend, job.layer.weight().device)
-        self.run = Run(
+        self.session = Session(
             model,
             batches,
             settings.forward,
@@ -89,12 +89,12 @@ class Pruning:
         """Run the model on the first batch: in which order its layers come, and what pruning them
         will take."""
         self.jobs, self.uncalled, self.rows = order_of(
-            self.selected, self.run, explicit=self.settings.include is not None
+            self.selected, self.session, explicit=self.settings.include is not None
         )
-        self.structure = structure_of(self.jobs, self.run, self.settings)
+        self.structure = structure_of(self.jobs, self.session, self.settings)
         work = workload(
             self.structure,
-            self.run,
+            self.session,
             self.rows,
             self.settings,
             sensitive=bool(self.sensitive),
@@ -104,14 +104,14 @@ class Pruning:
 
     def carry_out(self) -> Report:
         """Prune; on any exception all weights are as they were."""
-        run, peak = self.run, Peak()
-        with peak.measuring(), contextlib.ExitStack() as kept, run.evaluating():
+        session, peak = self.session, Peak()
+        with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             plan = self.look()
-            _show(plan, run.progress)
+            _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
-            run.originals = kept.enter_context(Shelf(plan.kept_limit))
-            run.swapped_limit = plan.swapped_limit
+            session.originals = kept.enter_context(Shelf(plan.kept_limit))
+            session.swapped_limit = plan.swapped_limit
             ledger = self._ledger()
             if ledger is not None:
                 kept.enter_context(ledger)
@@ -120,11 +120,11 @@ class Pruning:
                 ledger.states.largest = plan.scratch if limited else None
             for job in self.selected:
                 for name, parameter in job.layer.parameters.items():
-                    run.originals.put(name, parameter.detach().clone())
+                    session.originals.put(name, parameter.detach().clone())
             try:
                 loop, error_bound = self._prune(plan, ledger, peak)
             except BaseException as error:
-                _restore(run)
+                _restore(session)
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
                         f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.run.path}; "
@@ -141,12 +141,12 @@ class Pruning:
         shares = self._shares(plan, sensitivity, ledger)
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
         context = Context(self.settings, plan, sensitivity or {}, ledger)
-        loop = LayerLoop(self.run, self.structure.with_jobs(jobs), context)
+        loop = LayerLoop(self.session, self.structure.with_jobs(jobs), context)
         loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
         inputs = self.settings.inputs
-        return loop, error_bound_of(self.run.model, self.run, jobs, loop.done, inputs)
+        return loop, error_bound_of(self.session.model, self.session, jobs, loop.done, inputs)
 
     # ---- a common budget -------------------------------------------------------------------------
 
@@ -167,8 +167,8 @@ class Pruning:
         if not layers:
             return None
         if self.settings.sensitivity == "bound":
-            return bound.amplifications(self.run.model, layers)
-        return sensitivities(self.run, layers, states)
+            return bound.amplifications(self.session.model, layers)
+        return sensitivities(self.session, layers, states)
 
     def _shares(
         self, plan: RunPlan, sensitivity: Mapping[str, Tensor] | None, ledger: Ledger | None
@@ -181,7 +181,7 @@ class Pruning:
         flops = self.settings.budget == "flops"
         shares = share_budget(
             self.jobs,
-            self.run,
+            self.session,
             self.settings,
             plan,
             sensitivity=sensitivity,
@@ -211,7 +211,7 @@ class Pruning:
             return None
         header = {
             "config": plain(self.settings.arguments(compared=True)),
-            "fingerprints": fingerprints(self.run.model, self.run.batches),
+            "fingerprints": fingerprints(self.session.model, self.session.batches),
             "forward": _name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],
             "machine": {"threads": ops.threads(), "backends": self._backends()},
@@ -236,7 +236,7 @@ class Pruning:
         settings = {
             **self.settings.arguments(),
             "threads": ops.threads(),
-            "batches": len(self.run.batches),
+            "batches": len(self.session.batches),
             **self.structure.summary(),
             "plan": loop.context.plan.to_dict(),
             "peak memory": peak.bytes(),
@@ -283,7 +283,7 @@ def _show(plan: RunPlan, progress: bool) -> None:
 
 
 @torch.no_grad()
-def _restore(run: Run) -> None:
-    parameters = dict(run.model.named_parameters(remove_duplicate=False))
-    for name in run.changed:
-        parameters[name].copy_(run.originals[name])
+def _restore(session: Session) -> None:
+    parameters = dict(session.model.named_parameters(remove_duplicate=False))
+    for name in session.changed:
+        parameters[name].copy_(session.originals[name])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lobs_native import checks
-from lobs_native.calibration.run import Forward
+from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.rundir.ledger import RESUMES
 from lobs_native.solvers.methods import TABLE

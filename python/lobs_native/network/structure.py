@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.blocks import Stack, find_stacks, readers
 from lobs_native.calibration.hooks import Columns, hooked
-from lobs_native.calibration.run import Run
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Linear
 from lobs_native.network.resources import Workload
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def order_of(
-    jobs: Sequence[LayerJob], run: Run, explicit: bool
+    jobs: Sequence[LayerJob], session: Session, explicit: bool
 ) -> tuple[list[LayerJob], list[Skipped], dict[str, float]]:
     """The jobs in the order in which the model calls their layers, those that it never calls (if
     they are not ``explicit``, which is an error), and how many rows the first batch has for a
@@ -47,8 +47,8 @@ def order_of(
             rows[layer.name] = rows.get(layer.name, 0.0) + seen
 
     with hooked([job.layer for job in jobs], see):
-        for batch in run.each("order"):
-            run.call(run.model, batch)
+        for batch in session.each("order"):
+            session.call(session.model, batch)
             first = False
             if len(called) == len(jobs):
                 break
@@ -102,21 +102,23 @@ def multiplications(jobs: Sequence[LayerJob], rows: Mapping[str, float]) -> dict
     return {name: n / min(seen.values()) for name, n in seen.items()}
 
 
-def structure_of(jobs: Sequence[LayerJob], run: Run, settings: NetworkSettings) -> Structure:
+def structure_of(
+    jobs: Sequence[LayerJob], session: Session, settings: NetworkSettings
+) -> Structure:
     """The structure around these layers, in the order in which they are called."""
     if settings.inputs == "dense":
         return Structure([(None, [list(jobs)])], set(), [])
     modules = {job.layer.name: job.layer.caller for job in jobs}
-    stacks, reasons = find_stacks(run, modules) if settings.blocks == "auto" else ([], [])
-    stacks = [s for s in stacks if _contiguous(s, jobs) and _closed(s, jobs, run.model)]
-    shared, once = readers(run, modules)
+    stacks, reasons = find_stacks(session, modules) if settings.blocks == "auto" else ([], [])
+    stacks = [s for s in stacks if _contiguous(s, jobs) and _closed(s, jobs, session.model)]
+    shared, once = readers(session, modules)
     parts = [(stack, _together(own, shared, stack)) for stack, own in _segments(jobs, stacks)]
     return Structure(parts, once, reasons)
 
 
 def workload(
     structure: Structure,
-    run: Run,
+    session: Session,
     rows: Mapping[str, float],
     settings: NetworkSettings,
     *,
@@ -125,7 +127,7 @@ def workload(
 ) -> Workload:
     """The work ahead: with a pass for sensitivities if ``sensitive``, one for the costs of a
     ``shared_budget``."""
-    batches, doubled = run.size(), 2.0 if settings.inputs == "corrected" else 1.0
+    batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     passes = 2.0 + 3.0 * sensitive + shared_budget  # two: the change of the output, at the end
     for stack, groups in structure.parts:
         blocks = 1 if stack is None else len(stack.modules)
@@ -134,7 +136,7 @@ def workload(
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
     return Workload(
         batches=batches,
-        forward=run.pass_seconds(),
+        forward=session.pass_seconds(),
         rows=dict(rows),
         states=round(states * batches * doubled),
         others=round(others * batches * doubled),

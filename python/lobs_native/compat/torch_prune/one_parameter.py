@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lobs_native import checks
 from lobs_native.calibration.moments import calibrate
-from lobs_native.calibration.run import Forward, Run, batches_of
+from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, ShapeError
 from lobs_native.layers import Layer, layers_for, layers_of
 from lobs_native.network.layerwise import layer_report
@@ -73,9 +73,9 @@ def second_moments(
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     layers = _selected(model, names)
-    run = Run(model, batches_of(calibration), forward, None, seed, progress=False)
-    with run.evaluating():
-        by_name = calibrate(layers, run, "calibrate")
+    session = Session(model, batches_of(calibration), forward, None, seed, progress=False)
+    with session.evaluating():
+        by_name = calibrate(layers, session, "calibrate")
     for layer in layers:
         if not all(h.rows > 0 for h in by_name[layer.name]):
             raise ArgumentError(

@@ -19,7 +19,7 @@ from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from lobs_native.calibration.run import Forward
+from lobs_native.calibration.session import Forward
 from lobs_native.compat.torch_prune.one_parameter import (
     Pruned,
     layer_of,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Shelf
 
-__all__ = ["Forward", "Run", "Source", "batches_of", "measure_change"]
+__all__ = ["Forward", "Session", "Source", "batches_of", "measure_change"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -82,7 +82,7 @@ class Source(Protocol):
 
 
 @dataclass
-class Run:
+class Session:
     """The model, the data, and how to run the one on the other."""
 
     model: nn.Module
@@ -220,14 +220,14 @@ class Run:
 
 
 @torch.no_grad()
-def measure_change(run: Run) -> tuple[float, float, float] | None:
+def measure_change(session: Session) -> tuple[float, float, float] | None:
     """(||output - original||_F^2, ||original||_F^2, rows) over the data; None unless outputs are
     floating-point tensors."""
     difference = size = rows = 0.0
-    for batch in run.each("measure"):
-        run.mask(batch)  # records whether there is padding, even if no layer was calibrated
-        before = run.call_original(batch)
-        now = run.call(run.model, batch)
+    for batch in session.each("measure"):
+        session.mask(batch)  # records whether there is padding, even if no layer was calibrated
+        before = session.call_original(batch)
+        now = session.call(session.model, batch)
         if not isinstance(now, Tensor) or not now.is_floating_point() or now.ndim == 0:
             return None
         difference += float((now.double() - before.double()).square().sum())
