@@ -1,4 +1,4 @@
-"""The arguments of the prune command, made from the fields of :class:`NetworkSettings`."""
+"""The arguments of the prune command, derived from the fields of :class:`NetworkSettings`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two functions that users call: prune a network, and plan it."""
+"""The functions for whole networks that users call: ``prune`` and ``plan_prune``."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def plan_prune(
 
 
 def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
-    """The one of the two that was given."""
+    """The settings that a call was made with: as one object, or else as keywords."""
     if settings is None:
         return arguments
     if not isinstance(settings, NetworkSettings):

@@ -1,4 +1,4 @@
-"""Options: fields of a dataclass that carry their own check, help line and place in a report."""
+"""Options: dataclass fields that carry their own check, help line, and use in reports."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def option(
     """
     optional = optional or default is None
     described = Option(help, choices, optional, check, in_bytes, reported, reported and compared)
-    made: Value = dataclasses.field(default=default, metadata={"option": described})
-    return made
+    field: Value = dataclasses.field(default=default, metadata={"option": described})
+    return field
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
@@ -65,7 +65,7 @@ def option_of(field: dataclasses.Field[Any]) -> Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A dataclass of options, each checked when an instance is made."""
+    """A dataclass of options; a new instance checks each of them."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
