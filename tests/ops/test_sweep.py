@@ -25,7 +25,7 @@ GROUPS = [(4, 2), (4, 1), (8, 4), (5, 3), (16, 8), (20, 13), (40, 1)]
 
 
 def problem(R: int, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (R, B) and the upper factor (B, B) of a damped inverse, with NaN below its diagonal,
+    """Weights (R, B) and the upper factor (B, B) of a damped inverse, with 1e30 below its diagonal,
     which must not be read."""
     W, H = layer(R, B)
     U = torch.linalg.cholesky(invert(H, 0.01, "H").A, upper=True)
