@@ -1,4 +1,4 @@
-"""``lobs-native doctor``: what this machine and installation are, and whether the kernels agree."""
+"""The command ``lobs-native doctor``: the machine, the installation, and a check of the kernels."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def self_check() -> tuple[bool, str]:
     Returns
     -------
     (bool, str)
-        Whether masks are equal and weights agree to 1e-4 of the largest, and one line about it.
+        Whether masks are equal and weights agree to 1e-4 of the largest, and a one-line summary.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 32, generator=generator)
     weight = torch.randn(24, 32, generator=generator)
-    said = []
+    agreements = []
     try:
         slow = prune_weight(weight, Hessian(32).update(x), sparsity=0.5, backend="reference")
         for name, ready, _ in ops.backends():
@@ -64,13 +64,13 @@ def self_check() -> tuple[bool, str]:
             native = prune_weight(weight.to(name), hessian, sparsity=0.5, backend=name)
             masks = int((native.mask.cpu() != slow.mask).sum())
             difference = float((native.weight.cpu() - slow.weight).abs().max() / weight.abs().max())
-            found = f"{masks} of {weight.numel()} mask entries differ, weights by {difference:.1e}"
+            detail = f"{masks} of {weight.numel()} mask entries differ, weights by {difference:.1e}"
             if masks or not difference <= _TOLERANCE:
-                return False, f"failed: {native.backend} and reference disagree: {found}"
-            said.append(f"{native.backend} agrees with reference ({found})")
+                return False, f"failed: {native.backend} and reference disagree: {detail}"
+            agreements.append(f"{native.backend} agrees with reference ({detail})")
     except LobsError as error:
         return False, f"failed: {error}"
-    return True, "ok: " + "; ".join(said)
+    return True, "ok: " + "; ".join(agreements)
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -80,7 +80,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 def openmp_runtimes(maps: str) -> list[str]:
-    """The OpenMP libraries in the text of a ``/proc/<pid>/maps``: paths, each once, sorted."""
+    """The OpenMP libraries in the text of a ``/proc/<pid>/maps``: distinct paths, sorted."""
     paths = set(re.findall(r"(/\S.*)$", maps, flags=re.MULTILINE))
     return sorted(p for p in paths if re.match(r"lib(gomp|i?omp5?)\b", Path(p).name))
 
@@ -90,13 +90,13 @@ def _openmp() -> str:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
         return "unknown: this platform has no /proc/self/maps"
-    found = openmp_runtimes(maps)
-    if not found:
+    runtimes = openmp_runtimes(maps)
+    if not runtimes:
         return "none is loaded"
-    if len(found) == 1:
-        return f"one: {found[0]}"
+    if len(runtimes) == 1:
+        return f"one: {runtimes[0]}"
     return (
-        f"MORE THAN ONE ({len(found)}): {', '.join(found)}. "
+        f"MORE THAN ONE ({len(runtimes)}): {', '.join(runtimes)}. "
         "Their threads compete for the same cores when they work at once"
     )
 
@@ -111,12 +111,12 @@ def _version(distribution: str) -> str:
 def _cpu_model() -> str:
     cores = f"{os.cpu_count()} logical cores"
     try:
-        said = re.search(
+        match = re.search(
             r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
         )
     except OSError:
-        said = None
-    return f"{said[1] if said else platform.processor() or platform.machine()}, {cores}"
+        match = None
+    return f"{match[1] if match else platform.processor() or platform.machine()}, {cores}"
 
 
 def _torch_cuda() -> str:

@@ -1,1 +1,1 @@
-"""A whole network: which layers, in which order, with which share of the budget."""
+"""Pruning of whole networks: selection of the layers, their order and their shares of a budget."""

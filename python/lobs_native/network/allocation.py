@@ -1,9 +1,10 @@
 """The division of one budget among several layers.
 
-A removal costs its exact error, times how sensitive the network's output is to that row of the
-layer, or over the root of the layer's energy where no sensitivity is known. The cheapest removals
-of all layers go, within bounds on each layer's sparsity. Layers are taken one after another and
-only their sorted costs are kept, so the division needs no more memory than the pruning does.
+The cost of a removal is its exact error times the sensitivity of the network's output to that row
+of the layer. Where no sensitivity is known, the error is divided by the square root of the layer's
+energy. The cheapest removals of all layers are made, within bounds on each layer's sparsity. Layers
+are processed one after another and only their sorted costs are kept, so the division needs no more
+memory than the pruning does.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["Costs", "passes", "share_budget", "shares"]
 
-_KEPT = 1 << 20  # costs of a layer that are kept, at most
-_LEAST = 0.5  # the share of the weights it was to keep that a layer keeps in any case
-_PURPOSE = "costs"  # what the pass is for, and the name that its results are kept under
+_KEPT = 1 << 20  # the most costs of a layer that are kept
+_LEAST = 0.5  # a layer keeps at least this share of the weights that it was to keep
+_PURPOSE = "costs"  # names the pass over the data, and its results in the run directory
 
 
 def share_budget(
@@ -50,9 +51,9 @@ def share_budget(
     the weights that the layer was to keep; a spread of 1 sets no bounds. Cut at that sparsity, a
     layer loses the weights that the common cut takes from it.
 
-    A layer that is not in ``sensitivity`` takes no part. A weight of a layer counts ``each[name]``
-    in the budget: 1, or its multiplications. ``plan`` limits memory; ``states`` keeps sums and
-    costs on the way.
+    A layer that is missing from ``sensitivity`` is left out. A weight of a layer counts
+    ``each[name]`` in the budget: 1, or its multiplications. ``plan`` limits memory; ``states``
+    checkpoints sums and costs.
     """
     together = [
         job for job in jobs if job.shared and (sensitivity is None or job.layer.name in sensitivity)
@@ -100,7 +101,7 @@ def passes(
     jobs: Sequence[LayerJob], most: int, begun_with: Collection[str] = ()
 ) -> list[list[LayerJob]]:
     """The jobs in order, divided so that the second moments of each part fit into ``most`` bytes;
-    those of ``begun_with`` in parts of their own."""
+    those named in ``begun_with`` come first, in parts of their own."""
     pieces: list[list[LayerJob]] = []
     for begun in (True, False):
         held = float("inf")
@@ -117,19 +118,19 @@ def passes(
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What removals from one layer cost for what they count in the budget: the ``stride``-th, the
-    ``2 * stride``-th cheapest and so on, as far as it may go."""
+    """Costs of removals from one layer, each relative to what it counts in the budget: of the
+    ``stride``-th cheapest, the ``2 * stride``-th and so on, up to ``most`` removals."""
 
     values: Tensor  # (K,) float64, ascending
     stride: int
-    asked: int  # removals that were requested of the layer
+    asked: int  # removals that the settings request of the layer
     least: int  # bounds on its removals
     most: int
     each: float = 1.0  # what a removal counts in the budget
 
     def below(self, limit: float, *, reached: bool = True) -> int:
-        """Removals that cost at most ``limit`` (less, if it is not to be ``reached``), within the
-        bounds."""
+        """The number of removals that cost at most ``limit`` (less than it without ``reached``),
+        within the bounds."""
         count = int(torch.searchsorted(self.values, limit, right=reached)) * self.stride
         return min(max(count, self.least), self.most)
 
@@ -145,8 +146,8 @@ def _costs(
     backend: str | None,
 ) -> Costs:
     layer, settings = job.layer, job.settings
-    asked = settings.target.sparsity
-    assert asked is not None
+    requested = settings.target.sparsity
+    assert requested is not None
     try:
         problem = Problem.of(
             layer.weight(),
@@ -160,7 +161,7 @@ def _costs(
         )
         method = TABLE[settings.method](problem, settings.resolved_pattern, importance)
         unpruned = energy(problem)
-        most = nearest_count(_highest(asked, spread), job.weights)
+        most = nearest_count(_highest(requested, spread), job.weights)
         values, unit = method.cheapest(most)
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
@@ -173,31 +174,30 @@ def _costs(
     return Costs(
         values=(values[stride - 1 :: stride] * unit).contiguous(),
         stride=stride,
-        asked=nearest_count(asked, job.weights),
-        least=nearest_count(max(0.0, asked - spread), job.weights),
+        asked=nearest_count(requested, job.weights),
+        least=nearest_count(max(0.0, requested - spread), job.weights),
         most=most,
         each=each,
     )
 
 
-def _highest(asked: float, spread: float) -> float:
+def _highest(requested: float, spread: float) -> float:
     """The highest sparsity that a layer may get.
 
-    Costs are those of small changes. A layer that is nearly empty therefore seems cheap to empty
-    altogether, because in the same model what the others lose has grown without a limit. Without
-    the second bound, LeNet-5 with 1% kept was left one of the 500 weights of its first convolution,
-    of 100.
+    Costs hold for small changes. Emptying a nearly empty layer therefore seems cheap, because the
+    losses of the other layers grow without limit in the same model. Without the second bound, the
+    first convolution of LeNet-5 with 1% kept was left with 1 of its 500 weights.
     """
     if spread == 1:
         return 1.0
-    return min(asked + spread, 1 - _LEAST * (1 - asked))
+    return min(requested + spread, 1 - _LEAST * (1 - requested))
 
 
 def shares(parts: Sequence[Costs]) -> list[int]:
-    """How many weights each part loses; together they count as much as was requested of all.
+    """How many weights each part loses; together they count as much as all parts request.
 
     Costs rise along a part's order, so the best shares within bounds are those below one common
-    cost. Of removals that cost the same, those of the first parts go.
+    cost. Among removals of equal cost, those of the first parts are made.
     """
     if not parts:
         return []

@@ -1,4 +1,4 @@
-"""Batch normalisation after pruning: running statistics of the network as it is now."""
+"""Running statistics of batch normalisation, re-estimated after pruning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lobs_native.errors import ArgumentError, DtypeError
 
 __all__ = ["reestimate_batch_norm"]
 
-_PIECE = 1 << 22  # elements that are in float64 at a time
+_PIECE = 1 << 22  # elements converted to float64 at a time
 
 
 def reestimate_batch_norm(
@@ -77,10 +77,11 @@ def reestimate_batch_norm(
     One pass in training mode (``torch.optim.swa_utils.update_bn``) costs less, but feeds a layer
     values that were normalised batch by batch, so its result depends on how the data is divided
     into batches. One pass in eval mode feeds it values that were normalised with the old
-    statistics, and does not help. The residual network of ``python bench/quality/convnets.py
-    --batch-norm``, 80% removed, errs on 65% of the images as pruned; on 23.2% after this, for any
-    batches; on 23.3, 23.8 and 25.3% after a pass in training mode with batches of 100, of 4, and of
-    100 in the order of their classes; on 89% after a pass in eval mode. A layer that is called
+    statistics, and does not help. With 80% of its weights removed, the residual network of
+    ``python bench/quality/convnets.py --batch-norm`` errs on 65% of the images. After this
+    function, it errs on 23.2%, for any batches; after a pass in training mode, on 23.3, 23.8 and
+    25.3% with batches of 100, of 4, and of 100 sorted by class; after a pass in eval mode, on 89%.
+    A layer that is called
     several times gets the statistics of all its calls; the later ones may have seen the old
     statistics of the first.
     """
@@ -183,7 +184,7 @@ class _Statistics:
         self.squares = torch.zeros_like(self.mean)
 
     def add(self, x: Tensor) -> None:
-        """Values (N, C, ...), which are only read."""
+        """Add values (N, C, ...), which are not modified."""
         if x.numel() == 0:
             return
         rest = [d for d in range(x.ndim) if d != 1]
@@ -198,7 +199,7 @@ class _Statistics:
 
 
 def _reestimate(name: str, layer: _BatchNorm, session: Session, ends: bool) -> None:
-    """One pass over the data for one layer, which ends each forward if it is called only once."""
+    """Re-estimate one layer in one pass over the data; with ``ends``, each forward ends at it."""
     mean, variance = layer.running_mean, layer.running_var
     assert mean is not None
     assert variance is not None

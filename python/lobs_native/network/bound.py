@@ -1,4 +1,4 @@
-"""Theorem 3.2 of the paper for a whole network, where it holds.
+"""Theorem 3.2 of the paper for whole networks, where it holds.
 
 For a feed-forward chain of linear layers with 1-Lipschitz activations (the paper: ReLU), with E_k
 the error that pruning layer k incurred on its inputs,
@@ -6,9 +6,9 @@ the error that pruning layer k incurred on its inputs,
     ||output - original||_F / sqrt(n)  <=  sum_k ( prod_{l > k} ||What_l|| ) sqrt(E_k)
 
 with Frobenius norms as printed, or with spectral norms, which the same proof allows and which are
-far smaller. Biases cancel. If layers were pruned on the inputs of the already pruned network, the
-sum telescopes the other way round, and the same holds with the norms of the ORIGINAL later layers
-(our remark).
+far smaller. Biases cancel. If layers were pruned on inputs from the already pruned network, the
+sum telescopes in the other direction, and the bound holds with the norms of the ORIGINAL later
+layers (our remark).
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def theorem_parts(
 def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """name -> (1, R) of the square of the spectral norms of the layers after it.
 
-    The sum over the layers, each times its error, equals the square of the bound within a factor of
-    the number of layers. ArgumentError if the theorem does not cover the network.
+    The sum over the layers, each times its error, equals the square of the bound up to a factor,
+    which is at most the number of layers. ArgumentError if the theorem does not cover the network.
     """
     try:
         chain = chain_of(model, [layer.name for layer in layers])

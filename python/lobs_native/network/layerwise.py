@@ -1,7 +1,7 @@
 """The loop over the layers: calibrate, prune, checkpoint, write back.
 
-Layers are pruned in order, each on what the pruned layers before it give; or all of them on the
-original network's activations.
+Layers are pruned in order, each on the outputs of the pruned layers before it; or all of them on
+the activations of the original network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
 
 @dataclass(frozen=True)
 class Context:
-    """Everything besides their own settings that the layers are pruned with."""
+    """What pruning the layers takes besides each layer's own settings."""
 
     settings: NetworkSettings
     plan: RunPlan
@@ -50,7 +50,7 @@ _New = tuple[Tensor, "Tensor | None"]  # weight (G, R, C) and bias (G, R)
 
 
 class LayerLoop:
-    """One network's layers.
+    """The layers of one network, pruned one after another.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class LayerLoop:
         self.masks: dict[str, Tensor] = {}
 
     def carry_out(self) -> None:
-        """Prune them all, in the model."""
+        """Prune all layers in the model."""
         total = sum(len(group) for _, groups in self.structure.parts for group in groups)
         off = None if self.session.progress else True
         self.bar = tqdm(total=total, desc="layers", unit="layer", disable=off)
@@ -141,7 +141,7 @@ class LayerLoop:
         self.done = {job.layer.name: self.done[job.layer.name] for job in jobs}
 
     def _in_order(self, stack: Stack | None, groups: Sequence[Sequence[LayerJob]]) -> None:
-        """A part of the network, in a stack block by block; layers of a group read one tensor."""
+        """Prune one part of the network: a stack block by block, layers of a group together."""
         with contextlib.ExitStack() as scope:
             replay, source = None, cast(Source, self.session)
             if stack is not None and not all(self._committed(j) for group in groups for j in group):
@@ -195,7 +195,7 @@ def prune_layer(
 ) -> tuple[LayerReport, PrunedWeight]:
     """Prune one layer, given the second moments of its inputs; nothing is written to it.
 
-    ``mask`` (G, R, C) bool, True = may stay; ``calibrating`` is the time that its moments took.
+    ``mask`` (G, R, C) bool, True = may be kept; ``calibrating``: seconds spent on its moments.
     Errors name the layer.
     """
     layer = job.layer
@@ -246,7 +246,7 @@ def layer_report(
     inherited: float | None = None,
     peak: LayerPeak | None = None,
 ) -> LayerReport:
-    """The settings of a layer beside the result that they gave."""
+    """The report of a layer: its settings and its result."""
     layer, settings = job.layer, job.settings
     return LayerReport(
         name=layer.name,

@@ -32,7 +32,8 @@ class _Place:
 
 
 class KeptMasks:
-    """What :func:`keep_masks` returns; as a context manager it ends with :meth:`remove`."""
+    """The handle that :func:`keep_masks` returns; leaving it as a context manager calls
+    :meth:`remove`."""
 
     def __init__(self, removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         self._removed = [[parameter, mask] for parameter, mask in removed]
@@ -40,7 +41,7 @@ class KeptMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the removed weights to zero now, after a change that no torch optimizer made."""
+        """Set the removed weights to zero now, for changes made outside a torch optimizer."""
         for entry in self._removed:
             entry[0].masked_fill_(_there(entry), 0)
 
@@ -60,7 +61,7 @@ class KeptMasks:
         self.remove()
 
     def _watch(self, register: Callable[[Callable[..., None]], Any]) -> None:
-        """Zero after the optimizer's steps, and keep the gradients of removed weights at zero."""
+        """Zero the removed weights after the optimizer's steps, and their gradients."""
         masked = {id(parameter) for parameter, _ in self._removed}
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -100,10 +101,10 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     Parameters
     ----------
     model_or_optimizer : nn.Module or torch.optim.Optimizer
-        With a model, the steps of every torch optimizer that holds one of its masked weights count,
-        even of one that is made later. With an optimizer, only its own steps count; it must know
-        the names of its parameters, as ``AdamW(model.named_parameters())`` does. This call itself
-        changes no weights.
+        With a model, every torch optimizer that holds one of its masked weights is observed, even
+        one that is made later. With an optimizer, only that one is; it must know the names of its
+        parameters, as ``AdamW(model.named_parameters())`` does. This call itself changes no
+        weights.
     masks : {layer name: bool tensor}
         As in ``report.masks``: shaped like the layer's weight, True where a weight is kept, on any
         device; copied.
@@ -112,7 +113,7 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     -------
     KeptMasks
         ``.remove()`` ends it, and so does the end of a ``with`` block; ``.apply()`` sets the
-        removed weights to zero after a change that was not made by a torch optimizer.
+        removed weights to zero after a change made outside a torch optimizer.
 
     Raises
     ------
@@ -122,7 +123,7 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
 
     Notes
     -----
-    A copy of the model (``copy.deepcopy``) is not kept at zero: call this for the copy.
+    A copy of the model (``copy.deepcopy``) is not observed: call this function on the copy too.
     """
     fitting = _fitting(model_or_optimizer, masks)
     _refuse_nonzero(fitting)
@@ -238,7 +239,7 @@ def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
         for name, module in owner.named_modules(remove_duplicate=False):
             if (weight := module._parameters.get("weight")) is not None:
                 yield name, _Place(module, "weight", weight, weight.detach())
-        for layer in layers_of(owner):  # these may own a part, or one of another name
+        for layer in layers_of(owner):  # these may own part of a parameter, or one of another name
             weight = layer.module._parameters.get(layer.weight_part)
             if weight is not None:
                 stored = layer.stored(layer.weight_part)
@@ -263,12 +264,12 @@ def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
 
 def _refuse_nonzero(fitting: _Fitting) -> None:
     for name, (place, removed) in fitting.items():
-        alive = int((place.weight[removed] != 0).sum())
-        if alive:
+        nonzero = int((place.weight[removed] != 0).sum())
+        if nonzero:
             raise ArgumentError(
-                f"masks[{name!r}]: {alive} of the {int(removed.sum())} weights that it removes are "
-                "not zero; are these the masks of this network? apply_masks() would set them to "
-                "zero"
+                f"masks[{name!r}]: {nonzero} of the {int(removed.sum())} weights that it removes "
+                "are not zero; are these the masks of this network? apply_masks() would set them "
+                "to zero"
             )
 
 

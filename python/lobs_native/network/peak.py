@@ -1,4 +1,4 @@
-"""The peak memory of a run and of a layer, as the system reports it."""
+"""Peak memory of a run and of a layer, as the system reports it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
 
 class Peak:
-    """The most memory that this process took since :meth:`measuring` began, above what it had then.
+    """The peak memory of this process since :meth:`measuring` began, above what it used then.
 
     Only on Linux, which has one counter for the whole process.
     """
 
-    _now: ClassVar[list[Peak]] = []  # those that are measuring
+    _now: ClassVar[list[Peak]] = []  # the objects that are measuring
 
     def __init__(self) -> None:
         self._before: int | None = None
@@ -33,7 +33,7 @@ class Peak:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Peak]:
-        """Start, and yield itself."""
+        """Start measuring, and yield this object."""
         with contextlib.suppress(OSError, LobsError):
             forget_peak()
             self._before = resident("VmRSS")
@@ -44,7 +44,7 @@ class Peak:
             Peak._now.remove(self)
 
     def reset(self) -> None:
-        """Move the peak so far to ``before_reset``, and start again from zero."""
+        """Move the peak so far to ``before_reset``, and restart from zero."""
         self.before_reset, self._seen = self.bytes(), 0
         with contextlib.suppress(OSError):
             forget_peak()
@@ -57,10 +57,10 @@ class Peak:
 
 
 class LayerPeak:
-    """The most memory in use since this object was made, while one layer is pruned: of the process,
-    above what it had when the run began; and of a CUDA device, everything that torch had allocated.
+    """Peak memory since this object was made, while one layer is pruned: of the process, above what
+    it used when the run began; and of a CUDA device, everything that torch had allocated.
 
-    It resets both counters (``torch.cuda.reset_peak_memory_stats``).
+    Making it resets both counters (``torch.cuda.reset_peak_memory_stats``).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,11 +88,11 @@ def forget_peak() -> None:
 
 
 def keep_tight() -> None:
-    """Have glibc map every piece of a megabyte or more separately, so that it returns to the system
-    when it is freed.
+    """Have glibc map every allocation of a megabyte or more separately, so that it returns to the
+    system when it is freed.
 
-    By default it keeps pieces of up to 32 MB after a while, and the gaps between those in use count
-    against a limit: 25 to 70 MB in a test, varying from run to run.
+    By default, glibc comes to keep allocations of up to 32 MB, and the gaps between those in use
+    count against a limit: 25 to 70 MB in a test, varying from run to run.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

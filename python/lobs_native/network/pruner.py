@@ -98,21 +98,22 @@ def prune(
         experts as transformers stores them (``<name>.gate_up_proj``, ``down_proj``), and those of
         :func:`lobs_native.register_layer`. A glob that matches no layer is an error.
     overrides : {glob: {argument: value}}
-        Other arguments for some layers, for example ``{"classifier": {"sparsity": 0.3}}``; later
+        Arguments for some layers only, for example ``{"classifier": {"sparsity": 0.3}}``; later
         entries win. Sparsity, threshold, max_error, method, pattern, scope, damping, prune_bias and
         refine can be overridden. A target (the first three) or an N:M pattern replaces every
-        target from before.
+        earlier target.
     inputs : "pruned", "dense" or "corrected"
         What a layer is calibrated on: the activations of the network as pruned so far ("pruned"),
         or those of the original network ("dense": the paper, and Theorem 3.2 as printed; one pass
         over the data for all layers). "corrected" runs both networks side by side. On the pruned
-        network's inputs, a layer is fitted to the original network's outputs, so that it makes up
-        for what the layers before it lost: ``W + (A P)^T`` is pruned in place of W, with ``P = mean
-        of x^T (y0 - x W^T)``. Where an output goes straight into a sum with something else (a
-        residual connection), the sums are made to agree. Experts, and layers whose zeros would be
-        filled, are calibrated as with "pruned", and their notes say so. It costs one more run of
-        the original network for every run of the pruned one, and usually leaves the network by far
-        the closest to the original (``python bench/quality/whole_encoder.py``).
+        network's inputs, a layer is fitted to the original network's outputs, so that it
+        compensates for what the layers before it lost: ``W + (A P)^T`` is pruned in place of W,
+        with ``P = mean of x^T (y0 - x W^T)``. Where an output goes straight into a sum with
+        something else (a residual connection), the sums are made to agree. Experts, and layers
+        whose zeros would be filled, are calibrated as with "pruned", and their notes say so. It
+        costs one more run of the original network for every run of the pruned one, and usually
+        leaves the network by far the closest to the original
+        (``python bench/quality/whole_encoder.py``).
     blocks : "auto" or None
         With inputs "pruned" or "corrected", run a stack of blocks (a transformer's) block by block
         on what each receives, instead of the whole model for every layer; the results are the same.
@@ -128,14 +129,14 @@ def prune(
         within the limit, kernels use fewer threads, second moments are accumulated in several
         passes, and hidden states and original weights go to a temporary folder on disk. A plan is
         made before anything is changed (``report.settings["plan"]``; printed on a terminal), and
-        MemoryError says what is needed if the limit is too small. From then on, glibc returns
-        pieces of a megabyte or more to the system at once, for the whole process.
+        MemoryError says what is needed if the limit is too small. From then on, in the
+        whole process, glibc returns freed allocations of a megabyte or more to the system at once.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     run_dir : path, optional
-        A folder where every pruned layer is checkpointed, so that a run that was killed, or ended
-        by an error or a full disk, loses none: call prune again with the same arguments, and only
-        the other layers are calibrated and pruned. Between two layers, sums over the data and the
+        A folder where every pruned layer is checkpointed, so that a run that is killed, or ended by
+        an error or a full disk, loses none of them: call prune again with the same arguments, and
+        only the other layers are calibrated and pruned. Between two layers, sums over the data and the
         inputs of the next block are checkpointed as well whenever writing them takes at most a
         twentieth of the time since the last checkpoint (with ``memory``, if they are small). On
         the same machine with as many threads, the network then has the bits of an uninterrupted
@@ -156,7 +157,7 @@ def prune(
         layer's notes say how many, or that it could not. Not for encoder-decoder models, where it
         is unknown which part the mask belongs to. None counts padding like everything else.
     settings : NetworkSettings, optional
-        All arguments from ``sparsity`` on as one object, instead of keywords.
+        All arguments after ``calibration`` as one object, instead of keywords.
 
     Returns
     -------
@@ -186,9 +187,9 @@ def prune(
     else uses too (an embedding, an excluded layer) is skipped, or refused if ``include`` names it.
     N:M patterns of a convolution group neighbouring input channels at one kernel position. Each
     expert is calibrated on the rows that are routed to it, and all experts count the same. One that
-    saw no rows is pruned by magnitude, and its notes say so, as they do where there were fewer rows
-    than columns. Source: Dong, Chen & Pan 2017; "corrected" is the asymmetric calibration of Li et
-    al. 2025 (GPTAQ), with sums added here.
+    saw no rows is pruned by magnitude, and its notes say so. The notes also say where there were
+    fewer rows than columns. Source: Dong, Chen & Pan 2017; "corrected" is the asymmetric
+    calibration of Li et al. 2025 (GPTAQ), with sums added here.
     """
     arguments = NetworkSettings(
         sparsity=sparsity,
@@ -228,15 +229,15 @@ def plan_prune(
     settings: NetworkSettings | None = None,
     **arguments: Any,
 ) -> RunPlan:
-    """What :func:`prune` would take with the same arguments: memory, disk and time.
+    """Estimate the memory, disk and time that :func:`prune` takes with the same arguments.
 
     Runs the model on the first and on the largest batch a few times. Changes nothing but the
-    device, where one is given, and shows no progress bars unless ``progress`` is passed.
+    device of the model, if one is passed, and shows no progress bars unless ``progress`` is passed.
 
     Returns
     -------
     RunPlan
-        Bytes and seconds; ``str()`` of it is for people.
+        Bytes and seconds; ``str()`` gives a line to read.
 
     Raises
     ------
@@ -260,7 +261,7 @@ def plan_prune(
 
 
 def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
-    """The settings that a call was made with: as one object, or else as keywords."""
+    """The settings of a call: the object if one was passed, the keywords otherwise."""
     if settings is None:
         return arguments
     if not isinstance(settings, NetworkSettings):

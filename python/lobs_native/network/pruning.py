@@ -1,4 +1,4 @@
-"""One run of :func:`lobs_native.prune`: look at the model, prune it, and report."""
+"""One run of :func:`lobs_native.prune`: examine the model, prune it, and report."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ class Pruning:
         return sensitive
 
     def look(self) -> RunPlan:
-        """Run the model on the first batch: in which order its layers come, and what pruning them
-        will take."""
+        """Run the model on the first batch to find the order of its layers, and plan the run."""
         self.jobs, self.uncalled, self.rows = order_of(
             self.selected, self.session, explicit=self.settings.include is not None
         )
@@ -103,7 +102,7 @@ class Pruning:
         return plan_run(self.jobs, work, self.settings)
 
     def carry_out(self) -> Report:
-        """Prune; on any exception all weights are as they were."""
+        """Prune; on any exception, all weights get their old values back."""
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             plan = self.look()
@@ -151,8 +150,8 @@ class Pruning:
     # ---- a common budget -------------------------------------------------------------------------
 
     def _sensitivity(self, ledger: Ledger | None, peak: Peak) -> dict[str, Tensor] | None:
-        """How much the output depends on the rows of each layer, from the run directory if it is
-        there; None where nothing is measured."""
+        """The sensitivity of the output to the rows of each layer, from the run directory if it is
+        there; None if nothing is measured."""
         known = None if ledger is None else ledger.sensitivity()
         if known is not None:
             return known[0]
@@ -197,15 +196,15 @@ class Pruning:
             return job.with_sparsity(share)
         if job.shared:
             job.layer.notes.append(
-                "it kept the requested sparsity: how the network's output depends on it is not "
-                "known"
+                "it kept the requested sparsity: the sensitivity of the network's output to it is "
+                "not known"
             )
         return job
 
     # ---- the run directory and the report --------------------------------------------------------
 
     def _ledger(self) -> Ledger | None:
-        """The run directory, opened, if there is to be one."""
+        """The ledger in the run directory, opened; None without a run directory."""
         path = self.settings.run_dir
         if path is None:
             return None
@@ -220,7 +219,7 @@ class Pruning:
         return Ledger.open(path, header, self.settings.resume)
 
     def _backends(self) -> list[str]:
-        """The backends that will do the work, in detail."""
+        """The names of the backends that will prune the layers."""
         names = {
             ops.select_backend(self.settings.backend, job.layer.weight().device)
             for job in self.jobs
@@ -245,7 +244,7 @@ class Pruning:
         if ledger is not None:
             settings["run_dir"] = str(ledger.run.path)
             settings["resumed layers"] = ledger.resumed
-            settings.update(ledger.states.said())
+            settings.update(ledger.states.summary())
             if ledger.differences:
                 settings["resumed despite"] = ledger.differences
         return Report(
@@ -263,14 +262,14 @@ class Pruning:
 
 
 def _compares_rows(job: LayerJob) -> bool:
-    """Whether the sensitivity of its rows makes a difference to a layer."""
+    """Whether a layer is pruned differently with the sensitivity of its rows."""
     settings = job.settings
     compares = TABLE[settings.method].compares_layers and not settings.resolved_pattern.is_grouped
     return compares and settings.scope == "layer"
 
 
 def _name_of(forward: Forward | None) -> str | None:
-    """The name of a function, to be compared with the one in another process."""
+    """The qualified name of a function, to compare with the one in another process."""
     if forward is None:
         return None
     named = forward if hasattr(forward, "__qualname__") else type(forward)

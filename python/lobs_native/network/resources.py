@@ -1,5 +1,5 @@
-"""The memory, disk and time that pruning a network will take, estimated before it starts; and the
-division of a limit on memory."""
+"""Estimates of the memory, disk and time that pruning a network takes, and the division of a limit
+on memory."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from lobs_native.solvers.memory import plan_memory
 
 __all__ = ["RunPlan", "Workload", "plan_run"]
 
-STATISTICS = 4 << 30  # bytes of second moments in one pass over the data without a limit, at most
-_EXACT, _DOUBLE = 0.4, 0.4  # rates of exact removal and of float64, over torch's float32 product
+STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
+_EXACT, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
 
 
 @dataclass(frozen=True)
 class Workload:
     """Measurements of the model and the data: a forward pass, and what flows between blocks."""
 
-    batches: float  # how many there are, in units of the first
-    forward: float  # seconds of one forward pass over all of them
-    rows: dict[str, float]  # that the first batch has for each layer
+    batches: float  # size of all batches relative to the first
+    forward: float  # seconds of one forward pass over all batches
+    rows: dict[str, float]  # rows of the first batch for each layer
     states: int = 0  # bytes of hidden states between blocks, of all batches
-    others: int = 0  # and of everything else that blocks are called with
+    others: int = 0  # bytes of everything else that blocks are called with
     passes: float = 0.0  # forward passes over all batches
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """Bytes besides the network, its data, and its own forward pass (with sensitivities, backward
-    pass); ``str()`` of it is for people."""
+    pass). ``str()`` gives a line to read."""
 
-    largest: str  # the layer that needs most
+    largest: str  # the layer that needs the most
     layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # masks, original weights, and results that wait or weights that are swapped
-    disk: int  # of states and weights that do not fit
-    seconds: float  # an estimate; expect half to twice as long
+    disk: int  # states and weights that do not fit into memory
+    seconds: float  # an estimate; expect half to twice of it
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer
     statistics_limit: int  # limits on what can be divided
@@ -56,11 +56,11 @@ class RunPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes in memory, altogether."""
+        """All bytes in memory."""
         return self.layer + self.statistics + self.states + self.kept
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as plain values, for the report."""
         return {"memory": self.memory, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings)
 
 
 def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
-    """Divide ``settings.memory`` among everything that pruning needs it for.
+    """Divide ``settings.memory`` among all that pruning needs memory for.
 
     Raises MemoryError, with the layer and the bytes that it needs, if the limit is too small.
     """
@@ -185,14 +185,14 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
         products += N * D * D * layer.groups
         if corrected:
             products += 6 * N * R * D
-        gone = D * (1.0 if share is None else share)
+        removals = D * (1.0 if share is None else share)
         doubles += 4 * R * D * D
         if method not in ("magnitude", "wanda"):
             doubles += 2 * layer.groups * D**3
         if method == "exact":
             times = 2 if job.shared else 1
-            exact += times * R * (D * gone**2 - 2 * gone**3 / 3)
-            products += R * 2 * min(gone, D - gone) ** 3 / 3
+            exact += times * R * (D * removals**2 - 2 * removals**3 / 3)
+            products += R * 2 * min(removals, D - removals) ** 3 / 3
     rate = _rate()
     spent = products / rate + doubles / (_DOUBLE * rate) + exact / (_EXACT * rate)
     return spent + work.forward * work.passes

@@ -1,5 +1,5 @@
-"""Which layers of a network are pruned, and how each: all of it resolved and checked before
-anything runs."""
+"""Selection of the layers to prune, each with its settings, resolved and checked before anything
+runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerJob:
 
     @property
     def scope(self) -> str:
-        """What its weights are compared with, as users call it: "row", "layer" or "model"."""
+        """Among which weights those to remove are chosen: "row", "layer" or "model"."""
         return "model" if self.shared else self.settings.scope
 
     @property

@@ -1,4 +1,4 @@
-"""The settings of a network: those of its layers, and those of the whole run."""
+"""Settings for pruning a network: those of its layers, and those of the whole run."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def _forward(value: Any, name: str) -> Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(LayerOptions):
-    """The arguments of :func:`lobs_native.prune`, which explains them, as one object.
+    """The arguments of :func:`lobs_native.prune` as one object; they are explained there.
 
     Two of them may contradict each other only where ``overrides`` can still decide: see
-    :meth:`for_layer`. Values are kept as they are given.
+    :meth:`for_layer`. Values are stored unchanged.
 
     Raises
     ------
@@ -170,7 +170,7 @@ class NetworkSettings(LayerOptions):
         return own._common()
 
     def _common(self) -> tuple[LayerSettings, bool]:
-        """The same without regard to ``overrides``."""
+        """The settings of a layer that no entry of ``overrides`` matches, and whether it shares."""
         if self.scope != "model":
             return LayerSettings.of(self), False
         settings = LayerSettings.of(self, scope="layer")
@@ -186,7 +186,7 @@ class NetworkSettings(LayerOptions):
         return settings, True
 
     def arguments(self, *, compared: bool = False) -> dict[str, Any]:
-        """name -> value, as a report repeats them; or those that a resumed run must repeat."""
+        """name -> value for the report; or, if ``compared``, what a resumed run must repeat."""
         chosen = {
             field.name: copy.deepcopy(getattr(self, field.name))
             for field in dataclasses.fields(self)

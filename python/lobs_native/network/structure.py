@@ -1,4 +1,4 @@
-"""The structure of a model as its first batch shows it: the order in which its layers are called,
+"""The structure of a model, observed on its first batch: the order in which its layers are called,
 its stacks of blocks, and which layers share a second moment."""
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = [
 def order_of(
     jobs: Sequence[LayerJob], session: Session, explicit: bool
 ) -> tuple[list[LayerJob], list[Skipped], dict[str, float]]:
-    """The jobs in the order in which the model calls their layers, those that it never calls (if
-    they are not ``explicit``, which is an error), and how many rows the first batch has for a
-    layer's groups on average."""
+    """The jobs in the order in which the model calls their layers; the layers that it never calls
+    (an error if ``explicit``); and the rows that the first batch has for each layer, averaged over
+    its groups."""
     called: dict[str, None] = {}
     rows: dict[str, float] = {}
     first = True
@@ -75,15 +75,15 @@ class Structure:
     groups that need one second moment."""
 
     parts: list[tuple[Stack | None, list[list[LayerJob]]]]
-    once: set[str]  # layers that one forward calls once
-    reasons: list[str]  # why some modules are not a stack
+    once: set[str]  # layers that a forward pass calls once
+    reasons: list[str]  # why some modules do not form a stack
 
     @property
     def stacks(self) -> list[Stack]:
         return [stack for stack, _ in self.parts if stack is not None]
 
     def with_jobs(self, jobs: Sequence[LayerJob]) -> Structure:
-        """The same with other settings for its layers."""
+        """The same structure with other settings for its layers."""
         now = {job.layer.name: job for job in jobs}
         parts = [
             (stack, [[now[job.layer.name] for job in group] for group in groups])
@@ -125,8 +125,8 @@ def workload(
     sensitive: bool,
     shared_budget: bool,
 ) -> Workload:
-    """The work ahead: with a pass for sensitivities if ``sensitive``, one for the costs of a
-    ``shared_budget``."""
+    """The work ahead; it includes passes for sensitivities if ``sensitive``, and one for the costs
+    if there is a ``shared_budget``."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     passes = 2.0 + 3.0 * sensitive + shared_budget  # two: the change of the output, at the end
     for stack, groups in structure.parts:

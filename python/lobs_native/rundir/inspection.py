@@ -18,21 +18,21 @@ def _header(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any
     """Names of the layers, config and versions from the header of a run."""
     header = run.header
     names, config, versions = (header.get(key) for key in ("layers", "config", "versions"))
-    right = {
+    readable = {
         "layers": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "config": isinstance(config, dict),
         "versions": isinstance(versions, dict),
     }
     # A wrong entry is more informative than a missing one.
-    for key in sorted(right, key=lambda key: key not in header):
-        if not right[key]:
+    for key in sorted(readable, key=lambda key: key not in header):
+        if not readable[key]:
             raise CheckpointError(f"{run.path}: its header has no {key} that can be read")
     return cast(list[str], names), cast(dict[str, Any], config), cast(dict[str, Any], versions)
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state of a run, finished or not, as plain JSON values: its config, its layers, those that
-    are committed with their errors, and problems with its files. Changes nothing.
+    """The state of a run, finished or not, as plain JSON values: its config, its committed layers
+    with their errors, the missing layers, and problems with its files. Changes nothing.
 
     Raises CheckpointError if there is no run, or its header or list of records is damaged.
     """
@@ -55,7 +55,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def repair(path: str | os.PathLike[str]) -> list[str]:
-    """Drop damaged records of a run and all that follow them; one line for each.
+    """Drop the damaged records of a run and all that follow them. Returns a line for each.
 
     Raises CheckpointError if there is no run, its header is damaged, or it is in use.
     """
@@ -64,10 +64,10 @@ def repair(path: str | os.PathLike[str]) -> list[str]:
 
 
 def command_of(path: str | os.PathLike[str]) -> list[str]:
-    """The arguments of the command that began a run, if it was begun in the current folder.
+    """The arguments of the command that began a run in the current folder.
 
-    Only there, because its paths may be relative, and because modules must not be imported from a
-    folder that a file names.
+    Other folders are refused because the paths of the command may be relative, and because modules
+    must not be imported from a folder that a file names.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """The ledger of a pruning run in its run directory, from which an interrupted run resumes.
 
-A layer is committed after it has succeeded and before its weights are replaced. A resumed run
-writes the committed layers into the model as they were, and calibrates and prunes only the others:
-in the end the network has the same bits, on the same machine with the same number of threads. It
-first checks that model, data, arguments, versions and threads are the same.
+A layer is committed after it was pruned and before its weights are replaced in the model. A resumed
+run first checks that model, data, arguments, versions and threads are the same. It then writes the
+committed layers into the model, and calibrates and prunes only the others. On the same machine with
+the same number of threads, the network gets the same bits as from an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 __all__ = ["RESUMES", "AnotherRunError", "Ledger", "command"]
 
 RESUMES = ("auto", "never", "anyway")
-_BUDGET = "budget"  # the kind of records about all layers together
+_BUDGET = "budget"  # the kind of a record about all layers together
 
-# The command that begins a run, recorded for whoever resumes it: see command_of. Not compared.
+# The command that begins a run, recorded so that it can be run again: see command_of. A resumed run
+# is not compared with it.
 command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
 
 
@@ -44,7 +45,7 @@ class Ledger:
 
     def __init__(self, run: RunDirectory, differences: list[str]) -> None:
         self.run = run
-        self.differences = differences  # that resume="anyway" accepted
+        self.differences = differences  # those that resume="anyway" accepted
         self.states = UnderWay(run, trusted=not differences)
         self.resumed = len([r for r in run.records if r.kind == "layer"])
 
@@ -65,8 +66,8 @@ class Ledger:
             raise ArgumentError(f"run_dir: expected a path, got {type(path).__name__}")
         if not (Path(path) / "run.json").exists():
             recorded = command.get()
-            whole = header if recorded is None else {**header, "command": recorded}
-            return cls(RunDirectory.create(path, whole), [])
+            full = header if recorded is None else {**header, "command": recorded}
+            return cls(RunDirectory.create(path, full), [])
         if resume == "never":
             raise ArgumentError(
                 f"run_dir: {os.fspath(path)} holds a run, and resume is 'never'; name another "
@@ -74,8 +75,8 @@ class Ledger:
             )
         run = RunDirectory.open(path, write=True)
         try:
-            before = {k: v for k, v in run.header.items() if k == "command"}
-            differences = run.differences({**header, **before})
+            same = {k: v for k, v in run.header.items() if k == "command"}
+            differences = run.differences({**header, **same})
             if differences and resume != "anyway":
                 raise AnotherRunError(
                     f"{os.fspath(path)}: this is another run: {'; '.join(differences)}. Name "
@@ -97,7 +98,7 @@ class Ledger:
         return len([r for r in self.run.records if r.kind == "layer"])
 
     def check_space(self, layers: Iterable[Layer]) -> None:
-        """CheckpointError if the disk has too little space for the layers still to be committed."""
+        """Raise CheckpointError if the disk has too little space for the uncommitted layers."""
         needed = 0
         for layer in layers:
             if self.run.find(layer.name) is None:
@@ -140,25 +141,25 @@ class Ledger:
     # ---- the budget ------------------------------------------------------------------------------
 
     def keep_sensitivity(self, sensitivity: Mapping[str, Tensor] | None) -> None:
-        """Commit how much the output depends on layers; None where nothing was measured."""
+        """Commit the sensitivities of the layers' rows; None if nothing was measured."""
         info = {"measured": sensitivity is not None}
         self.run.commit("sensitivity", dict(sensitivity or {}), info, kind=_BUDGET)
         self.states.clear()
 
     def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
-        """The argument of :meth:`keep_sensitivity` in a tuple; None if there is no such record."""
+        """The argument of :meth:`keep_sensitivity` in a tuple; None if nothing was committed."""
         record = self.run.find("sensitivity", kind=_BUDGET)
         if record is None:
             return None
         return (self.run.load(record) if record.info.get("measured") is True else None,)
 
     def keep_shares(self, shares: Mapping[str, float]) -> None:
-        """Commit the division of a common budget."""
+        """Commit the division of a common budget: name -> sparsity."""
         self.run.commit("shares", {}, {"shares": dict(shares)}, kind=_BUDGET)
         self.states.clear()
 
     def shares(self) -> dict[str, float] | None:
-        """The argument of :meth:`keep_shares`; None if there is no such record."""
+        """The argument of :meth:`keep_shares`; None if nothing was committed."""
         record = self.run.find("shares", kind=_BUDGET)
         if record is None:
             return None

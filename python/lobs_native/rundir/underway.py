@@ -1,4 +1,4 @@
-"""Unfinished work between two layers, as states of a run directory; and the request to stop."""
+"""Checkpoints of unfinished work between two layers, and the request to stop."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ stop = threading.Event()  # once it is set, pruning with a run directory ends at
 
 
 class StoppedError(BaseException):
-    """Pruning ended because it was asked to; nothing is lost. Like KeyboardInterrupt, it is not an
-    Exception."""
+    """Pruning ended on request; no work is lost. Like KeyboardInterrupt, it is not an Exception."""
 
 
 class UnderWay:
-    """The states of unfinished work between two layers, saved when it is worthwhile. It implements
+    """The states of unfinished work between two layers, saved when it is worthwhile. Implements
     :class:`lobs_native.calibration.partial.States`.
 
-    A state is saved when saving it takes at most ``SHARE`` of the time since it was last saved, as
-    estimated from earlier ones, and the disk has room for it besides the layers. A state that
-    cannot be written does not end the run.
+    A state is saved when saving it is estimated to take at most ``SHARE`` of the time since it was
+    last saved, and the disk has room for it besides the layers. A state that cannot be written does
+    not end the run.
     """
 
     SHARE = 0.05
 
     def __init__(self, run: RunDirectory, *, trusted: bool) -> None:
         self.run = run
-        self.trusted = trusted  # whether existing states belong to this very run
-        self.reserved = 0  # bytes that layers will take on the disk
-        self.largest: int | None = None  # bytes that a copy may take in memory
-        self.given_up: str | None = None  # the reason why nothing more is saved
+        self.trusted = trusted  # whether the existing states belong to the same run
+        self.reserved = 0  # bytes on the disk that layers still need
+        self.largest: int | None = None  # limit on the bytes of a copy in memory
+        self.given_up: str | None = None  # why no more states are saved
         self.seconds = 0.0  # time spent writing, layers included
         self._rate = 100e6  # bytes/s
         self._last: dict[str, float] = {}
@@ -49,7 +48,7 @@ class UnderWay:
         return self.run.state(key) if self.trusted else None
 
     def info(self, key: str) -> dict[str, Any] | None:
-        """The info alone."""
+        """The info last saved under ``key``, without the tensors."""
         return self.run.state_info(key) if self.trusted else None
 
     def due(self, key: str, size: int) -> bool:
@@ -90,8 +89,8 @@ class UnderWay:
         for key in self.run.state_keys():
             self.run.drop_state(key)
 
-    def said(self) -> dict[str, Any]:
-        """The entries for the report."""
+    def summary(self) -> dict[str, Any]:
+        """The entries for ``report.settings``."""
         entries: dict[str, Any] = {"seconds of keeping": round(self.seconds, 3)}
         if self.given_up is not None:
             entries["not kept"] = f"unfinished work between two layers: {self.given_up}"
