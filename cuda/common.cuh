@@ -4,7 +4,7 @@
 // against tests/emulator/emulator.h, which runs them one block after another. To make that possible
 //   - all shared memory is dynamic, with the size given at the launch (shared(), Carver);
 //   - blocks are one-dimensional, of whole warps, and every thread reaches every barrier;
-//   - instructions that C++ has no word for are wrapped here, once.
+//   - instructions without a C++ equivalent are wrapped here, once.
 // Floating-point numbers are never added atomically: the same input gives the same bytes.
 #pragma once
 
@@ -83,7 +83,7 @@ inline int processors(const Context& context) {  // streaming multiprocessors
 #endif
 }
 
-inline Index shared_limit(const Context& context) {  // bytes of shared memory of a block, at most
+inline Index shared_limit(const Context& context) {  // the most shared memory of a block, in bytes
 #if defined(LOBS_EMULATE)
     (void)context;
     return 99 * 1024;

@@ -1,9 +1,9 @@
 // exact.cu: contract in exact.h, decisions shared with csrc/cpu/exact.cpp in exact_policy.h.
 //
 // The algorithm is that of csrc/cpu/exact.cpp: a pivoted Cholesky factorisation of the shared A
-// that brings the columns that are likely to be needed next up to date together. Here a thread
-// block works on one row at a time and takes the next row when it is done, so that no row waits for
-// another. Each block has its own factor V, cache of columns and vectors in scratch memory.
+// that updates together the columns that are likely to be needed next. Here a thread block works on
+// one row at a time and takes the next row when it is done, so that no row waits for another. Each
+// block has its own factor V, cache of columns and vectors in scratch memory.
 //
 //   refill  Advances the `ahead` cheapest columns: cached -= coefficients * V, a product of 64
 //           columns by 256 slots (float32) per step of the loop, 8 x 8 of them in a thread's
@@ -13,7 +13,7 @@
 //           of V and updates weights and diagonal; the same pass finds the next argmin. Each of
 //           those steps reads a line of V once: this is bound by memory.
 //
-// Slots are squeezed when an eighth of them is dead, at most once per panel of 128 steps.
+// Slots are squeezed when an eighth of them are dead, at most once per panel of 128 steps.
 #include "common.cuh"
 #include "exact_policy.h"
 
@@ -25,7 +25,7 @@ using namespace exact;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMembers = 8;       // columns of a thread's tile
-constexpr int kTileMembers = 64;  // columns advanced together, at most
+constexpr int kTileMembers = 64;  // the most columns advanced together
 constexpr int kPad = 16;          // slots are padded to a multiple of it
 
 template <typename T>
@@ -179,11 +179,11 @@ template <typename T>
 __device__ int block_rank(bool flag, int* total) {
     Row<T>& s = row<T>();
     const int t = static_cast<int>(threadIdx.x);
-    const unsigned mine = __ballot_sync(kAllLanes, flag);
+    const unsigned flags = __ballot_sync(kAllLanes, flag);
     __syncthreads();
-    if (t % kWarp == 0) s.warp_sum[t / kWarp] = __popc(mine);
+    if (t % kWarp == 0) s.warp_sum[t / kWarp] = __popc(flags);
     __syncthreads();
-    int before = __popc(mine & ((1u << t % kWarp) - 1)), all = 0;
+    int before = __popc(flags & ((1u << t % kWarp) - 1)), all = 0;
     for (int i = 0; i < kWarps; ++i) {
         if (i < t / kWarp) before += s.warp_sum[i];
         all += s.warp_sum[i];
@@ -192,21 +192,21 @@ __device__ int block_rank(bool flag, int* total) {
     return before;
 }
 
-// The sum over threads before this one.
+// The sum of `value` over the threads before this one.
 template <typename T>
-__device__ int block_sum_before(int mine) {
+__device__ int block_sum_before(int value) {
     Row<T>& s = row<T>();
     const int t = static_cast<int>(threadIdx.x), lane = t % kWarp;
-    int upto = mine;
+    int sum = value;
     for (int by = 1; by < kWarp; by *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, upto, static_cast<unsigned>(by));
-        if (lane >= by) upto += other;
+        const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
+        if (lane >= by) sum += other;
     }
     __syncthreads();
-    if (lane == kWarp - 1) s.warp_sum[t / kWarp] = upto;
+    if (lane == kWarp - 1) s.warp_sum[t / kWarp] = sum;
     __syncthreads();
-    for (int i = 0; i < t / kWarp; ++i) upto += s.warp_sum[i];
-    return upto - mine;
+    for (int i = 0; i < t / kWarp; ++i) sum += s.warp_sum[i];
+    return sum - value;
 }
 
 // ---- the product --------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ class Worker {
         s().cached[i] = -1;
     }
 
-    // Makes free columns eligible, once all that go first have gone.
+    // Makes free columns eligible once all columns that go first are removed.
     __device__ void release() {
         waiting_ = false;
         for (int i = t_; i < slots_; i += kThreads)
@@ -656,12 +656,12 @@ class Worker {
             }
             __syncthreads();
             constexpr int kEach = kBins / kThreads;
-            int mine = 0;
-            for (int i = 0; i < kEach; ++i) mine += bins[t_ * kEach + i];
-            int before = below + block_sum_before<T>(mine);
+            int own = 0;
+            for (int i = 0; i < kEach; ++i) own += bins[t_ * kEach + i];
+            int before = below + block_sum_before<T>(own);
             // The first bin that reaches `wanted`, or the last bin.
             const bool last = t_ == kThreads - 1;
-            if (before < wanted && (before + mine >= wanted || last)) {
+            if (before < wanted && (before + own >= wanted || last)) {
                 int i = t_ * kEach;
                 while (i < t_ * kEach + kEach - 1 && before + bins[i] < wanted) before += bins[i++];
                 s().bin = i;

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- look and decide ----------------------------------------------------------------------------
 
-constexpr Index kLooks = 1024;  // blocks of look, at most
+constexpr Index kLooks = 1024;  // the most blocks of look
 
 enum Turn : int { kNobody, kTensor, kSingle, kWide };
 
@@ -144,23 +144,23 @@ struct Seen {
     int other;  // a weight that is neither 0 nor 1
 };
 
-// Of the whole block, valid in thread 0.
-__device__ __forceinline__ Seen most(Seen mine) {
+// The maxima over the whole block, valid in thread 0.
+__device__ __forceinline__ Seen most(Seen seen) {
     Seen* of_warp = reinterpret_cast<Seen*>(shared());
     for (int by = kWarp / 2; by > 0; by /= 2) {
-        mine.largest = fmax(mine.largest, __shfl_xor_sync(kAllLanes, mine.largest, by));
-        mine.heaviest = fmax(mine.heaviest, __shfl_xor_sync(kAllLanes, mine.heaviest, by));
-        mine.other |= __shfl_xor_sync(kAllLanes, mine.other, by);
+        seen.largest = fmax(seen.largest, __shfl_xor_sync(kAllLanes, seen.largest, by));
+        seen.heaviest = fmax(seen.heaviest, __shfl_xor_sync(kAllLanes, seen.heaviest, by));
+        seen.other |= __shfl_xor_sync(kAllLanes, seen.other, by);
     }
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = mine;
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = seen;
     __syncthreads();
     if (threadIdx.x == 0)
         for (unsigned w = 1; w < kThreads / kWarp; ++w) {
-            mine.largest = fmax(mine.largest, of_warp[w].largest);
-            mine.heaviest = fmax(mine.heaviest, of_warp[w].heaviest);
-            mine.other |= of_warp[w].other;
+            seen.largest = fmax(seen.largest, of_warp[w].largest);
+            seen.heaviest = fmax(seen.heaviest, of_warp[w].heaviest);
+            seen.other |= of_warp[w].other;
         }
-    return mine;
+    return seen;
 }
 
 template <typename S>
@@ -240,13 +240,13 @@ __device__ __forceinline__ bool fits(double largest, double limit) {
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
     decide_kernel(Plan* plan, const Seen* seen, int looks, bool ones, const std::uint64_t* report) {
-    Seen mine{0, 0, 0};
+    Seen own{0, 0, 0};
     for (int k = threadIdx.x; k < looks; k += kThreads) {
-        mine.largest = fmax(mine.largest, seen[k].largest);
-        mine.heaviest = fmax(mine.heaviest, seen[k].heaviest);
-        mine.other |= seen[k].other;
+        own.largest = fmax(own.largest, seen[k].largest);
+        own.heaviest = fmax(own.heaviest, seen[k].heaviest);
+        own.other |= seen[k].other;
     }
-    const Seen all = most(mine);
+    const Seen all = most(own);
     if (threadIdx.x != 0) return;
     const double x = all.largest, t = all.heaviest;
     // float32 has to hold x, t, t * x, and sums of kLongRows = 2^15 products.
@@ -297,7 +297,7 @@ struct Sum {
 struct Corner {
     void* data;
     Index stride;
-    bool single, fresh;  // fresh: it holds nothing yet
+    bool single, fresh;  // fresh: it holds no sums yet
     int rows, below;     // entry (i, j) counts where i < rows and j <= i + below
 };
 
@@ -500,7 +500,7 @@ constexpr int kSingleDepth = 16;
 constexpr Index kSingleBytes = 2 * kSingleDepth * 2 * kTile * static_cast<Index>(sizeof(float));
 static_assert(kShortRows % kSingleDepth == 0);
 
-// Four columns of a row as floats, of which `width` exist.
+// Four columns of a row as floats; only `width` of them exist.
 template <typename S>
 __device__ __forceinline__ float4 four(const S* p, int width) {
     float4 v = make_float4(0, 0, 0, 0);

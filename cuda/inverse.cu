@@ -10,7 +10,7 @@
 //   subtract   F -= Z^T Z      a warp: 32 rows, 32 columns
 //
 // Project and subtract are 4 * 16 B^2 of the flops. A lane's tile is 8 x 4 in both, so that 32
-// fused steps need twelve values from shared memory, eight of which many lanes share. The order of
+// fused steps need twelve values from shared memory; many lanes share eight of them. The order of
 // the sums is specific to this kernel and the same in every run. Entries (i, j) and (j, i) of F see
 // the same operations, so F stays exactly symmetric. Blocks of F that do not fit into shared memory
 // are not supported (float32: up to B = 136 in 99 KB, 216 in 227 KB).
@@ -106,8 +106,8 @@ __device__ __forceinline__ void project(const Local<T>& at) {
         T* y = at.Y + (sample + part * 2) * P + column;
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const T mine[4] = {sum[s * 4], sum[s * 4 + 1], sum[s * 4 + 2], sum[s * 4 + 3]};
-            store(y + s * P, mine);
+            const T values[4] = {sum[s * 4], sum[s * 4 + 1], sum[s * 4 + 2], sum[s * 4 + 3]};
+            store(y + s * P, values);
         }
     }
 }

@@ -49,24 +49,24 @@ __device__ __forceinline__ Cut next_cut(Cut cut, Index digit, Index before, Inde
     return cut;
 }
 
-// The sum over the lanes below this one, and over all.
+// The sum of `value` over the lanes below this one; *total is that over all lanes.
 template <typename T>
-__device__ __forceinline__ T sum_before(T mine, T* total) {
+__device__ __forceinline__ T sum_before(T value, T* total) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
-    T sum = mine;
+    T sum = value;
     for (int by = 1; by < kWarp; by *= 2) {
         const T other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
         if (lane >= by) sum += other;
     }
     *total = __shfl_sync(kAllLanes, sum, kWarp - 1);
-    return sum - mine;
+    return sum - value;
 }
 
 // The same over the threads of a block. `warps` is shared memory for one sum per warp.
 template <typename T>
-__device__ __forceinline__ T sum_before_in_block(T mine, T* warps, T* total) {
+__device__ __forceinline__ T sum_before_in_block(T value, T* warps, T* total) {
     T inside = 0;
-    const T before = sum_before(mine, &inside);
+    const T before = sum_before(value, &inside);
     const unsigned warp = threadIdx.x / kWarp, count = blockDim.x / kWarp;
     if (threadIdx.x % kWarp == 0) warps[warp] = inside;
     __syncthreads();
@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(kThreads)
         const Index first = least(t / kWarp * run, C), last = least(first + run, C);
         Index room = C;
         if (cut.all == 0) {
-            const Index mine = ties(key_at, first, last, cut.prefix);
+            const Index own = ties(key_at, first, last, cut.prefix);
             Index total = 0;
             const Index before =
-                sum_before_in_block(t % kWarp == 0 ? mine : Index{0}, warps, &total);
+                sum_before_in_block(t % kWarp == 0 ? own : Index{0}, warps, &total);
             room = cut.rank + 1 - __shfl_sync(kAllLanes, before, 0);
         }
         mark(all_chosen + r * C, key_at, first, last, cut.prefix, room);

@@ -4,7 +4,7 @@
 // done together: their coefficients need only the 36 entries of A among themselves, which are in
 // registers of the first warp by the time they are needed. Then one pass applies all eight, so that
 // w is read and written once for eight rows of A, and every thread has eight loads in flight. The
-// reading of A bounds it: k C elements per row, from the cache or memory that holds A. Rows too
+// time is bound by reading A: k C elements per row, from the cache or memory that holds A. Rows too
 // long for shared memory are updated in place.
 #include "common.cuh"
 
@@ -88,17 +88,17 @@ struct Corner {
     // returns c_h.
     __device__ __forceinline__ T solve(T w, int size) const {
         const int lane = static_cast<int>(threadIdx.x % kWarp), h = lane % kGroup;
-        T mine = 0;
+        T coefficient = 0;
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
             const T line =
                 __shfl_sync(kAllLanes, g < kGroup / 2 ? low : high, g % (kGroup / 2) * kGroup + h);
             const T own = g < size ? -w / line : T(0);  // correct in lane g
             const T c = __shfl_sync(kAllLanes, own, g);
-            if (h == g) mine = c;
+            if (h == g) coefficient = c;
             w = fused(c, line, w);
         }
-        return mine;
+        return coefficient;
     }
 };
 

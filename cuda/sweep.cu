@@ -12,7 +12,7 @@
 namespace lobs::cuda {
 namespace {
 
-constexpr int kWarps = 8;  // rows that a block takes at a time, at most
+constexpr int kWarps = 8;  // the most rows that a block takes at a time
 constexpr int kMostSlots = 4;
 constexpr int kGoes = static_cast<int>(WeightState::goes_first);
 constexpr int kStays = static_cast<int>(WeightState::stays);
@@ -57,14 +57,14 @@ __device__ __forceinline__ Key<T> key_of(T w, T pivot, int code) {
     return code == kGoes ? Key<T>{-1} : code == kStays ? KeyOf<T>::top : key;
 }
 
-// Whether column `mine` of a group goes. Its rank is the number of columns before it in order.
+// Whether column `q` of a group goes. Its rank is the number of columns before it in order.
 template <typename T>
-__device__ __forceinline__ bool goes(const Key<T>* keys, Index mine, Index group, Index per_group) {
-    const Key<T> key = keys[mine];
+__device__ __forceinline__ bool goes(const Key<T>* keys, Index q, Index group, Index per_group) {
+    const Key<T> key = keys[q];
     Index rank = 0;
     for (Index k = 0; k < group; ++k) {
         const Key<T> other = keys[k];
-        rank += other < key || (other == key && k < mine) ? 1 : 0;
+        rank += other < key || (other == key && k < q) ? 1 : 0;
     }
     return key < 0 || (rank < per_group && key < KeyOf<T>::top);
 }
@@ -129,12 +129,12 @@ __device__ __forceinline__ void take_errors(Panel<T, kSlots>& panel, const U& up
                                             Index from, Index to) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     for (Index k = from; k < to; k += kWarp) {
-        const T mine = k + lane < to ? E[k + lane] : T(0);
-        unsigned left = __ballot_sync(kAllLanes, mine != 0);
+        const T own = k + lane < to ? E[k + lane] : T(0);
+        unsigned left = __ballot_sync(kAllLanes, own != 0);
         while (left != 0) {
             const int t = __ffs(static_cast<int>(left)) - 1;
             left &= left - 1;
-            const T e = __shfl_sync(kAllLanes, mine, t);
+            const T e = __shfl_sync(kAllLanes, own, t);
 #pragma unroll
             for (int s = 0; s < kSlots; ++s) {
                 const int at = panel.at(s);
@@ -161,8 +161,8 @@ __device__ __forceinline__ void choose(unsigned (&mask)[kSlots], const Panel<T, 
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
         if (s * kWarp >= start + group || (s + 1) * kWarp <= start) continue;
-        const int mine = panel.at(s) - start;
-        const bool chosen = mine >= 0 && mine < group && goes<T>(keys, mine, group, per_group);
+        const int q = panel.at(s) - start;
+        const bool chosen = q >= 0 && q < group && goes<T>(keys, q, group, per_group);
         mask[s] |= __ballot_sync(kAllLanes, chosen);
     }
 }
@@ -221,7 +221,7 @@ __device__ __forceinline__ void sweep_panel(Panel<T, kSlots>& panel, const Sweep
     }
 }
 
-// Brings a group wider than a panel up to date as a whole, and chooses before its columns go. Its
+// Updates a group wider than a panel as a whole, and chooses before its columns are swept. Its
 // keys are stored where its errors will be.
 template <typename T, int kSlots, bool kPackedU>
 __device__ __forceinline__ void choose_wide(const Sweep<T>& sweep,

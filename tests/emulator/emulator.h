@@ -322,16 +322,16 @@ inline void wait_warp() {
     yield();
 }
 
-// Passes `mine` to the other lanes. Returns the address of each lane's value, valid until the
+// Passes `value` to the other lanes. Returns the address of each lane's value, valid until the
 // exchange after the next one.
 template <typename T>
-auto exchanged(const T& mine) {
+auto exchanged(const T& value) {
     static_assert(sizeof(T) <= 64 && std::is_trivially_copyable<T>::value, "");
     Machine& m = machine();
     const unsigned warp = m.current->thread / kWarp, lane = m.current->thread % kWarp;
     const int phase = m.current->warp_phase;
     m.current->warp_phase ^= 1;
-    std::memcpy(m.lanes[warp].value[phase][lane], &mine, sizeof mine);
+    std::memcpy(m.lanes[warp].value[phase][lane], &value, sizeof value);
     wait_warp();
     return [warp, phase](int l) {
         T out;
@@ -411,12 +411,12 @@ inline constexpr emulator::GridSize gridDim{};
 inline void __syncthreads() { emulator::wait_block(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulator::wait_warp(); }
 inline void __threadfence() {}
-inline int __syncthreads_or(int mine) {
+inline int __syncthreads_or(int vote) {
     emulator::Machine& m = emulator::machine();
     emulator::wait_block();
     if (m.current->thread == 0) m.votes[0] = 0;
     emulator::wait_block();
-    m.votes[0] |= mine != 0;
+    m.votes[0] |= vote != 0;
     emulator::wait_block();
     return m.votes[0];
 }
@@ -439,14 +439,14 @@ T __shfl_up_sync(unsigned, T value, unsigned by) {
     const int lane = static_cast<int>(threadIdx.x % 32u), from = lane - static_cast<int>(by);
     return emulator::exchanged(value)(from >= 0 ? from : lane);
 }
-inline unsigned __ballot_sync(unsigned, int mine) {
-    const auto all = emulator::exchanged(mine);
+inline unsigned __ballot_sync(unsigned, int vote) {
+    const auto all = emulator::exchanged(vote);
     unsigned bits = 0;
     for (int l = 0; l < 32; ++l) bits |= static_cast<unsigned>(all(l) != 0) << l;
     return bits;
 }
-inline int __any_sync(unsigned mask, int mine) { return __ballot_sync(mask, mine) != 0; }
-inline int __all_sync(unsigned mask, int mine) { return __ballot_sync(mask, mine) == 0xffffffffu; }
+inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
 template <typename T>
 T __ldg(const T* p) {
     return *p;

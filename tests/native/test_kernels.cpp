@@ -410,11 +410,11 @@ void check_ranking(const Backend& backend, Index R, Index C, int threads) {
     bool exact = true;
     for (Index r = 0; r < R; ++r)
         for (Index i = 0; i < C; ++i) {
-            Index before = 0;  // how many go first
-            const double mine = score[static_cast<std::size_t>(r * C + i)];
+            Index before = 0;  // the number of lower scores
+            const double own = score[static_cast<std::size_t>(r * C + i)];
             for (Index j = 0; j < C; ++j) {
                 const double other = score[static_cast<std::size_t>(r * C + j)];
-                before += other < mine || (other == mine && j < i) ? 1 : 0;
+                before += other < own || (other == own && j < i) ? 1 : 0;
             }
             exact =
                 exact && chosen[static_cast<std::size_t>(r * C + i)] == (before < count ? 1 : 0);
