@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: is everything acknowledged still there, bit for bit?
+"""Run directories under repeated kills: is everything acknowledged still there, bit for bit?
 
     python bench/stress/crash.py [--kills 200] [--folder DIR] [--out FILE]
 
@@ -41,7 +41,7 @@ KILLED, FAILED = 137, 74  # exit codes: as by SIGKILL, and "input/output error" 
 
 
 def tensors(i: int) -> dict[str, torch.Tensor]:
-    """The content of layer ``i``: always the same."""
+    """The content of layer ``i``, the same every time."""
     weight = torch.arange(64.0).reshape(8, 8) * (i + 1)
     return {"weight": weight, "mask": weight % 3 == 0}
 
@@ -119,7 +119,7 @@ def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
 
 
 def serve() -> None:
-    """Fork a child for each line of standard input; report its number, its output, and its end."""
+    """Fork a child for each line of standard input; report its pid, output and exit code."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         number = os.fork()
@@ -140,7 +140,7 @@ def say(kind: str, value: Any) -> None:
 
 
 class Server:
-    """The forking process, seen from outside. A context manager."""
+    """Handle of the forking process; a context manager."""
 
     def __enter__(self) -> Server:
         environment = {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[2])}
@@ -165,14 +165,14 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({**task, "path": str(task["path"])}) + "\n")
         self.process.stdin.flush()
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.pid = 0
 
     def next(self) -> tuple[str, Any]:
         assert self.process.stdout is not None
         kind, value = json.loads(self.process.stdout.readline())
         if kind == "says":
-            self.said.append(value)
+            self.messages.append(value)
         elif kind == "pid":
             self.pid = value
         return kind, value
@@ -189,7 +189,7 @@ class Server:
         return self.wait()
 
     def kill_after(self, seconds: float, **task: Any) -> int:
-        """Start a child and kill it this long after it has begun, unless it ends before."""
+        """Start a child and kill it after so many seconds, unless it ends first."""
         self.start(**task)
         while not self.pid:
             self.next()
@@ -205,10 +205,10 @@ class Server:
 def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> dict[str, Any]:
     """Kill children at random moments until ``count`` have been killed, and count the losses.
 
-    Each run lasts until it is complete, over as many children as it takes.
+    Each run is completed, by as many children as it takes.
     """
     generator = random.Random(seed)
-    found = {
+    counts = {
         "kills": 0,
         "children": 0,
         "runs completed": 0,
@@ -223,39 +223,39 @@ def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> d
         for name in ("undisturbed", "timed"):  # the first one waits for the server's imports
             start = time.perf_counter()
             if server.run(path=folder / name, layers=layers) != 0:
-                raise SystemExit(f"an undisturbed run failed: {server.said[-1:]}")
+                raise SystemExit(f"an undisturbed run failed: {server.messages[-1:]}")
             whole = time.perf_counter() - start
         right = files(folder / "undisturbed")
         path, acknowledged = folder / "run", list[str]()
-        while found["kills"] < count:
+        while counts["kills"] < count:
             code = server.kill_after(generator.uniform(0, 0.6 * whole), path=path, layers=layers)
-            found["children"] += 1
-            found["acknowledged"] += len(server.said)
-            acknowledged += server.said
+            counts["children"] += 1
+            counts["acknowledged"] += len(server.messages)
+            acknowledged += server.messages
             lost, damaged = acknowledged_are_there(path, acknowledged)
-            found["lost"] += lost
-            found["damaged"] += damaged
-            found["temporary files to clean"] += len(list(path.rglob(".*.tmp")))
+            counts["lost"] += lost
+            counts["damaged"] += damaged
+            counts["temporary files to clean"] += len(list(path.rglob(".*.tmp")))
             if code == -signal.SIGKILL:
-                found["kills"] += 1
+                counts["kills"] += 1
             elif code == 0:
-                found["runs completed"] += 1
-                found["other bytes than undisturbed"] += files(path) != right
+                counts["runs completed"] += 1
+                counts["other bytes than undisturbed"] += files(path) != right
                 shutil.rmtree(path)
                 acknowledged.clear()
             else:
-                raise SystemExit(f"a child ended with {code}: {server.said[-1:]}")
-    found["seconds"] = round(time.perf_counter() - begin, 1)
-    return found
+                raise SystemExit(f"a child ended with {code}: {server.messages[-1:]}")
+    counts["seconds"] = round(time.perf_counter() - begin, 1)
+    return counts
 
 
-def finish(found: Mapping[str, Any], losses: Sequence[str], out: Path | None) -> None:
+def finish(counts: Mapping[str, Any], losses: Sequence[str], out: Path | None) -> None:
     """Print and write the counts, and end with an error if any of ``losses`` is not zero."""
-    for name, value in found.items():
+    for name, value in counts.items():
         print(f"{name:40}{value}")
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
-    if any(found[name] for name in losses):
+        out.write_text(json.dumps(counts, indent=1) + "\n")
+    if any(counts[name] for name in losses):
         raise SystemExit("something was lost")
 
 
@@ -271,8 +271,8 @@ def main() -> None:
         serve()
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = kills(arguments.kills, Path(folder), layers=arguments.layers)
-    finish(found, ("lost", "damaged", "other bytes than undisturbed"), arguments.out)
+        counts = kills(arguments.kills, Path(folder), layers=arguments.layers)
+    finish(counts, ("lost", "damaged", "other bytes than undisturbed"), arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``lobs.prune`` killed again and again: is every finished layer kept, and are the weights right?
+"""``lobs.prune`` under repeated kills: is every finished layer kept, and are the weights right?
 
     python bench/stress/crash_prune.py [--kills 20] [--network lenet] [--folder DIR] [--out FILE]
 
@@ -84,9 +84,9 @@ def child(network: str, folder: Path, kept: bool) -> None:
 def run_child(
     network: str, folder: Path, *, kept: bool = True, seconds: float | None = None
 ) -> tuple[int, list[str], float]:
-    """Start a child and kill it this many seconds after it has begun, unless it ends before.
+    """Start a child and kill it after so many seconds, unless it ends first.
 
-    Returns its exit code, the layers it acknowledged, and its seconds since its beginning.
+    Returns its exit code, the layers it acknowledged, and its run time in seconds.
     """
     folder.mkdir(exist_ok=True)
     command = [sys.executable, __file__, "--child", str(folder), "--network", network]

@@ -1,9 +1,9 @@
-"""A damaged run: is every flipped bit and every cut detected, named, and repaired on request?
+"""Damaged runs: is every flipped bit and every cut detected, named, and repaired on request?
 
     python bench/stress/damage.py [--places 1000] [--out FILE]
 
-LeNet-300-100 is pruned with a run directory and stopped after its second layer, when sums of the
-third layer's inputs are kept. Then each file of the run has one bit flipped, or is cut, at many
+LeNet-300-100 is pruned with a run directory and stopped after its second layer, with sums of the
+third layer's inputs saved. Then each file of the run has one bit flipped, or is cut, at many
 random places. An inspection must name the file, or refuse the run by name. A repair must leave a
 run without problems. A few of the repaired runs are resumed, and must end with the bytes of an
 undisturbed run.
@@ -47,7 +47,7 @@ def prune(run: Path | None) -> nn.Module:
 
 
 def unfinished(run: Path) -> None:
-    """Start a run and stop it while it calibrates the third layer, with its sums kept."""
+    """Start a run and stop it while it calibrates the third layer, with its sums saved."""
 
     class Stopping(UnderWay):
         def due(self, key: str, size: int) -> bool:

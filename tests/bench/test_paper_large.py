@@ -91,7 +91,7 @@ def test_weights_load_by_name_and_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match=r"(?s)does not fit.*weight"):
         load_weights(nn.Sequential(nn.Linear(3, 3)), tmp_path / "tiny.safetensors")
     (tmp_path / "old.pth").write_bytes(b"PK\x03\x04 a pickle in a zip")
-    with pytest.raises(ArgumentError, match=r"no safetensors file.*convert"):
+    with pytest.raises(ArgumentError, match=r"not a safetensors file.*convert"):
         load_weights(other, tmp_path / "old.pth")
     with pytest.raises(ArgumentError, match="there is no file"):
         load_weights(other, tmp_path / "nothing")
@@ -159,7 +159,7 @@ def test_images_without_classes_have_no_labels_and_too_few_are_refused(folder):
     assert FolderImages(folder / "n01", 2, batch=1).labels is None
     with pytest.raises(ArgumentError, match=r"6 images.*7 were asked for"):
         FolderImages(folder, 7, batch=1)
-    with pytest.raises(ArgumentError, match="is no folder"):
+    with pytest.raises(ArgumentError, match="is not a folder"):
         FolderImages(folder / "nothing", 1, batch=1)
 
 

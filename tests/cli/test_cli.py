@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line errors, and that both ways of calling it are the same."""
+"""The command line: exit codes, one-line errors, and both ways to call it."""
 
 import json
 import os
@@ -21,17 +21,17 @@ def test_version_is_the_version_of_the_package(capsys):
 
 def test_help_names_every_command_and_every_exit_code(capsys):
     assert cli.main(["--help"]) == cli.OK
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for word in ("demo", "prune", "resume", "inspect", "report", "doctor", "exit codes"):
-        assert word in said
+        assert word in text
     for code in (cli.OK, cli.FAILED, cli.USAGE, cli.INTERRUPTED, cli.READER_GONE):
-        assert f"\n  {code} " in said
+        assert f"\n  {code} " in text
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["prune"], ["demo", "--sparsity", "0.5"], ["doctor", "x"], ["demo", "--out"]]
 )
-def test_wrong_usage_ends_with_2_and_a_usage_line(arguments, capsys):
+def test_wrong_usage_exits_with_2_and_a_usage_line(arguments, capsys):
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.startswith("usage: lobs-native")
 
@@ -41,7 +41,7 @@ def test_wrong_usage_ends_with_2_and_a_usage_line(arguments, capsys):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder: a module with a network, an empty folder, and a text."""
+    """The current folder, with a module that makes networks, two folders and a text file."""
     (tmp_path / "small_here.py").write_text(
         "import torch\n"
         "def pair():\n"
@@ -65,7 +65,7 @@ def names(folder):
     return sorted(str(p) for p in folder.rglob("*") if "__pycache__" not in str(p))
 
 
-def test_prune_prints_a_table_and_where_it_wrote(here, capsys):
+def test_prune_prints_a_table_and_its_output_folder(here, capsys):
     line = "prune small_here:pair --sparsity 0.5 --out out --exclude none*"
     assert cli.main(line.split()) == cli.USAGE
     capsys.readouterr()
@@ -116,7 +116,7 @@ def test_sizes(text, size):
     assert arguments._size(text) == size
 
 
-# What is wrong: arguments after "prune", exit code, and what standard error says in its last line.
+# Wrong usage: arguments after "prune", exit code, and a part of the last line of standard error.
 PAIR, FOLDER = "small_here:pair --out out", "folder --out out"
 WRONG = {
     "no out": ("small_here:pair --sparsity 0.5", 2, "--out: it is missing; name a folder to wr"),
@@ -256,12 +256,12 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_argument_is_named_and_nothing_is_written(here, wrong, capsys):
-    arguments, code, said = WRONG[wrong]
+    arguments, code, message = WRONG[wrong]
     before = names(here)
     assert cli.main(["prune", *arguments.split()]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert said in captured.err.splitlines()[-1]
+    assert message in captured.err.splitlines()[-1]
     assert captured.err.startswith(("lobs-native: ", "usage: lobs-native"))
     assert captured.err.startswith("usage") or len(captured.err.splitlines()) == 1
     assert names(here) == before
@@ -270,7 +270,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(here, wrong, capsys):
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def test_an_error_of_the_package_is_one_printable_line_and_code_1(monkeypatch, tmp_path, capsys):
+def test_an_error_of_the_package_gives_one_printable_line_and_code_1(monkeypatch, tmp_path, capsys):
     def fail(**_):
         raise LobsError("layer 'a\nb\x1b[31m': no")
 
@@ -282,7 +282,7 @@ def test_an_error_of_the_package_is_one_printable_line_and_code_1(monkeypatch, t
 
 
 @pytest.mark.parametrize("error", [OSError(13, "Permission denied", "x"), MemoryError("too big")])
-def test_so_is_an_error_of_the_system(monkeypatch, tmp_path, capsys, error):
+def test_so_does_an_error_of_the_system(monkeypatch, tmp_path, capsys, error):
     def fail(**_):
         raise error
 
@@ -291,7 +291,7 @@ def test_so_is_an_error_of_the_system(monkeypatch, tmp_path, capsys, error):
     assert capsys.readouterr().err == f"lobs-native: {error}\n"
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback(monkeypatch, tmp_path, capsys):
+def test_ctrl_c_exits_with_130_and_no_traceback(monkeypatch, tmp_path, capsys):
     def interrupt(**_):
         raise KeyboardInterrupt
 
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
-def test_a_reader_who_left_ends_it_quietly():
+def test_a_reader_that_has_closed_the_pipe_ends_it_quietly():
     read, write = os.pipe()
     os.close(read)
     try:
@@ -318,7 +318,7 @@ def test_a_reader_who_left_ends_it_quietly():
     assert done.stderr == b""
 
 
-def test_the_module_and_the_command_are_the_same():
+def test_the_module_runs_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "lobs_native", "--version"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The demo: the files of one whole run, kills at any moment, missing extras and bad folders."""
+"""The demo: the files of a complete run, kills at any moment, missing extras and bad folders."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ FILES = ("demo.json", "report.html", "demo.png")
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder and the printed text of one whole run."""
+    """The folder and the printed text of a complete run."""
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -55,7 +55,7 @@ def test_it_writes_three_complete_files_and_no_others(finished):
     assert all(is_complete(out / name) for name in FILES)
 
 
-def test_the_page_needs_no_second_file(finished):
+def test_the_page_is_self_contained(finished):
     page = (finished[0] / "report.html").read_text()
     for word in ("http://", "https://", "src=", "href=", "url(", "@import"):
         assert word not in page
@@ -71,7 +71,7 @@ def test_the_table_has_a_line_for_every_run(finished):
 def test_layer_errors_rank_the_methods_and_repair_beats_magnitude(finished):
     runs = json.loads((finished[0] / "demo.json").read_text())["runs"]
     after = {(run["method"], run["sparsity"]): run["error_after"] for run in runs}
-    for sparsity in (0.5, 0.7):  # at higher sparsities, one network says little
+    for sparsity in (0.5, 0.7):  # at higher sparsities, one network proves little
         assert after["lobs", sparsity] <= after["magnitude", sparsity]
     first = {(run["method"], run["sparsity"]): run["relative_errors"]["fc1"] for run in runs}
     assert all(
@@ -93,7 +93,7 @@ def test_every_run_reaches_its_sparsity_and_stays_within_both_bounds(finished):
         assert run["measured"] <= run["spectral"] <= run["frobenius"]
 
 
-def test_two_runs_are_equal_whatever_the_threads(short):
+def test_two_runs_are_equal_for_any_number_of_threads(short):
     def results(threads):
         torch.set_num_threads(threads)
         runs = demo.compare(progress=False).runs
@@ -120,7 +120,7 @@ def test_quiet_prints_nothing(short, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_there_are_no_progress_bars_where_standard_error_is_not_a_terminal(short, capfd):
+def test_no_progress_bars_unless_standard_error_is_a_terminal(short, capfd):
     demo.compare(progress=True)
     assert capfd.readouterr() == ("", "")
 
@@ -200,7 +200,7 @@ def test_kill_9_at_any_moment_leaves_only_complete_files(finished, tmp_path):
     victims = []
     for k, (command, due) in enumerate(moments):
         out = tmp_path / str(k)
-        if k % 2:  # half of them over the files of an earlier run
+        if k % 2:  # every second one overwrites the files of an earlier run
             shutil.copytree(finished[0], out)
         victims.append(Victim(command, out, due))
     try:

@@ -1,4 +1,4 @@
-"""The doctor: it reports what it finds, and its self-check can fail."""
+"""The command doctor: a complete report, and a self-check that can fail."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ MAPS = """\
 """
 
 
-def test_it_reports_every_topic_once_and_with_a_value():
+def test_every_topic_is_reported_once_with_a_value():
     topics = [topic for topic, _ in doctor.examine()]
     assert len(set(topics)) == len(topics)
     assert {"lobs_native", "torch", "CPU", "CPU level", "OpenMP runtimes", "CUDA object"} <= set(
@@ -29,7 +29,7 @@ def test_it_reports_every_topic_once_and_with_a_value():
     assert all(value for _, value in doctor.examine())
 
 
-def test_it_names_the_level_that_the_environment_forces(monkeypatch):
+def test_the_level_that_the_environment_forces_is_named(monkeypatch):
     level = dict(doctor.examine())["CPU levels usable here"].split(", ")[-1]
     monkeypatch.setenv("LOBS_CPU_LEVEL", level.removeprefix("cpu_"))
     facts = dict(doctor.examine())
@@ -37,7 +37,7 @@ def test_it_names_the_level_that_the_environment_forces(monkeypatch):
     assert facts["CPU level"].startswith(f"{level} (")
 
 
-def test_openmp_runtimes_are_found_once_each_and_nothing_else():
+def test_each_openmp_runtime_is_listed_once_and_nothing_else():
     assert doctor.openmp_runtimes(MAPS) == [
         "/opt/site packages/torch/lib/libgomp.so.1",
         "/usr/lib/libiomp5.so",
@@ -45,11 +45,11 @@ def test_openmp_runtimes_are_found_once_each_and_nothing_else():
 
 
 def test_the_self_check_passes_here():
-    good, said = doctor.self_check()
-    assert good, said
-    assert said.startswith("ok: c")
+    good, verdict = doctor.self_check()
+    assert good, verdict
+    assert verdict.startswith("ok: c")
     for name, ready, _ in lobs_native.backends():
-        assert (name in said) == ready, said
+        assert (name in verdict) == ready, verdict
 
 
 @pytest.mark.parametrize("change", [1e-2, float("nan")])

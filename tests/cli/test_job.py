@@ -1,4 +1,4 @@
-"""``lobs-native prune module:function``: networks that a function of the user's returns."""
+"""``lobs-native prune module:function``: networks that a user's function returns."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_tensors_with_several_names_are_written_once_and_load_again(here):
     assert set(load_file(here / "out" / "model.safetensors")) == set(network().state_dict())
 
 
-def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
+def test_a_plan_lists_what_would_be_pruned_and_writes_nothing(here, capsys):
     before = sorted(here.rglob("*"))
     arguments = ["prune", "made_here:pair", "--plan"]
     assert cli.main([*arguments, "--sparsity", "0.5", "--exclude", "2"]) == cli.OK
@@ -228,17 +228,17 @@ def test_a_plan_says_what_would_be_pruned_and_writes_nothing(here, capsys):
 
 
 def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
-    found = job.Job(network(), batches(), None, "2", lambda *_: {})
+    planned_job = job.Job(network(), batches(), None, "2", lambda *_: {})
     settings = lobs.NetworkSettings(sparsity=0.5, progress=False)
-    planned = job.plan(found, settings)
+    planned = job.plan(planned_job, settings)
     assert [layer["name"] for layer in planned["layers"]] == ["0"]
     assert [layer["name"] for layer in planned["skipped"]] == ["2"]
-    report = job.run(found, settings, tmp_path / "out", overwrite=False, masks=False)
+    report = job.run(planned_job, settings, tmp_path / "out", overwrite=False, masks=False)
     assert [layer.name for layer in report.layers] == ["0"]
     assert [layer.name for layer in report.skipped] == ["2"]
 
 
-def test_a_network_that_is_not_zero_where_its_report_says_so_is_not_written(
+def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_written(
     here, monkeypatch, capsys
 ):
     prune = pruner.prune
@@ -288,12 +288,12 @@ WRONG: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(here, wrong, capsys):
-    source, code, said = WRONG[wrong]
+def test_a_wrong_job_is_refused_in_one_line_and_nothing_is_written(here, wrong, capsys):
+    source, code, message = WRONG[wrong]
     assert cli.main(["prune", source, "--sparsity", "0.5", "--out", "deep/out"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith("lobs-native: ")
-    assert said in line
+    assert message in line
     assert not (here / "deep").exists()

@@ -66,9 +66,9 @@ def test_a_process_that_ends_at_any_call_is_recovered_from(in_memory, server, ri
         path = in_memory / f"run {k}"
         code = server.run(path=path, layers=LAYERS, exit_at=k)
         assert code in {0, crash.KILLED}
-        assert crash.acknowledged_are_there(path, server.said) == (0, 0)
+        assert crash.acknowledged_are_there(path, server.messages) == (0, 0)
         computed = finish(path)
-        assert set(server.said) & set(computed) == set(), "nothing is computed twice"
+        assert set(server.messages) & set(computed) == set(), "nothing is computed twice"
         assert crash.files(path) == right
         if code == 0:
             break
@@ -189,8 +189,8 @@ def test_a_disk_that_is_mounted_read_only_can_be_read(small_disk):
 def test_exceeding_a_limit_on_file_size_is_a_clean_error(in_memory, server, right):
     path = in_memory / "run"
     assert server.run(path=path, layers=LAYERS, largest_file=400) == crash.FAILED
-    assert "layers/00000" in server.said[-1] or "state/" in server.said[-1]
-    assert os.strerror(errno.EFBIG) in server.said[-1]
+    assert "layers/00000" in server.messages[-1] or "state/" in server.messages[-1]
+    assert os.strerror(errno.EFBIG) in server.messages[-1]
     assert not list(path.rglob(".*.tmp"))
     finish(path)
     assert crash.files(path) == right
@@ -203,7 +203,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(in_memory, server):
     path = in_memory / "run"
     RunDirectory.create(path, {}).close()
     server.start(path=path, hold=60)
-    while not (server.pid and "held" in server.said):
+    while not (server.pid and "held" in server.messages):
         server.next()
     with pytest.raises(CheckpointError, match=f"process {server.pid} on {os.uname().nodename}"):
         RunDirectory.open(path, write=True)

@@ -1,4 +1,4 @@
-"""A run directory: whatever ends a run, going on gives the bits of one that was not ended."""
+"""Run directories: whatever ends a run, resuming it gives the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class EndError(Exception):
 
 
 def after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    """End pruning when so many layers have been committed."""
+    """End pruning after this many layers have been committed."""
     keep = Ledger.keep
 
     def counting(self: Ledger, *arguments: Any) -> None:
@@ -73,18 +73,19 @@ def after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict(), b.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    first, second = a.state_dict(), b.state_dict()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def plain(report: lobs.Report) -> list[dict[str, Any]]:
-    told = [dataclasses.asdict(layer) for layer in report.layers]
+    """The layers of a report without time and memory, which differ from run to run."""
+    layers = [dataclasses.asdict(layer) for layer in report.layers]
     measured = ("seconds", "peak_memory")
-    return [{k: v for k, v in layer.items() if not k.startswith(measured)} for layer in told]
+    return [{k: v for k, v in layer.items() if not k.startswith(measured)} for layer in layers]
 
 
 def spying(calibrated: list[str]) -> Callable[..., Any]:
-    """The calibration of pruning, which also tells what it was for."""
+    """The calibration of pruning, which also records the names of its layers."""
     calibrate = layerwise.calibrate
 
     def spy(layers: Any, *rest: Any, **named: Any) -> Any:
@@ -107,7 +108,7 @@ def spying(calibrated: list[str]) -> Callable[..., Any]:
     ],
     ids=str,
 )
-def test_going_on_gives_what_an_uninterrupted_run_gives(tmp_path, monkeypatch, model, options):
+def test_a_resumed_run_gives_what_an_uninterrupted_run_gives(tmp_path, monkeypatch, model, options):
     make, data, count = MODELS[model]
     options = {"sparsity": 0.6, "progress": False, **options}
     whole = make()
@@ -160,9 +161,9 @@ MODELS_AND_NOISE = {**MODELS, "noisy": (Noisy, lambda: rows() * 4, 3)}
     ],
     ids=str,
 )
-def test_what_is_under_way_is_kept_and_gone_on_with(tmp_path, monkeypatch, model, options):
-    """Ended after any of the states that are saved, the run comes to the same bits, and no batch
-    that is in the sums is run for them again."""
+def test_unfinished_work_is_saved_and_resumed(tmp_path, monkeypatch, model, options):
+    """Ended after any of its saved states, a run is resumed to the same bits, and no batch that is
+    in the sums already is run for them again."""
     make, data, _ = MODELS_AND_NOISE[model]
     options = {"sparsity": 0.6, "progress": False, **options}
     whole = make()
@@ -215,7 +216,7 @@ def test_what_is_under_way_is_kept_and_gone_on_with(tmp_path, monkeypatch, model
 
 
 def test_states_of_another_run_are_not_used(tmp_path, monkeypatch):
-    """resume="anyway" goes on with the layers, not with sums over other data."""
+    """resume="anyway" uses the committed layers, but not sums over other data."""
     monkeypatch.setattr(UnderWay, "due", lambda self, key, size: True)
     options = {"sparsity": 0.5, "progress": False, "run_dir": tmp_path / "run"}
     save = UnderWay.save
@@ -234,7 +235,7 @@ def test_states_of_another_run_are_not_used(tmp_path, monkeypatch):
     assert same(other, alone)
 
 
-def test_a_state_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(UnderWay, "due", lambda self, key, size: self.given_up is None)
     monkeypatch.setattr(
         RunDirectory, "put_state", lambda *_: (_ for _ in ()).throw(CheckpointError("disk: full"))
@@ -245,8 +246,8 @@ def test_a_state_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["batches", "sums", "block"])
-def test_a_state_that_is_whole_but_wrong_is_refused(tmp_path, monkeypatch, damage):
-    """Its hashes are right, its values are not: written by a hostile hand."""
+def test_an_intact_state_with_wrong_values_is_refused(tmp_path, monkeypatch, damage):
+    """The hashes are right and the values are not, as if an attacker had written it."""
     monkeypatch.setattr(UnderWay, "due", lambda self, key, size: True)
     save, key = UnderWay.save, "inputs of" if damage == "block" else "statistics"
 
@@ -293,8 +294,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whichever_call_fails_pruning_ends_cleanly_and_can_go_on(tmp_path, monkeypatch, fault):
-    """With all that is kept, on the way as well; a short write is made good at once."""
+def test_whichever_call_fails_pruning_ends_cleanly_and_can_be_resumed(tmp_path, monkeypatch, fault):
+    """With layers and states being saved; a short write is completed at once."""
     monkeypatch.setattr(UnderWay, "due", lambda self, key, size: self.given_up is None)
     options = {"sparsity": 0.6, "scope": "model", "inputs": "corrected", "progress": False}
     whole = chain()
@@ -305,10 +306,10 @@ def test_whichever_call_fails_pruning_ends_cleanly_and_can_go_on(tmp_path, monke
         k += step
         folder, model = tmp_path / str(k), chain()
         with installed(counter := Counter(k, FAULTS[fault])):
-            said = refusal(lambda: lobs.prune(model, rows(), run_dir=folder, **options))  # noqa: B023
-        assert same(model, whole if said is None else chain())
-        assert said is None or str(folder) in said
-        ended += said is not None
+            message = refusal(lambda: lobs.prune(model, rows(), run_dir=folder, **options))  # noqa: B023
+        assert same(model, whole if message is None else chain())
+        assert message is None or str(folder) in message
+        ended += message is not None
         if not counter.fired:
             break
         again = chain()
@@ -327,7 +328,7 @@ def test_another_limit_on_memory_is_the_same_run(tmp_path):
     assert report.settings["resumed layers"] == 3
 
 
-def test_a_finished_run_is_read_again_and_nothing_is_calibrated(tmp_path, monkeypatch):
+def test_a_finished_run_is_loaded_and_nothing_is_calibrated(tmp_path, monkeypatch):
     first, second = chain(), chain()
     lobs.prune(first, rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
     monkeypatch.setattr(layerwise, "calibrate", None)
@@ -356,7 +357,7 @@ def test_another_run_is_refused_with_all_differences(tmp_path):
         lobs.prune(chain(), rows(), resume="yes", **changed)
 
 
-def test_a_damaged_layer_is_named_and_the_model_is_as_it_was(tmp_path):
+def test_a_damaged_layer_is_named_and_the_model_is_unchanged(tmp_path):
     run = tmp_path / "run"
     lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
     (file,) = (run / "layers").glob("00001-*")
@@ -374,7 +375,7 @@ def test_a_damaged_layer_is_named_and_the_model_is_as_it_was(tmp_path):
     assert same(model, whole)
 
 
-def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("lobs_native.files.fs.free_bytes", lambda _: 1000)
     with pytest.raises(CheckpointError, match=r"needs \d+ bytes, but 1000 are free there"):
         lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
@@ -387,7 +388,7 @@ def stopping() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("stopping")
-def test_asked_to_stop_while_it_prunes_it_ends_after_the_layer(tmp_path, monkeypatch):
+def test_a_request_to_stop_while_pruning_ends_the_run_after_the_layer(tmp_path, monkeypatch):
     prune = layerwise.prune_groups
     monkeypatch.setattr(layerwise, "prune_groups", lambda *a, **k: (stop.set(), prune(*a, **k))[1])
     with pytest.raises(StoppedError):
@@ -397,30 +398,32 @@ def test_asked_to_stop_while_it_prunes_it_ends_after_the_layer(tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("stopping")
-@pytest.mark.parametrize("worth", [True, False])
-def test_asked_to_stop_while_it_calibrates_it_ends_after_the_batch(tmp_path, monkeypatch, worth):
-    """The sums are kept if writing them takes less than making them did."""
+@pytest.mark.parametrize("worthwhile", [True, False])
+def test_a_request_to_stop_while_calibrating_ends_the_run_after_the_batch(
+    tmp_path, monkeypatch, worthwhile
+):
+    """The sums are saved if writing them takes less time than computing them took."""
     run = tmp_path / "run"
     seen = []
-    if worth:
+    if worthwhile:
         monkeypatch.setattr("lobs_native.rundir.underway.time.monotonic", lambda: float(len(seen)))
 
     def forward(model: nn.Module, batch: Tensor) -> Any:
         seen.append(len(batch))
-        if len(seen) == 5:  # looked at first
+        if len(seen) == 5:  # the model is run on its first batches before that
             stop.set()
         return model(batch)
 
-    given = {"sparsity": 0.5, "run_dir": run, "progress": False, "forward": forward}
+    options = {"sparsity": 0.5, "run_dir": run, "progress": False, "forward": forward}
     with pytest.raises(StoppedError):
-        lobs.prune(chain(), rows(), **given)
+        lobs.prune(chain(), rows(), **options)
     assert len(seen) == 5
     with RunDirectory.open(run, write=False) as opened:
         assert opened.records == ()
-        assert bool(opened.state_keys()) == worth
+        assert bool(opened.state_keys()) == worthwhile
 
 
-def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_can_be_inspected(tmp_path, monkeypatch, capsys):
     run, page = tmp_path / "run", tmp_path / "report.html"
     with monkeypatch.context() as patched:
         after(patched, 2)
@@ -432,9 +435,9 @@ def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, cap
     assert lines[3].startswith("exact, sparsity 0.5, pattern unstructured, inputs pruned; ")
     assert lines[4] == f"2 of 3 layers are done in {run}"
     assert cli.main(["inspect", str(run), "--json"]) == cli.OK
-    found = json.loads(capsys.readouterr().out)
-    assert found["missing"] == ["4"]
-    assert found["config"]["sparsity"] == 0.5
+    state = json.loads(capsys.readouterr().out)
+    assert state["missing"] == ["4"]
+    assert state["config"]["sparsity"] == 0.5
     assert cli.main(["report", str(run), "--html", str(page)]) == cli.OK
     assert "unfinished: 2 of 3 layers" in page.read_text()
     assert cli.main(["report", str(run), "--html", str(tmp_path / "a.json")]) == cli.OK
@@ -445,9 +448,9 @@ def test_a_run_can_be_looked_at_before_it_is_finished(tmp_path, monkeypatch, cap
     assert cli.main(["inspect", str(run)]) == cli.FAILED
     assert f"layers/{file.name}: " in capsys.readouterr().out
     assert cli.main(["inspect", str(run), "--repair"]) == cli.OK
-    said = capsys.readouterr().out
-    assert "1 of 3 layers are done" in said
-    assert f"record 1 (layer '2'): dropped: layers/{file.name}: is missing" in said
+    output = capsys.readouterr().out
+    assert "1 of 3 layers are done" in output
+    assert f"record 1 (layer '2'): dropped: layers/{file.name}: is missing" in output
     assert cli.main(["inspect", str(tmp_path / "gone")]) == cli.FAILED
     assert "gone" in capsys.readouterr().err
 
@@ -483,7 +486,7 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
     options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
     plain = subprocess.run(command(tmp_path, "plain"), timeout=120, **options)
     assert plain.returncode == 0, plain.stderr
-    chosen = random.Random(0)
+    generator = random.Random(0)
     acknowledged = 0
     for attempt in range(30):
         running = subprocess.Popen(
@@ -495,19 +498,19 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
         )
         manifest = tmp_path / "run" / "manifest.jsonl"
         limit = time.monotonic() + 60
-        more = acknowledged + chosen.randint(1, 3)
+        more = acknowledged + generator.randint(1, 3)
         while running.poll() is None and time.monotonic() < limit:
             if manifest.exists() and len(manifest.read_bytes().splitlines()) >= more:
-                time.sleep(chosen.random() * 0.01)
+                time.sleep(generator.random() * 0.01)
                 break
             time.sleep(0.002)
         running.send_signal(signal.SIGKILL if attempt % 2 else signal.SIGTERM)
-        _, said = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=60)
         if running.returncode == 0:
             break
-        assert running.returncode in (-signal.SIGKILL, cli.STOPPED), said
+        assert running.returncode in (-signal.SIGKILL, cli.STOPPED), errors
         if running.returncode == cli.STOPPED and sys.version_info >= (3, 11):
-            assert "of 12 layers are kept in" in said
+            assert "of 12 layers are kept in" in errors
         with RunDirectory.open(tmp_path / "run", write=False) as run:
             assert len(run.records) >= acknowledged
             acknowledged = len(run.records)
@@ -523,17 +526,17 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
 
 
 def test_kills_at_random_moments_lose_no_layer_and_change_no_bit(tmp_path):
-    found = crash_prune.kills(5, tmp_path, "chain")
-    assert found["kills"] == 5
-    assert found["runs completed"] > 0
-    assert 0 < found["layers acknowledged"] <= 10 * found["runs completed"]
+    counts = crash_prune.kills(5, tmp_path, "chain")
+    assert counts["kills"] == 5
+    assert counts["runs completed"] > 0
+    assert 0 < counts["layers acknowledged"] <= 10 * counts["runs completed"]
     for name in (
         "layers lost",
         "layers pruned twice",
         "damaged files",
         "other bytes than undisturbed",
     ):
-        assert found[name] == 0, name
+        assert counts[name] == 0, name
 
 
 SLOW = """
@@ -565,21 +568,21 @@ def test_without_a_run_directory_a_signal_ends_it_at_once_and_nothing_is_written
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell has what it starts in the background ignore Ctrl-C, and that is inherited.
+        # Background processes of a shell ignore Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stderr is not None
     assert running.stderr.readline() == "calibrating\n"
     running.send_signal(number)
     begun = time.monotonic()
-    _, said = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=60)
     assert time.monotonic() - begun < 8  # a pass over the data takes ten seconds
-    assert running.returncode == code, said
-    assert "lobs-native: " in said.splitlines()[-1]
+    assert running.returncode == code, errors
+    assert "lobs-native: " in errors.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} <= {"made_here.py", "__pycache__"}
 
 
-def test_the_handler_of_sigterm_is_put_back(here, monkeypatch):
+def test_the_handler_of_sigterm_is_restored(here, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     line = ["prune", "made_here:pair", "--sparsity", "0.5", "--no-progress", "--out"]
     assert cli.main([*line, "a"]) == cli.OK
@@ -587,7 +590,7 @@ def test_the_handler_of_sigterm_is_put_back(here, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_files_that_fail_and_another_run_have_exit_codes_of_their_own(here, monkeypatch, capsys):
+def test_failing_files_and_another_run_have_their_own_exit_codes(here, monkeypatch, capsys):
     line = ["prune", "made_here:pair", "--no-progress", "--run-dir", "run", "--out", "out"]
     sync, count = fs.sync, 0
 
@@ -601,10 +604,10 @@ def test_files_that_fail_and_another_run_have_exit_codes_of_their_own(here, monk
     with monkeypatch.context() as patched:
         patched.setattr(fs, "sync", failing_later)
         assert cli.main([*line, "--sparsity", "0.5"]) == cli.IO_FAILED
-    said = capsys.readouterr().err
-    assert "No space left on device" in said
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors
     if sys.version_info >= (3, 11):
-        assert "of 12 layers are kept in" in said
+        assert "of 12 layers are kept in" in errors
     assert not (here / "out").exists()
     assert cli.main([*line, "--sparsity", "0.6"]) == cli.USAGE
     assert "this is another run: " in capsys.readouterr().err
@@ -614,12 +617,12 @@ def test_files_that_fail_and_another_run_have_exit_codes_of_their_own(here, monk
 
 def test_help_lists_every_exit_code(capsys):
     assert cli.main(["--help"]) == cli.OK
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for code in (cli.IO_FAILED, cli.STOPPED, cli.INTERRUPTED, cli.READER_GONE, cli.TERMINATED):
-        assert f"\n  {code:<4} " in told
+        assert f"\n  {code:<4} " in text
 
 
-def test_resume_runs_the_command_of_the_run_again(here, monkeypatch, capsys):
+def test_resume_repeats_the_command_of_the_run(here, monkeypatch, capsys):
     line = ["prune", "made_here:pair", "--sparsity", "0.5", "--no-progress", "--json", "--out"]
     assert cli.main([*line, "whole"]) == cli.OK
     with monkeypatch.context() as patched:
@@ -633,7 +636,7 @@ def test_resume_runs_the_command_of_the_run_again(here, monkeypatch, capsys):
     first, second = (Path(name) / "model.safetensors" for name in ("whole", "out"))
     assert first.read_bytes() == second.read_bytes()
 
-    assert cli.main(["resume", "moved"]) == cli.USAGE  # out is there by now
+    assert cli.main(["resume", "moved"]) == cli.USAGE  # out exists by now
     assert "overwrite" in capsys.readouterr().err
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
@@ -641,7 +644,7 @@ def test_resume_runs_the_command_of_the_run_again(here, monkeypatch, capsys):
     assert f"was begun in {here}" in capsys.readouterr().err
 
 
-def test_resume_goes_on_despite_differences_only_when_told(here, monkeypatch, capsys):
+def test_resume_accepts_differences_only_on_request(here, monkeypatch, capsys):
     line = "prune made_here:pair --sparsity 0.5 --no-progress --json --out out --run-dir run"
     with monkeypatch.context() as patched:
         after(patched, 2)
@@ -655,7 +658,7 @@ def test_resume_goes_on_despite_differences_only_when_told(here, monkeypatch, ca
     assert any("versions.torch" in line for line in settings["resumed despite"])
 
 
-def test_only_runs_of_the_command_line_can_be_resumed_by_it(tmp_path, capsys):
+def test_the_command_resumes_only_runs_that_it_began(tmp_path, capsys):
     run = tmp_path / "run"
     lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
     assert cli.main(["resume", str(run)]) == cli.USAGE
@@ -667,13 +670,13 @@ def test_only_runs_of_the_command_line_can_be_resumed_by_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "forged", [5, {}, {"folder": 5, "arguments": []}, {"folder": "/", "arguments": ["a", 5]}]
 )
-def test_a_command_that_is_none_is_refused(tmp_path, capsys, forged):
+def test_a_malformed_command_is_refused(tmp_path, capsys, forged):
     RunDirectory.create(tmp_path / "run", {"command": forged}).close()
     assert cli.main(["resume", str(tmp_path / "run")]) == cli.IO_FAILED
     assert "no command" in capsys.readouterr().err
 
 
-def test_a_buffer_that_is_not_saved_makes_another_model(tmp_path):
+def test_another_value_of_an_unsaved_buffer_is_another_model(tmp_path):
     def made(value: float) -> nn.Module:
         model = chain()
         model.register_buffer("table", torch.tensor([value]), persistent=False)
@@ -688,28 +691,28 @@ def test_a_buffer_that_is_not_saved_makes_another_model(tmp_path):
 ODD = (5, None, True, "x", [1], [[1]], {"a": 1})
 
 
-def looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[int, str]]:
-    """Exit codes and last lines of the commands that look at a run."""
-    found = []
+def inspected(run: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[int, str]]:
+    """Exit codes and error output of the commands that read a run."""
+    results = []
     for line in (["inspect", str(run)], ["report", str(run), "--html", f"{run}.html"]):
         code = cli.main(line)
-        found.append((code, capsys.readouterr().err))
-    return found
+        results.append((code, capsys.readouterr().err))
+    return results
 
 
 @pytest.mark.parametrize("key", ["layers", "config", "versions"])
-def test_headers_of_the_wrong_form_are_refused(tmp_path, capsys, key):
+def test_malformed_headers_are_refused(tmp_path, capsys, key):
     for i, value in enumerate(ODD):
         if key != "layers" and isinstance(value, dict):
             continue
         run = tmp_path / str(i)
         RunDirectory.create(run, {key: value}).close()
-        for code, said in looked_at(run, capsys):
-            assert (code, said.count("\n")) == (cli.FAILED, 1), value
-            assert f"{run}: its header has no {key}" in said
+        for code, errors in inspected(run, capsys):
+            assert (code, errors.count("\n")) == (cli.FAILED, 1), value
+            assert f"{run}: its header has no {key}" in errors
 
 
-def test_reports_of_layers_of_the_wrong_form_are_refused(tmp_path, capsys):
+def test_malformed_reports_of_layers_are_refused(tmp_path, capsys):
     run = tmp_path / "run"
     lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
     with RunDirectory.open(run, write=False) as opened:
@@ -720,15 +723,13 @@ def test_reports_of_layers_of_the_wrong_form_are_refused(tmp_path, capsys):
     for i, info in enumerate(forged):
         with RunDirectory.create(tmp_path / str(i), header) as made:
             made.commit("0", {"weight": torch.ones(1)}, info)
-        for code, said in looked_at(tmp_path / str(i), capsys):
-            assert (code, said.count("\n")) == (cli.FAILED, 1), info
-            assert "the report of a layer cannot be read" in said
+        for code, errors in inspected(tmp_path / str(i), capsys):
+            assert (code, errors.count("\n")) == (cli.FAILED, 1), info
+            assert "the report of a layer cannot be read" in errors
 
 
 @pytest.mark.parametrize("info", [{}, {"shares": 5}, {"shares": {"0": "x"}}])
-def test_a_budget_of_the_wrong_form_is_refused_and_the_model_is_as_it_was(
-    tmp_path, monkeypatch, info
-):
+def test_a_malformed_budget_is_refused_and_the_model_is_unchanged(tmp_path, monkeypatch, info):
     options = {"sparsity": 0.5, "scope": "model", "sensitivity": None, "progress": False}
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "keep_shares", lambda *_: (_ for _ in ()).throw(EndError))
@@ -742,7 +743,7 @@ def test_a_budget_of_the_wrong_form_is_refused_and_the_model_is_as_it_was(
     assert same(model, chain())
 
 
-def test_another_way_to_run_the_model_is_another_run(tmp_path):
+def test_another_forward_is_another_run(tmp_path):
     def plainly(model: nn.Module, batch: Tensor) -> Any:
         return model(batch)
 
@@ -759,10 +760,10 @@ def test_another_way_to_run_the_model_is_another_run(tmp_path):
 NEWER = (
     *("pattern", "dtype", "predicted", "energy", "condition", "curve_sparsity", "curve_error"),
     *("peak_memory", "peak_memory_device"),
-)  # fields of a layer that runs from before them have not
+)  # fields of a layer that older runs lack
 
 
-def test_a_layer_is_read_as_it_was_written_and_without_what_is_newer(tmp_path):
+def test_a_layer_is_read_as_written_and_without_newer_fields(tmp_path):
     made = lobs.prune(chain(), rows(), sparsity=0.5, run_dir=tmp_path / "run", progress=False)
     assert inspection.report_of(tmp_path / "run").layers == made.layers
     assert made.layers[0].curve_error

@@ -106,7 +106,7 @@ class GeneratedImages:
 def _listed(folder: Path) -> list[tuple[Path, int | None]]:
     """Images and, if there is one folder for each class, the number of the class."""
     if not folder.is_dir():
-        raise ArgumentError(f"images: {folder} is no folder")
+        raise ArgumentError(f"images: {folder} is not a folder")
 
     def images(where: Path) -> Sequence[Path]:
         return sorted(file for file in where.iterdir() if file.suffix.lower() in _KINDS)

@@ -1,8 +1,8 @@
 """The paper's large networks, AlexNet, VGG-16 and ResNet-50, for images of 224 x 224.
 
 Parameters and buffers have the names and shapes of torchvision's networks, so that the weights
-published for those load by name. Hence two differences from the paper's own networks: this AlexNet
-is the one of Krizhevsky 2014 without groups (64, 192, 384, 256 and 256 channels), and this
+published for those load by name. That makes two differences from the paper's networks: this AlexNet
+is that of Krizhevsky 2014 without groups (64, 192, 384, 256 and 256 channels), and this
 ResNet-50 has its strides in the 3 x 3 convolutions.
 """
 
@@ -161,7 +161,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ArgumentError(
-            f"weights: {file} is no safetensors file ({error}); docs/paper/paper-large.md says "
+            f"weights: {file} is not a safetensors file ({error}); docs/paper/paper-large.md says "
             "how to convert a published .pth file"
         ) from error
     try:

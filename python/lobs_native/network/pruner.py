@@ -129,15 +129,15 @@ def prune(
         within the limit, kernels use fewer threads, second moments are accumulated in several
         passes, and hidden states and original weights go to a temporary folder on disk. A plan is
         made before anything is changed (``report.settings["plan"]``; printed on a terminal), and
-        MemoryError says what is needed if the limit is too small. From then on, in the
-        whole process, glibc returns freed allocations of a megabyte or more to the system at once.
+        MemoryError says what is needed if the limit is too small. From then on, in the whole
+        process, glibc returns freed allocations of a megabyte or more to the system at once.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     run_dir : path, optional
         A folder where every pruned layer is checkpointed, so that a run that is killed, or ended by
         an error or a full disk, loses none of them: call prune again with the same arguments, and
-        only the other layers are calibrated and pruned. Between two layers, sums over the data and the
-        inputs of the next block are checkpointed as well whenever writing them takes at most a
+        only the other layers are calibrated and pruned. Between two layers, sums over the data and
+        the inputs of the next block are checkpointed as well whenever writing them takes at most a
         twentieth of the time since the last checkpoint (with ``memory``, if they are small). On
         the same machine with as many threads, the network then has the bits of an uninterrupted
         run. The folder takes about the size of the weights, and twice that of the sums.
