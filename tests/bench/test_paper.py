@@ -135,8 +135,8 @@ def test_the_whole_experiment(tmp_path, images, test_images, released, capsys, m
         if path.suffix == ".svg":
             ElementTree.fromstring(path.read_text())
             assert f"({path.name})" in page
-    for said in ("LeNet-300-100, MNIST", "CIFAR-Net, bars", "L-OBS, printed"):
-        assert said in page
+    for heading in ("LeNet-300-100, MNIST", "CIFAR-Net, bars", "L-OBS, printed"):
+        assert heading in page
     ways = {(r["table"], r["network"], r["way"]) for r in numbers["rows"]}
     assert len(ways) == len(numbers["rows"]) == 2 * 2 + 1 + 1 + whole
     assert ("8 stages, taught, " in page, "16 stages, taught, longer" in page) == (True, whole)
@@ -168,7 +168,7 @@ def parsed(command):
     return {name: value for name, value in vars(options).items() if name != "run"}
 
 
-def test_everything_is_run_with_the_data_that_are_there(tmp_path, images, ran):
+def test_all_runs_what_the_available_data_allow(tmp_path, images, ran):
     given = ["--images", str(images), "--images-name", "Bars", "--short", "--threads", "1"]
     given += ["--data", str(tmp_path), "--seeds", "3", "--cache", "net", "--out", str(tmp_path)]
     assert main([*given, "--encoder", "e", "--text", "t"]) == 0
@@ -189,31 +189,31 @@ def test_everything_is_run_with_the_data_that_are_there(tmp_path, images, ran):
     assert (defaults["encoder"].name, defaults["text"].name) == ("e", "t")
 
 
-def test_everything_without_data_is_the_theorem(tmp_path, ran, capsys):
+def test_all_without_data_is_the_theorem(tmp_path, ran, capsys):
     assert main(["all", "--images", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert [command[0] for command in ran] == ["theorem"]
-    said = capsys.readouterr().out
-    assert "(--images)" in said
-    assert "(--data)" in said
+    output = capsys.readouterr().out
+    assert "(--images)" in output
+    assert "(--data)" in output
 
 
-def test_everything_is_a_process_each_and_tells_which_failed(tmp_path, capfd):
+def test_all_runs_each_command_in_a_process_and_names_those_that_failed(tmp_path, capfd):
     folder = tmp_path / "nothing"
     folder.mkdir()
     arguments = ["--images", str(folder), "--data", str(folder), "--short", "--jobs", "2"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
-    said = capfd.readouterr()
-    assert said.out.count("+ ") == 3  # the others are run nevertheless
-    assert "exit code 1: small --short --released" in said.err
-    assert "nothing/lenet300-100/w_layer1.npy" in said.err
+    captured = capfd.readouterr()
+    assert captured.out.count("+ ") == 3  # the others still run
+    assert "exit code 1: small --short --released" in captured.err
+    assert "nothing/lenet300-100/w_layer1.npy" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--jobs", "0"], "jobs: 0"), (["--text", "t"], "encoder, text")]
+    ("arguments", "message"), [(["--jobs", "0"], "jobs: 0"), (["--text", "t"], "encoder, text")]
 )
-def test_everything_refuses_what_does_not_fit(arguments, said, tmp_path, ran, capsys):
+def test_all_refuses_wrong_arguments(arguments, message, tmp_path, ran, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not ran
 
 
@@ -228,7 +228,7 @@ def test_images_of_a_case_do_not_overlap(images, test_images, released):
     seen = data.idx_images(images, "train")
     assert (len(only.validation), len(only.training), len(only.test)) == (30, 270, 200)
     assert torch.equal(torch.cat([only.validation.x, only.training.x]), seen.x)
-    assert torch.equal(only.calibration.x, only.training.x)  # of which there are fewer than 5,000
+    assert torch.equal(only.calibration.x, only.training.x)  # there are fewer than 5,000 of them
     both = networks.released(released, test_images).splits
     assert len(both) == 2
     for split in both:
@@ -246,7 +246,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_keeps_the_share_asked_for(images, way):
+def test_every_way_keeps_the_requested_share(images, way):
     case = networks.trained("lenet300", images, "bars", 0, None, 1)
     kept = case.shape.once
     pruned = prune_by(way, case.model, kept, case.splits[0].calibration, 0)
@@ -316,7 +316,7 @@ def test_retraining_stops_at_the_target_and_keeps_zeros():
     assert model[0].weight[0, 2] == 0
 
 
-def test_retraining_that_does_not_arrive_keeps_its_best_weights():
+def test_retraining_that_misses_the_target_keeps_its_best_weights():
     model, done = learned(target=-1.0, limit=12)
     assert not done.reached
     assert done.iterations == 12
@@ -395,7 +395,7 @@ def test_budgets_are_kept_and_used(images):
     assert 6 < len(tried) < 12  # the first halvings are shared
 
 
-def test_a_limit_that_nothing_meets_is_an_error(images):
+def test_an_unreachable_limit_is_an_error(images):
     case = networks.trained("lenet300", images, "bars", 0, None, 1)
     with pytest.raises(ArgumentError, match=r"limit: 1e-12; not even 0\.125"):
         prune_network_to(case.model, case.splits[0].calibration.batches(), 1e-12, "measured", 3)

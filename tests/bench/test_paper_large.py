@@ -82,7 +82,7 @@ class Tiny(nn.Sequential):
         )  # fmt: skip
 
 
-def test_weights_load_by_name_and_what_does_not_fit_is_refused(tmp_path):
+def test_weights_load_by_name_and_those_that_do_not_fit_are_refused(tmp_path):
     torch.manual_seed(1)
     model, other = Tiny(), Tiny()
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
@@ -227,7 +227,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(NETWORKS, "resnet50", Tiny)
 
 
-def test_large_prunes_and_says_what_every_stage_took(tiny, tmp_path):
+def test_large_prunes_and_reports_the_cost_of_every_stage(tiny, tmp_path):
     arguments = ["large", "--network", "resnet50", "--short", "--count", "6", "--batch", "2"]
     assert main([*arguments, "--out", str(tmp_path), "--memory", "1", "--kept", "0.3"]) == 0
     found = json.loads((tmp_path / "paper-large.json").read_text())
@@ -255,14 +255,14 @@ def test_large_prunes_and_says_what_every_stage_took(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"runs": [{}], "too large": {}}'])
-def test_a_file_of_something_else_is_refused(tiny, tmp_path, capsys, content):
+def test_a_file_with_other_content_is_refused(tiny, tmp_path, capsys, content):
     (tmp_path / "paper-large.json").write_text(content)
     assert main(["large", "--network", "resnet50", "--short", "--out", str(tmp_path)]) == 1
     assert "not what this command writes" in capsys.readouterr().err
     assert (tmp_path / "paper-large.json").read_text() == content
 
 
-def test_exact_runs_on_some_rows_of_what_would_take_too_long(tiny, tmp_path):
+def test_exact_runs_on_some_rows_of_a_layer_that_would_take_too_long(tiny, tmp_path):
     arguments = ["large", "--network", "resnet50", "--method", "exact", "--short", "--longest", "0"]
     assert main([*arguments, "--out", str(tmp_path), "--memory", "1"]) == 0
     (r,) = json.loads((tmp_path / "paper-large.json").read_text())["runs"]
@@ -272,7 +272,7 @@ def test_exact_runs_on_some_rows_of_what_would_take_too_long(tiny, tmp_path):
         assert layer["sampled"]["exact"] <= layer["sampled"]["lobs"]
 
 
-def test_a_layer_that_memory_has_no_room_for_is_left_out_and_estimated(tiny, tmp_path, capsys):
+def test_a_layer_that_does_not_fit_into_memory_is_left_out_and_estimated(tiny, tmp_path, capsys):
     arguments = ["large", "--network", "resnet50", "--method", "lobs", "--short", "--count", "2"]
     assert main([*arguments, "--out", str(tmp_path), "--memory", "0.00045"]) == 0
     found = json.loads((tmp_path / "paper-large.json").read_text())
@@ -300,7 +300,7 @@ def test_your_weights_and_images_give_errors_before_and_after(tiny, tmp_path, fo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--weights", "x"], "weights: they are of one network"),
         (["--kept", "0"], "kept: 0"),
@@ -309,9 +309,9 @@ def test_your_weights_and_images_give_errors_before_and_after(tiny, tmp_path, fo
         (["--network", "alexnet", "--weights", "nothing.safetensors"], "there is no file"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(arguments, said, tmp_path, capsys):
+def test_wrong_arguments_are_refused_before_any_work(arguments, message, tmp_path, capsys):
     assert main(["large", "--short", "--out", str(tmp_path), *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_refused_before_any_work(arguments, said, tmp_path,
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_the_bound_holds_over_random_chains(inputs):
-    """Other ones than the experiment's own hundred."""
+    """Other chains than the hundred of the experiment."""
     runs = [chain_run(seed, inputs) for seed in range(1000, 1025)]
     assert [r for r in runs if r.violated] == []
     assert len({r.activation for r in runs}) > 4
@@ -329,7 +329,7 @@ def test_the_bound_holds_over_random_chains(inputs):
     assert all(r.measured == pytest.approx(r.spectral, rel=1e-9) for r in single)
 
 
-def test_a_violation_would_be_seen():
+def test_a_violation_would_be_detected():
     held = ChainRun("a", (2, 2), "ReLU", "lobs", "dense", (0.5,), 1.0, 1.0, 2.0, 3.0, 1.0)
     assert not held.violated
     assert dataclasses.replace(held, measured=1.0001).violated
@@ -416,7 +416,7 @@ def test_shifted_images_are_the_same_pixels_elsewhere():
     assert int((places % 28 - 14).abs().max()) <= 2
 
 
-def test_lenet_is_calibrated_on_as_many_rows_as_asked(shared_data):
+def test_lenet_is_calibrated_on_the_requested_number_of_rows(shared_data):
     subject = defaults_subjects.lenet(shared_data)
     for count in (10, 1000, 5000, 7300):
         batches = torch.cat(list(subject.batches(count)))
@@ -425,7 +425,7 @@ def test_lenet_is_calibrated_on_as_many_rows_as_asked(shared_data):
     assert subject.measure(subject.copy())["error, %"] == pytest.approx(1.04, abs=0.005)
 
 
-def test_lenet_is_calibrated_on_training_images_where_there_are_some(shared_data, tmp_path):
+def test_lenet_is_calibrated_on_training_images_if_there_are_any(shared_data, tmp_path):
     (tmp_path / "mnist").mkdir()
     (tmp_path / "lenet300-100").symlink_to(shared_data / "lenet300-100")
     for path in (shared_data / "mnist").glob("t10k-*"):
@@ -443,7 +443,7 @@ def test_lenet_is_calibrated_on_training_images_where_there_are_some(shared_data
     assert "training images" in subject.description
 
 
-def test_an_encoder_is_calibrated_on_as_many_tokens_as_asked(tmp_path, monkeypatch):
+def test_an_encoder_is_calibrated_on_the_requested_number_of_tokens(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.setattr(defaults_subjects, "_HELDOUT_ROWS", 200)
     folder = hf_folders.save(tmp_path / "encoder", max_position_embeddings=128)
@@ -484,7 +484,7 @@ def test_defaults_writes_its_page(monkeypatch, tmp_path):
     assert page.count("| 40 |") == 7  # rows, the network as a whole twice, costs of two methods
 
 
-def test_defaults_needs_something_to_try(tmp_path, capsys):
+def test_defaults_needs_a_subject(tmp_path, capsys):
     assert main(["defaults", "--out", str(tmp_path)]) == 1
     assert "give at least one" in capsys.readouterr().err
     assert main(["defaults", "--encoder", "x", "--out", str(tmp_path)]) == 1

@@ -347,9 +347,9 @@ def bits_of(x: Any) -> Any:
         plain = x.contiguous().reshape(-1)
         return (x.dtype, tuple(x.shape), plain.view(torch.uint8).numpy().tobytes())
     if isinstance(x, lobs.PrunedWeight):
-        said = (x.error, x.relative_error, x.sparsity, x.damping, x.backend, x.status, x.notes)
-        said += (x.method, x.optimality, x.swaps, x.dead_columns)
-        return (*said, *(bits_of(t) for t in (x.weight, x.bias, x.mask, x.bias_mask)))
+        values = (x.error, x.relative_error, x.sparsity, x.damping, x.backend, x.status, x.notes)
+        values += (x.method, x.optimality, x.swaps, x.dead_columns)
+        return (*values, *(bits_of(t) for t in (x.weight, x.bias, x.mask, x.bias_mask)))
     if isinstance(x, lobs.Hessian):
         return (x.rows, bits_of(x.state_dict()["sum"]))
     if isinstance(x, lobs.WeightTrace):
@@ -796,7 +796,7 @@ BOTH = ("cpu", "reference")
 LENGTH = ("none in dim 0", "one more in dim 0")  # where any number of rows is right
 UNKNOWN_BACKENDS = ("", "tpu", "cpu_v9", "CPU", "cuda", "cpu\0", "\ud800")
 PLAIN = {"bias": be(None), "prune_bias": be(False), "hessian": be(moment())}
-# Everything that is removed, so that every entry of A matters.
+# Everything is removed, so that every entry of A matters.
 ALL_REMOVED = {
     "order": be(torch.arange(C, dtype=torch.int32).repeat(R)),
     "start": be(torch.arange(R + 1) * C),
@@ -1550,7 +1550,7 @@ def arguments_of(case: Wrong | Right, make: Callable[[Any], Any]) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_arguments_that_the_table_calls_right_are_right(name):
+def test_the_valid_arguments_of_the_table_are_accepted(name):
     outcome(name, FUNCTIONS[name].good())
 
 
@@ -1584,9 +1584,9 @@ def test_documented_right_answer(case):
     [c for c in WRONG if c.function in ("Hessian.update", "StreamingInverse.update")],
     ids=lambda case: case.id,
 )
-def test_an_update_that_was_refused_leaves_an_object_that_goes_on(case):
+def test_after_a_refused_update_the_object_can_still_be_used(case):
     arguments = arguments_of(case, case.make)
-    with pytest.raises(Exception):  # noqa: B017, PT011  (which one is the business of the test above)
+    with pytest.raises(Exception):  # noqa: B017, PT011  (the test above checks its type)
         FUNCTIONS[case.function].what(**arguments)
     good = FUNCTIONS[case.function].good()
     good["self"] = arguments["self"]
@@ -1756,25 +1756,25 @@ _CHILDREN = """
             signal.alarm(10)
             try:
                 exec(code)
-                said = "no error"
+                outcome = "no error"
             except BaseException as error:
-                said = type(error).__name__
-            os.write(write, said.encode())
+                outcome = type(error).__name__
+            os.write(write, outcome.encode())
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as pipe:
-            said = pipe.read()
+            outcome = pipe.read()
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
-            said = signal.Signals(os.WTERMSIG(status)).name
-        out[name] = said
+            outcome = signal.Signals(os.WTERMSIG(status)).name
+        out[name] = outcome
     print(json.dumps(out))
 """
 
 
 @pytest.fixture(scope="module")
 def hostile_outcomes() -> dict[str, str]:
-    """What became of each: an exception's name, "no error", or the signal it died of."""
+    """The outcome of each input: an exception's name, "no error", or the signal that ended it."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_CHILDREN)],
         input=json.dumps(HOSTILE),

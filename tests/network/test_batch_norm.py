@@ -1,5 +1,5 @@
-"""Re-estimated batch normalisation: what the network feeds each layer now, and nothing else
-changed."""
+"""Re-estimated batch normalisation: statistics of each layer's present inputs, and no other
+change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Branches(nn.Module):
-    """Every kind of layer, a shortcut, and modules made in another order than they are called."""
+    """Every kind of layer, a shortcut, and modules not created in the order of their calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ ORDER = ("first", "second", "short", "last")
 
 
 def network() -> Branches:
-    """With statistics that are not those of its inputs, as after pruning."""
+    """A network whose statistics are not those of its inputs, as after pruning."""
     torch.manual_seed(1)
     model = Branches().eval()
     for name in ORDER:
@@ -65,7 +65,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def values(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """(C, values) that a layer is fed while something runs, in float64."""
+    """(C, values) float64: the inputs of a layer while ``run`` is called."""
     seen: list[Tensor] = []
     with torch.no_grad():
         handle = layer.register_forward_pre_hook(
@@ -77,7 +77,7 @@ def values(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 
 def by_hand(model: Branches, x: Tensor) -> None:
-    """One layer after another: all of the data at once through the network in eval mode."""
+    """Re-estimate one layer after another from one eval-mode pass over all data at once."""
     for name in ORDER:
         layer = getattr(model, name)
         seen = values(layer, lambda: model(x))
@@ -94,15 +94,15 @@ def test_equals_one_layer_after_another_by_hand(sizes, dtype):
     assert reestimate_batch_norm(model, x.split(sizes)) == 4
     for name in ORDER:
         for part in ("running_mean", "running_var"):
-            mine, theirs = getattr(getattr(model, name), part), getattr(expected, name)
-            assert mine.dtype == dtype
+            value, reference = (getattr(getattr(m, name), part) for m in (model, expected))
+            assert value.dtype == dtype
             torch.testing.assert_close(
-                mine, getattr(theirs, part), rtol=1e-12 if dtype == torch.float64 else 1e-5,
+                value, reference, rtol=1e-12 if dtype == torch.float64 else 1e-5,
                 atol=1e-13 if dtype == torch.float64 else 1e-6,
             )  # fmt: skip
 
 
-def test_every_layer_then_normalises_what_inference_feeds_it():
+def test_every_layer_then_normalises_its_inputs_at_inference():
     model, x = network(), images()
     lobs.prune(model, [x], sparsity=0.7, method="magnitude", progress=False)
     assert reestimate_batch_norm(model, x.split(5)) == 4
@@ -158,7 +158,7 @@ def test_layers_without_statistics_are_left_alone():
     assert model[0].running_mean is None
 
 
-def test_layers_that_no_batch_reaches_keep_theirs():
+def test_layers_that_no_batch_reaches_keep_their_statistics():
     model = nn.ModuleDict({"used": nn.BatchNorm1d(4), "unused": nn.BatchNorm1d(4)})
     x = torch.randn(6, 4) + 5
     assert reestimate_batch_norm(model, [x], forward=lambda m, b: m["used"](b)) == 1
@@ -181,7 +181,7 @@ def test_each_pass_ends_at_its_layer():
     model.b.register_forward_hook(lambda *_: calls.append("b"))
     model.head.register_forward_hook(lambda *_: calls.append("head"))
     reestimate_batch_norm(model, images().split(12))
-    # to look; for second, short and last; and for last alone
+    # b: the pass that finds the order, and those for second, short and last; head: two of them
     assert calls.count("b") == 2 * 4
     assert calls.count("head") == 2 * 2
 

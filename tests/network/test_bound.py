@@ -1,4 +1,4 @@
-"""Theorem 3.2: it holds where it claims to, and says why where it does not."""
+"""Theorem 3.2: bounds that hold where it applies, and the reasons where it does not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_measured_is_below_spectral_is_below_frobenius(seed, inputs, method):
     assert 0 < b.measured <= b.spectral <= b.frobenius
 
 
-def test_one_layer_s_bound_is_its_error_exactly():
+def test_the_bound_of_one_layer_is_exactly_its_error():
     model = mlp(10, 6).double()
     report = lobs.prune(model, [torch.randn(50, 10).double()], sparsity=0.5, progress=False)
     root = report.layers[0].error ** 0.5
@@ -142,7 +142,7 @@ class LateDropout(nn.Module):
         "none",
     ],
 )
-def test_what_is_not_covered_says_why(model, reason):
+def test_models_outside_the_theorem_get_a_reason(model, reason):
     with pytest.raises(NotAChainError, match=reason):
         chain_of(model.eval())
 

@@ -50,8 +50,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         optimizer.step(closure)
 
 
-def alive(model: nn.Module, masks: dict[str, Tensor]) -> int:
-    """Weights that a mask removes and that are not zero."""
+def revived(model: nn.Module, masks: dict[str, Tensor]) -> int:
+    """The number of removed weights that are not zero."""
     return sum(
         int((model.get_submodule(name).weight.detach()[~mask] != 0).sum())
         for name, mask in masks.items()
@@ -81,22 +81,22 @@ def test_pruned_weights_are_zero_after_every_step(pruned, kind, by):
     with lobs.keep_masks(model if by == "model" else optimizer, masks):
         for _ in range(5):
             train(model, optimizer, 1)
-            assert alive(model, masks) == 0
+            assert revived(model, masks) == 0
     changed = (model[0].weight != before["0.weight"])[masks["0"]]
     assert changed.float().mean() > 0.9, "the kept weights are trained"
     train(model, optimizer, 2)
-    assert alive(model, masks) > 0, "without the handle they come back: the test can fail"
+    assert revived(model, masks) > 0, "without the handle they are revived, so the test can fail"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "rmsprop"])
-def test_momentum_from_before_pruning_brings_nothing_back(kind):
+def test_momentum_from_before_pruning_revives_nothing(kind):
     model = network()
     optimizer = OPTIMIZERS[kind](model.parameters())
     train(model, optimizer, 3)
     masks = lobs.prune(model, [data()[0]], sparsity=0.5, progress=False).masks
     with lobs.keep_masks(model, masks):
         train(model, optimizer, 1)
-        assert alive(model, masks) == 0
+        assert revived(model, masks) == 0
 
 
 def test_gradients_of_removed_weights_are_zero_and_the_others_untouched(pruned):
@@ -106,7 +106,7 @@ def test_gradients_of_removed_weights_are_zero_and_the_others_untouched(pruned):
     whole = model[0].weight.grad.clone()
     model.zero_grad()
     with lobs.keep_masks(model, masks):
-        for _ in range(2):  # accumulated
+        for _ in range(2):  # gradients accumulate
             nn.functional.cross_entropy(model(x), y).backward()
     assert torch.equal(model[0].weight.grad, 2 * whole * masks["0"])
 
@@ -114,38 +114,38 @@ def test_gradients_of_removed_weights_are_zero_and_the_others_untouched(pruned):
 def test_a_line_search_never_leaves_the_mask(pruned):
     model, masks = pruned
     seen = []
-    model[0].register_forward_pre_hook(lambda *_: seen.append(alive(model, masks)))
+    model[0].register_forward_pre_hook(lambda *_: seen.append(revived(model, masks)))
     with lobs.keep_masks(model, masks):
         train(model, OPTIMIZERS["lbfgs"](model.parameters()), 3)
     assert len(seen) > 6
     assert not any(seen)
 
 
-def test_an_optimizer_that_is_made_later_counts_and_that_of_another_model_does_not(pruned):
+def test_a_later_optimizer_is_observed_and_that_of_another_model_is_not(pruned):
     model, masks = pruned
     with lobs.keep_masks(model, masks):
         other = network()
         with torch.no_grad():
             model[0].weight[~masks["0"]] = 1.0
         train(other, OPTIMIZERS["sgd"](other.parameters()), 1)
-        assert alive(model, masks) > 0
+        assert revived(model, masks) > 0
         train(model, OPTIMIZERS["sgd"](model.parameters()), 1)
-        assert alive(model, masks) == 0
+        assert revived(model, masks) == 0
 
 
-def test_apply_of_the_handle_zeroes_what_no_optimizer_changed(pruned):
+def test_apply_zeroes_after_a_change_without_an_optimizer(pruned):
     model, masks = pruned
     handle = lobs.keep_masks(model, masks)
     with torch.no_grad():
         model[2].weight.add_(float("nan"))
     handle.apply()
-    assert alive(model, masks) == 0
+    assert revived(model, masks) == 0
     assert bool(model[2].weight[masks["2"]].isnan().all())
     handle.remove()
-    handle.remove()  # again: nothing
+    handle.remove()  # a second call does nothing
 
 
-def test_the_hooks_end_with_the_block_also_by_an_error(pruned):
+def test_the_hooks_end_with_the_block_even_on_an_error(pruned):
     model, masks = pruned
 
     def fails() -> None:
@@ -155,17 +155,17 @@ def test_the_hooks_end_with_the_block_also_by_an_error(pruned):
     with pytest.raises(RuntimeError, match="training broke"):
         fails()
     train(model, OPTIMIZERS["sgd"](model.parameters()), 2)
-    assert alive(model, masks) > 0
+    assert revived(model, masks) > 0
 
 
-def test_masks_are_copied_and_a_frozen_layer_is_no_obstacle(pruned):
+def test_masks_are_copied_and_a_layer_may_be_frozen(pruned):
     model, masks = pruned
     model[2].weight.requires_grad_(False)
     own = {name: mask.clone() for name, mask in masks.items()}
     with lobs.keep_masks(model, own):
         own["0"].fill_(True)
         train(model, OPTIMIZERS["adamw"](model.parameters()), 2)
-    assert alive(model, masks) == 0
+    assert revived(model, masks) == 0
 
 
 def test_layers_that_share_a_parameter_are_kept_at_zero_together():
@@ -222,7 +222,7 @@ def test_as_torch_prune_gives_its_buffers_and_the_same_outputs(pruned):
     train(model, OPTIMIZERS["adamw"](model.parameters()), 3)
     for part in (model[0], model[2]):
         torch_prune.remove(part, "weight")
-    assert alive(model, masks) == 0
+    assert revived(model, masks) == 0
     assert not torch.equal(model(x), before)
 
 
@@ -238,7 +238,7 @@ def test_a_model_that_is_one_layer_has_the_empty_name():
 # ---- wrong arguments -----------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[Exception], str]] = {
-    "no mapping": (lambda m: list(m.values()), DtypeError, "masks: expected"),
+    "not a mapping": (lambda m: list(m.values()), DtypeError, "masks: expected"),
     "none": (lambda m: {}, ArgumentError, "masks: there are none"),
     "an unknown layer": (
         lambda m: {**m, "fc": m["0"]},
@@ -248,7 +248,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[Exception], str]
     "a layer without weight": (lambda m: {"1": m["0"]}, ArgumentError, r"masks\['1'\]"),
     "another shape": (lambda m: {"0": m["0"].T}, ShapeError, r"masks\['0'\].*\(6, 9\).*\(9, 6\)"),
     "numbers": (lambda m: {"0": m["0"].float()}, DtypeError, r"masks\['0'\].*float32.*bool"),
-    "no tensor": (lambda m: {"0": [True]}, DtypeError, r"masks\['0'\].*list"),
+    "not a tensor": (lambda m: {"0": [True]}, DtypeError, r"masks\['0'\].*list"),
     "a number as name": (lambda m: {0: m["0"]}, DtypeError, "masks: a key is a int"),
     "another network's": (lambda m: {"0": ~m["0"]}, ArgumentError, "27 of the 27 .*apply_masks"),
 }
@@ -256,16 +256,16 @@ CALLS = [
     (call, wrong)
     for call in (lobs.keep_masks, lobs.apply_masks, lobs.as_torch_prune)
     for wrong in WRONG
-    if call is not lobs.apply_masks or wrong != "another network's"  # that is what it is for
+    if call is not lobs.apply_masks or wrong != "another network's"  # apply_masks is for just that
 ]
 
 
 @pytest.mark.parametrize(("call", "wrong"), CALLS)
 def test_wrong_masks_are_refused_by_name_and_nothing_is_changed(pruned, wrong, call):
     model, masks = pruned
-    change, error, said = WRONG[wrong]
+    change, error, message = WRONG[wrong]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         call(model, change(masks))
     after = model.state_dict()
     assert list(after) == list(before)
@@ -273,7 +273,7 @@ def test_wrong_masks_are_refused_by_name_and_nothing_is_changed(pruned, wrong, c
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_what_is_neither_model_nor_optimizer_is_refused(pruned):
+def test_anything_but_a_model_or_an_optimizer_is_refused(pruned):
     model, masks = pruned
     with pytest.raises(DtypeError, match=r"model_or_optimizer: .* got OrderedDict"):
         lobs.keep_masks(model.state_dict(), masks)
@@ -288,7 +288,7 @@ def test_an_optimizer_without_names_is_refused_with_the_way_out(pruned):
         lobs.keep_masks(OPTIMIZERS["sgd"](model.parameters()), masks)
 
 
-def test_a_weight_that_is_computed_is_refused(pruned):
+def test_a_computed_weight_is_refused(pruned):
     model, masks = pruned
     lobs.as_torch_prune(model, masks)
     for call in (lobs.keep_masks, lobs.apply_masks, lobs.as_torch_prune):

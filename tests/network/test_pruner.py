@@ -70,7 +70,7 @@ def test_dense_inputs_equal_pruning_each_layer_by_hand():
     assert [layer.name for layer in report.layers] == ["0", "2", "4"]
 
 
-def test_pruned_inputs_see_the_layers_before_them_pruned():
+def test_pruned_inputs_come_from_the_pruned_layers_before():
     model, data = network(), batches()
     original = copy.deepcopy(model)
     lobs.prune(model, data, sparsity=0.5, inputs="pruned", progress=False)
@@ -199,18 +199,18 @@ def test_a_layer_s_share_of_the_budget_is_bounded(spread):
         copy.deepcopy(model), batches(), sparsity=0.7, scope="model", spread=spread, progress=False
     )
     assert report.removed == free.removed
-    for mine, theirs in zip(report.layers, free.layers, strict=True):
-        weights = mine.shape[0] * mine.shape[1]
-        assert abs(mine.sparsity - 0.7) <= spread + 0.5 / weights
+    for layer, unbounded in zip(report.layers, free.layers, strict=True):
+        weights = layer.shape[0] * layer.shape[1]
+        assert abs(layer.sparsity - 0.7) <= spread + 0.5 / weights
         if spread == 1.0:
-            assert mine.sparsity == theirs.sparsity
+            assert layer.sparsity == unbounded.sparsity
     if spread == 0.0:
         plain = lobs.prune(copy.deepcopy(model), batches(), sparsity=0.7, progress=False)
         assert [x.sparsity for x in report.layers] == [x.sparsity for x in plain.layers]
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.5, 0.999])
-def test_a_layer_keeps_at_least_half_of_what_was_asked(spread):
+def test_a_layer_keeps_at_least_half_of_the_requested_weights(spread):
     """The bound that matters at high sparsity, where a difference of 0.2 reaches to 1."""
     options = {"sparsity": 0.9, "scope": "model", "sensitivity": None, "progress": False}
     model = network()
@@ -225,7 +225,7 @@ def test_a_layer_keeps_at_least_half_of_what_was_asked(spread):
 
 
 @pytest.mark.parametrize("stride", [1, 3])
-def test_shares_within_bounds_are_the_best_there_are(stride):
+def test_shares_within_bounds_are_optimal(stride):
     """Against all ways to share a budget among three layers, by the costs of their removals."""
     parts, costs = [], []
     for i in range(3):
@@ -245,7 +245,7 @@ def test_shares_within_bounds_are_the_best_there_are(stride):
         assert best <= cost[tuple(found)] < 1.2 * best
 
 
-def test_of_removals_that_cost_the_same_those_of_the_first_layers_go():
+def test_among_removals_of_equal_cost_those_of_the_first_layers_are_made():
     same = torch.ones(8, dtype=torch.float64)
     parts = [allocation.Costs(same, 1, 4, least, most) for least, most in ((0, 8), (1, 8), (0, 8))]
     assert allocation.shares(parts) == [8, 4, 0]
@@ -254,7 +254,7 @@ def test_of_removals_that_cost_the_same_those_of_the_first_layers_go():
     assert allocation.shares([nothing, nothing]) == [0, 0]
 
 
-def test_a_layer_can_stay_out_of_the_budget_of_the_model():
+def test_a_layer_can_be_left_out_of_the_budget_of_the_model():
     report = lobs.prune(
         network(),
         batches(),
@@ -348,7 +348,7 @@ def test_wrong_arguments_are_named_before_anything_runs(arguments, message):
     assert same(states(model), before)
 
 
-def test_too_little_memory_leaves_the_model_as_it_was():
+def test_too_little_memory_leaves_the_model_unchanged():
     model = network()
     before = states(model)
     with pytest.raises(
@@ -382,7 +382,7 @@ def test_too_little_memory_leaves_the_model_as_it_was():
     ],
     ids=str,
 )
-def test_wrong_kinds_are_refused(arguments, error):
+def test_wrong_types_are_refused(arguments, error):
     settings = {
         "model": network(),
         "calibration": batches(),
@@ -441,7 +441,7 @@ def test_a_module_used_twice_is_pruned_once_with_both_inputs():
     assert "twice" in report.error_bound.reason
 
 
-def test_a_layer_that_is_never_called_is_skipped_aloud_or_refused():
+def test_a_layer_that_is_never_called_is_skipped_with_a_warning_or_refused():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -545,11 +545,11 @@ def test_many_small_passes_equal_one_large(monkeypatch):
     assert same(states(a), states(b))
 
 
-# ---- nothing half done ---------------------------------------------------------------------------
+# ---- all or nothing ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
-def test_a_layer_that_fails_leaves_every_weight_as_it_was(inputs):
+def test_a_layer_that_fails_leaves_every_weight_unchanged(inputs):
     """The last layer has dependent inputs and no damping; the ones before it were pruned
     already."""
     model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.Linear(30, 4, bias=False))
@@ -597,7 +597,7 @@ def test_an_interruption_at_any_batch_restores_the_model(after):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_an_output_that_is_no_tensor_is_measured_as_none():
+def test_an_output_that_is_not_a_tensor_is_measured_as_none():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

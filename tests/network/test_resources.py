@@ -1,4 +1,4 @@
-"""A plan before the start, and a limit on memory that is kept to."""
+"""Plans before the start, and limits on memory that are kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ torch.manual_seed(0)
 model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(1152, 1152), nn.ReLU())])
 data = [torch.randn(64, 1152) for _ in range(4)]
 options = json.loads(sys.argv[1])
-for method in ("sweep", "exact"):  # libraries allocate their own at first use
+for method in ("sweep", "exact"):  # libraries allocate their own memory at first use
     small = nn.Sequential(nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 8))
     lobs.prune(small, data, sparsity=0.05, method=method, progress=False)
 model(data[0])
@@ -40,7 +40,7 @@ print(json.dumps({
 
 
 def run(**options: Any) -> dict[str, Any]:
-    # With a limit prune sees to this itself; without one, what glibc keeps differs from run to run.
+    # With a limit, prune does this itself. Without one, what glibc keeps varies between runs.
     tight = {} if "memory" in options else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(options)],
@@ -58,13 +58,13 @@ def run(**options: Any) -> dict[str, Any]:
 def test_a_model_whose_second_moments_exceed_the_limit_is_pruned_within_it(inputs):
     options = {"sparsity": 0.5, "method": "sweep", "inputs": inputs}
     free = run(**options)
-    limit = round(free["plan"]["layer"] + 8e6) + 6 * 1152 * 1152  # masks, and a little
+    limit = round(free["plan"]["layer"] + 8e6) + 6 * 1152 * 1152  # masks, and some slack
     bound = run(**options, memory=limit)
     moments = 6 * 1153 * 1153 * 8
     if inputs == "dense":
         assert free["plan"]["memory"] > moments
     assert bound["plan"]["memory"] <= limit
-    assert bound["plan"]["disk"] > 6 * 1152 * 1152 * 4 - 8e6  # weights that had to go there
+    assert bound["plan"]["disk"] > 6 * 1152 * 1152 * 4 - 8e6  # weights that did not fit into memory
     assert bound["weights"] == free["weights"]
     for result in (free, bound):
         assert result["peak"] <= 1.1 * result["plan"]["memory"] + 64e6
@@ -95,7 +95,7 @@ def test_the_plan_is_that_of_the_run():
     assert plan.statistics == 8 * 21**2
 
 
-def test_a_limit_that_cannot_be_kept_says_what_is_needed_and_that_is_enough():
+def test_a_limit_that_is_too_low_is_refused_with_one_that_is_enough():
     with pytest.raises(MemoryError, match="memory: layer '2' needs") as caught:
         lobs.plan_prune(network(), data(), sparsity=0.5, memory=1000)
     (needed,) = re.findall(r": ([\d,]+) together", str(caught.value))
@@ -132,7 +132,7 @@ def test_an_unknown_argument_is_named():
         lobs.plan_prune(network(), data(), sparsty=0.5)
 
 
-def test_the_plan_is_for_people_too():
+def test_the_plan_can_be_read_as_text():
     text = str(lobs.plan_prune(network(), data(), sparsity=0.5, memory=10**9))
     assert re.fullmatch(
         r"plan: \d+ MB of 1,000 MB allowed besides the model, the data and a forward pass "
@@ -157,7 +157,7 @@ def test_the_peak_of_a_layer_is_its_own_and_the_run_s_is_the_highest():
         whole.reset()
         assert whole.before_reset >= size
         assert whole.bytes() < size
-    assert LayerPeak(torch.device("cpu")).bytes() is None  # of no run
+    assert LayerPeak(torch.device("cpu")).bytes() is None  # outside of a run
 
 
 def test_every_layer_of_a_report_has_its_peak():

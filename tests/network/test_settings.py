@@ -1,4 +1,4 @@
-"""The settings of a layer and of a network: one list of options, whoever asks for it."""
+"""The settings of a layer and of a network: one list of options for all their users."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_settings_cannot_be_changed_afterwards():
         settings.for_layer("0")[0].method = "lobs"  # type: ignore[misc]
 
 
-# ---- each by itself ------------------------------------------------------------------------------
+# ---- single values -------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "sparsity": (-0.1, ArgumentError),
@@ -156,7 +156,7 @@ def test_a_wrong_value_is_refused_by_name_when_settings_are_made(name):
             LayerSettings(**{name: value})
 
 
-def test_numbers_stay_as_they_are_given_where_they_are_repeated_and_are_floats_for_a_layer():
+def test_numbers_are_repeated_unchanged_and_are_floats_for_a_layer():
     settings = lobs.NetworkSettings(sparsity=1, damping=np.float32(0.5), spread=torch.tensor(0.25))
     kept = (settings.sparsity, settings.damping, settings.spread)
     assert [type(x) for x in kept] == [int, float, float]
@@ -165,7 +165,7 @@ def test_numbers_stay_as_they_are_given_where_they_are_repeated_and_are_floats_f
     assert (layer.sparsity, layer.damping) == kept[:2]
 
 
-# ---- and together --------------------------------------------------------------------------------
+# ---- combinations --------------------------------------------------------------------------------
 
 
 def test_a_target_is_resolved():
@@ -215,7 +215,7 @@ def test_later_overrides_win_and_a_target_replaces_all_targets():
         merged({"2": {"seed": 1}})
 
 
-def test_a_shared_budget_is_not_a_matter_of_one_layer():
+def test_a_single_layer_has_no_shared_budget():
     settings = lobs.NetworkSettings(
         sparsity=0.5, scope="model", overrides={"2": {"scope": "layer"}}
     )
@@ -231,7 +231,7 @@ def test_a_shared_budget_is_not_a_matter_of_one_layer():
 # ---- what is repeated and compared ---------------------------------------------------------------
 
 
-def test_a_report_repeats_and_a_resumed_run_compares_all_that_changes_the_result():
+def test_reports_repeat_and_resumed_runs_compare_all_that_changes_the_result():
     settings = lobs.NetworkSettings(pattern=GroupsOf(2, 4), device=torch.device("cpu"))
     arguments = settings.arguments()
     assert set(options(lobs.NetworkSettings)) - set(arguments) == {

@@ -167,8 +167,8 @@ def test_prune_weight_by_threshold_and_nothing_and_everything(device):
 def test_refined(method, refine, target, device):
     given = {**layer(bias=True), **target, "method": method, "refine": refine}
     found = check_both(lobs.prune_weight, given, device)
-    said = [note for note in found.notes if ON_CPU in note]
-    assert len(said) == (refine == "exchange" and device is None)
+    notes = [note for note in found.notes if ON_CPU in note]
+    assert len(notes) == (refine == "exchange" and device is None)
 
 
 def test_inputs_that_are_all_the_same(device):
@@ -181,7 +181,7 @@ def test_inputs_that_are_all_the_same(device):
 @pytest.mark.parametrize(
     "how", [{"scope": "row"}, {"pattern": "2:4"}, {"scope": "layer"}], ids=named
 )
-def test_rows_that_float32_loses_are_redone_wherever_they_are(how, device, monkeypatch):
+def test_rows_that_fail_in_float32_are_redone_wherever_they_are(how, device, monkeypatch):
     trace = ops.exact_trace
 
     def losing(W: Tensor, *args: Any, **options: Any) -> ops.Trace:
@@ -201,7 +201,7 @@ def test_rows_that_float32_loses_are_redone_wherever_they_are(how, device, monke
         lobs.prune_weight(**moved(given), backend=device)
 
 
-def test_a_sample_of_many_rows_says_how_far_to_go(device):
+def test_a_sample_of_many_rows_decides_how_far_to_trace(device):
     given = {"weight": torch.randn(70, 12), "hessian": layer()["hessian"][:12, :12]}
     check_both(lobs.prune_weight, {**given, "sparsity": 0.5}, device)
 
@@ -255,16 +255,16 @@ def test_planned_memory(emulated):
         assert torch.equal(few.weight.cpu(), lobs.prune_weight(**moved(given)).weight.cpu())
 
 
-def test_without_a_usable_gpu_plain_torch_takes_over_and_says_so():
+def test_without_a_usable_gpu_plain_torch_takes_over_with_a_warning():
     ready, detail = next(row[1:] for row in lobs.backends() if row[0] == "cuda")
     if ready:
         pytest.skip(f"this machine has a GPU: {detail}")
     W, H = layer()["weight"], layer()["hessian"]
     with pretend.device(None, patched=False):
-        with pytest.warns(RuntimeWarning, match="slowly: .*CUDA") as said:
+        with pytest.warns(RuntimeWarning, match="slowly: .*CUDA") as warned:
             out = lobs.prune_weight(W.to(CUDA), H.to(CUDA), sparsity=0.5)
         assert out.backend == "reference"
-        assert {str(w.message) for w in said} == {str(said[0].message)}
+        assert {str(w.message) for w in warned} == {str(warned[0].message)}
         with pytest.raises(BackendError, match=r"'cuda' is not ready here: .*CUDA"):
             lobs.prune_weight(W.to(CUDA), H.to(CUDA), sparsity=0.5, backend="cuda")
     with pytest.raises(BackendError, match=r"'cuda' is not ready here: .*CUDA"):
@@ -373,7 +373,7 @@ def test_operations(device):
     assert torch.equal(found.count.cpu(), expected.count)
 
 
-def test_what_operations_refuse_is_named(device):
+def test_operations_name_what_they_refuse(device):
     H, W = torch.eye(C, dtype=F64, device=CUDA), torch.ones(R, C, dtype=F64, device=CUDA)
     gone = torch.zeros(R, C, dtype=torch.uint8, device=CUDA)
     order = torch.tensor([0, 1, 1, 2], dtype=torch.int32, device=CUDA)
@@ -463,21 +463,21 @@ def test_prune(how, inputs, device, monkeypatch):
     )
     assert found.removed == expected.removed
     for name, parameter in there.named_parameters():
-        mine = dict(here.named_parameters())[name]
-        assert mine.device == CUDA
-        assert mine.requires_grad
-        assert distance(mine.detach().cpu(), parameter.detach()) < 1e-3
+        on_device = dict(here.named_parameters())[name]
+        assert on_device.device == CUDA
+        assert on_device.requires_grad
+        assert distance(on_device.detach().cpu(), parameter.detach()) < 1e-3
     for name, mask in expected.masks.items():
         assert torch.equal(found.masks[name].cpu(), mask)
-    for mine, other in zip(found.layers, expected.layers, strict=True):
-        assert mine.error == pytest.approx(other.error, rel=1e-3)
-        assert [n for n in mine.notes if ON_CPU not in n] == list(other.notes)
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        assert layer.error == pytest.approx(other.error, rel=1e-3)
+        assert [n for n in layer.notes if ON_CPU not in n] == list(other.notes)
     assert found.error_bound.covered == expected.error_bound.covered
     assert found.error_bound.measured == pytest.approx(expected.error_bound.measured, rel=1e-3)
     assert json.dumps(found.to_dict())  # it contains no tensors
 
 
-def test_prune_a_chain_and_put_it_back(device, monkeypatch):
+def test_prune_a_chain_and_restore_it(device, monkeypatch):
     if device is not None:
         monkeypatch.setattr(dispatch, "_fastest", lambda _: "reference")
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)).to(CUDA)

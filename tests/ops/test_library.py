@@ -94,7 +94,7 @@ def flat(*results: Any) -> list[Tensor]:
     return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
-def test_every_operation_is_there_and_tried() -> None:
+def test_every_operation_is_registered_and_tested() -> None:
     public = {
         name
         for name, function in vars(ops).items()
@@ -116,8 +116,8 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", library.OPERATIONS)
 def test_results_are_those_of_ops(name: str) -> None:
     for given, how in samples()[name]:
-        mine, theirs = tuple(map(copied, given)), tuple(map(copied, given))
-        found = flat(getattr(NAMED, name)(*mine, **how), mine)
+        own, theirs = tuple(map(copied, given)), tuple(map(copied, given))
+        found = flat(getattr(NAMED, name)(*own, **how), own)
         if name.startswith("exact_trace"):
             state = {"state": theirs[2]} if len(theirs) == 3 else {}
             update = name.endswith("_")
@@ -158,7 +158,7 @@ def test_errors_come_through_and_nothing_is_written() -> None:
         NAMED.exact_trace(torch.ones(2, C), -torch.eye(C))
 
 
-def test_there_are_no_gradients_and_nothing_pretends_so() -> None:
+def test_gradients_are_refused() -> None:
     W, A = problem()
     W.requires_grad_()
     loss = NAMED.exact_trace(W, A)[1]
@@ -195,9 +195,9 @@ def accumulate_and_prune(
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_results_are_those_of_eager(compiler: str) -> None:
     if compiler == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("inductor: there is no C++ compiler")
+        pytest.skip("inductor: a C++ compiler is missing")
     if compiler == "inductor" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        pytest.skip("inductor: there are no headers of Python")
+        pytest.skip("inductor: the headers of Python are missing")
     torch._dynamo.reset()
     W, _ = problem()
     compiled = torch.compile(accumulate_and_prune, fullgraph=True, backend=compiler)

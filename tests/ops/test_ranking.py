@@ -49,8 +49,8 @@ def test_rows_are_in_rising_order_with_ties_to_the_lowest_column(backend, kind, 
     expected: list[int] = []
     for r in range(shape[0]):
         assert int(start[r]) == len(expected)
-        mine = [q for q in range(shape[1]) if chosen[r, q]]
-        expected += sorted(mine, key=lambda q: (float(score[r, q]), q))
+        columns = [q for q in range(shape[1]) if chosen[r, q]]
+        expected += sorted(columns, key=lambda q: (float(score[r, q]), q))
     assert order.tolist() == expected
     assert int(start[-1]) == len(expected)
     assert order.dtype == torch.int32
@@ -91,10 +91,10 @@ def test_the_same_for_any_number_of_threads():
     score = scores(1, 300_000, "few values")
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(ops.rank_lowest(score, 100_000))
+            results.append(ops.rank_lowest(score, 100_000))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(f, found[0]) for f in found)
+    assert all(torch.equal(x, results[0]) for x in results)

@@ -24,7 +24,7 @@ OLD = dict.fromkeys(
         *("pattern", "dtype", "predicted", "energy", "condition", "peak_memory"),
         *("curve_sparsity", "curve_error"),
     )
-)  # of a layer of a run that is older than these
+)  # fields that a layer of an older run lacks
 
 
 def comparison(**changes):
@@ -82,7 +82,7 @@ PAGES = {"report": report_page(report()), "demo": comparison()}
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
-def test_a_page_is_well_formed_and_needs_no_second_file(page):
+def test_a_page_is_well_formed_and_self_contained(page):
     reader = Reader(page)
     assert not {"link", "img", "iframe", "object", "embed", "form"} & set(reader.tags)
     assert not {"src", "href", "xlink:href", "srcset"} & {name for name, _ in reader.attributes}
@@ -160,7 +160,7 @@ def test_every_number_of_the_page_is_in_the_json_and_shown_as_it_is():
         )
 
 
-def test_what_is_not_known_is_a_dash_and_not_a_number():
+def test_unknown_values_are_dashes():
     old = report(layer(**OLD), layer("fc2", method="magnitude", scope="row", **OLD))
     page = report_page(old)
     blanks = re.findall(r'<td data-v="">(.*?)</td>', page)
@@ -170,7 +170,7 @@ def test_what_is_not_known_is_a_dash_and_not_a_number():
     assert "trace" not in [v for name, v in Reader(page).attributes if name == "class"]
 
 
-def test_an_unfinished_run_says_so_first_and_lists_what_is_missing():
+def test_an_unfinished_run_starts_with_that_and_lists_the_missing_layers():
     missing = [f"fc{k}" for k in range(2, 9)]
     page = report_page(report(missing=missing))
     text = Reader(page).text
@@ -192,7 +192,7 @@ def test_a_curve_ends_inside_its_panel_and_the_disc_marks_what_was_measured():
         for x, y in (point.split() for point in line.split("L")):
             assert 0 <= float(x) <= 170
             assert 0 <= float(y) <= 104
-    assert page.count('class="here"') == 3  # none where there is no number
+    assert page.count('class="here"') == 3  # none where a number is missing
 
 
 @pytest.mark.parametrize(("count", "limit"), [(36, 200_000), (300, 1_500_000)])
@@ -211,12 +211,12 @@ def test_pages_of_many_layers_stay_light(count, limit):
     assert len(report_page(report(*layers)).encode()) < limit
 
 
-def test_visible_keeps_letters_and_spells_out_what_does_not_print():
+def test_visible_keeps_letters_and_escapes_what_does_not_print():
     assert visible("encoder.0 naïve 层") == "encoder.0 naïve 层"
     assert visible("a\nb\x1b[0m\u2028\u200f") == "a\\nb\\x1b[0m\\u2028\\u200f"
 
 
-def test_what_was_done_differently_is_on_the_page():
+def test_deviations_from_the_settings_are_on_the_page():
     changed = layer("fc2", status="damping raised", damping=0.1, notes=("Cholesky failed",))
     text = Reader(report_page(report(layer(), changed))).text
     assert "damping raised" in text
@@ -246,7 +246,7 @@ def test_the_bound_shows_all_three_numbers_and_their_share_of_the_output():
     assert "Part of bound" in Reader(report_page(report(bound=parts))).text
 
 
-def test_a_network_outside_the_theorem_says_why_and_what_was_measured():
+def test_a_network_outside_the_theorem_has_the_reason_and_the_measured_error():
     bound = ErrorBound(False, "softmax is not covered", measured=8.47, output_norm=14.3)
     text = Reader(report_page(report(bound=bound))).text
     assert "No bound: softmax is not covered" in text

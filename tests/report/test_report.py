@@ -70,7 +70,7 @@ def test_other_names_are_refused(report, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+def test_a_file_is_replaced_atomically_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "a b\n.txt"
     write_file(path, "old")
     assert write_file(path, b"new") == path

@@ -1,5 +1,5 @@
-"""Inputs "corrected": a layer on the pruned network's inputs is asked for what the original network
-gave, sums at residual connections included."""
+"""Inputs "corrected": layers on the pruned network's inputs are fitted to the original network's
+outputs, and to its sums at residual connections."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pruned(model: nn.Module, data: Any, **options: Any) -> lobs.Report:
 
 
 @pytest.mark.parametrize("method", ["exact", "sweep", "lobs", "magnitude", "wanda"])
-def test_a_layer_starts_from_the_weights_that_make_up_for_those_before(method):
+def test_a_layer_starts_from_weights_that_compensate_for_the_layers_before(method):
     """The second layer by hand: the ridge solution for the original outputs, then pruning."""
     model, damping = chain(), 0.02
     original = copy.deepcopy(model)
@@ -93,7 +93,7 @@ def test_errors_are_the_distance_from_the_original_network_s_outputs(make, metho
     assert report.layers[0].inherited == 0.0
 
 
-def test_the_first_layer_is_pruned_as_ever_and_the_network_ends_nearer_to_the_original():
+def test_the_first_layer_is_pruned_as_usual_and_the_network_is_closer_to_the_original():
     results = {}
     for inputs in ("pruned", "corrected"):
         model = chain()
@@ -107,7 +107,7 @@ def test_the_first_layer_is_pruned_as_ever_and_the_network_ends_nearer_to_the_or
     assert bound["corrected"].measured < 0.9 * bound["pruned"].measured
 
 
-def test_the_bound_of_a_chain_is_what_its_last_layer_was_measured_to_lose():
+def test_the_bound_of_a_chain_is_the_measured_error_of_its_last_layer():
     model = chain()
     report = pruned(model, rows(model))
     bound = report.error_bound
@@ -119,7 +119,7 @@ def test_the_bound_of_a_chain_is_what_its_last_layer_was_measured_to_lose():
 
 
 class Residual(nn.Module):
-    """x + second(relu(first(x))), then a layer of its own; ``how`` the sum is made."""
+    """x + second(relu(first(x))), then another layer; ``how``: the way the sum is computed."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["plus", "in place", "other side"])
-def test_where_an_output_goes_into_a_sum_the_sum_is_what_counts(how):
+def test_where_an_output_is_added_to_another_the_sum_is_fitted(how):
     model = Residual(how)
     original = copy.deepcopy(model)
     data = [features(40, 20, seed=i) for i in range(4)]
@@ -161,7 +161,7 @@ def test_where_an_output_goes_into_a_sum_the_sum_is_what_counts(how):
     with torch.no_grad():
         a, a0 = (torch.relu(m.before(x)) for m in (model, original))
         b, b0 = (torch.relu(m.first(t)) for m, t in ((model, a), (original, a0)))
-        wanted = a0 + original.second(b0) - a  # what second should give
+        wanted = a0 + original.second(b0) - a  # the output that second should have
         W = torch.cat([original.second.weight, original.second.bias[:, None]], 1)
         X = with_ones(b)
         H = X.T @ X / len(X)
@@ -170,19 +170,19 @@ def test_where_an_output_goes_into_a_sum_the_sum_is_what_counts(how):
         error = (wanted - model.second(b)).square().sum() / len(X)
     out = lobs.prune_weight(W[:, :-1].contiguous(), H, sparsity=0.6, bias=W[:, -1], damping=0.02)
     assert distance(model.second.weight.detach(), out.weight) < 1e-9
-    mine = next(layer for layer in report.layers if layer.name == "second")
-    assert "corrected together with what is added to its output" in mine.notes
-    assert mine.error == pytest.approx(float(error), rel=1e-9)
+    second = next(layer for layer in report.layers if layer.name == "second")
+    assert "corrected together with what is added to its output" in second.notes
+    assert second.error == pytest.approx(float(error), rel=1e-9)
 
 
 @pytest.mark.parametrize("how", ["scaled", "used twice", "broadcast", "none"])
-def test_other_uses_of_an_output_are_no_sums(how):
+def test_other_uses_of_an_output_are_not_sums(how):
     model = Residual(how)
     report = pruned(model, [features(40, 20, seed=i) for i in range(4)])
     assert all(not layer.notes for layer in report.layers)
 
 
-def test_of_layers_that_read_one_tensor_any_may_go_into_a_sum():
+def test_any_of_several_layers_that_read_one_tensor_may_be_added():
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +202,7 @@ def test_of_layers_that_read_one_tensor_any_may_go_into_a_sum():
     assert notes == {"first": (), "a": (), "b": added, "c": added, "last": ()}
 
 
-def test_sums_are_seen_call_by_call():
+def test_sums_are_detected_call_by_call():
     layer = nn.Linear(3, 3)
     x = torch.randn(2, 3)
     with torch.no_grad(), Sums({"a": layer}) as sums:
@@ -227,8 +227,8 @@ def test_block_by_block_gives_what_whole_passes_give(scope):
 
 
 class Derived(Model):
-    """Something that blocks are handed is computed from the hidden state before the stack, so the
-    original network's blocks are handed something else."""
+    """One argument of the blocks is computed from the hidden state before the stack, so it differs
+    for the blocks of the original network."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -238,7 +238,7 @@ class Derived(Model):
         return self.head(x)
 
 
-def test_the_original_s_blocks_are_run_with_what_the_original_hands_them():
+def test_the_blocks_of_the_original_are_run_with_its_own_arguments():
     whole, parts = made(Derived), made(Derived)
     pruned(whole, block_batches(), blocks=None)
     report = pruned(parts, block_batches())
@@ -246,7 +246,7 @@ def test_the_original_s_blocks_are_run_with_what_the_original_hands_them():
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
-def test_padding_counts_for_nothing():
+def test_padding_does_not_count():
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -267,7 +267,7 @@ def test_padding_counts_for_nothing():
     assert b.layers[1].error == pytest.approx(a.layers[1].error, rel=1e-4)
 
 
-def test_experts_are_not_corrected_and_that_is_said():
+def test_experts_are_not_corrected_and_have_a_note():
     report = pruned(Experts(transposed=False), [routed([30, 20, 20, 25])])
     notes = [note for layer in report.layers for note in layer.notes if "not corrected" in note]
     assert len(notes) == 2
@@ -292,14 +292,14 @@ class Counting(nn.Module):
         return x
 
 
-def test_networks_that_cannot_be_compared_row_by_row_are_not_and_that_is_said():
+def test_networks_that_cannot_be_compared_row_by_row_are_not_corrected_and_have_a_note():
     report = pruned(Counting(), [torch.randn(40, 6)], blocks=None)
     (note,) = [n for n in report.layers[1].notes if "not corrected" in n]
     assert "called more often" in note
     assert report.layers[1].inherited is None
 
 
-def test_zeros_that_are_there_stay_zeros():
+def test_existing_zeros_stay_zeros():
     model = chain()
     with torch.no_grad():
         model[2].weight.view(-1)[::3] = 0
@@ -321,14 +321,14 @@ def test_dtypes_are_kept(dtype):
     assert report.sparsity == pytest.approx(0.6, abs=0.01)
 
 
-def test_limits_on_the_error_count_what_was_inherited():
+def test_limits_on_the_error_include_the_inherited_error():
     model = chain()
     report = pruned(model, rows(model), sparsity=None, max_error=0.05)
     assert all(layer.error <= 0.05 for layer in report.layers)
     assert all(layer.sparsity > 0.1 for layer in report.layers)
 
 
-def test_an_error_in_the_middle_leaves_the_model_as_it_was():
+def test_an_error_in_the_middle_leaves_the_model_unchanged():
     model = made()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen = 0
@@ -365,7 +365,7 @@ def test_the_same_seed_gives_the_same_network_with_a_stochastic_forward():
 
 # ---- models of transformers ----------------------------------------------------------------------
 
-RESIDUAL = {  # whose outputs go into the residual stream
+RESIDUAL = {  # layers whose outputs are added to the residual stream
     "BertModel": {"attention.output.dense", "output.dense"},
     "LlamaForCausalLM": {"o_proj", "down_proj"},
     "GPT2LMHeadModel": {"attn.c_proj", "mlp.c_proj"},
@@ -374,7 +374,7 @@ RESIDUAL = {  # whose outputs go into the residual stream
 
 
 @pytest.mark.parametrize("kind", RESIDUAL)
-def test_transformers_models_are_nearer_to_the_original(kind):
+def test_transformers_models_are_closer_to_the_original(kind):
     pytest.importorskip("transformers")
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(4, 60, (8, 12), generator=generator)} for _ in range(4)]

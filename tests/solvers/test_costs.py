@@ -93,7 +93,7 @@ def test_the_curve_is_the_trace_s_and_has_the_chosen_point(scope, share, pattern
     assert out.curve_sparsity[0] == 0.0
 
 
-def test_a_trace_gives_the_same_at_every_sparsity():
+def test_a_trace_predicts_the_same_at_every_sparsity():
     W, H = layer(40, 24)
     trace = lobs.trace_weight(W, H)
     for share in (0.25, 0.5, 0.95):
@@ -101,7 +101,7 @@ def test_a_trace_gives_the_same_at_every_sparsity():
         assert trace.at(share).predicted == pytest.approx(alone.predicted, rel=1e-9)
 
 
-def test_importance_chooses_and_is_not_counted():
+def test_importance_guides_the_choice_and_is_not_counted():
     W, H = layer(60, 20)
     importance = torch.logspace(-2, 2, 60, dtype=F64)[None]
     out = prune_groups(W[None], [H], LayerSettings(sparsity=0.6), importance=importance)
@@ -112,7 +112,7 @@ def test_importance_chooses_and_is_not_counted():
 @pytest.mark.parametrize("method", ["exact", "sweep"])
 @pytest.mark.parametrize("scope", ["layer", "row"])
 def test_groups_and_a_drift_add_up_too(method, scope):
-    """Two groups of a layer that should also make up for what came before."""
+    """Two groups of a layer that also compensates for the layers before it."""
     W, moments, pull, inherited = [], [], [], 0.0
     for g in range(2):
         x = features(200, 18, seed=g) * (1 + 9 * g)
@@ -134,7 +134,7 @@ def test_groups_and_a_drift_add_up_too(method, scope):
     )
     assert out.predicted == pytest.approx(out.error + added, rel=1e-9)
     if method == "exact":
-        assert out.curve_error[0] < inherited  # it has been made up for already
+        assert out.curve_error[0] < inherited  # the layers before it are compensated for already
 
 
 @pytest.mark.parametrize("condition", [3.0, 1e3, 1e6])
@@ -149,7 +149,7 @@ def test_the_condition_is_estimated_from_below_within_a_factor_of_two(condition,
     assert true / 2 < out.condition <= true * (1 + 1e-9)
 
 
-def test_what_is_not_inverted_has_no_condition_and_nothing_has_the_best():
+def test_a_moment_that_is_not_inverted_has_no_condition_and_zero_has_the_best():
     W, H = layer(4, 6)
     assert lobs.prune_weight(W, H, sparsity=0.5, method="wanda").condition is None
     assert lobs.prune_weight(W, 0 * H, sparsity=0.5).condition == pytest.approx(1.0)
@@ -157,7 +157,7 @@ def test_what_is_not_inverted_has_no_condition_and_nothing_has_the_best():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40, 10**5])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.97, 1.0])
-def test_places_along_a_list_begin_at_nothing_and_rise_to_its_end(length, share):
+def test_places_along_a_list_start_at_zero_and_rise_to_its_end(length, share):
     place = along(length, share).tolist()
     assert place[0] == 0
     assert place[-1] == length - 1

@@ -1,4 +1,4 @@
-"""Inputs at the edge: singular, duplicated, dead, tiny, huge, one of everything.
+"""Edge cases of inputs: singular, duplicated, dead, tiny, huge, one of everything.
 
 A defined result or a defined error for each; never a NaN, an infinity or a wrong number in silence.
 """
@@ -68,7 +68,7 @@ def test_as_many_rows_as_columns_need_no_note():
 
 
 def test_duplicate_columns_stand_in_for_each_other():
-    """Where one of two equal inputs goes, its weight moves to the other: hardly a loss."""
+    """If one of two equal inputs is removed, its weight moves to the other at almost no cost."""
     x = features(100, 6)
     H = lobs.Hessian(C).update(torch.cat([x, x], 1)).matrix()
     W = weight()
@@ -96,13 +96,13 @@ def test_damping_0_on_a_singular_moment_is_an_error_that_names_the_way_out(H):
     with pytest.raises(NotPositiveDefiniteError, match=r"damping 0\b.*larger damping"):
         lobs.prune_weight(W, H, sparsity=0.5, damping=0)
     assert torch.equal(W, before)
-    for method in ("magnitude", "wanda"):  # which invert nothing
+    for method in ("magnitude", "wanda"):  # these invert nothing
         out = lobs.prune_weight(W, H, sparsity=0.5, damping=0, method=method)
         assert out.damping == 0
         assert out.status == "ok"
 
 
-def test_damping_0_on_a_regular_moment_is_used_as_it_is():
+def test_damping_0_on_a_regular_moment_is_used_unchanged():
     H = conditioned(C, 100.0)
     out = lobs.prune_weight(weight(), H, sparsity=0.5, damping=0)
     assert out.damping == 0
@@ -115,7 +115,7 @@ def test_damping_0_on_a_regular_moment_is_used_as_it_is():
 
 @pytest.mark.parametrize(("lowest", "factor"), [(-0.005, 1), (-0.05, 10), (-0.5, 100)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_where_cholesky_fails_the_next_damping_is_used_and_said(lowest, factor, dtype):
+def test_where_cholesky_fails_the_next_damping_is_used_and_noted(lowest, factor, dtype):
     """The lowest eigenvalue, as a fraction of the mean, decides which step of the ladder holds."""
     H = with_lowest(lowest)
     assert float(H.diagonal().mean()) == pytest.approx(1)
@@ -124,16 +124,16 @@ def test_where_cholesky_fails_the_next_damping_is_used_and_said(lowest, factor, 
     assert out.damping == pytest.approx(0.01 * factor, rel=1e-15)
     if factor == 1:
         assert out.status == "ok"
-        # Rounding, another one on every processor, may have the weights solved for again.
+        # Rounding differs between processors and may cause the weights to be solved for again.
         assert all("solved for again in float64" in note for note in out.notes)
     else:
         assert out.status == "damping raised"
-        said = f"damping 0.01; {0.01 * factor:g} was used"
-        assert [note for note in out.notes if said in note]
+        expected = f"damping 0.01; {0.01 * factor:g} was used"
+        assert [note for note in out.notes if expected in note]
     assert bool(torch.isfinite(out.weight).all())
 
 
-def test_at_the_end_of_the_ladder_is_an_error_that_lists_its_steps():
+def test_the_end_of_the_ladder_is_an_error_that_lists_its_steps():
     with pytest.raises(NotPositiveDefiniteError, match=r"0\.01, 0\.1, 1\b"):
         lobs.prune_weight(weight(), with_lowest(-2.0), sparsity=0.5, damping=0.01)
 
@@ -160,7 +160,7 @@ def test_weights_on_dead_inputs_are_counted_and_go_first(method, scope, bias):
     assert torch.equal(out.weight[expected], W[expected])
 
 
-def test_magnitude_counts_dead_inputs_but_does_not_look_at_them():
+def test_magnitude_counts_dead_inputs_but_ignores_them():
     x = features(60, C)
     x[:, 2] = 0
     W = weight()
@@ -268,7 +268,7 @@ def test_a_sum_kept_in_float32_that_overflows_is_an_error():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1e100, 1e160, 1e250, 1e300])
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e20, 1.2e308])
-def test_float64_up_to_its_end_gives_a_true_error_or_one_of_ours(scale, size, method):
+def test_float64_up_to_its_limits_gives_a_true_result_or_a_lobs_error(scale, size, method):
     """A cost that float64 cannot hold may be called infinite; it must not be called zero or NaN."""
     W = weight() * size
     H = torch.eye(C, dtype=torch.float64) * scale
@@ -288,8 +288,8 @@ def test_float64_up_to_its_end_gives_a_true_error_or_one_of_ours(scale, size, me
     [(torch.float16, 60000.0), (torch.bfloat16, 3e38), (torch.float32, 3e38)],
     ids=str,
 )
-def test_a_kept_weight_that_outgrows_its_type_is_not_returned_in_silence(dtype, value):
-    """Of two equal inputs one goes, and the other would need twice its weight."""
+def test_a_kept_weight_that_outgrows_its_dtype_is_not_returned_silently(dtype, value):
+    """One of two equal inputs is removed, and the other would need twice its weight."""
     x = features(50, 1).repeat(1, 2)
     W = torch.full((1, 2), value, dtype=dtype)
     try:

@@ -1,4 +1,4 @@
-"""Masks and zeros that are there before: they are removed first, and count."""
+"""Masks and existing zeros: they are removed first, and count."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_mask_with_a_bias_and_no_target(method):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pruned_layer_can_be_pruned_further(method, scope):
-    """What is gone stays gone and counts, by its zeros or by its mask."""
+    """Removed weights stay removed and count, by their zeros or by a mask."""
     W, H = correlated(12, 40, 4)
     once = lobs.prune_weight(W, H, sparsity=0.3, method=method, scope=scope)
     for mask in (None, once.mask):
@@ -79,7 +79,7 @@ def test_a_pruned_layer_can_be_pruned_further(method, scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_zeros_that_are_there_count_in_rows_longer_than_a_sweep_s_block(method, scope):
+def test_existing_zeros_count_in_rows_longer_than_a_block_of_the_sweep(method, scope):
     W, H = correlated(4, 300, 5)
     W[:, 200:] = 0.0  # all in the last block of columns
     out = lobs.prune_weight(W, H, sparsity=0.4, method=method, scope=scope)
@@ -88,7 +88,7 @@ def test_zeros_that_are_there_count_in_rows_longer_than_a_sweep_s_block(method, 
 
 
 @pytest.mark.parametrize("method", ["exact", "lobs", "magnitude", "wanda"])
-def test_zeros_that_are_there_go_first_wherever_they_are(method):
+def test_existing_zeros_are_removed_first_wherever_they_are(method):
     W, H = correlated(4, 300, 5)
     W[:, 200:] = 0.0
     out = lobs.prune_weight(W, H, sparsity=0.5, method=method)

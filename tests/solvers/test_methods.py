@@ -104,7 +104,7 @@ def test_solving_gives_any_method_the_best_weights_for_its_mask(method, target):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_the_optimality_ratio_tells_what_was_not_repaired(method):
+def test_the_optimality_ratio_shows_missing_repair(method):
     W, H = correlated(6, 32, 0)
     assert lobs.prune_weight(W, H, sparsity=0.5, method=method).optimality > 1e6
     assert lobs.prune_weight(W, H, sparsity=0.0, method=method).optimality == 0
@@ -138,8 +138,8 @@ def test_exact_is_solved_again_where_float32_was_not_enough(monkeypatch):
     ],
     ids=str,
 )
-def test_exact_loses_less_than_a_sweep_and_that_less_than_ranking_once(target):
-    """Geometric means over correlated layers; never once does exact lose to magnitude or Wanda."""
+def test_exact_loses_less_than_a_sweep_and_a_sweep_less_than_ranking_once(target):
+    """Geometric means over correlated layers; exact never loses to magnitude or Wanda."""
     mean = dict.fromkeys(METHODS, 0.0)
     for seed in range(6):
         W, H = correlated(24, 64, seed)
@@ -164,7 +164,7 @@ def large() -> tuple[Tensor, Tensor, list[Any]]:
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.3, 0.5, 0.7, 0.85, 0.99])
-def test_a_sample_of_rows_that_says_how_far_to_trace_does_not_change_what_goes(large, share):
+def test_sampling_rows_to_plan_the_trace_does_not_change_the_choice(large, share):
     W, H, rows = large
     out = lobs.prune_weight(W, H, sparsity=share)
     count = math.ceil(share * W.numel() - 0.5)
@@ -240,7 +240,7 @@ def test_the_order_of_the_columns_does_not_matter(method, scope):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_column_of_zeros_more_changes_nothing_but_the_count(method):
+def test_an_extra_column_of_zeros_changes_nothing_but_the_count(method):
     W, H = correlated(10, 24, 9)
     wide = torch.nn.functional.pad(W, (0, 1))
     mean = float(H.diagonal().mean())
@@ -262,12 +262,12 @@ def test_the_optimality_ratio_does_not_depend_on_the_scale(exponent):
     assert other.notes == ()
 
 
-# ---- what is done differently is said ------------------------------------------------------------
+# ---- notes on what is done differently -----------------------------------------------------------
 
 
-def test_rows_that_float32_loses_are_redone_in_float64_with_a_note():
-    """Two equal inputs carry all there is: a millionth is left of the second pivot when the first
-    has gone. In the last row they are so dear that both stay."""
+def test_rows_that_fail_in_float32_are_redone_in_float64_with_a_note():
+    """Two equal inputs carry the whole signal: after the first is removed, a millionth is left of
+    the second pivot. In the last row they are so expensive that both stay."""
     C = 600
     x = torch.zeros(2, C, dtype=F64)
     x[:, 0] = x[:, 1] = 1.3
@@ -337,7 +337,7 @@ def test_a_pattern_that_does_not_divide_the_rows_is_refused(pattern, method):
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bias_has_no_place_in_a_pattern_but_is_repaired(method, pattern):
+def test_a_bias_is_outside_of_patterns_but_is_repaired(method, pattern):
     W = layer(6, 16)[0]
     h = lobs.Hessian(16, bias=True).update(features(80, 16))
     b = torch.ones(6, dtype=F64)

@@ -60,18 +60,18 @@ def test_patterns_do_not_change():
         *("2:4\n", "1x4\n", "1234567:12345678"),
     ],
 )
-def test_what_is_no_pattern_is_refused(name):
+def test_other_names_are_refused(name):
     with pytest.raises(PatternError, match=r"pattern: .* use 'unstructured'"):
         pattern_of(name)
 
 
 @pytest.mark.parametrize("name", ["5:4", "1:0", "0:0", f"1x{MAX_BLOCK + 1}", "1x0"])
-def test_a_pattern_that_cannot_be_is_refused_by_name(name):
+def test_an_impossible_pattern_name_is_refused(name):
     with pytest.raises(PatternError, match=f"pattern: '{name}'"):
         pattern_of(name)
 
 
-def test_a_pattern_object_that_cannot_be_is_refused():
+def test_an_impossible_pattern_object_is_refused():
     for make in (
         lambda: GroupsOf(5, 4),
         lambda: GroupsOf(-1, 4),

@@ -1,5 +1,5 @@
-"""Good manners in a process: one OpenMP runtime, forked children still work, other Python threads
-run during a call, and Ctrl-C ends it."""
+"""Behaviour in a process: one OpenMP runtime, forked children that work, other Python threads that
+run during a call, and calls that Ctrl-C ends."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lobs_native import ops
 
 
 def script(code: str, timeout: float = 60.0) -> dict[str, Any]:
-    """Run Python code in a process of its own; what its last line prints is JSON.
+    """Run Python code in its own process and return the JSON that its last line prints.
 
-    A test run in the background is started with SIGINT ignored, which children inherit and Python
-    then leaves alone: so the handler of an interactive run is set here.
+    A test run in the background starts with SIGINT ignored. Children inherit that and Python keeps
+    it, so the handler of an interactive run is set here.
     """
     setup = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = subprocess.run(
@@ -72,7 +72,7 @@ def test_a_forked_child_works_after_its_parent_used_threads():
             os.kill(child, 9)
             os.waitpid(child, 0)
         threads = torch.get_num_threads()
-        lobs.Hessian(400).update(x)  # the parent goes on, with its threads
+        lobs.Hessian(400).update(x)  # the parent still works, with its threads
         print(json.dumps({"status": status, "threads": threads}))
     """)
     assert found["status"] is not None, "the child did not finish within 10 seconds"
@@ -107,8 +107,8 @@ def test_other_python_threads_run_during_a_call():
     assert max(b - a for a, b in itertools.pairwise(during)) < 0.5 * (ended - begun)
 
 
-# Calls that would take many seconds. The tall ones have one tile or block, so that the work between
-# two questions about signals must be bounded by something else.
+# Calls that would take many seconds. The tall ones have a single tile or block, so something else
+# must bound the work between two checks for signals.
 LONG_CALLS = {
     "accumulate, wide": """
         delay = 0.5
@@ -117,7 +117,7 @@ LONG_CALLS = {
         call = lambda: ops.hessian_accumulate_(H, X)
     """,
     "accumulate, tall": """
-        delay = 1.0  # after the look at every value, which asks often enough
+        delay = 1.0  # after the check of all values, which looks for signals often enough
         H = torch.zeros(64, 64, dtype=torch.float64)
         X = torch.randn(1, 64).expand(40_000_000, 64)
         call = lambda: ops.hessian_accumulate_(H, X)
@@ -189,16 +189,16 @@ def test_a_hessian_whose_update_was_interrupted_refuses_further_use():
         import lobs_native as lobs
         h = lobs.Hessian(1024).update(torch.randn(10, 1024))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        said = []
+        outcomes = []
         try:
             h.update(torch.randn(1, 1024).expand(400_000, 1024))
         except KeyboardInterrupt:
-            said.append("KeyboardInterrupt")
+            outcomes.append("KeyboardInterrupt")
         for use in (h.matrix, h.state_dict, lambda: h.update(torch.randn(10, 1024))):
             try:
                 use()
             except lobs.LobsError as error:
-                said.append("interrupted" in str(error))
-        print(json.dumps(said))
+                outcomes.append("interrupted" in str(error))
+        print(json.dumps(outcomes))
     """)
     assert found == ["KeyboardInterrupt", True, True, True]

@@ -1,4 +1,4 @@
-"""The table of methods, and what the protocol promises a new one."""
+"""The table of methods, and the guarantees of the protocol for a new method."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_method_inverts_only_what_it_declares(method):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x3"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_choice_leaves_the_problem_as_it_was_and_zeros_where_it_removes(method, scope, pattern):
+def test_a_choice_leaves_the_problem_unchanged_and_zeros_where_it_removes(method, scope, pattern):
     given, W, _ = problem(TABLE[method])
     chooser = TABLE[method](given, pattern_of(pattern))
     for share in (0.0, 0.5):

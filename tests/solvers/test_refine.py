@@ -53,7 +53,7 @@ def test_without_swapping_nothing_is_counted_as_a_swap():
         assert lobs.prune_weight(W, H, sparsity=0.5, refine=refine).swaps == 0
 
 
-def test_a_mask_s_demands_are_not_swapped_back():
+def test_weights_that_a_mask_removes_are_not_swapped_back():
     W, H = correlated(8, 16, 1)
     W[:, 3] = 20.0  # dear, so that a swap would pay
     mask = torch.ones(8, 16, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""One trace of a layer answers for every sparsity, as pruning it to that sparsity would."""
+"""One trace of a layer gives what pruning would give at every sparsity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def uneven(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check_same(found: lobs.PrunedWeight, expected: lobs.PrunedWeight) -> None:
-    """The same weights but for the rounding of another way to compute them."""
+    """Whether weights are equal up to the rounding of another way to compute them."""
     assert torch.equal(found.mask, expected.mask)
     tolerance = RELATIVE[found.weight.dtype]
     assert distance(found.weight, expected.weight) < tolerance
@@ -111,7 +111,7 @@ def test_what_was_not_traced_is_marked():
 @pytest.mark.parametrize("until", [1.0, 0.3])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_the_curve_says_what_the_cuts_lose(dtype, scope, until):
+def test_the_curve_holds_the_losses_of_the_cuts(dtype, scope, until):
     """In the damped second moment, exactly; and never less than what is incurred."""
     W, H = uneven(24, 20)
     W = W.to(dtype)
@@ -136,7 +136,7 @@ def test_the_curve_says_what_the_cuts_lose(dtype, scope, until):
         assert out.error <= float(error[i]) * (1 + 20 * RELATIVE[dtype])
 
 
-def test_the_curve_has_as_many_points_as_one_asks_for():
+def test_the_curve_has_the_requested_number_of_points():
     W, H = layer(6, 20)
     trace = lobs.trace_weight(W, H)
     sparsity, error = trace.curve()
@@ -170,7 +170,7 @@ def test_the_curve_does_not_depend_on_what_was_cut_before():
 @pytest.mark.parametrize("prune_bias", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_a_bias_is_repaired_and_goes_only_if_asked(dtype, scope, prune_bias):
+def test_a_bias_is_repaired_and_removed_only_on_request(dtype, scope, prune_bias):
     W = layer(12, 15)[0].to(dtype)
     h = lobs.Hessian(15, bias=True).update(features(80, 15))
     b = torch.linspace(-0.2, 0.3, 12).to(dtype)
@@ -219,7 +219,7 @@ def test_what_a_mask_removes_is_traced_first(scope):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "0:2", "8:8"])
 @pytest.mark.parametrize("until", [1.0, 0.2])
-def test_groups_are_cut_where_their_pattern_says(until, pattern, scope):
+def test_cuts_of_groups_follow_the_pattern(until, pattern, scope):
     W, H = uneven(10, 16)
     keep, size = map(int, pattern.split(":"))
     trace = lobs.trace_weight(W, H, pattern=pattern, until=until)
@@ -232,8 +232,8 @@ def test_groups_are_cut_where_their_pattern_says(until, pattern, scope):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "1x3", "1x4"])
-def test_long_rows_are_cut_where_their_pattern_says(pattern):
-    """A trace drops what will not go, pruning repairs it on the way: both must choose the same."""
+def test_cuts_of_long_rows_follow_the_pattern(pattern):
+    """A trace drops weights that stay and pruning repairs them: both must choose the same."""
     W, H = layer(3, 300)
     share = {"2:4": 0.5, "1:4": 0.75}.get(pattern, 0.9)
     trace = lobs.trace_weight(W, H, pattern=pattern)
@@ -282,7 +282,7 @@ def test_the_reference_traces_the_same(backend):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
-def test_the_trace_keeps_to_the_weights_and_inputs_it_was_made_of(dtype, with_bias):
+def test_the_trace_keeps_the_weights_and_inputs_that_it_was_made_from(dtype, with_bias):
     """A weight is usually pruned in place next; later cuts must not see that."""
     W, H = layer(6, 20)
     W, b = W.to(dtype), None
@@ -301,7 +301,7 @@ def test_the_trace_keeps_to_the_weights_and_inputs_it_was_made_of(dtype, with_bi
     assert before.error == after.error > 0
 
 
-def test_a_cut_is_the_caller_s_own():
+def test_a_cut_belongs_to_the_caller():
     W, H = layer(4, 9)
     trace = lobs.trace_weight(W, H)
     first = trace.at(0.5)
@@ -333,7 +333,7 @@ def test_notes_of_the_trace_are_those_of_the_pruning():
 
 
 def test_notes_of_one_cut_do_not_reach_the_next(monkeypatch):
-    """With a threshold that anything exceeds, every cut is solved for again, and says so once."""
+    """With a threshold that anything exceeds, every cut is solved for again, with one note."""
     W, H = layer(6, 20)
     trace = lobs.trace_weight(W.float(), H)
     assert trace.at(0.5).notes == ()

@@ -191,7 +191,7 @@ def test_pruned_biases_count_and_are_masked():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mask_goes_first_whatever_it_costs(method):
+def test_masked_weights_are_removed_first_whatever_they_cost(method):
     W, H = layer(6, 10)
     mask = torch.ones(6, 10, dtype=torch.bool)
     mask[2, 3] = mask[5, 9] = False
@@ -205,7 +205,7 @@ def test_a_mask_goes_first_whatever_it_costs(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_existing_zeros_go_first_and_cost_nothing(method):
+def test_existing_zeros_are_removed_first_and_cost_nothing(method):
     W, H = layer(8, 10)
     W[torch.rand(8, 10) < 0.4] = 0
     zeros = int((W == 0).sum())
@@ -215,11 +215,11 @@ def test_existing_zeros_go_first_and_cost_nothing(method):
     assert torch.equal(out.mask, W != 0)
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- notes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["exact", "sweep", "lobs"])
-def test_little_damping_switches_to_float64_and_says_so(method):
+def test_little_damping_switches_to_float64_with_a_note(method):
     H = conditioned(30, 1e7)
     W = torch.randn(5, 30)
     careful = lobs.prune_weight(W, H, sparsity=0.5, damping=1e-6, method=method)
