@@ -4,8 +4,8 @@
 //
 //   pack     if rows are not 16-byte vectors: makes a copy of X whose rows are
 //   look     reads X once: the first value that is not finite, the largest magnitude, the weights
-//   decide   chooses from that one of the three sums below, or none if a value is not finite. All
-//            sums that might be chosen are enqueued; the others return at once
+//   decide   chooses one of the three sums below, or none if a value is not finite. All sums that
+//            might be chosen are enqueued; those that are not chosen return at once
 //   tensor   16-bit inputs with weights of 0 and 1: tensor cores, exact products
 //   single   float32, and 16-bit inputs with other weights: float32 multiply-adds
 //   wide     float64, and what float32 cannot hold
@@ -18,7 +18,7 @@
 //
 // tensor and single sum 128 rows and add that to a second float32 sum. The next 128 rows start from
 // the rounding error of that addition. So the error does not grow with the rows, the tensor cores'
-// chains of truncated sums stay short, and it costs no further register. After 32768 rows, and at
+// chains of truncated sums stay short, and no further register is needed. After 32768 rows, and at
 // the end, the second sum is added in float64.
 //
 // Arithmetic: N * D * (D + 1) flops, plus the upper halves of the tiles on the diagonal. Bytes from
@@ -761,7 +761,7 @@ Index tiles_of(Index size, Index tile) {
     return side * (side + 1) / 2;
 }
 
-// Rows of a segment, such that all blocks, so many at a time, take the least time.
+// The number of rows of a segment for which all blocks together take the least time.
 Index segment_of(Index rows, Index size) {
     const Index tiles = tiles_of(size, kTile);
     Index best = up(rows, kHessianRows), lowest = -1;

@@ -44,7 +44,7 @@ def write_idx(path, values, packed=True):
 
 
 def write_images(folder, which, count, seed):
-    """Ten classes: a bright bar at a height of its own, in noise."""
+    """Ten classes: each a bright bar at its own height, in noise."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 10, count)
     pixels = generator.integers(0, 90, (count, 28, 28))
@@ -64,7 +64,7 @@ def narrow():
 
 
 def narrow_convolutions():
-    """CIFAR-Net, likewise."""
+    """CIFAR-Net with fewer channels, so that it takes no time."""
     return networks._named(
         conv1=nn.Conv2d(1, 4, 3, padding=1), norm1=nn.BatchNorm2d(4), pool1=nn.MaxPool2d(4),
         relu1=nn.ReLU(), conv2=nn.Conv2d(4, 6, 3, padding=1), norm2=nn.BatchNorm2d(6),
@@ -108,7 +108,7 @@ def released(tmp_path_factory, images):
 
 @pytest.fixture(scope="module")
 def test_images(tmp_path_factory, images):
-    """The same without images to train on."""
+    """The same images without a training set."""
     folder = tmp_path_factory.mktemp("tested")
     for path in images.glob("t10k-*"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -252,7 +252,7 @@ def test_every_way_keeps_the_requested_share(images, way):
     pruned = prune_by(way, case.model, kept, case.splits[0].calibration, 0)
     total = sum(share * pruned.masks[name].numel() for name, share in kept.items())
     count = sum(int(mask.sum()) for mask in pruned.masks.values())
-    # Rows of their own counts, and biases that count as weights, come to a little more or less.
+    # Counts per row, and biases that count as weights, make the total slightly larger or smaller.
     slack = 60 if way in ("Wanda", "L-OBS as printed") else 3
     assert abs(count - total) <= slack
     for name, mask in pruned.masks.items():

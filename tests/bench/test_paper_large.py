@@ -73,7 +73,7 @@ def test_torchvision_s_network_computes_the_same(name):
 
 
 class Tiny(nn.Sequential):
-    """In place of a large network: 224 x 224 images, two convolutions and two linear layers."""
+    """A stand-in for a large network: 224 x 224 images, two convolutions and two linear layers."""
 
     def __init__(self):
         super().__init__(
@@ -131,7 +131,7 @@ def test_generated_images_are_the_same_in_every_pass_and_like_natural_ones():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes of two images each, of one colour, in sizes of their own."""
+    """Three classes of two single-coloured images each, in different sizes."""
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     for k, name in enumerate(("n01", "n02", "n03")):
         where = tmp_path / "images" / name

@@ -1,8 +1,8 @@
-// test_kernels.cpp: the kernels without Python, for the sanitizers and the race detector.
+// test_kernels.cpp: tests of the kernels without Python, for sanitizers and the race detector.
 //
 // Every level that this machine can run is checked against plain loops in double, on sizes around
-// the tile edges. Padding between rows is filled with poison, so that reads and writes outside a
-// view show.
+// the tile edges. Padding between rows is poisoned, so that reads and writes outside a view are
+// detected.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -692,7 +692,7 @@ void check_exchange(const Backend& backend, Index R, Index C, Index group, int t
     }
     check(better, "exchange never makes it worse");
     check(counts, "exchange keeps the counts");
-    check(zeros, "exchange leaves zeros where weights are gone");
+    check(zeros, "exchange leaves zeros where weights are removed");
     check(once == first, "no swaps when none are allowed");
 }
 

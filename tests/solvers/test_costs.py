@@ -1,5 +1,5 @@
-"""What removals add up to is what they cost: the predicted error, its curve, and how well the
-second moment can be inverted."""
+"""Costs of removals add up to the error: the predicted error, its curve, and the condition of the
+second moment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def damped_error(out: lobs.PrunedWeight, dW: Tensor, H: Tensor) -> float:
-    """The incurred error, and what damping adds to it."""
+    """The incurred error plus the share of damping."""
     return out.error + out.damping * float(H.diagonal().mean() * dW.square().sum())
 
 

@@ -1,4 +1,4 @@
-"""Exactly as many weights are removed as the documentation says, whatever the weights are."""
+"""Exact counts: as many weights are removed as documented, whatever the weights are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ R, C = 6, 9
 
 
 def documented(share: float, of: int) -> int:
-    """The nearest whole number, a half down."""
+    """The nearest whole number; a half is rounded down."""
     return math.ceil(share * of - 0.5)
 
 
@@ -39,7 +39,7 @@ def moment(columns: int, seed: int = 0) -> Tensor:
 
 
 def weights(dtype: torch.dtype, columns: int = C) -> dict[str, Tensor]:
-    """Weights as they occur, and as they are hard to count."""
+    """Weights as they occur in practice, and weights that are hard to count."""
     generator = torch.Generator().manual_seed(7)
     random = torch.randn(R, columns, generator=generator, dtype=torch.float64)
     sparse = random.clone()
@@ -62,14 +62,14 @@ def weights(dtype: torch.dtype, columns: int = C) -> dict[str, Tensor]:
 
 
 def removed_together(out: lobs.PrunedWeight) -> Tensor:
-    """What was removed, (R, C), or (R, C + 1) where biases count as weights."""
+    """The removed weights, (R, C), or (R, C + 1) where biases count as weights."""
     if out.bias_mask is None:
         return ~out.mask
     return torch.cat([~out.mask, ~out.bias_mask[:, None]], 1)
 
 
 def check_count(out: lobs.PrunedWeight, share: float, scope: str) -> None:
-    """The whole layer, or each row, has lost the documented number; the result says the same."""
+    """The whole layer, or each row, has lost the documented number, and so the result reports."""
     removed = removed_together(out)
     candidates = removed.shape[1]
     if scope == "row":
@@ -80,7 +80,7 @@ def check_count(out: lobs.PrunedWeight, share: float, scope: str) -> None:
 
 
 def check_agreement(before: Tensor, after: Tensor, mask: Tensor) -> None:
-    """Removed means exactly +0. A kept zero was zero before: nothing else vanishes here."""
+    """Removed weights are exactly +0, and kept zeros were zero before."""
     assert bits(after[~mask]) == bytes(after[~mask].numel() * after.element_size())
     assert bool((before[(after == 0) & mask] == 0).all())
     assert after.dtype == before.dtype
@@ -97,7 +97,7 @@ def check(
         kept = torch.ones_like(out.mask[:, 0]) if out.bias_mask is None else out.bias_mask
         check_agreement(bias, out.bias, kept)
     if method not in REPAIRING:
-        assert bits(out.weight[out.mask]) == bits(W[out.mask])  # what stays is not touched
+        assert bits(out.weight[out.mask]) == bits(W[out.mask])  # kept weights are not touched
     if share == 0:
         assert bits(out.weight) == bits(W)
         assert bias is None or bits(out.bias) == bits(bias)
@@ -106,8 +106,8 @@ def check(
         assert bits(out.weight) == bytes(W.numel() * W.element_size())
 
 
-def zeros_go_first(before: Tensor, removed: Tensor, scope: str) -> None:
-    """A nonzero weight is removed only where no zero is left that could have been removed."""
+def check_zeros_go_first(before: Tensor, removed: Tensor, scope: str) -> None:
+    """A nonzero weight is removed only after all zeros that could be removed."""
     rows = zip(before, removed, strict=True) if scope == "row" else [(before, removed)]
     for weight, lost in rows:
         zero = weight == 0
@@ -124,7 +124,7 @@ def test_the_documented_number_is_removed(share, method, scope, dtype):
     for W in weights(dtype).values():
         out = lobs.prune_weight(W, H, sparsity=share, method=method, scope=scope)
         check(W, None, out, share, scope, method)
-        zeros_go_first(W, ~out.mask, scope)
+        check_zeros_go_first(W, ~out.mask, scope)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,7 +141,7 @@ def test_the_documented_number_is_removed_with_a_bias(share, method, scope, prun
         )
         check(W, bias, out, share, scope, method)
         before = torch.cat([W, bias[:, None]], 1) if prune_bias else W
-        zeros_go_first(before, removed_together(out), scope)
+        check_zeros_go_first(before, removed_together(out), scope)
         if prune_bias and share == 1:
             assert bits(out.bias) == bytes(R * bias.element_size())
 
@@ -150,7 +150,7 @@ def test_the_documented_number_is_removed_with_a_bias(share, method, scope, prun
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("share", SHARES)
-def test_masked_weights_count_and_go_before_all_others(share, method, scope, dtype):
+def test_masked_weights_count_and_are_removed_before_all_others(share, method, scope, dtype):
     mask = torch.ones(R, C, dtype=torch.bool)
     mask[:, 3] = False
     mask[:, 7] = False
@@ -173,14 +173,14 @@ WIDE = 24  # columns of the rows that are cut into groups and blocks
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["0:2", "1:2", "2:4", "1:4", "4:8", "2:3", "8:8"])
-def test_every_group_loses_what_the_pattern_says(pattern, method, scope, dtype):
+def test_every_group_loses_the_number_of_its_pattern(pattern, method, scope, dtype):
     keep, size = map(int, pattern.split(":"))
     H = moment(WIDE)
     for W in weights(dtype, WIDE).values():
         out = lobs.prune_weight(W, H, method=method, pattern=pattern, scope=scope)
         assert bool(((~out.mask).reshape(-1, size).sum(1) == size - keep).all())
         check_agreement(W, out.weight, out.mask)
-        zeros_go_first(W.reshape(-1, size), (~out.mask).reshape(-1, size), "row")
+        check_zeros_go_first(W.reshape(-1, size), (~out.mask).reshape(-1, size), "row")
         assert out.sparsity == (size - keep) / size
         if method not in REPAIRING:
             assert bits(out.weight[out.mask]) == bits(W[out.mask])
@@ -204,7 +204,7 @@ def test_the_documented_number_of_blocks_is_removed(size, method, scope, share):
         else:
             assert int(removed.sum()) == documented(share, R * WIDE // size)
         check_agreement(W, out.weight, out.mask)
-        zeros_go_first((W.reshape(R, -1, size) != 0).any(2).double(), removed, scope)
+        check_zeros_go_first((W.reshape(R, -1, size) != 0).any(2).double(), removed, scope)
         assert out.sparsity == int((~out.mask).sum()) / W.numel()
         if share == 0:
             assert bits(out.weight) == bits(W)
@@ -254,8 +254,8 @@ def test_half_a_weight_is_not_removed(share, of, count, scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_sparsity_0_leaves_a_bias_of_a_wider_type_as_it_is(method, scope):
-    """Half-precision weights often go with biases in full precision."""
+def test_sparsity_0_leaves_a_bias_of_a_wider_dtype_unchanged(method, scope):
+    """Half-precision weights often come with biases in full precision."""
     H = lobs.Hessian(C, bias=True).update(features(40, C))
     bias = torch.linspace(-1, 1, R, dtype=torch.float64).exp()
     for narrow in (torch.float16, torch.bfloat16, torch.float32):
@@ -348,7 +348,7 @@ def test_any_layer_loses_the_documented_number(layer):
         assert not bool(out.mask[~mask].any())
     elif unit == 1 and layer["refine"] != "exchange":  # a swap may bring a zero back to life
         combined = torch.cat([W, bias[:, None]], 1) if layer.get("prune_bias") else W
-        zeros_go_first(combined, removed, scope)
+        check_zeros_go_first(combined, removed, scope)
     assert bool(torch.isfinite(out.weight).all())
     assert math.isfinite(out.error)
     assert out.error >= 0

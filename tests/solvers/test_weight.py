@@ -40,9 +40,8 @@ def test_lobs_equals_the_paper_s_loop(seed):
     """50 random layers: to 1e-10 in float64 and to 1e-4 in float32, biases on every second one."""
     R, C = 3 + seed % 17, 5 + 3 * (seed % 23)
     generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(
-        R, C, generator=generator
-    )  # float32 values, so that both types rank the same numbers
+    # In float32, so that both dtypes rank the same numbers.
+    W = torch.randn(R, C, generator=generator)
     x = features(2 * C + seed, C, seed)
     with_bias = seed % 2 == 1
     h = lobs.Hessian(C, bias=with_bias).update(x)
