@@ -268,12 +268,22 @@ def same_device(first: Tensor, name: str, second: Tensor, other: str) -> None:
         )
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
-    """Return ``value`` if it is one of ``choices``; otherwise raise an error that lists them."""
-    if not isinstance(value, str):
-        raise DtypeError(
-            f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}"
+def sparsity(value: Any, name: str = "sparsity") -> float:
+    """Return ``value`` as a share of the weights, from 0 to 1."""
+    share = real(value, name)
+    if not 0 <= share <= 1:
+        raise ArgumentError(
+            f"{name}: {share:g}; it is a fraction from 0 (remove nothing) to 1 (remove all)"
         )
-    if value not in choices:
-        raise ArgumentError(f"{name}: {value!r}; expected one of {', '.join(choices)}")
-    return value
+    return share
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str], *, optional: bool = False) -> str:
+    """Return ``value`` if it is one of ``choices``; otherwise raise an error that lists them, and
+    None where that is allowed as well."""
+    if value in choices and isinstance(value, str):
+        return value
+    listed = ", ".join(choices) + (" or None" if optional else "")
+    if not isinstance(value, str):
+        raise DtypeError(f"{name}: expected one of {listed}, got {type(value).__name__}")
+    raise ArgumentError(f"{name}: {value!r}; expected one of {listed}")

@@ -17,6 +17,7 @@ import lobs_native as lobs
 from lobs_native.cli.arguments import add_prune, settings_of
 from lobs_native.compat.torch_prune import LOBSSparsifier, LOBSUnstructured
 from lobs_native.errors import ArgumentError, DtypeError, PatternError
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.patterns import GroupsOf
 from lobs_native.solvers.settings import LAYER_OPTIONS, LayerOptions, LayerSettings, Target, merged
 
@@ -154,6 +155,27 @@ def test_a_wrong_value_is_refused_by_name_when_settings_are_made(name):
     if name in LAYER_OPTIONS:
         with pytest.raises(error, match=name):
             LayerSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"run_dir": ""}, ArgumentError, "run_dir: '' is not the path of a folder"),
+        ({"run_dir": "a\0b"}, ArgumentError, "run_dir: .* is not the path of a folder"),
+        ({"run_dir": 3}, DtypeError, "run_dir: expected a path, got int"),
+        ({"seed": 2**64}, ArgumentError, "seed: .* torch takes 64 bits"),
+        ({"sensitivity": "none"}, ArgumentError, "auto, output, bound or None"),
+        ({"sparsity": 1.5}, ArgumentError, r"sparsity: 1.5; it is a fraction from 0 \(remove"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(wrong, error, message):
+    with pytest.raises(error, match=message):
+        NetworkSettings(**{"sparsity": 0.5, **wrong})
+
+
+def test_every_seed_that_torch_takes_is_accepted():
+    for seed in (-(2**63), -1, 2**64 - 1):
+        torch.manual_seed(NetworkSettings(sparsity=0.5, seed=seed).seed)
 
 
 def test_numbers_are_repeated_unchanged_and_are_floats_for_a_layer():

@@ -145,7 +145,7 @@ def prune(
         What to do where ``run_dir`` holds a run. "auto" resumes it if model, data, arguments
         (except ``memory``), versions and threads are the same; otherwise it is an error that lists
         the differences. "anyway" resumes it in spite of differences, which
-        ``report.settings["resumed despite"]`` then lists. "never" is an error.
+        ``report.settings["resumed despite"]`` then lists. "never" raises an error.
     progress : bool
         Progress bars on a terminal.
     seed : int
@@ -157,7 +157,8 @@ def prune(
         layer's notes say how many, or that it could not. Not for encoder-decoder models, where it
         is unknown which part the mask belongs to. None counts padding like everything else.
     settings : NetworkSettings, optional
-        All arguments after ``calibration`` as one object, instead of keywords.
+        All arguments after ``calibration`` as one object, instead of keywords. A keyword that
+        differs from its default is then an error.
 
     Returns
     -------
@@ -243,7 +244,8 @@ def plan_prune(
     ------
     MemoryError
         ``memory`` is too small; the message says for which layer, and what it needs.
-    Everything that prune raises before it starts.
+    LobsError
+        Everything that prune raises before it starts.
     """
     known = [field.name for field in dataclasses.fields(NetworkSettings)]
     for name in arguments:

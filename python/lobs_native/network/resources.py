@@ -16,6 +16,7 @@ from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import PIECE
 from lobs_native.solvers.memory import plan_memory
+from lobs_native.solvers.methods import TABLE
 
 __all__ = ["RunPlan", "Workload", "plan_run"]
 
@@ -187,7 +188,7 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
             products += 6 * N * R * D
         removals = D * (1.0 if share is None else share)
         doubles += 4 * R * D * D
-        if method not in ("magnitude", "wanda"):
+        if TABLE[method].inverts:
             doubles += 2 * layer.groups * D**3
         if method == "exact":
             times = 2 if job.shared else 1

@@ -58,6 +58,16 @@ def _spread(value: Any, name: str) -> float:
 def _seed(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**64:
+        raise ArgumentError(f"{name}: {value}; torch takes 64 bits, from -2**63 to 2**64 - 1")
+    return value
+
+
+def _folder(value: Any, name: str) -> str | os.PathLike[str]:
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise DtypeError(f"{name}: expected a path, got {type(value).__name__}")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ArgumentError(f"{name}: {os.fspath(value)!r} is not the path of a folder")
     return value
 
 
@@ -85,7 +95,7 @@ class NetworkSettings(LayerOptions):
     include: str | Sequence[str] | None = option(
         None,
         check=_globs,
-        help="glob on layer names; may be repeated; default: all linear and convolution layers",
+        help="glob on layer names; may be repeated; default: every layer of a known type",
     )
     exclude: str | Sequence[str] | None = option(
         None, check=_globs, help="likewise, to leave layers out"
@@ -138,6 +148,7 @@ class NetworkSettings(LayerOptions):
     forward: Forward | None = option(None, check=_forward, reported=False)
     run_dir: str | os.PathLike[str] | None = option(
         None,
+        check=_folder,
         reported=False,
         help="save every finished layer there; after an interruption the same command resumes",
     )
@@ -146,7 +157,7 @@ class NetworkSettings(LayerOptions):
         choices=RESUMES,
         reported=False,
         help="where --run-dir holds a run: resume it if it is the same one (auto, the default), "
-        "or anyway",
+        "or anyway; never: refuse",
     )
     progress: bool = option(True, reported=False)
 

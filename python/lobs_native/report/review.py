@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lobs_native.report.records import LayerReport, ReportRecord
+from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.result import OPTIMAL
 
 __all__ = ["Check", "Note", "notes_of", "review"]
@@ -69,7 +70,8 @@ def review(report: ReportRecord) -> tuple[Check, ...]:
             neutral=True,
         ),
     ]
-    solved = [x for x in layers if x.method == "exact" or x.swaps]
+    optimal = {name for name, method in TABLE.items() if method.optimal}
+    solved = [x for x in layers if x.method in optimal or x.swaps]
     if solved:
         checks.append(
             _check(

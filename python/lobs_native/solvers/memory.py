@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lobs_native import checks, ops
-from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.errors import DtypeError
 from lobs_native.solvers.removals import rows_together
 
 __all__ = ["MemoryPlan", "plan_memory"]
@@ -83,9 +83,7 @@ def plan_memory(
     """
     R = checks.positive_int(rows, "rows")
     D = checks.positive_int(columns, "columns") + checks.flag(bias, "bias")
-    share = checks.real(sparsity, "sparsity")
-    if not 0 <= share <= 1:
-        raise ArgumentError(f"sparsity: {share:g}; it is a fraction from 0 to 1")
+    share = checks.sparsity(sparsity)
     if dtype not in checks.FLOATS:
         raise DtypeError(f"dtype: {dtype}; weights are floating point")
     kernel = torch.float64 if dtype == torch.float64 else torch.float32

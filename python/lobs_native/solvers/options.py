@@ -32,7 +32,7 @@ class Option:
         if value is None and self.optional:
             return None
         if self.choices:
-            return check_choice(value, name, self.choices)
+            return check_choice(value, name, self.choices, optional=self.optional)
         return value if self.check is None else self.check(value, name)
 
 

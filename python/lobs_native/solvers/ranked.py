@@ -48,8 +48,8 @@ class Ranked(Method):
     def scored(self, g: int, w: Tensor) -> Tensor:
         """Scores (R, D) >= 0 of group g's weights w (R, D) float64, which are near one."""
 
-    def left(self, removed: Tensor) -> Tensor:
-        """The weights (G, R, D) that a removal leaves."""
+    def left(self, removed: Tensor) -> Tensor | None:
+        """The weights (G, R, D) that a removal leaves; None for the best ones for its mask."""
         return torch.where(removed, 0.0, self.problem.before)
 
     def choose(self, share: float, scope: str) -> Choice:

@@ -36,12 +36,8 @@ REFINES = ("solve", "exchange")
 
 
 def _sparsity(value: Any, name: str) -> float:
-    share = number(value, name)
-    if not 0 <= share <= 1:
-        raise ArgumentError(
-            f"{name}: {share:g}; it is a fraction from 0 (remove nothing) to 1 (remove all)"
-        )
-    return share
+    checks.sparsity(value, name)
+    return number(value, name)
 
 
 def _not_negative(value: Any, name: str) -> float:
@@ -77,7 +73,9 @@ class LayerOptions(Options):
         None, check=_sparsity, help="share of the weights to remove, 0 to 1"
     )
     threshold: float | None = option(
-        None, check=_not_negative, help="the paper's epsilon on sqrt(L_q)"
+        None,
+        check=_not_negative,
+        help="the paper's epsilon on sqrt(L_q), for single weights under method lobs",
     )
     max_error: float | None = option(
         None, check=_not_negative, help="largest error of a layer's output"
@@ -90,7 +88,7 @@ class LayerOptions(Options):
     damping: float = option(0.01, check=_damping, help="default: %(default)s")
     prune_bias: bool = option(False, check=checks.flag, help="biases may be removed, too")
     refine: str | None = option(
-        None, choices=REFINES, help="repair the kept weights further; default: not"
+        None, choices=REFINES, help="repair the kept weights further; default: none"
     )
 
 

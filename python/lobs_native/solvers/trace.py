@@ -77,9 +77,7 @@ class WeightTrace:
             An argument does not fit, or the mask already removes more than that.
         """
         begun = time.perf_counter()
-        sparsity = checks.real(sparsity, "sparsity")
-        if not 0 <= sparsity <= 1:
-            raise ArgumentError(f"sparsity: {sparsity:g}; it is a fraction from 0 to 1")
+        sparsity = checks.sparsity(sparsity)
         check_choice(scope, "scope", SCOPES)
         exact, problem, pattern = self._exact, self._exact.problem, self._exact.pattern
         fixed = pattern.sparsity

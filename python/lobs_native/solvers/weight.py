@@ -44,7 +44,7 @@ def prune_weight(
     ``"exact"`` is true Optimal Brain Surgeon. It removes the weight whose removal costs least,
     ``w_q**2 / A_qq``, lets all others of its row compensate, downdates A, and repeats; its error is
     the lowest of all methods here. ``"sweep"`` is SparseGPT's: columns from left to right in blocks
-    of 128, with one shared factor; it is several times faster and makes about twice the error.
+    of 128, with one shared factor; it is several times faster and makes 1.5 to 2 times the error.
     ``"lobs"`` is the paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in
     that order, and after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H +
     damping * mean(diag H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and
@@ -110,7 +110,7 @@ def prune_weight(
     NonFiniteError
         A NaN or an infinity in weight, bias or hessian (either triangle).
     NotPositiveDefiniteError
-        The second moment cannot be inverted even at the end of the ladder.
+        The second moment cannot be inverted even with 100 times the damping.
 
     Notes
     -----
