@@ -12,11 +12,14 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torch==2.13.0
 "$folder/venv/bin/pip" install -q onnx==1.23.2 onnxscript==0.7.2
-"$folder/venv/bin/python" - 2>/dev/null <<'PYTHON'
+"$folder/venv/bin/python" - <<'PYTHON'
+from importlib.metadata import version
+
 import numpy as np
 import torch
 from onnx import numpy_helper
 
+print(*(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript")))
 torch.manual_seed(0)
 model = torch.nn.Sequential()
 model.add_module("fc1", torch.nn.Linear(64, 128))
@@ -34,7 +37,8 @@ flat, tokens = weights(torch.randn(2, 64)), weights(torch.randn(2, 5, 64))
 print("(batch, features):", {name: value.shape for name, value in flat.items()})
 print("(batch, tokens, features):", {name: value.shape for name, value in tokens.items()})
 original = model.fc1.weight.detach().numpy()
-assert np.array_equal(flat["fc1.weight"], original)
-assert not any(name.endswith("weight") for name in tokens), tokens.keys()
-assert any(np.array_equal(value, original.T) for value in tokens.values())
+kept = np.array_equal(flat["fc1.weight"], original)
+renamed = not any(name.endswith("weight") for name in tokens)
+transposed = any(np.array_equal(value, original.T) for value in tokens.values())
+assert kept and renamed and transposed, "changed since this was written"
 PYTHON
