@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -121,6 +122,7 @@ def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
 def serve() -> None:
     """Fork a child for each line of standard input; report its pid, output and exit code."""
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection in a child copies the heap, for most of the child's life
     for line in sys.stdin:
         number = os.fork()
         if number == 0:
