@@ -99,7 +99,7 @@ std::pair<lobs::Status, Index> released(int threads, const py::object& device, C
 }
 
 void add_types(py::module_& module) {
-    using lobs::Dtype, lobs::ExactPlan, lobs::Status, lobs::WeightState;
+    using lobs::AdmmPlan, lobs::Dtype, lobs::ExactPlan, lobs::Status, lobs::WeightState;
     py::native_enum<Dtype>(module, "Dtype", "enum.IntEnum", "Type of a tensor's elements.")
         .value("F64", Dtype::f64)
         .value("F32", Dtype::f32)
@@ -137,6 +137,20 @@ void add_types(py::module_& module) {
         .def_readonly("group", &ExactPlan::group)
         .def_readonly("per_group", &ExactPlan::per_group)
         .def_readonly("update", &ExactPlan::update);
+
+    const auto admm_plan = [](Index count, Index unit, Index group, Index per_group, bool by_row,
+                              double cut) {
+        return AdmmPlan{count, unit, group, per_group, by_row, cut};
+    };
+    py::class_<AdmmPlan>(module, "AdmmPlan", "Settings of admm_step: see csrc/admm.h.")
+        .def(py::init(admm_plan), py::kw_only(), py::arg("count"), py::arg("unit"),
+             py::arg("group"), py::arg("per_group"), py::arg("by_row"), py::arg("cut"))
+        .def_readonly("count", &AdmmPlan::count)
+        .def_readonly("unit", &AdmmPlan::unit)
+        .def_readonly("group", &AdmmPlan::group)
+        .def_readonly("per_group", &AdmmPlan::per_group)
+        .def_readonly("by_row", &AdmmPlan::by_row)
+        .def_readonly("cut", &AdmmPlan::cut);
 }
 
 }  // namespace
@@ -354,4 +368,38 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("backend"), py::arg("W"), py::arg("U"), py::arg("gone"), py::arg("E"),
         py::arg("group"), py::arg("per_group"), py::arg("threads"), py::arg("device") = py::none());
+
+    module.def(
+        "admm_step",
+        [](const std::string& backend, std::uintptr_t changed, std::uintptr_t cut,
+           const py::tuple& p, const py::tuple& d, const py::tuple& x, std::uintptr_t removed,
+           std::uintptr_t state, const lobs::AdmmPlan& plan, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::admm_step, "admm_step", device);
+            const AnyMatrix product = matrix(p), now = matrix(d), original = matrix(x);
+            return released(threads, device, [&](const lobs::Context& c) {
+                return run(address<Index>(changed), address<double>(cut), product, now, original,
+                           address<unsigned char>(removed), address<const unsigned char>(state),
+                           plan, c);
+            });
+        },
+        py::arg("backend"), py::arg("changed"), py::arg("cut"), py::arg("p"), py::arg("d"),
+        py::arg("x"), py::arg("removed"), py::arg("state"), py::arg("plan"), py::arg("threads"),
+        py::arg("device") = py::none());
+
+    module.def(
+        "conjugate_step",
+        [](const std::string& backend, const py::tuple& w, const py::tuple& g, const py::tuple& p,
+           const py::tuple& h, std::uintptr_t removed, std::uintptr_t rr, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::conjugate_step, "conjugate_step", device);
+            const AnyMatrix weights = matrix(w), gradient = matrix(g), direction = matrix(p),
+                            product = matrix(h);
+            return released(threads, device, [&](const lobs::Context& c) {
+                return run(weights, gradient, direction, product,
+                           address<const unsigned char>(removed), address<double>(rr), c);
+            });
+        },
+        py::arg("backend"), py::arg("w"), py::arg("g"), py::arg("p"), py::arg("h"),
+        py::arg("removed"), py::arg("rr"), py::arg("threads"), py::arg("device") = py::none());
 }

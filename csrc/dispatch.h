@@ -1,6 +1,8 @@
 // dispatch.h: the backend table. One row per backend, one column per operation.
 #pragma once
 
+#include "admm.h"
+#include "conjugate.h"
 #include "exact.h"
 #include "exchange.h"
 #include "hessian.h"
@@ -25,7 +27,9 @@ namespace lobs {
     COLUMN(ExactBytes, exact_bytes)                 \
     COLUMN(SupportSolveFn, support_solve)           \
     COLUMN(ExchangeFn, exchange)                    \
-    COLUMN(SweepBlockFn, sweep_block)
+    COLUMN(SweepBlockFn, sweep_block)               \
+    COLUMN(AdmmStepFn, admm_step)                   \
+    COLUMN(ConjugateStepFn, conjugate_step)
 
 // A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing
 // is rerouted silently. Callers ask backend_has first and say which backend they used instead.
@@ -41,7 +45,7 @@ struct Backend {
 
 // The C entry of a backend that lives in a shared object of its own (`lobs_backend`). It fills *row
 // and returns 0, or returns non-zero if `version` is not the one it was built for.
-constexpr int kBackendVersion = 3;
+constexpr int kBackendVersion = 4;
 using BackendEntry = int(int version, Backend* row);
 
 // All rows, the fastest first among those that run here. The first call looks for the CUDA object.

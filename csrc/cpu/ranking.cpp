@@ -1,13 +1,10 @@
 // ranking.cpp: contract in ranking.h.
 //
-// Each score becomes an unsigned key that orders like it. The key of rank `count` is found digit by
-// digit from the top, with one histogram per digit over the keys that share the digits found
-// before. Counts are integers, so the sum of the workers' histograms is the same for any number of
-// threads.
+// Each score becomes an unsigned key that orders like it; selection.h finds the key of rank `count`.
 #include "ranking.h"
 
 #include "parallel.h"
-#include "vector.h"
+#include "selection.h"
 
 namespace lobs::LOBS_LEVEL {
 namespace {
@@ -21,14 +18,6 @@ LOBS_INLINE Key key_of(double score) {
     return bits >> 63 != 0 ? ~bits : bits | Key{1} << 63;
 }
 
-// The digit of the wanted key, from the number of keys with each digit. `rank` becomes the rank
-// within that digit.
-Index digit_of_rank(const Index* histogram, Index* rank) {
-    Index digit = 0;
-    while (*rank >= histogram[digit]) *rank -= histogram[digit++];
-    return digit;
-}
-
 // Marks keys below `cut`, and the first `room` keys equal to it.
 void mark(unsigned char* chosen, const double* score, Index count, Key cut, Index room) {
     for (Index i = 0; i < count; ++i) {
@@ -40,68 +29,45 @@ void mark(unsigned char* chosen, const double* score, Index count, Key cut, Inde
 }
 
 void lowest_of_row(unsigned char* chosen, const double* score, Index C, Index count) {
-    Key prefix = 0;
-    Index rank = count - 1;
-    for (int shift = 56; shift >= 0; shift -= 8) {
-        Index histogram[256] = {};
-        for (Index i = 0; i < C; ++i) {
-            const Key key = key_of(score[i]);
-            // All digits above this one. In two steps, because a shift by 64 is undefined.
-            if (((key ^ prefix) >> shift) >> 8 == 0) ++histogram[key >> shift & 255];
-        }
-        prefix |= static_cast<Key>(digit_of_rank(histogram, &rank)) << shift;
-    }
-    mark(chosen, score, C, prefix, rank + 1);
+    const auto key_at = [=](Index i) { return key_of(score[i]); };
+    const Ranked<Key> cut = key_of_rank<Key>(key_at, C, count - 1, 64);
+    mark(chosen, score, C, cut.key, count - cut.before);
 }
 
-constexpr Index kBins = 1 << 16;
 constexpr Index kSpan = 1 << 16;  // scores that one worker takes at a time
 
 Info lowest_of_all(unsigned char* chosen, const double* score, Index C, Index count,
                    const Context& context) {
     const Index spans = (C + kSpan - 1) / kSpan;
-    Scratch histograms(context.threads, kBins * static_cast<Index>(sizeof(Index)));
+    Scratch histograms(context.threads, kHistogramBytes);
     Scratch scratch(1, spans * static_cast<Index>(sizeof(Index)));
     if (!histograms.ok() || !scratch.ok()) return {Status::out_of_memory, 0};
-    Key prefix = 0;
-    Index rank = count - 1;
-    for (int shift = 48; shift >= 0; shift -= 16) {
-        for (int w = 0; w < context.threads; ++w)
-            std::memset(histograms.of<Index>(w), 0,
-                        static_cast<std::size_t>(kBins) * sizeof(Index));
-        auto tally = [&](Index span, int worker) {
-            Index* histogram = histograms.of<Index>(worker);
-            const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
-            for (Index i = span * kSpan; i < last; ++i) {
-                const Key key = key_of(score[i]);
-                if (((key ^ prefix) >> shift) >> 16 == 0) ++histogram[key >> shift & (kBins - 1)];
-            }
-        };
-        if (!parallel_items(spans, context, tally)) return {Status::interrupted, 0};
-        Index* total = histograms.of<Index>(0);
-        for (int w = 1; w < context.threads; ++w)
-            for (Index b = 0; b < kBins; ++b) total[b] += histograms.of<Index>(w)[b];
-        prefix |= static_cast<Key>(digit_of_rank(total, &rank)) << shift;
-    }
+    auto visit = [&](Index span, int, auto take) {
+        const Index last = least((span + 1) * kSpan, C);
+        for (Index i = span * kSpan; i < last; ++i) take(key_of(score[i]));
+    };
+    Ranked<Key> cut;
+    if (!key_of_rank_in_parallel(&cut, spans, count - 1, 64, histograms, context, visit))
+        return {Status::interrupted, 0};
     // Ties go to the lowest columns, so every span needs the number of ties before it.
     Index* ties = scratch.of<Index>(0);
     auto count_ties = [&](Index span, int) {
-        const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
+        const Index last = least((span + 1) * kSpan, C);
         Index found = 0;
-        for (Index i = span * kSpan; i < last; ++i) found += key_of(score[i]) == prefix ? 1 : 0;
+        for (Index i = span * kSpan; i < last; ++i) found += key_of(score[i]) == cut.key ? 1 : 0;
         ties[span] = found;
     };
     if (!parallel_items(spans, context, count_ties)) return {Status::interrupted, 0};
-    Index room = rank + 1;
+    Index room = count - cut.before;
     for (Index span = 0; span < spans; ++span) {
         const Index found = ties[span];
         ties[span] = room;
         room = room > found ? room - found : 0;
     }
     auto fill = [&](Index span, int) {
-        const Index last = (span + 1) * kSpan < C ? (span + 1) * kSpan : C;
+        const Index last = least((span + 1) * kSpan, C);
         const Index first = span * kSpan;
-        mark(chosen + first, score + first, last - first, prefix, ties[span]);
+        mark(chosen + first, score + first, last - first, cut.key, ties[span]);
     };
     return {parallel_items(spans, context, fill) ? Status::ok : Status::interrupted, 0};
 }

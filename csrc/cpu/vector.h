@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -101,6 +101,40 @@ LOBS_INLINE std::uint64_t magnitude_bits(double d) {
 LOBS_INLINE bool finite_bits(std::uint32_t magnitude) { return magnitude < 0x7f800000u; }
 LOBS_INLINE bool finite_bits(std::uint64_t magnitude) { return magnitude < 0x7ff0000000000000ull; }
 
+// Bit l says whether lane l of a comparison of vectors is true.
+template <typename Mask>
+LOBS_INLINE unsigned bits_of(Mask mask) {
+    constexpr bool kWide = sizeof(mask[0]) == 8;
+#if defined(__AVX512F__)
+    return static_cast<unsigned>(kWide ? _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask))
+                                       : _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)));
+#elif defined(__AVX2__)
+    return static_cast<unsigned>(kWide ? _mm256_movemask_pd(reinterpret_cast<__m256d>(mask))
+                                       : _mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(__SSE2__)
+    return static_cast<unsigned>(kWide ? _mm_movemask_pd(reinterpret_cast<__m128d>(mask))
+                                       : _mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+    unsigned bits = 0;
+    for (int l = 0; l < (kWide ? kLanes<double> : kLanes<float>); ++l)
+        bits |= (mask[l] != 0 ? 1u : 0u) << l;
+    return bits;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For every set of 8 lanes, those that are in it, the lowest first.
+struct LaneSets {
+    alignas(8) std::uint8_t lane[256][8] = {};
+    constexpr LaneSets() {
+        for (int set = 0; set < 256; ++set)
+            for (int l = 0, n = 0; l < 8; ++l)
+                if ((set >> l & 1) != 0) lane[set][n++] = static_cast<std::uint8_t>(l);
+    }
+};
+constexpr LaneSets kLaneSets;
+#endif
+
 // Writes the lanes of `in` whose bit in `keep` is set next to each other. Returns the end of what
 // it wrote. May write up to kLanes elements from `out` on.
 template <typename T>
@@ -112,6 +146,14 @@ LOBS_INLINE T* compress(T* out, const T* in, unsigned keep) {
     else
         _mm512_storeu_pd(
             out, _mm512_maskz_compress_pd(static_cast<__mmask8>(keep), _mm512_loadu_pd(in)));
+    return out + __builtin_popcount(keep);
+#elif defined(__AVX2__)
+    unsigned halves = keep;  // a set of lanes of 4 bytes
+    if constexpr (sizeof(T) == 8) halves = 3 * _pdep_u32(keep, 0x55);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneSets.lane[halves]));
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(values, _mm256_cvtepu8_epi32(bytes)));
     return out + __builtin_popcount(keep);
 #else
     for (int l = 0; l < kLanes<T>; ++l) {

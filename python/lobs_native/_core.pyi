@@ -58,6 +58,30 @@ class ExactPlan:
     @property
     def update(self) -> bool: ...
 
+class AdmmPlan:
+    def __init__(
+        self,
+        *,
+        count: int,
+        unit: int,
+        group: int,
+        per_group: int,
+        by_row: bool,
+        cut: float,
+    ) -> None: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def unit(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def per_group(self) -> int: ...
+    @property
+    def by_row(self) -> bool: ...
+    @property
+    def cut(self) -> float: ...
+
 # name, ready, detail, whether it runs on a device
 def backends() -> list[tuple[str, bool, str, bool]]: ...
 def load_backend(file: str) -> str: ...
@@ -162,6 +186,30 @@ def sweep_block(
     E: _Tensor,
     group: int,
     per_group: int,
+    threads: int,
+    device: _Device | None = None,
+) -> tuple[Status, int]: ...
+def admm_step(
+    backend: str,
+    changed: int,
+    cut: int,
+    p: _Tensor,
+    d: _Tensor,
+    x: _Tensor,
+    removed: int,
+    state: int,
+    plan: AdmmPlan,
+    threads: int,
+    device: _Device | None = None,
+) -> tuple[Status, int]: ...
+def conjugate_step(
+    backend: str,
+    w: _Tensor,
+    g: _Tensor,
+    p: _Tensor,
+    h: _Tensor,
+    removed: int,
+    rr: int,
     threads: int,
     device: _Device | None = None,
 ) -> tuple[Status, int]: ...

@@ -45,6 +45,7 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     U = torch.linalg.cholesky(A.double(), upper=True).float().contiguous()
     gone, none = half().to(torch.uint8), torch.zeros(R, C, dtype=torch.uint8)
     blocks = torch.eye(4).repeat(4, 1, 1).contiguous()
+    p = W.masked_fill(half(), 0)
     return {
         "hessian_accumulate_": [
             ((torch.zeros(C, C, dtype=torch.float64), X), {}),
@@ -64,6 +65,12 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
             ((W, U, gone, torch.empty(R, C)), {}),
             ((W, U, none, torch.empty(R, C)), {"group": 4, "per_group": 2}),
         ],
+        "admm_step_": [
+            ((W * 0.5, W * 0, W, half()), {"count": 20}),
+            ((W * 0.5, W * 2, W, half(), gone), {"group": 4, "per_group": 2}),
+            ((W * 0.5, W * 2, W, half()), {"count": 3, "unit": 2, "by_row": True}),
+        ],
+        "conjugate_step_": [((W, p, p.clone(), p @ A, half(), p.double().square().sum(1)), {})],
         "saliency_argmin": [
             ((W, A.diagonal(), half()), {}),
             ((W, A.diagonal().expand(R, C), half()[0]), {}),
@@ -123,6 +130,9 @@ def test_results_are_those_of_ops(name: str) -> None:
             update = name.endswith("_")
             trace = ops.exact_trace(*theirs[:2], **state, update=update, **how)
             made: Any = (trace.order, trace.loss, trace.count, trace.lost)
+        elif name == "admm_step_":
+            state = {"state": theirs[4]} if len(theirs) == 5 else {}
+            made = [torch.tensor(v) for v in ops.admm_step_(*theirs[:4], **state, **how)]
         elif name == "exchange_" and len(theirs) == 4:
             made = ops.exchange_(*theirs[:3], fixed=theirs[3], **how)
         else:

@@ -1,5 +1,7 @@
 """The operations: each checks its tensors, chooses a backend, calls it, and raises what failed."""
 
+from lobs_native.ops.admm import AdmmStep, admm_step_
+from lobs_native.ops.conjugate import conjugate_step_
 from lobs_native.ops.dispatch import backends, levels, select_backend
 from lobs_native.ops.exact import MAX_BLOCK, Trace, affordable_threads, exact_bytes, exact_trace
 from lobs_native.ops.exchange import exchange_
@@ -15,11 +17,14 @@ from lobs_native.ops.sweep import sweep_block_
 
 __all__ = [
     "MAX_BLOCK",
+    "AdmmStep",
     "Trace",
     "WeightState",
     "_core",
+    "admm_step_",
     "affordable_threads",
     "backends",
+    "conjugate_step_",
     "exact_bytes",
     "exact_trace",
     "exchange_",

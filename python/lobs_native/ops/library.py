@@ -80,6 +80,16 @@ def sweep_block_(W: Tensor, U: Tensor, gone: Tensor, E: Tensor, **how: Any) -> N
     ops.sweep_block_(W, U, gone, E, **how)
 
 
+@_operation(
+    "(Tensor(a!) w, Tensor(b!) g, Tensor(c!) p, Tensor h, Tensor removed, Tensor(d!) rr, *, "
+    "str? backend=None) -> ()"
+)
+def conjugate_step_(
+    w: Tensor, g: Tensor, p: Tensor, h: Tensor, removed: Tensor, rr: Tensor, **how: Any
+) -> None:
+    ops.conjugate_step_(w, g, p, h, removed, rr, **how)
+
+
 # ---- operations with results ---------------------------------------------------------------------
 
 
@@ -168,3 +178,22 @@ def _(
     W: Tensor, A: Tensor, kept: Tensor, fixed: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     return W.new_empty(W.shape[0], dtype=torch.int64), W.new_empty(W.shape[0])
+
+
+@_operation(
+    "(Tensor p, Tensor(a!) d, Tensor x, Tensor(b!) removed, Tensor? state=None, *, "
+    "int? count=None, int unit=1, int group=0, int per_group=0, bool by_row=False, "
+    "float cut=0.0, str? backend=None) -> (Tensor, Tensor)"
+)
+def admm_step_(
+    p: Tensor, d: Tensor, x: Tensor, removed: Tensor, state: Tensor | None = None, **how: Any
+) -> tuple[Tensor, Tensor]:
+    step = ops.admm_step_(p, d, x, removed, state=state, **how)
+    return torch.tensor(step.changed), torch.tensor(step.cut, dtype=torch.float64)
+
+
+@admm_step_.register_fake
+def _(
+    p: Tensor, d: Tensor, x: Tensor, removed: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.float64)

@@ -27,6 +27,7 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 
 __all__ = [
     "DTYPES",
+    "AdmmPlan",
     "ExactPlan",
     "Status",
     "WeightState",
@@ -41,6 +42,7 @@ __all__ = [
     "threads",
 ]
 
+AdmmPlan = core.AdmmPlan
 ExactPlan = core.ExactPlan
 Status = core.Status
 WeightState = core.WeightState

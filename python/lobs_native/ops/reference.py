@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobs_native.ops.native import ExactPlan, WeightState
+from lobs_native.ops.native import AdmmPlan, ExactPlan, WeightState
 
 _REMOVED = max(WeightState) + 1  # a further state of a column in :func:`exact_trace`
 
@@ -269,3 +269,62 @@ def _exchange_row(
         row, column = divmod(best, len(j))
         S[i[row]], S[j[column]] = False, True
         done += 1
+
+
+def admm_step_(
+    p: Tensor, d: Tensor, x: Tensor, removed: Tensor, state: Tensor | None, plan: AdmmPlan
+) -> tuple[int, float, int]:
+    """Project y = (p + x) + u on the sparse weights and update d and removed (R, C).
+
+    Returns the number of weights that are removed now and were not before, what the costliest
+    removed unit costs (0 where states decide, with groups and by row), and -1 or the flat index of
+    the first y that is not finite; then nothing is written.
+    """
+    R, C = d.shape
+    y = (p + x) + torch.where(removed, -(d + x), 0.0)  # rounded as in the kernels
+    bad = ~torch.isfinite(y)
+    if bool(bad.any()):
+        return 0, 0.0, int(bad.view(-1).to(torch.uint8).argmax())
+    unit = plan.unit
+    whole = C - C % (plan.group or unit)
+    parts = y[:, :whole].to(torch.float64).reshape(R, -1, unit)
+    cost = parts[:, :, 0].abs() if unit == 1 else parts[:, :, 0].square()
+    for i in range(1, unit):  # from the left
+        cost = cost + parts[:, :, i].square()
+    code = torch.zeros_like(d, dtype=torch.uint8) if state is None else state
+    code = code[:, :whole:unit]
+    first, stays = code == WeightState.GOES_FIRST, code == WeightState.STAYS
+    ranked = torch.where(first, -1.0, torch.where(stays, torch.inf, cost))  # (R, units)
+    count = plan.per_group if plan.group else plan.count
+    if plan.group:
+        ranked = ranked.view(-1, plan.group)
+    elif not plan.by_row:
+        ranked = ranked.view(1, -1)
+    goes = (rank_lowest(ranked, count).view_as(cost) | first) & ~stays
+    now = torch.zeros_like(removed)
+    now[:, :whole] = goes.repeat_interleave(unit, dim=1)
+    changed = int((now & ~removed).sum())
+    d.copy_(torch.where(now, -y, y) - x)
+    removed.copy_(now)
+    chosen = cost[goes & ~first]
+    known = not plan.group and not plan.by_row and len(chosen) and int(goes.sum()) == count
+    return changed, float(chosen.max()) if known else 0.0, -1
+
+
+def conjugate_step_(
+    w: Tensor, g: Tensor, p: Tensor, h: Tensor, removed: Tensor, rr: Tensor
+) -> None:
+    """A step of conjugate gradients on the kept columns of each row of w, g, p, h (R, C), with
+    rr (R,) float64 the squared norms of g."""
+    kept = torch.where(removed, 0.0, h.to(torch.float64))
+    direction, residual = p.to(torch.float64), g.to(torch.float64)
+    q = (direction * kept).sum(dim=1)
+    good = (rr != 0) & (q > 0) & torch.isfinite(q)
+    a = torch.where(good, rr / q, 0.0)[:, None]
+    after = residual - a * kept
+    t = after.square().sum(dim=1)
+    onward = after + (t / rr)[:, None] * direction
+    w.copy_(torch.where(good[:, None], w + a * direction, w.to(torch.float64)))
+    g.copy_(torch.where(good[:, None], after, residual))
+    p.copy_(torch.where(good[:, None], onward, direction))
+    rr.copy_(torch.where(good, t, 0.0))
