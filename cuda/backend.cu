@@ -39,5 +39,7 @@ extern "C" __attribute__((visibility("default"))) int lobs_backend(int version,
     row->exact_trace = lobs::cuda::exact_trace;
     row->exact_bytes = lobs::cuda::exact_bytes;
     row->sweep_block = lobs::cuda::sweep_block;
+    row->admm_step = lobs::cuda::admm_step;
+    row->conjugate_step = lobs::cuda::conjugate_step;
     return 0;
 }

@@ -227,5 +227,7 @@ RankLowestFn rank_lowest;
 ExactTraceFn exact_trace;
 ExactBytes exact_bytes;
 SweepBlockFn sweep_block;
+AdmmStepFn admm_step;
+ConjugateStepFn conjugate_step;
 
 }  // namespace lobs::cuda

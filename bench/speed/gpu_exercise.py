@@ -38,6 +38,7 @@ class Exercise:
         for group in (0, self.block):
             self.sweep(group)
         self.inverse()
+        self.admm()
         self.saliency()
         self.ranking_and_static_order()
 
@@ -110,6 +111,34 @@ class Exercise:
         )
         ops.static_order_prune_(expected, self.A, order, start, backend="cpu")
         self.check("static order", w, expected)
+
+    def admm(self) -> None:
+        """``admm_step_`` of all rows, by row and in groups, and ``conjugate_step_`` after it."""
+        half = (torch.arange(5 * self.C).view(5, self.C) % 2).bool()
+        W = self.W.to(self.dtype)
+        for options in (
+            {"count": 5 * self.C // 2},
+            {"count": self.C // 2, "by_row": True},
+            {"count": self.C // 4, "unit": 2},
+            {"group": 4, "per_group": 2},
+        ):
+            made, gone = W * 0.5, half.clone()
+            there, mask = self.there(W * 0.5), half.to(self.place.device, copy=True)
+            ops.admm_step_(W * 0.3, made, W, gone, backend="cpu", **options)
+            ops.admm_step_(
+                self.there(W * 0.3), there, self.there(W), mask, backend=self.backend, **options
+            )
+            self.check("ADMM's choice", mask + 1.0, gone + 1.0)
+            self.check("ADMM", there, made.double())
+        g = W.double().masked_fill(half, 0)
+        rr = g.square().sum(dim=1)
+        own = (W.double(), g, g.clone(), g @ self.A)
+        theirs = tuple(self.there(x) for x in own)
+        ops.conjugate_step_(
+            *theirs, half.to(self.place.device), rr.to(self.place.device), backend=self.backend
+        )
+        ops.conjugate_step_(*own, half, rr.clone(), backend="cpu")
+        self.check("conjugate gradients", theirs[0], own[0])
 
     def there(self, x: Tensor) -> Tensor:
         """A copy on the device, in this dtype."""

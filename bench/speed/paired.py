@@ -43,6 +43,8 @@ import lobs_native as lobs
 from speed import results_page
 from speed.case import Case, Side
 from speed.cases import (
+    admm,
+    conjugate,
     exact,
     hessian,
     host_jobs,
@@ -63,6 +65,8 @@ GROUPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "exact": exact.cases,
     "sweep": sweep.cases,
     "solve": solve.cases,
+    "admm": admm.cases,
+    "conjugate": conjugate.cases,
     "host_sparsegpt": host_jobs.sparsegpt_cases,
     "host_obc": host_jobs.obc_cases,
     "host_fisher": host_jobs.fisher_cases,

@@ -35,10 +35,12 @@ struct KeyOf;
 template <>
 struct KeyOf<4> {
     using type = std::int32_t;
+    using lane = float;
 };
 template <>
 struct KeyOf<8> {
     using type = std::int64_t;
+    using lane = double;
 };
 
 template <typename Key>
@@ -50,29 +52,15 @@ template <typename Key>
 struct VectorsOf {
     static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Key));
     typedef Key keys __attribute__((vector_size(kVectorBytes), aligned(sizeof(Key)), may_alias));
-    typedef unsigned char bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
 };
 template <typename Key>
 using Integers = typename VectorsOf<Key>::keys;
-template <typename Key>
-using Bytes = typename VectorsOf<Key>::bytes;
 template <typename Key>
 constexpr int kWidth = VectorsOf<Key>::kWidth;
 
 template <typename Key>
 LOBS_INLINE Integers<Key> load_keys(const Key* keys) {
     return *reinterpret_cast<const Integers<Key>*>(keys);
-}
-
-// Bytes as wide as keys.
-template <typename Key>
-LOBS_INLINE Integers<Key> load_bytes(const unsigned char* bytes) {
-    return __builtin_convertvector(*reinterpret_cast<const Bytes<Key>*>(bytes), Integers<Key>);
-}
-
-template <typename Key, typename Mask>
-LOBS_INLINE void store_bytes(unsigned char* bytes, Mask mask) {
-    *reinterpret_cast<Bytes<Key>*>(bytes) = __builtin_convertvector(mask, Bytes<Key>) & 1;
 }
 
 LOBS_INLINE std::int32_t cost_key(float y) {
@@ -110,7 +98,7 @@ void keys_of_weights(Key* keys, const T* y, const unsigned char* state, Index co
         const auto bits = reinterpret_cast<Integers<Key>>(load(y + q));
         Integers<Key> key = (bits & kStays<Key>)+1;
         if (state != nullptr) {
-            const Integers<Key> code = load_bytes<Key>(state + q);
+            const Integers<Key> code = widen<T>(state + q);
             key = code == 0 ? key : code == 1 ? Integers<Key>{} : Integers<Key>{} + kStays<Key>;
         }
         *reinterpret_cast<Integers<Key>*>(keys + q) = key;
@@ -144,14 +132,12 @@ struct Priced {
 // d becomes y. Explicit vectors, because compilers do not vectorise selections by bytes.
 template <typename T>
 Priced<T> price(T* d, const T* p, const T* x, const unsigned char* removed, Index count) {
-    typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
-    typedef typename KeyOf<sizeof(T)>::type Key;
     constexpr T kInfinity = static_cast<T>(__builtin_inf());
     Vector<T> size = {};
-    Mask good = Vector<T>{} == Vector<T>{};
+    Mask<T> good = Vector<T>{} == Vector<T>{};
     Index q = 0;
     for (; q + kLanes<T> <= count; q += kLanes<T>) {
-        const auto was = load_bytes<Key>(removed + q) != 0;
+        const auto was = widen<T>(removed + q) != 0;
         const Vector<T> w = load(x + q), left = -(load(d + q) + w);
         const Vector<T> y = (load(p + q) + w) + (was ? left : Vector<T>{});
         store(d + q, y);
@@ -176,10 +162,9 @@ Priced<T> price(T* d, const T* p, const T* x, const unsigned char* removed, Inde
 // d, which holds y, and `removed`. Returns the number of weights that were not removed before.
 template <typename T>
 Index apply(T* d, const T* x, unsigned char* removed, const unsigned char* goes, Index count) {
-    typedef typename KeyOf<sizeof(T)>::type Key;
     Index q = 0;
     for (; q + kLanes<T> <= count; q += kLanes<T>) {
-        const auto now = load_bytes<Key>(goes + q) != 0;
+        const auto now = widen<T>(goes + q) != 0;
         const Vector<T> y = load(d + q);
         store(d + q, (now ? -y : y) - load(x + q));
     }
@@ -226,7 +211,7 @@ template <typename Key>
 void mark_below(unsigned char* goes, const Key* keys, Index count, Key bound) {
     for (Index i = 0; i < count; i += kWidth<Key>) {
         const auto below = load_keys(keys + i) < bound;
-        store_bytes<Key>(goes + i, below);
+        narrow<typename KeyOf<sizeof(Key)>::lane>(goes + i, below);
     }
 }
 
@@ -293,7 +278,7 @@ void mark_in_small_groups(unsigned char* goes, const Key* keys, Index count, Ind
             rank -= (load_keys(keys + i + by) < key) & (place < kGroup - by);
         }
         const auto gone = ((rank < static_cast<Key>(per_group)) | (key == 0)) & (key < kStays<Key>);
-        store_bytes<Key>(goes + i, gone);
+        narrow<typename KeyOf<sizeof(Key)>::lane>(goes + i, gone);
     }
 }
 

@@ -49,12 +49,9 @@ class Sum {
 // `kept` becomes h where a weight is kept, else 0.
 template <typename T>
 LOBS_INLINE void keep(T* kept, const T* h, const unsigned char* removed, Index count) {
-    typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
-    typedef unsigned char Bytes __attribute__((vector_size(kLanes<T>), aligned(1), may_alias));
     Index j = 0;
     for (; j + kLanes<T> <= count; j += kLanes<T>) {
-        const Mask gone =
-            __builtin_convertvector(*reinterpret_cast<const Bytes*>(removed + j), Mask) != 0;
+        const Mask<T> gone = widen<T>(removed + j) != 0;
         store(kept + j, gone ? Vector<T>{} : load(h + j));
     }
     for (; j < count; ++j) kept[j] = removed[j] != 0 ? T(0) : h[j];

@@ -439,6 +439,144 @@ void check_ranking(const Backend& backend, Index R, Index C, int threads) {
     check(rising, "ranking puts rows in rising order");
 }
 
+// ---- ADMM's step, conjugate gradients --------------------------------------------------------------
+
+// Costs are multiples of 1/4, so that there are many ties and every sum is exact.
+template <typename T>
+void check_admm(const Backend& backend, Index R, Index C, const lobs::AdmmPlan& plan, bool states,
+                int threads) {
+    const auto size = static_cast<std::size_t>(R * C);
+    Table<T> p(R, C, 0), d(R, C, 0), x(R, C, 0);
+    for (Table<T>* table : {&p, &d, &x})
+        for (Index i = 0; i < R * C; ++i)
+            table->data[static_cast<std::size_t>(i)] =
+                static_cast<T>(std::round(uniform() * 20) / 4);
+    std::vector<unsigned char> removed(size), state(size), wanted(size, 0);
+    for (std::size_t i = 0; i < size; ++i) {
+        removed[i] = uniform() > 0 ? 1 : 0;
+        state[i] = states ? static_cast<unsigned char>(uniform() * 1.5 + 1.5) : 0;
+    }
+    std::vector<double> y(size);
+    for (std::size_t i = 0; i < size; ++i)
+        y[i] = static_cast<double>(p.data[i] + x.data[i]) -
+               (removed[i] != 0 ? static_cast<double>(d.data[i] + x.data[i]) : 0.0);
+    const Index span = plan.group > 0 ? plan.group : plan.unit,
+                unit = plan.group > 0 ? 1 : plan.unit;
+    struct Unit {
+        Index first, pool;
+        double cost;
+        unsigned char code;
+    };
+    std::vector<Unit> units;
+    for (Index r = 0; r < R; ++r)
+        for (Index q = 0; q + unit <= C / span * span; q += unit) {
+            double cost = 0;
+            for (Index i = r * C + q; i < r * C + q + unit; ++i) {
+                const double value = y[static_cast<std::size_t>(i)];
+                cost += value * value;
+            }
+            const Index pool = plan.group > 0 ? r * C + q / span : plan.by_row ? r : 0;
+            units.push_back({r * C + q, pool, cost, state[static_cast<std::size_t>(r * C + q)]});
+        }
+    for (const Unit& own : units) {
+        Index before = 0;  // the number of units that go before this one
+        for (const Unit& other : units) {
+            if (other.pool != own.pool || other.code == 2) continue;
+            const bool sooner = other.code != own.code ? other.code == 1 : other.cost < own.cost;
+            const bool tied = other.code == own.code && !sooner &&
+                              (own.code == 1 || other.cost == own.cost) && other.first < own.first;
+            before += sooner || tied ? 1 : 0;
+        }
+        const bool goes =
+            own.code == 1 ||
+            (own.code == 0 && before < (plan.group > 0 ? plan.per_group : plan.count));
+        for (Index i = own.first; i < own.first + unit; ++i)
+            wanted[static_cast<std::size_t>(i)] = goes ? 1 : 0;
+    }
+    Index fresh = 0, changed = 0;
+    for (std::size_t i = 0; i < size; ++i) fresh += wanted[i] != 0 && removed[i] == 0 ? 1 : 0;
+    double cut = 0;
+    const Info info = run(backend, backend.admm_step, threads, &changed, &cut, p.view(), d.view(),
+                          x.view(), removed.data(), states ? state.data() : nullptr, plan);
+    check(info.status == Status::ok, "admm status");
+    check(removed == wanted, "admm removes exactly the lowest");
+    check(changed == fresh, "admm counts what it has removed");
+    bool exact = true;
+    for (std::size_t i = 0; i < size; ++i)
+        exact = exact && static_cast<double>(d.data[i]) ==
+                             (wanted[i] != 0 ? -y[i] : y[i]) - static_cast<double>(x.data[i]);
+    check(exact, "admm leaves d to the last bit");
+    const Index fault = R * C / 2;
+    p.data[static_cast<std::size_t>(fault)] = std::numeric_limits<T>::infinity();
+    p.data[size - 1] = std::numeric_limits<T>::quiet_NaN();
+    const Info refused = run(backend, backend.admm_step, threads, &changed, &cut, p.view(),
+                             d.view(), x.view(), removed.data(), nullptr, plan);
+    check(refused.status == Status::not_finite && refused.where == fault,
+          "admm names the first y that is not finite");
+}
+
+template <typename T>
+void check_admm_plans(const Backend& backend, Index R, Index C, int threads) {
+    for (const bool states : {false, true})
+        for (const double cut : {0.0, 1.5}) {
+            check_admm<T>(backend, R, C, {R * C / 2, 1, 0, 0, false, cut}, states, threads);
+            check_admm<T>(backend, R, C, {C / 4 * R / 2, 4, 0, 0, false, cut}, states, threads);
+            check_admm<T>(backend, R, C, {C / 2, 1, 0, 0, true, 0}, states, threads);
+            check_admm<T>(backend, R, C, {C / 4 / 2, 4, 0, 0, true, 0}, states, threads);
+            for (const Index group : {3, 4, 8, 70})
+                check_admm<T>(backend, R, C, {0, 1, group, group / 2, false, 0}, states, threads);
+        }
+}
+
+template <typename T>
+void check_conjugate(const Backend& backend, Index R, Index C, int threads) {
+    Table<T> w(R, C), g(R, C), p(R, C), h(R, C);
+    for (Table<T>* table : {&w, &g, &p, &h}) table->fill();
+    std::vector<unsigned char> removed(static_cast<std::size_t>(R * C));
+    std::vector<double> rr(static_cast<std::size_t>(R), 0.0);
+    for (Index r = 0; r < R; ++r)
+        for (Index c = 0; c < C; ++c) {
+            unsigned char& gone = removed[static_cast<std::size_t>(r * C + c)];
+            gone = c > 0 && uniform() > 0 ? 1 : 0;
+            if (gone != 0) g.at(r, c) = p.at(r, c) = T(0);
+            h.at(r, c) = gone != 0 ? std::numeric_limits<T>::quiet_NaN() : p.at(r, c) * T(1.5);
+            rr[static_cast<std::size_t>(r)] += static_cast<double>(g.at(r, c) * g.at(r, c));
+        }
+    if (R > 1) rr[1] = 0;  // is done
+    if (R > 2) h.at(2, 0) = -1000 * p.at(2, 0);
+    const Table<T> w0 = w, g0 = g, p0 = p;
+    const std::vector<double> before = rr;
+    const Info info = run(backend, backend.conjugate_step, threads, w.view(), g.view(), p.view(),
+                          h.view(), removed.data(), rr.data());
+    check(info.status == Status::ok, "conjugate status");
+    double worst = 0;
+    for (Index r = 0; r < R; ++r) {
+        const auto at = [&](const Table<T>& table, Index c) {
+            return static_cast<double>(table.data[static_cast<std::size_t>(r * table.stride + c)]);
+        };
+        const auto kept = [&](Index c) {
+            return removed[static_cast<std::size_t>(r * C + c)] == 0;
+        };
+        const double old = before[static_cast<std::size_t>(r)];
+        double q = 0, t = 0;
+        for (Index c = 0; c < C; ++c) q += kept(c) ? at(p0, c) * at(h, c) : 0.0;
+        const bool goes_on = old != 0 && q > 0;
+        const double a = goes_on ? old / q : 0.0;
+        for (Index c = 0; c < C; ++c)
+            if (kept(c)) t += std::pow(at(g0, c) - a * at(h, c), 2);
+        for (Index c = 0; c < C; ++c) {
+            const double residual = at(g0, c) - (goes_on && kept(c) ? a * at(h, c) : 0.0);
+            worst = std::fmax(worst, std::fabs(at(g, c) - residual));
+            worst = std::fmax(worst, std::fabs(at(w, c) - at(w0, c) - a * at(p0, c)));
+            const double direction = goes_on ? residual + t / old * at(p0, c) : at(p0, c);
+            worst = std::fmax(worst, std::fabs(at(p, c) - direction));
+        }
+        const double next = goes_on ? t : 0.0;
+        worst = std::fmax(worst, std::fabs(rr[static_cast<std::size_t>(r)] - next) / (1 + next));
+    }
+    check(worst < tolerance<T>(), "conjugate step");
+}
+
 // ---- the loop -----------------------------------------------------------------------------------
 
 void check_parallel() {
@@ -767,6 +905,10 @@ void check_type(const Backend& backend) {
                 check_sweep<T>(backend, R, B, 0, threads);
                 check_sweep<T>(backend, R, B, 4, threads);
             }
+    }
+    for (const int threads : {1, 3}) {
+        for (const Index C : {1, 4, 37, 300}) check_admm_plans<T>(backend, 5, C, threads);
+        for (const Index C : {1, 16, 37, 600}) check_conjugate<T>(backend, 5, C, threads);
     }
     check_exact<T>(backend, 2, 300, 300, 0, 0, 2);
     for (const Index block : {2, 5, 16})
