@@ -127,7 +127,7 @@ def same(ours: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(ours == 0, expected == 0)
 
 
-METHODS = ["exact", "sweep", "lobs", "magnitude", "wanda"]
+METHODS = ["exact", "admm", "sweep", "lobs", "magnitude", "wanda"]
 
 
 @pytest.mark.parametrize("method", METHODS)

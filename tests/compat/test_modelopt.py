@@ -65,7 +65,7 @@ def moments(model: nn.Module, batches: list[torch.Tensor]) -> list[lobs.Hessian]
     return found
 
 
-@pytest.mark.parametrize("method", ["exact", "sweep", "lobs", "magnitude", "wanda"])
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude", "wanda"])
 @pytest.mark.parametrize("target", [{}, {"sparsity": 0.6}], ids=["2:4", "60%"])
 def test_weights_and_masks_are_those_of_prune_weight(model, batches, method, target):
     before = [

@@ -49,7 +49,7 @@ def pruned(model: nn.Module, data: Any, **options: Any) -> lobs.Report:
     return lobs.prune(model, data, **options)
 
 
-@pytest.mark.parametrize("method", ["exact", "sweep", "lobs", "magnitude", "wanda"])
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude", "wanda"])
 def test_a_layer_starts_from_weights_that_compensate_for_the_layers_before(method):
     """The second layer by hand: the ridge solution for the original outputs, then pruning."""
     model, damping = chain(), 0.02

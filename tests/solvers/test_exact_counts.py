@@ -19,7 +19,7 @@ from lobs_native.solvers.settings import METHODS, SCOPES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-REPAIRING = ("exact", "sweep", "lobs")  # methods that change what they keep
+REPAIRING = ("exact", "admm", "sweep", "lobs")  # methods that change what they keep
 SHARES = [0.0, 1e-9, 0.1, 0.29, 0.5, 0.9, 1 - 1e-9, 1.0]
 R, C = 6, 9
 
@@ -231,6 +231,8 @@ def test_masked_weights_count_within_a_pattern(pattern, method):
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0])
 @pytest.mark.parametrize("share", SHARES)
 def test_ties_go_to_the_lowest_row_then_column(share, value, method):
+    if method == "admm" and value != 0:
+        pytest.skip("equal weights do not stay equal: what was removed last time counts")
     W = torch.full((R, C), value)
     H = torch.eye(C, dtype=torch.float64)
     out = lobs.prune_weight(W, H, sparsity=share, method=method, scope="layer")

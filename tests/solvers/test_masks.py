@@ -15,7 +15,7 @@ from lobs_native.solvers.settings import METHODS, SCOPES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
-INVERTING = ("exact", "sweep", "lobs")
+INVERTING = ("exact", "admm", "sweep", "lobs")
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])

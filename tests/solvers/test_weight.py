@@ -66,7 +66,9 @@ def test_backends_agree(method, backend):
     other = lobs.prune_weight(W, H, sparsity=0.6, method=method, backend="reference")
     assert out.backend == backend
     assert torch.equal(out.mask, other.mask)
-    assert distance(out.weight, other.weight) < 1e-5
+    assert out.error == pytest.approx(other.error, rel=1e-5)
+    # Conjugate gradients end where the type of the weight can hardly tell the difference.
+    assert distance(out.weight, other.weight) < (1e-3 if method == "admm" else 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,7 +219,7 @@ def test_existing_zeros_are_removed_first_and_cost_nothing(method):
 # ---- notes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["exact", "sweep", "lobs"])
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs"])
 def test_little_damping_switches_to_float64_with_a_note(method):
     H = conditioned(30, 1e7)
     W = torch.randn(5, 30)

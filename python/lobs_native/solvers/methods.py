@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lobs_native.solvers.admm import Admm
 from lobs_native.solvers.exact import Exact
 from lobs_native.solvers.method import Method
 from lobs_native.solvers.ranked import Lobs, Magnitude, Wanda
@@ -12,6 +13,7 @@ __all__ = ["TABLE"]
 # In the order in which users see them.
 TABLE: dict[str, type[Method]] = {
     "exact": Exact,
+    "admm": Admm,
     "sweep": Sweep,
     "lobs": Lobs,
     "magnitude": Magnitude,

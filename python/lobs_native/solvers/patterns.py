@@ -20,6 +20,7 @@ __all__ = [
     "GroupsOf",
     "Pattern",
     "Unstructured",
+    "goes_first",
     "pattern_of",
 ]
 
@@ -249,3 +250,12 @@ def pattern_of(pattern: object) -> Pattern:
         f"pattern: {pattern!r} is not a pattern; use 'unstructured', 'N:M' (keep N of M, as '2:4') "
         "or '1xB' (as '1x4')"
     )
+
+
+def goes_first(forced: Tensor, zero: Tensor, group: int, per_group: int) -> Tensor:
+    """Which weights (..., B) of whole groups are removed before all others: those that the mask
+    removes, and existing zeros as far as the group has room for them."""
+    groups = (*forced.shape[:-1], -1, group)
+    demanded, extra = forced.reshape(groups), (zero & ~forced).reshape(groups)
+    room = per_group - demanded.sum(-1, keepdim=True)
+    return (demanded | (extra & (extra.cumsum(-1) <= room))).reshape(forced.shape)

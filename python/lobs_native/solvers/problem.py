@@ -19,7 +19,7 @@ from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
 from lobs_native.solvers.inversion import Inverse, invert
 from lobs_native.solvers.workspace import Workspace
 
-__all__ = ["Drift", "Problem", "in_errors", "nearest_count", "scaled_"]
+__all__ = ["Drift", "Problem", "in_errors", "nearest_count", "scaled_", "spectral_norm"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
@@ -194,9 +194,9 @@ class Problem:
         return H.div_(self.inverses[g].scale)
 
     def norm(self, g: int) -> float:
-        """The spectral norm of group g's second moment; see :func:`_spectral_norm`."""
+        """The spectral norm of group g's second moment; see :func:`spectral_norm`."""
         if g not in self._norms:
-            self._norms[g] = _spectral_norm(self.moments[g])
+            self._norms[g] = spectral_norm(self.moments[g])
         return self._norms[g]
 
     # ---- the weights in the kernels' units -------------------------------------------------------
@@ -263,7 +263,7 @@ def in_errors(cost: float, exponent: int) -> float:
         return math.inf
 
 
-def _spectral_norm(H: Tensor) -> float:
+def spectral_norm(H: Tensor) -> float:
     """The spectral norm of a second moment, from below, low by a fifth at most in tests."""
     scale = float(H.diagonal().max())
     if scale == 0:

@@ -11,7 +11,7 @@ from lobs_native import ops
 from lobs_native.solvers.costs import Costs
 from lobs_native.solvers.measurement import error_of_nothing
 from lobs_native.solvers.method import Choice, Method
-from lobs_native.solvers.patterns import FORCED, ZERO, Pattern
+from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
 from lobs_native.solvers.problem import Problem, in_errors, nearest_count
 
 __all__ = ["Sweep"]
@@ -94,7 +94,7 @@ class Sweep(Method):
             if begin < C and pattern.is_grouped:
                 group, per_group = pattern.group, pattern.per_group
                 if some_zero or some_forced:
-                    code.copy_(_first(forced[:, inside], zero[:, inside], group, per_group))
+                    code.copy_(goes_first(forced[:, inside], zero[:, inside], group, per_group))
             elif begin < C:
                 width = min(end, C) - begin
                 score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square_()
@@ -130,15 +130,6 @@ class Sweep(Method):
         else:
             chosen = score.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
         return self.pattern.expand(chosen.view_as(score))
-
-
-def _first(forced: Tensor, zero: Tensor, group: int, per_group: int) -> Tensor:
-    """Which weights (R, B) of a block are removed before all others: those that the mask removes,
-    and existing zeros as far as the group has room for them."""
-    groups = (len(forced), -1, group)
-    demanded, extra = forced.reshape(groups), (zero & ~forced).reshape(groups)
-    room = per_group - demanded.sum(2, keepdim=True)
-    return (demanded | (extra & (extra.cumsum(2) <= room))).view_as(forced)
 
 
 class _Spread:

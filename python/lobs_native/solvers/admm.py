@@ -1,0 +1,255 @@
+"""Method "admm": alternating directions between the layer's error and the wanted number of zeros.
+
+Every iteration costs one product of the layer's size, whatever is removed, so that the cost of a
+layer grows with the square of its width for each row, where that of "exact" grows with the cube.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.ops import WeightState
+from lobs_native.solvers.conjugate import conjugate_gradients_, times
+from lobs_native.solvers.costs import costs_between
+from lobs_native.solvers.inversion import invert_
+from lobs_native.solvers.method import Choice, Method
+from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
+from lobs_native.solvers.problem import Problem, in_errors, nearest_count
+
+__all__ = ["Admm"]
+
+
+# Penalties, relative to the geometric mean of the scaled H's eigenvalues; each for some iterations.
+# Chosen on layers of an encoder and of a language model (bench/quality/admm.py). A dual variable is
+# not rescaled when the penalty changes; that, momentum and relaxation all made it worse.
+_PENALTIES = (0.5, 0.5 * 2**0.5, 1.0, 2**0.5, 2.0)
+_ITERATIONS = 6
+_STILL = 2e-4  # share of the weights: with fewer newly removed, the mask stands still
+_BRIEFLY = 2  # iterations where only the error is wanted, which comes out 1 to 2 percent higher
+_MOST_STEPS = 40  # of conjugate gradients at the end
+_GAIN = 0.01  # at which they may end; the scaling makes it a bound on what is left to gain
+_LEVELS = (0.25, 0.5, 0.7, 0.85, 0.95, 1.0)  # of the removals at which a layer's error is measured
+_LEAST_IMPORTANCE = 1e-12  # rows whose cost counts less are still repaired accurately
+_OPTIMALITY = 10.0  # the ratio at which they may end; results above 30 are solved for again
+
+
+class Admm(Method):
+    """Iterates on all weights of a problem at once.
+
+    With ``s_j = A_jj^(-1/2)``, the weights are ``w_j s_j`` and the second moment is ``H_ij / (s_i
+    s_j)``: the square of a weight is OBS's price of its removal. That scaling is ours. Source of
+    the rest: Boza 2024; ALPS (Meng et al. 2024), which scales by ``H_jj^(1/2)``.
+    """
+
+    compares_layers = True
+
+    def __init__(
+        self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
+    ) -> None:
+        super().__init__(problem, pattern, importance)
+        G, _, D = problem.before.shape
+        dtype, device = problem.dtype, problem.before.device
+        self.H = torch.empty(G, D, D, dtype=dtype, device=device)
+        self.scaling = torch.empty(G, 1, D, dtype=dtype, device=device)
+        common = max(i.scale for i in problem.inverses)
+        self.mean = torch.empty(G, 1, 1, dtype=dtype, device=device)
+        for g, inverse in enumerate(problem.inverses):
+            H = problem.damped(g)
+            A_jj = inverse.diagonal()
+            s = A_jj.rsqrt()
+            # U^T U = A = H^-1, and H is about to be scaled by 1 / s on both sides.
+            self.mean[g] = (A_jj.log().mean() - 2 * inverse.U.diagonal().log().mean()).exp()
+            self.H[g] = H.div_(s).div_(s[:, None])
+            self.scaling[g] = s * (inverse.scale / common) ** 0.5
+        self.unit_cost = in_errors(common, problem.exponent)
+        self.factors: Tensor | None = None  # (G, R, 1), of whole rows
+        if importance is not None and float(importance.max()) > 0 and not pattern.is_grouped:
+            # A cost that is multiplied by f is that of weights that are multiplied by its root.
+            relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
+            self.factors = relative.sqrt().to(dtype)[:, :, None]
+        self._resolvents: dict[float, Tensor] | None = None  # once several choices are to be made
+
+    # ---- choices ---------------------------------------------------------------------------------
+
+    def choose(self, share: float, scope: str) -> Choice:
+        """See :class:`Method`."""
+        problem, pattern = self.problem, self.pattern
+        G, R, _ = problem.before.shape
+        units = problem.candidates // pattern.unit
+        by_row = scope == "row"
+        count = nearest_count(share, units if by_row else G * R * units)
+        if not pattern.is_grouped and count == 0:
+            nothing = torch.zeros_like(problem.before, dtype=torch.bool)
+            return Choice(nothing, problem.before.clone())
+        state, decided = self._state(count, by_row=by_row)
+        if decided:
+            assert state is not None
+            return Choice(state == WeightState.GOES_FIRST)
+        return self._alternate(count, by_row, state)
+
+    def _state(self, count: int, *, by_row: bool) -> tuple[Tensor | None, bool]:
+        """The state (G, R, D) of every weight, uint8, None where all may go; and whether that alone
+        decides what is removed.
+
+        Where masked weights and zeros are more than the count, the first of them go first, and all
+        other weights (of the row) stay.
+        """
+        problem, pattern = self.problem, self.pattern
+        C, (G, R, D) = problem.candidates, problem.before.shape
+        forced, zero = problem.masked()[:, :, :C], problem.before[:, :, :C] == 0
+        some = problem.mask is not None or bool(zero.any())
+        if not some and not problem.bias_stays:
+            return None, False
+        state = torch.zeros(G, R, D, dtype=torch.uint8, device=forced.device)
+        state[:, :, C:] = WeightState.STAYS
+        if not some:
+            return state, False
+        if pattern.is_grouped:
+            first = goes_first(forced, zero, pattern.group, pattern.per_group)
+            state[:, :, :C].masked_fill_(first, WeightState.GOES_FIRST)
+            return state, int(first.sum()) * pattern.group == first.numel() * pattern.per_group
+        score = torch.where(forced, FORCED, torch.where(zero, ZERO, 0.0)).to(torch.float64)
+        score = pattern.unit_scores(score)
+        score = score.view(G * R, -1) if by_row else score.view(1, -1)
+        first = score < 0
+        full = first.sum(1) >= count  # (rows,)
+        if bool(full.any()):
+            first[full] = ops.rank_lowest(score[full], count, backend=problem.workspace.backend)
+        units = torch.where(
+            first,
+            int(WeightState.GOES_FIRST),
+            torch.where(full[:, None], int(WeightState.STAYS), int(WeightState.MAY_GO)),
+        )
+        weights = units.view(G, R, -1).repeat_interleave(pattern.unit, -1)
+        state[:, :, :C] = weights.to(torch.uint8)
+        return state, bool(full.all())
+
+    def prepare(self) -> None:
+        """See :class:`Method`: keeps the inverses."""
+        self._resolvents = {}
+
+    def cheapest(self, units: int) -> tuple[Tensor, float]:
+        """See :class:`Method`. The layer is pruned to a few counts, briefly; a removal costs the
+        slope of the error between them."""
+        zeros = int((self.problem.before[:, :, : self.problem.candidates] == 0).sum())
+        free = torch.zeros(min(zeros, units), dtype=torch.float64)
+        if units <= zeros:
+            return free, self.unit_cost
+        self.prepare()
+        counts = sorted({max(1, round(share * (units - zeros))) for share in _LEVELS})
+        state, _ = self._state(zeros + 1, by_row=False)
+        errors = []
+        for count in counts:
+            layer = _Layer(self, state)
+            self._settle(layer, zeros + count, by_row=False, iterations=_BRIEFLY)
+            errors.append(layer.error())
+        return torch.cat([free, costs_between(counts, errors)]), self.unit_cost
+
+    # ---- the iteration ---------------------------------------------------------------------------
+
+    def _alternate(self, count: int, by_row: bool, state: Tensor | None) -> Choice:
+        problem = self.problem
+        layer = _Layer(self, state)
+        self._settle(layer, count, by_row=by_row)
+        removed, after = layer.removed, layer.repaired()
+        after.div_(self.scaling)
+        if self.factors is not None:
+            after.div_(self.factors)
+        return Choice(removed, problem.restored(after, removed))
+
+    def _settle(
+        self, layer: _Layer, count: int, *, by_row: bool, iterations: int = _ITERATIONS
+    ) -> None:
+        """All iterations of one choice."""
+        layer.project(count, by_row)
+        for penalty in _PENALTIES:
+            M = self._resolvent(penalty)
+            for _ in range(iterations):
+                layer.step(M)
+                if layer.project(count, by_row) < _STILL * layer.x.numel():
+                    return
+            del M  # before the next one is made
+
+    def _resolvent(self, penalty: float) -> Tensor:
+        """(G, D, D): ``rho (H + rho I)^-1`` with ``rho = penalty * mean``."""
+        if self._resolvents is not None and penalty in self._resolvents:
+            return self._resolvents[penalty]
+        M = self.H / (penalty * self.mean)
+        M.diagonal(dim1=1, dim2=2).add_(1.0)
+        if len(M) > 1:  # many small ones (grouped convolutions) at once
+            M, info = torch.linalg.inv_ex(M)
+            positive = not bool(info.any())
+        else:
+            positive = invert_(M[0])
+        if not positive:
+            raise NotPositiveDefiniteError(
+                f"hessian: not positive definite in {self.problem.dtype} with damping "
+                f"{self.problem.damping:g}; pass a larger damping, or a float64 weight"
+            )
+        if self._resolvents is not None:
+            self._resolvents[penalty] = M
+        return M
+
+
+class _Layer:
+    """The weights of one layer while directions alternate, in scaled coordinates."""
+
+    def __init__(self, admm: Admm, state: Tensor | None) -> None:
+        problem = admm.problem
+        G, R, D = problem.before.shape
+        self.admm = admm
+        self.x = torch.stack([problem.working(g) for g in range(G)]).mul_(admm.scaling)
+        if admm.factors is not None:
+            self.x *= admm.factors
+        self.p, self.d = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self.removed = torch.zeros(G, R, D, dtype=torch.bool, device=self.x.device)
+        self._flat = [t.view(G * R, D) for t in (self.p, self.d, self.x, self.removed)]
+        self._state = None if state is None else state.view(G * R, D)
+        self._cut = 0.0
+
+    def step(self, M: Tensor) -> None:
+        """The product of an iteration, with :meth:`Admm._resolvent`."""
+        times(self.d, M, out=self.p)
+
+    def project(self, count: int, by_row: bool) -> int:
+        """All the rest of it, see csrc/admm.h; the number of weights that are newly removed."""
+        pattern = self.admm.pattern
+        newly, self._cut = ops.admm_step_(
+            *self._flat,
+            count=None if pattern.is_grouped else count,
+            unit=pattern.unit,
+            group=pattern.group,
+            per_group=pattern.per_group,
+            by_row=by_row,
+            state=self._state,
+            cut=self._cut,
+            backend=self.admm.problem.workspace.backend,
+        )
+        return newly
+
+    def repaired(self) -> Tensor:
+        """(G, R, D): the best weights for what is removed now, to rounding. The end: x, p and d are
+        used up."""
+        z, x = self.d.add_(self.x), self.x
+        del self.p, self._flat
+        conjugate_gradients_(
+            z.masked_fill_(self.removed, 0.0),
+            x,
+            self.admm.H,
+            self.removed,
+            tolerance=_OPTIMALITY * z.shape[2] * torch.finfo(z.dtype).eps,
+            gain=_GAIN,
+            most=_MOST_STEPS,
+            backend=self.admm.problem.workspace.backend,
+        )
+        return z
+
+    def error(self) -> float:
+        """tr(dW H dW^T) of :meth:`repaired`, in scaled units; also the end."""
+        x = self.x.clone()
+        change = self.repaired().sub_(x)
+        product = times(change, self.admm.H, out=x)
+        return float(torch.linalg.vecdot(product, change).sum(dtype=torch.float64))
