@@ -542,8 +542,8 @@ void check_conjugate(const Backend& backend, Index R, Index C, int threads) {
             h.at(r, c) = gone != 0 ? std::numeric_limits<T>::quiet_NaN() : p.at(r, c) * T(1.5);
             rr[static_cast<std::size_t>(r)] += static_cast<double>(g.at(r, c) * g.at(r, c));
         }
-    if (R > 1) rr[1] = 0;  // is done
-    if (R > 2) h.at(2, 0) = -1000 * p.at(2, 0);
+    if (R > 1) rr[1] = 0;                                 // is done
+    if (R > 2) p.at(2, 0) = T(1), h.at(2, 0) = T(-1000);  // q < 0
     const Table<T> w0 = w, g0 = g, p0 = p;
     const std::vector<double> before = rr;
     const Info info = run(backend, backend.conjugate_step, threads, w.view(), g.view(), p.view(),
