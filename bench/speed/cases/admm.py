@@ -20,6 +20,7 @@ _RIVALS: dict[str, Callable[[State, Plan], int]] = {
     "2:4": baselines.step_by_network,
 }
 SELECTIONS = tuple(_RIVALS)
+BEFORE = 10  # iterations
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -30,7 +31,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def step_case(shape: shapes.LayerShape, selection: str) -> Case:
-    """An iteration in the middle: the weights have moved by a few percent since the last one.
+    """An iteration in the middle, for a second moment that is diagonal: M rho is ``share``.
 
     ``selection`` says among which weights half are removed. With "all", the cut is guessed from the
     last iteration. The error is that of d; a wrong choice is infinite.
@@ -48,10 +49,11 @@ def step_case(shape: shapes.LayerShape, selection: str) -> Case:
         {"group": 4, "per_group": 2} if plan.group else {"count": plan.count, "by_row": plan.by_row}
     )
 
-    d, removed = torch.zeros_like(x), torch.zeros(R, C, dtype=torch.bool)
-    first = ops.admm_step_(torch.zeros_like(x), d, x, removed, **options)
-    p = torch.randn(R, C, generator=generator).mul_(0.05 * float(x.std()))
-    cut = first.cut if selection == "all" else 0.0
+    share = torch.rand(C, generator=generator).mul_(0.6).add_(0.3)
+    d, removed, last = torch.zeros_like(x), torch.zeros(R, C, dtype=torch.bool), 0.0
+    for _ in range(BEFORE):
+        last = ops.admm_step_(d * share, d, x, removed, **options, cut=last).cut
+    p, cut = d * share, last if selection == "all" else 0.0
     after, gone = d.clone(), removed.clone()
     ops.admm_step_(p, after, x, gone, **options, backend="reference")
 
