@@ -364,6 +364,10 @@ def test_operations(device):
     gone, E = (score[:, :8] > 0).to(torch.uint8), torch.empty(R, 8, dtype=F64)
     both(ops.sweep_block_, W[:, :8].contiguous(), block, gone, E.clone())
     both(ops.sweep_block_, W[:, :8].contiguous(), block, gone * 0, E, group=4, per_group=2)
+    found, expected = both(ops.admm_step_, score * 0.1, -W, W, live, count=R * C // 2)
+    assert found.changed == expected.changed > 0
+    kept = W.masked_fill(live, 0)
+    both(ops.conjugate_step_, W, kept, kept.clone(), kept @ H, live, kept.square().sum(1))
     state = (~live).to(torch.uint8) * 2
     found, expected = both(ops.exact_trace, W, H, state=None, limit=9, update=True)
     assert torch.equal(found.order.cpu(), expected.order)

@@ -45,8 +45,16 @@ def test_the_plan_of_exact_removal_keeps_its_settings():
         native.ExactPlan(**settings)
 
 
+def test_the_plan_of_an_admm_step_keeps_its_settings():
+    settings = {"count": 5, "unit": 2, "group": 0, "per_group": 0, "by_row": True, "cut": 0.5}
+    plan = native.AdmmPlan(**settings)
+    assert {name: getattr(plan, name) for name in settings} == settings
+    with pytest.raises(AttributeError):
+        plan.count = 6
+
+
 def test_cpu_levels_have_every_operation():
-    assert len(OPERATIONS) == 11
+    assert len(OPERATIONS) == 13
     for level, _, _ in ops.levels():
         assert all(native.has(level, operation) for operation in OPERATIONS), level
 
