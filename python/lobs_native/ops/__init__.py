@@ -7,7 +7,14 @@ from lobs_native.ops.exact import MAX_BLOCK, Trace, affordable_threads, exact_by
 from lobs_native.ops.exchange import exchange_
 from lobs_native.ops.hessian import hessian_accumulate_
 from lobs_native.ops.inverse import inverse_update_
-from lobs_native.ops.native import WeightState, full_precision, on_device, parallel_runtime, threads
+from lobs_native.ops.native import (
+    WeightState,
+    full_precision,
+    on_device,
+    one_thread,
+    parallel_runtime,
+    threads,
+)
 from lobs_native.ops.native import core as _core
 from lobs_native.ops.ranking import rank_lowest, rank_rows
 from lobs_native.ops.saliency import saliency_argmin
@@ -33,6 +40,7 @@ __all__ = [
     "inverse_update_",
     "levels",
     "on_device",
+    "one_thread",
     "parallel_runtime",
     "rank_lowest",
     "rank_rows",

@@ -38,6 +38,7 @@ __all__ = [
     "full_precision",
     "has",
     "on_device",
+    "one_thread",
     "parallel_runtime",
     "threads",
 ]
@@ -81,6 +82,20 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: the last bits of LAPACK's results depend on the number of them.
+
+    For small factorisations only. Products do not depend on it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_device(backend: str) -> bool:

@@ -154,7 +154,10 @@ class Admm(Method):
         problem = self.problem
         layer = _Layer(self, state)
         self._settle(layer, count, by_row=by_row)
-        removed, after = layer.removed, layer.repaired()
+        removed = layer.removed
+        if problem.weight_dtype == torch.float64:  # whose rounding conjugate gradients do not reach
+            return Choice(removed)
+        after = layer.repaired()
         after.div_(self.scaling)
         if self.factors is not None:
             after.div_(self.factors)
@@ -180,7 +183,8 @@ class Admm(Method):
         M = self.H / (penalty * self.mean)
         M.diagonal(dim1=1, dim2=2).add_(1.0)
         if len(M) > 1:  # many small ones (grouped convolutions) at once
-            M, info = torch.linalg.inv_ex(M)
+            with ops.one_thread():
+                M, info = torch.linalg.inv_ex(M)
             positive = not bool(info.any())
         else:
             positive = invert_(M[0])
@@ -240,7 +244,7 @@ class _Layer:
             x,
             self.admm.H,
             self.removed,
-            tolerance=_OPTIMALITY * z.shape[2] * torch.finfo(z.dtype).eps,
+            tolerance=_OPTIMALITY * z.shape[2] * torch.finfo(torch.float32).eps,
             gain=_GAIN,
             most=_MOST_STEPS,
             backend=self.admm.problem.workspace.backend,

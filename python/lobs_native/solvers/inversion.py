@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lobs_native.errors import NotPositiveDefiniteError
+from lobs_native.ops import one_thread
 
 __all__ = ["LADDER", "Inverse", "invert", "invert_"]
 
@@ -48,7 +49,9 @@ class Inverse:
         """(C, C) float64, upper, U^T U = A."""
         if self._U is None:
             assert self._A is not None
-            self._U = torch.linalg.cholesky(self._A, upper=True)
+            L = self._A.clone()
+            _factor_(L)
+            self._U = L.tril_().T.contiguous()
         self._lent = True
         return self._U
 
@@ -146,13 +149,14 @@ def invert_(M: Tensor) -> bool:
     inversion``). Source: the sweep operator, Goodnight 1979.
     """
     n = len(M)
-    failed = torch.zeros((), dtype=torch.int32, device=M.device)  # read once: on a GPU it waits
     for first in range(0, n, _PANEL):
         K = slice(first, min(first + _PANEL, n))
         panel = torch.cat([M[K, :first].T, torch.zeros_like(M[K, K]), M[K.stop :, K]])
-        L, info = torch.linalg.cholesky_ex(M[K, K])
-        failed += info.ne(0)
-        D = torch.cholesky_inverse(L)
+        with one_thread():
+            L, info = torch.linalg.cholesky_ex(M[K, K])
+            if int(info) or not bool(L.diagonal().isfinite().all()):
+                return False
+            D = torch.cholesky_inverse(L)
         solved = panel @ D
         _update_lower_(M, solved, panel, slice(0, n))
         M[K, :first] = solved[:first].T
@@ -164,7 +168,7 @@ def invert_(M: Tensor) -> bool:
         M[rows, rows] = square + square.tril(-1).T
     for rows in _blocks(M):
         M[rows, rows.stop :] = M[rows.stop :, rows].T
-    return int(failed) == 0
+    return True
 
 
 def _update_lower_(M: Tensor, left: Tensor, right: Tensor, part: slice) -> None:
@@ -192,12 +196,14 @@ def _factor_(M: Tensor) -> bool:
     positive definite (or holds NaN)."""
     failed = torch.zeros((), dtype=torch.int32, device=M.device)  # read once: on a GPU it waits
     for d in _blocks(M):
-        L, info = torch.linalg.cholesky_ex(M[d, d])
+        below = M[d.stop :, d]
+        with one_thread():
+            L, info = torch.linalg.cholesky_ex(M[d, d])
+            if len(below):
+                below.copy_(torch.linalg.solve_triangular(L.T, below, upper=True, left=False))
         failed += info.ne(0)
         M[d, d] = L
-        below = M[d.stop :, d]
         if len(below):
-            below.copy_(torch.linalg.solve_triangular(L.T, below, upper=True, left=False))
             for later in _blocks(M)[d.stop // _BLOCK :]:
                 M[later.start :, later].addmm_(M[later.start :, d], M[later, d].T, alpha=-1)
     return int(failed) == 0
@@ -209,7 +215,8 @@ def _invert_lower_(L: Tensor) -> None:
     blocks = _blocks(L)
     for j, J in reversed(list(enumerate(blocks))):
         unit = torch.eye(J.stop - J.start, dtype=L.dtype, device=L.device)
-        D = torch.linalg.solve_triangular(L[J, J].tril(), unit, upper=False)
+        with one_thread():
+            D = torch.linalg.solve_triangular(L[J, J].tril(), unit, upper=False)
         L[J, J] = D
         for later in reversed(blocks[j + 1 :]):  # from below: those above are still needed
             between = slice(J.stop, later.stop)
