@@ -44,6 +44,7 @@ LAYERS = {
         LayerShape("bert-large.attention", 1024, 1024),
         LayerShape("opt-125m.fc2", 768, 3072),
         LayerShape("opt-1.3b.attention", 2048, 2048),
+        LayerShape("opt-1.3b.fc2", 2048, 8192),
     )
 }
 

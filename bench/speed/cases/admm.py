@@ -1,17 +1,21 @@
-"""Between two matrix products of ADMM: ``admm_step_``."""
+"""ADMM: ``admm_step_``, between two matrix products; and whole layers from H by method "admm"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+import lobs_native as lobs
 from lobs_native import ops
 from speed import shapes
 from speed.baselines import admm as baselines
 from speed.baselines.admm import Plan, State
-from speed.case import Case, Side
+from speed.case import Case, Side, clock
+from speed.cases.layers import lost_share, named_layer
+from speed.cases.sweep import published_procedure, threshold_surplus
 
 _RIVALS: dict[str, Callable[[State, Plan], int]] = {
     "all": baselines.step_by_histogram,
@@ -21,6 +25,7 @@ _RIVALS: dict[str, Callable[[State, Plan], int]] = {
 }
 SELECTIONS = tuple(_RIVALS)
 BEFORE = 10  # iterations
+SAMPLE = 8  # rows that say how long exact removal takes
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -28,6 +33,8 @@ def cases(quick: bool) -> Iterator[Case]:
     shape = shapes.LayerShape("7b.attention", 4096, 4096)
     for selection in SELECTIONS:
         yield step_case(shape.small() if quick else shape, selection)
+    for name in ("opt-125m.fc2", "opt-1.3b.fc2"):
+        yield whole_layer_case(name, quick)
 
 
 def step_case(shape: shapes.LayerShape, selection: str) -> Case:
@@ -92,4 +99,54 @@ def step_case(shape: shapes.LayerShape, selection: str) -> Case:
             "published": Side("torch topk, where", rival(baselines.step_by_topk)),
             "torch": Side(f"torch in place, {best.__name__.split('_by_')[1]}", rival(best)),
         },
+    )
+
+
+def whole_layer_case(name: str, quick: bool) -> Case:
+    """Everything from H, half removed, against exact removal and SparseGPT's procedure."""
+    layer = named_layer(name, 0.5, small=quick)
+    published = published_procedure(layer, None)
+    theirs = lost_share(layer, threshold_surplus(layer, None))(
+        published.run(*published.prepare(layer.W, layer.H))
+    )
+
+    def by(method: str, W: Tensor, H: Tensor, backend: str | None = None) -> Tensor:
+        share = layer.share
+        out = lobs.prune_weight(
+            W, H, sparsity=share, method=method, damping=shapes.DAMPING, backend=backend
+        )
+        return out.weight
+
+    def ours(W: Tensor, H: Tensor, *, backend: str | None = None) -> Tensor:
+        return by("admm", W, H, backend)
+
+    some = layer.W[:SAMPLE]
+    energy = shapes.cost(some, torch.zeros_like(some), layer.H)
+    some_seconds = clock(lambda: by("exact", some, layer.H))
+    one_seconds = clock(lambda: by("exact", some[:1], layer.H))
+
+    def exact_seconds() -> float:
+        """From some rows and from one, so that the inverse is counted once."""
+        more, one = some_seconds(), one_seconds()
+        return one + (more - one) / (len(some) - 1) * (len(layer.W) - 1)
+
+    return Case(
+        name=f"admm, whole layer from H, {layer}",
+        inputs=(layer.W, layer.H),
+        work=1e3 * layer.W.numel(),
+        unit="Mweights/s",
+        error=lost_share(layer),
+        tolerance=1.01 * theirs,
+        ours=Side("lobs.prune_weight", ours),
+        rivals={
+            "published": replace(published, note="errors are the layer's"),
+            "exact": Side(
+                'lobs.prune_weight, method "exact"',
+                seconds=exact_seconds,
+                answer=lambda: by("exact", some, layer.H),
+                error=lambda rows: shapes.cost(some, rows, layer.H) / energy,
+                note=f"extrapolated from {len(some)} of {len(layer.W)} rows, whose error it is",
+            ),
+        },
+        most_pairs=5,
     )
