@@ -170,7 +170,7 @@ WRONG = {
     "scope that does not fit": (
         f"{PAIR} --sparsity 0.5 --scope model --method sweep",
         2,
-        "scope: 'model' needs method 'exact'",
+        "scope: 'model' needs method 'auto', 'exact' or 'admm'",
     ),
     "unknown refine": (f"{PAIR} --sparsity 0.5 --refine x", 2, "argument --refine: invalid"),
     "unknown inputs": (f"{PAIR} --sparsity 0.5 --inputs x", 2, "argument --inputs: invalid"),
@@ -228,7 +228,7 @@ WRONG = {
     "sensitivity without rows to compare": (
         f"{PAIR} --sparsity 0.5 --sensitivity output --scope row",
         2,
-        "sensitivity: 'output' weighs rows against each other, which needs method 'exact'",
+        "sensitivity: 'output' weighs rows against each other, which needs method 'auto'",
     ),
     "a budget that nothing shares": (
         f"{PAIR} --sparsity 0.5 --budget flops",

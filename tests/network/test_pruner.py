@@ -327,7 +327,10 @@ def test_include_exclude_and_overrides():
         ({"sparsity": None}, "exactly one"),
         ({"threshold": 0.1}, "exactly one"),
         ({"method": "greedy"}, "method: 'greedy'"),
-        ({"scope": "model", "method": "lobs"}, "scope: 'model' needs method 'exact'"),
+        (
+            {"scope": "model", "method": "lobs"},
+            "scope: 'model' needs method 'auto'",
+        ),
         ({"scope": "model", "pattern": "1x5"}, "scope: 'model'"),
         ({"scope": "network"}, "scope: 'network'"),
         ({"refine": "polish"}, "refine: 'polish'"),

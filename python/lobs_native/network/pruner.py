@@ -27,7 +27,7 @@ def prune(
     sparsity: float | None = None,
     threshold: float | None = None,
     max_error: float | None = None,
-    method: str = "exact",
+    method: str = "auto",
     pattern: Any = "unstructured",
     scope: str = "layer",
     spread: float = 0.2,
@@ -73,8 +73,8 @@ def prune(
         As in :func:`lobs_native.prune_weight`.
     scope : "layer", "row" or "model"
         As in :func:`lobs_native.prune_weight`; "model" compares weights over all layers and removes
-        the share ``sparsity`` of all of them. It needs method "exact", pattern "unstructured", and
-        one more pass over the data.
+        the share ``sparsity`` of all of them. It needs method "auto", "exact" or "admm", pattern
+        "unstructured", and one more pass over the data.
     spread : float
         With scope "model", how far a layer's sparsity may be from the requested one. Every layer
         also keeps at least half of the weights that it was to keep. 1 sets no bounds.
@@ -82,9 +82,10 @@ def prune(
         "output" multiplies the costs of removals from a row by how much the network's output
         depends on it: the mean square, over the data and random directions v, of the gradient of
         ``v . output`` (the diagonal of the Gauss-Newton matrix), from one forward and backward pass
-        without labels. It matters where "exact" compares rows, in a layer or over the model. "auto"
-        does this with scope "model". Layers whose outputs are not a module's outputs (attention,
-        experts) keep the requested sparsity, as do those that the output does not depend on.
+        without labels. It matters where "exact" and "admm" compare rows, in a layer or over the
+        model. "auto" does this with scope "model". Layers whose outputs are not a module's outputs
+        (attention, experts) keep the requested sparsity, as do those that the output does not
+        depend on.
         "bound" (scope "model") takes the squared spectral norms of the later layers instead, which
         minimises the bound of Theorem 3.2 up to a constant, for the networks it covers. None
         compares rows of a layer by their costs alone, and layers by cost over the square root of

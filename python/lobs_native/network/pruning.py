@@ -81,7 +81,8 @@ class Pruning:
         if not sensitive:
             raise ArgumentError(
                 "sensitivity: 'output' weighs rows against each other, which needs method "
-                "'exact', no N:M pattern, and scope 'layer' or 'model'; use 'auto' or None"
+                "'auto', 'exact' or 'admm', no N:M pattern, and scope 'layer' or 'model'; use "
+                "'auto' or None"
             )
         return sensitive
 

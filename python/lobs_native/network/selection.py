@@ -115,7 +115,8 @@ def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> Layer
         checks.check_finite(value, name)
     if layer.bias() is None:
         settings = dataclasses.replace(settings, prune_bias=False)
-    return LayerJob(layer, settings, shared)
+    order = layer.width + (layer.bias() is not None)
+    return LayerJob(layer, settings.for_order(order), shared)
 
 
 def tie(

@@ -18,7 +18,7 @@ from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.rundir.ledger import RESUMES
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import number, option, option_of
-from lobs_native.solvers.settings import SCOPES, LayerOptions, LayerSettings, merged
+from lobs_native.solvers.settings import AUTO, SCOPES, LayerOptions, LayerSettings, merged
 
 __all__ = ["NetworkSettings", "globs_of"]
 
@@ -186,13 +186,13 @@ class NetworkSettings(LayerOptions):
             return LayerSettings.of(self), False
         settings = LayerSettings.of(self, scope="layer")
         if not (
-            TABLE[settings.method].compares_layers
+            (settings.method == AUTO or TABLE[settings.method].compares_layers)
             and settings.resolved_pattern.is_unstructured
             and settings.target.sparsity is not None
         ):
             raise ArgumentError(
-                "scope: 'model' needs method 'exact', pattern 'unstructured' and a sparsity; use "
-                "'layer'"
+                "scope: 'model' needs method 'auto', 'exact' or 'admm', pattern 'unstructured' and "
+                "a sparsity; use 'layer'"
             )
         return settings, True
 

@@ -17,8 +17,10 @@ from lobs_native.solvers.options import Options, number, option
 from lobs_native.solvers.patterns import Pattern, pattern_of
 
 __all__ = [
+    "AUTO",
     "LAYER_OPTIONS",
     "METHODS",
+    "NARROW",
     "REFINES",
     "SCOPES",
     "TARGETS",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 METHODS = tuple(TABLE)
+
+AUTO = "auto"  # exact for narrow layers, admm for the others
+NARROW = 256  # columns up to which exact removal takes less time, and loses no more
 
 SCOPES = ("row", "layer")
 
@@ -80,7 +85,11 @@ class LayerOptions(Options):
     max_error: float | None = option(
         None, check=_not_negative, help="largest error of a layer's output"
     )
-    method: str = option("exact", choices=METHODS, help="default: %(default)s")
+    method: str = option(
+        AUTO,
+        choices=(AUTO, *METHODS),
+        help=f"default: %(default)s, which is exact up to {NARROW} inputs, and admm beyond",
+    )
     pattern: Pattern | str = option(
         "unstructured", check=_pattern, help='"N:M", "1xB" or (default) %(default)s'
     )
@@ -139,6 +148,12 @@ class LayerSettings(LayerOptions):
         chosen = {name: getattr(options, name) for name in LAYER_OPTIONS}
         return cls(**{**chosen, **changes})
 
+    def for_order(self, order: int) -> LayerSettings:
+        """The same for a second moment of this order: with a method in the place of "auto"."""
+        if self.method != AUTO:
+            return self
+        return dataclasses.replace(self, method="exact" if order <= NARROW else "admm")
+
     @cached_property
     def resolved_pattern(self) -> Pattern:
         """``pattern`` as an object."""
@@ -163,7 +178,8 @@ class LayerSettings(LayerOptions):
             raise ArgumentError(
                 f"sparsity, threshold, max_error: give exactly one of them, not {listed}"
             )
-        if self.threshold is not None and not TABLE[self.method].thresholds:
+        thresholds = self.method != AUTO and TABLE[self.method].thresholds
+        if self.threshold is not None and not thresholds:
             raise ArgumentError(
                 f"threshold: it bounds the paper's sqrt(L_q), which method {self.method!r} does "
                 "not have; use sparsity"

@@ -28,7 +28,7 @@ def prune_weight(
     sparsity: float | None = None,
     max_error: float | None = None,
     threshold: float | None = None,
-    method: str = "exact",
+    method: str = "auto",
     pattern: Any = "unstructured",
     scope: str = "layer",
     bias: Any = None,
@@ -42,13 +42,18 @@ def prune_weight(
     """Remove weights from one layer and repair the rest.
 
     ``"exact"`` is true Optimal Brain Surgeon. It removes the weight whose removal costs least,
-    ``w_q**2 / A_qq``, lets all others of its row compensate, downdates A, and repeats; its error is
-    the lowest of all methods here. ``"sweep"`` is SparseGPT's: columns from left to right in blocks
-    of 128, with one shared factor; it is several times faster and makes 1.5 to 2 times the error.
-    ``"lobs"`` is the paper's procedure: rank all weights once by ``w**2 / A_qq``, remove them in
-    that order, and after each removal add ``-(w_q / A_qq) A[:, q]`` to its row, with ``A = (H +
-    damping * mean(diag H) * I)^-1`` never downdated. ``"magnitude"`` ranks by ``abs(w)`` and
-    ``"wanda"`` by ``abs(w) * sqrt(H_qq)``; neither changes the kept weights.
+    ``w_q**2 / A_qq``, lets all others of its row compensate, downdates A, and repeats. ``"admm"``
+    alternates between the best weights near a sparse matrix and the sparse matrix nearest to them,
+    each weight measured by that price, and ends with the best kept weights. It costs some 30
+    products of the layer's size, whatever is removed, and loses 3 to 5 percent less than "exact"
+    (N:M: 17 percent) on layers of transformers. ``"auto"`` is "exact" up to 256 columns, where that
+    takes less time, and "admm" beyond; ``method`` of the result says which. ``"sweep"`` is
+    SparseGPT's: columns from left to right in blocks of 128, with one shared factor; it is several
+    times faster and makes 1.5 to 2 times the error. ``"lobs"`` is the paper's procedure: rank all
+    weights once by ``w**2 / A_qq``, remove them in that order, and after each removal add ``-(w_q /
+    A_qq) A[:, q]`` to its row, with ``A = (H + damping * mean(diag H) * I)^-1`` never downdated.
+    ``"magnitude"`` ranks by ``abs(w)`` and ``"wanda"`` by ``abs(w) * sqrt(H_qq)``; neither changes
+    the kept weights.
 
     Parameters
     ----------
@@ -66,7 +71,7 @@ def prune_weight(
     max_error : float >= 0
         Remove as many as leave the incurred ``error`` at or below this. A bisection over the count
         finds how many.
-    method : "exact", "sweep", "lobs", "magnitude" or "wanda"
+    method : "auto", "exact", "admm", "sweep", "lobs", "magnitude" or "wanda"
     pattern : "unstructured", "N:M" or "1xB"
         ``"2:4"`` keeps 2 of every 4 neighbouring inputs of a row. It determines the sparsity, so
         leave the three targets out. ``"1x4"`` removes 4 neighbouring inputs of a row together. Rows
@@ -114,14 +119,16 @@ def prune_weight(
 
     Notes
     -----
-    Ties go to the lowest row, then column. Inputs that are zero in every sample ("dead") cost
+    Ties go to the lowest row, then column (except under "admm": weights that are equal at first do
+    not stay so). Inputs that are zero in every sample ("dead") cost
     nothing, so their weights are removed first under ``"lobs"`` and ``"wanda"``. With a damping
     below 1e-4 the removal runs in float64 whatever the weight's type. ``optimality`` of the result
     says how far the kept weights are from the best for their mask and the damped H, in units of
     rounding: below about 30, they are the best.
 
     Sources: Dong, Chen & Pan 2017, algorithm 1, for "lobs"; Hassibi & Stork 1993 and Frantar, Singh
-    & Alistarh 2022 for "exact"; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024 for "wanda".
+    & Alistarh 2022 for "exact"; Boza 2024 and Meng et al. 2024 (ALPS) for "admm", whose scaling is
+    ours; Frantar & Alistarh 2023 for "sweep"; Sun et al. 2024 for "wanda".
     """
     W, H, b, allowed, notes = one_layer(weight, hessian, bias, mask)
     settings = LayerSettings(
@@ -185,6 +192,7 @@ def prune_groups(
     """
     begun = time.perf_counter()
     settings.check_target(masked=mask is not None)
+    settings = settings.for_order(W.shape[2] + (bias is not None))
     pattern, target, scope = settings.resolved_pattern, settings.target, settings.scope
     method, prune_bias, refine = settings.method, settings.prune_bias, settings.refine
     if memory is not None:

@@ -105,7 +105,7 @@ class LOBSModifier(Modifier):
     sparsity: float | None = None
     threshold: float | None = None
     max_error: float | None = None
-    method: str = "exact"
+    method: str = "auto"
     pattern: str | None = None
     mask_structure: str | None = None
     scope: str = "layer"
