@@ -246,9 +246,7 @@ def test_a_single_layer_has_no_shared_budget():
     assert settings.for_layer("2") == (layer, False)
     with pytest.raises(ArgumentError, match="scope: 'model'; expected one of row, layer"):
         LayerSettings(sparsity=0.5, scope="model")
-    with pytest.raises(
-        ArgumentError, match="scope: 'model' needs method 'auto', 'exact' or"
-    ):
+    with pytest.raises(ArgumentError, match="scope: 'model' needs method 'auto', 'exact' or"):
         lobs.NetworkSettings(sparsity=0.5, scope="model", method="sweep")
 
 
