@@ -29,7 +29,7 @@ from lobs_native.network.selection import jobs_of
 from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
-from lobs_native.solvers.memory import plan_memory
+from lobs_native.solvers.methods import TABLE
 
 __all__ = ["Job", "find", "importable_here", "plan", "run"]
 
@@ -199,8 +199,8 @@ def _for_job(job: Job, settings: NetworkSettings) -> tuple[NetworkSettings, list
 
 
 def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
-    """What would be pruned, as plain JSON values: layers in order, with the memory that method
-    "exact" takes for each, in bytes; and, where there is data, what the whole run will take in
+    """What would be pruned, as plain JSON values: layers in order, with the memory that its
+    method takes for each, in bytes; and, where there is data, what the whole run will take in
     memory, disk and time. Changes nothing.
 
     Raises as :func:`lobs_native.prune` does before it starts.
@@ -210,16 +210,7 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     layers = []
     for planned in selected:
         layer, target = planned.layer, planned.settings.target
-        size = None
-        if planned.settings.method == "exact":
-            size = plan_memory(
-                layer.rows,
-                layer.width,
-                sparsity=1.0 if target.sparsity is None else target.sparsity,
-                dtype=layer.weight().dtype,
-                bias=layer.bias() is not None,
-                backend=settings.backend,
-            ).total
+        method = TABLE[planned.settings.method]
         layers.append(
             {
                 "name": layer.name,
@@ -228,7 +219,7 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
                 "weights": planned.weights,
                 "asked": target.label,
                 "method": planned.settings.method,
-                "bytes": size,
+                "bytes": method.memory(planned.extent, backend=settings.backend).total,
             }
         )
     whole = None

@@ -19,9 +19,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_table(planned: dict[str, Any]) -> str:
-    rows = [("layer", "kind", "shape", "asked", "memory of exact")]
+    rows = [("layer", "kind", "shape", "asked", "memory")]
     for layer in planned["layers"]:
-        size = "-" if layer["bytes"] is None else f"{layer['bytes'] / 1e6:,.1f} MB"
+        size = f"{layer['bytes'] / 1e6:,.1f} MB"
         shape = " x ".join(map(str, layer["shape"]))
         rows.append((visible(layer["name"]), layer["kind"], shape, layer["asked"], size))
     skipped = [f"skipped {visible(s['name'])}: {s['reason']}" for s in planned["skipped"]]

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from lobs_native import ops
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import PIECE
-from lobs_native.solvers.memory import plan_memory
 from lobs_native.solvers.methods import TABLE
 
 __all__ = ["RunPlan", "Workload", "plan_run"]
 
 STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
-_EXACT, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
+_REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
 
 
 @dataclass(frozen=True)
@@ -85,34 +83,19 @@ def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int |
     if settings.memory is None:
         return None
     least = [
-        ops.exact_bytes(job.order, _kernel(job), backend=settings.backend)
-        for job in jobs
-        if job.settings.method == "exact"
+        TABLE[job.settings.method].least_scratch(job.extent, settings.backend) for job in jobs
     ]
     return max([settings.memory // 4, *least])
 
 
 def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings) -> int:
-    """Bytes that pruning one layer takes: its second moments, inverses, trace and scratch."""
-    layer, D = job.layer, job.order
-    rows, square = layer.groups * layer.rows, 8 * D * D
-    share = job.settings.target.sparsity
-    exact = job.settings.method == "exact"
-    work = plan_memory(
-        rows,
-        layer.width,
-        sparsity=1.0 if share is None else min(1.0, share),
-        dtype=layer.weight().dtype,
-        bias=layer.bias() is not None,
-        memory=scratch if exact else None,
-        backend=settings.backend,
-    )
-    parts = work.matrices + (work.scratch + work.trace if exact else 0)
-    others = (layer.groups - 1) * square  # inverses
+    """Bytes that pruning one layer takes: its second moments, and all that its method needs."""
+    method, extent = TABLE[job.settings.method], job.extent
+    work = method.memory(extent, limit=scratch, backend=settings.backend).total
     corrected = settings.inputs == "corrected"
-    pull = rows * D * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
-    measuring = 5 * 8 * min(rows * D, PIECE)
-    return job.moment_bytes + parts + others + pull + measuring
+    pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
+    measuring = 5 * 8 * min(extent.weights, PIECE)
+    return job.moment_bytes + work + pull + measuring
 
 
 def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
@@ -171,31 +154,20 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     )
 
 
-def _kernel(job: LayerJob) -> torch.dtype:
-    wide = job.layer.weight().dtype == torch.float64
-    return torch.float64 if wide else torch.float32
-
-
 def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
-    products = doubles = exact = 0.0
+    products = doubles = removals = 0.0
     for job in jobs:
-        layer, D = job.layer, float(job.order)
-        method, share = job.settings.method, job.settings.target.sparsity
-        R, N = float(layer.groups * layer.rows), work.rows.get(layer.name, 0.0) * work.batches
-        products += N * D * D * layer.groups
+        extent, N = job.extent, work.rows.get(job.layer.name, 0.0) * work.batches
+        products += N * extent.squares
         if corrected:
-            products += 6 * N * R * D
-        removals = D * (1.0 if share is None else share)
-        doubles += 4 * R * D * D
-        if TABLE[method].inverts:
-            doubles += 2 * layer.groups * D**3
-        if method == "exact":
-            times = 2 if job.shared else 1
-            exact += times * R * (D * removals**2 - 2 * removals**3 / 3)
-            products += R * 2 * min(removals, D - removals) ** 3 / 3
+            products += 6 * N * extent.weights
+        flops = TABLE[job.settings.method].flops(extent)
+        products += flops.single
+        doubles += flops.double
+        removals += flops.removal
     rate = _rate()
-    spent = products / rate + doubles / (_DOUBLE * rate) + exact / (_EXACT * rate)
+    spent = products / rate + doubles / (_DOUBLE * rate) + removals / (_REMOVAL * rate)
     return spent + work.forward * work.passes
 
 

@@ -16,6 +16,7 @@ from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.layers import Layer, layers_of
 from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.report.records import Skipped
+from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.settings import LayerSettings
 
 __all__ = ["LayerJob", "job_of", "jobs_of", "tie"]
@@ -43,6 +44,21 @@ class LayerJob:
     def moment_bytes(self) -> int:
         """Bytes of the second moments of its groups."""
         return self.layer.groups * self.order**2 * 8
+
+    @property
+    def extent(self) -> Extent:
+        """What methods plan with."""
+        layer, target = self.layer, self.settings.target
+        return Extent(
+            groups=layer.groups,
+            rows=layer.rows,
+            order=self.order,
+            share=1.0 if target.sparsity is None else target.sparsity,
+            dtype=layer.weight().dtype,
+            bias=layer.bias() is not None,
+            searched=target.max_error is not None,
+            shared=self.shared,
+        )
 
     @property
     def weights(self) -> int:

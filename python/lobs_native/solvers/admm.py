@@ -6,6 +6,9 @@ layer grows with the square of its width for each row, where that of "exact" gro
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.ops import WeightState
 from lobs_native.solvers.conjugate import conjugate_gradients_, times
 from lobs_native.solvers.costs import costs_between
+from lobs_native.solvers.extent import Extent, Flops
 from lobs_native.solvers.inversion import invert_
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
@@ -30,8 +34,10 @@ _ITERATIONS = 6
 _STILL = 2e-4  # share of the weights: with fewer newly removed, the mask stands still
 _BRIEFLY = 2  # iterations where only the error is wanted, which comes out 1 to 2 percent higher
 _MOST_STEPS = 40  # of conjugate gradients at the end
+_STEPS = 6  # of them that plans expect
 _GAIN = 0.01  # at which they may end; the scaling makes it a bound on what is left to gain
 _LEVELS = (0.25, 0.5, 0.7, 0.85, 0.95, 1.0)  # of the removals at which a layer's error is measured
+_PIECE = 512  # rows of H that are scaled in one temporary
 _LEAST_IMPORTANCE = 1e-12  # rows whose cost counts less are still repaired accurately
 _OPTIMALITY = 10.0  # the ratio at which they may end; results above 30 are solved for again
 
@@ -57,12 +63,13 @@ class Admm(Method):
         common = max(i.scale for i in problem.inverses)
         self.mean = torch.empty(G, 1, 1, dtype=dtype, device=device)
         for g, inverse in enumerate(problem.inverses):
-            H = problem.damped(g)
             A_jj = inverse.diagonal()
             s = A_jj.rsqrt()
             # U^T U = A = H^-1, and H is about to be scaled by 1 / s on both sides.
             self.mean[g] = (A_jj.log().mean() - 2 * inverse.U.diagonal().log().mean()).exp()
-            self.H[g] = H.div_(s).div_(s[:, None])
+            for first in range(0, D, _PIECE):  # a temporary of D * D float64 would make the peak
+                rows = slice(first, first + _PIECE)
+                self.H[g, rows] = problem.damped(g, rows).div_(s).div_(s[rows, None])
             self.scaling[g] = s * (inverse.scale / common) ** 0.5
         self.unit_cost = in_errors(common, problem.exponent)
         self.factors: Tensor | None = None  # (G, R, 1), of whole rows
@@ -71,6 +78,35 @@ class Admm(Method):
             relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
             self.factors = relative.sqrt().to(dtype)[:, :, None]
         self._resolvents: dict[float, Tensor] | None = None  # once several choices are to be made
+
+    # ---- plans -----------------------------------------------------------------------------------
+
+    @classmethod
+    def matrices(cls, extent: Extent) -> int:
+        """See :class:`Method`: H and what is added to it, or all that conjugate gradients hold."""
+        size, several = extent.kernel.itemsize, extent.searched or extent.shared
+        resolvents = len(_PENALTIES) if several else 1
+        squares = (8 + (1 + resolvents) * size) * extent.squares
+        # Before, x, p, d, and its best so far; or before, x, z, g, h and a product of two.
+        weights = (6 * size + 2) * extent.weights  # with removed and states
+        return squares + weights + (8 + 8) * extent.weights * extent.shared  # costs, also joined
+
+    @classmethod
+    def flops(cls, extent: Extent) -> Flops:
+        """See :class:`Method`: every iteration and every step of conjugate gradients a product, and
+        every penalty an inverse."""
+        choices = 1
+        if extent.searched:
+            choices += math.ceil(math.log2(extent.weights + 1))
+        penalties, levels = len(_PENALTIES), len(_LEVELS) * extent.shared
+        products = choices * (penalties * _ITERATIONS + _STEPS)
+        products += levels * (penalties * _BRIEFLY + _STEPS + 1)
+        inverses = penalties * (1 + extent.shared)
+        spent = 2.0 * extent.order * (products * extent.weights + inverses * extent.squares)
+        flops = super().flops(extent)
+        if extent.kernel == torch.float64:
+            return dataclasses.replace(flops, double=flops.double + spent)
+        return dataclasses.replace(flops, single=spent)
 
     # ---- choices ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ one threshold. The weights follow from the mask alone, by one solve per row.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.solvers.costs import Costs, along, curve_of
+from lobs_native.solvers.extent import Extent, Flops, MemoryPlan
 from lobs_native.solvers.measurement import error_of_nothing
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem, nearest_count
-from lobs_native.solvers.removals import ROWS_TOGETHER, Removals
+from lobs_native.solvers.removals import ROWS_TOGETHER, Removals, rows_together
 
 __all__ = ["Exact"]
 
@@ -43,6 +45,42 @@ class Exact(Method):
         # Of the latest choice that was made without a trace, for its costs:
         self._spent: Tensor | None = None  # (L,) float64, of the k-th removals of all rows together
         self._removed = torch.zeros(0, dtype=torch.int64)  # (L,) how many rows have a k-th
+
+    # ---- plans -----------------------------------------------------------------------------------
+
+    @classmethod
+    def memory(
+        cls, extent: Extent, *, limit: int | None = None, backend: str | None = None
+    ) -> MemoryPlan:
+        """See :class:`Method`: as many rows at a time as the limit allows, and the trace."""
+        plan = super().memory(extent, limit=limit, backend=backend)
+        D, kernel = extent.order, extent.kernel
+        most = min(plan.rows, rows_together(backend or "cpu"))
+        threads = ops.affordable_threads(D, kernel, rows=most, memory=limit, backend=backend)
+        longest = min(D, round(1.5 * extent.share * D) + 1)  # rows of a layer differ in length
+        return dataclasses.replace(
+            plan,
+            threads=threads,
+            scratch=threads * ops.exact_bytes(D, kernel, backend=backend),
+            trace=plan.rows * longest * (4 + kernel.itemsize),
+        )
+
+    @classmethod
+    def least_scratch(cls, extent: Extent, backend: str | None) -> int:
+        """See :class:`Method`."""
+        return ops.exact_bytes(extent.order, extent.kernel, backend=backend)
+
+    @classmethod
+    def flops(cls, extent: Extent) -> Flops:
+        """See :class:`Method`: a row that loses k of D weights takes ``D k^2 - 2 k^3 / 3``, and its
+        repair the cube of what it keeps or loses."""
+        rows, D = extent.groups * extent.rows, extent.order
+        k = D * extent.share
+        return dataclasses.replace(
+            super().flops(extent),
+            single=rows * 2 * min(k, D - k) ** 3 / 3,
+            removal=(2 if extent.shared else 1) * rows * (D * k**2 - 2 * k**3 / 3),
+        )
 
     # ---- choices ---------------------------------------------------------------------------------
 

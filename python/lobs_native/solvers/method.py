@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lobs_native.solvers.costs import Costs
+from lobs_native.solvers.extent import Extent, Flops, MemoryPlan
 from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem
 
@@ -50,6 +51,49 @@ class Method(ABC):
     optimal: ClassVar[bool] = True  # its kept weights are the best for their mask; this is checked
     thresholds: ClassVar[bool] = False  # implements choose_below
     compares_layers: ClassVar[bool] = False  # implements cheapest: layers can share one budget
+
+    # ---- plans, before there is a problem --------------------------------------------------------
+
+    @classmethod
+    def matrices(cls, extent: Extent) -> int:
+        """Bytes of inverses, weights and temporaries, at the most at one time; besides second
+        moments and the layer's own weights.
+
+        By default those of the best weights for a mask. Nothing else that methods share takes more.
+        """
+        square, size = extent.order**2, extent.kernel.itemsize
+        inverses = 8 * extent.squares
+        return inverses + 2 * size * square + (3 * size + 2) * extent.weights
+
+    @classmethod
+    def memory(
+        cls, extent: Extent, *, limit: int | None = None, backend: str | None = None
+    ) -> MemoryPlan:
+        """All that the method takes, where kernels get ``limit`` bytes of scratch at most. Raises
+        MemoryError if that is less than :meth:`least_scratch`."""
+        rows = extent.groups * extent.rows
+        return MemoryPlan(
+            rows=rows,
+            columns=extent.order,
+            threads=0,
+            scratch=0,
+            trace=0,
+            matrices=cls.matrices(extent),
+            private_inverses=min(rows, 32) * extent.kernel.itemsize * extent.order**2,
+        )
+
+    @classmethod
+    def least_scratch(cls, extent: Extent, backend: str | None) -> int:
+        """Bytes of scratch without which its kernels cannot work."""
+        return 0
+
+    @classmethod
+    def flops(cls, extent: Extent) -> Flops:
+        """The arithmetic of a layer. By default that of inverting, and of measuring the error."""
+        inverting = 2.0 * extent.order * extent.squares if cls.inverts else 0.0
+        return Flops(double=inverting + 4.0 * extent.order * extent.weights)
+
+    # ---- choices ---------------------------------------------------------------------------------
 
     def __init__(
         self, problem: Problem, pattern: Pattern, importance: Tensor | None = None

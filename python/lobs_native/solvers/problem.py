@@ -186,11 +186,11 @@ class Problem:
             return 0.0
         return self.inverses[g].damping * mean if mean > 0 else 1.0
 
-    def damped(self, g: int) -> Tensor:
-        """(D, D) float64: the second moment of group g over its inverse's scale, with damping. Its
-        inverse is ``inverses[g].A``."""
-        H = self.moments[g].clone()
-        H.diagonal().add_(self.shift(g))
+    def damped(self, g: int, rows: slice = slice(None)) -> Tensor:
+        """(D, D) float64, or some rows of it: the second moment of group g over its inverse's
+        scale, with damping. Its inverse is ``inverses[g].A``."""
+        H = self.moments[g][rows].clone()
+        H.diagonal(rows.start or 0).add_(self.shift(g))
         return H.div_(self.inverses[g].scale)
 
     def norm(self, g: int) -> float:
