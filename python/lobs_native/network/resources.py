@@ -82,9 +82,7 @@ def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int |
     thread needs."""
     if settings.memory is None:
         return None
-    least = [
-        TABLE[job.settings.method].least_scratch(job.extent, settings.backend) for job in jobs
-    ]
+    least = [TABLE[job.settings.method].least_scratch(job.extent, settings.backend) for job in jobs]
     return max([settings.memory // 4, *least])
 
 

@@ -86,10 +86,12 @@ class Admm(Method):
         """See :class:`Method`: H and what is added to it, or all that conjugate gradients hold."""
         size, several = extent.kernel.itemsize, extent.searched or extent.shared
         resolvents = len(_PENALTIES) if several else 1
-        squares = (8 + (1 + resolvents) * size) * extent.squares
-        # Before, x, p, d, and its best so far; or before, x, z, g, h and a product of two.
-        weights = (6 * size + 2) * extent.weights  # with removed and states
-        return squares + weights + (8 + 8) * extent.weights * extent.shared  # costs, also joined
+        preparing = (8 + size) * extent.squares + size * extent.weights  # the inverse is there
+        iterating = (1 + resolvents) * size * extent.squares
+        # Before, x, p, d, and the best so far; or before, x, z, g, h and a product of two.
+        iterating += (6 * size + 2) * extent.weights  # with removed and states
+        costs = (8 + 8) * extent.weights * extent.shared  # also joined
+        return max(preparing, iterating + costs)
 
     @classmethod
     def flops(cls, extent: Extent) -> Flops:
@@ -203,6 +205,8 @@ class Admm(Method):
         self, layer: _Layer, count: int, *, by_row: bool, iterations: int = _ITERATIONS
     ) -> None:
         """All iterations of one choice."""
+        for inverse in self.problem.inverses:
+            inverse.release()  # half of what a wide layer would hold from here on
         layer.project(count, by_row)
         for penalty in _PENALTIES:
             M = self._resolvent(penalty)

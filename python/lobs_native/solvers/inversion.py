@@ -19,6 +19,7 @@ from lobs_native.ops import one_thread
 __all__ = ["LADDER", "Inverse", "invert", "invert_"]
 
 LADDER = (1.0, 10.0, 100.0)  # factors on the requested damping, tried in turn
+_NORM_STEPS = 4  # of the power method
 _BLOCK = 256  # columns; 128 and 512 are slower from 1,000 columns on
 _PANEL = 128  # columns that invert_ eliminates at once, and the side of its smallest products
 
@@ -36,17 +37,34 @@ class Inverse:
         Whether that is more than was requested.
     """
 
-    def __init__(self, U: Tensor, scale: float, damping: float, *, raised: bool) -> None:
+    def __init__(
+        self, U: Tensor, H: Tensor, shift: float, scale: float, damping: float, *, raised: bool
+    ) -> None:
         self.scale = scale
         self.damping = damping
         self.raised = raised
         self._U: Tensor | None = U
         self._A: Tensor | None = None
         self._lent = False  # whether a caller may hold U
+        self._H, self._shift = H, shift  # from which a released U is computed again
+        self._norm = 0.0  # once released
+
+    def release(self) -> None:
+        """Free U and A, two matrices of H's size, for as long as nothing but :meth:`norm` is asked
+        for: H is factored again for anything else."""
+        if self._U is not None or self._A is not None:
+            self._norm = self.norm()
+            self._U = self._A = None
+
+    def _again(self) -> None:
+        """Compute U, if it was released."""
+        if self._U is None and self._A is None:
+            self._U, self._lent = _upper(self._H, self.scale, self._shift), False
 
     @property
     def U(self) -> Tensor:
         """(C, C) float64, upper, U^T U = A."""
+        self._again()
         if self._U is None:
             assert self._A is not None
             L = self._A.clone()
@@ -57,12 +75,14 @@ class Inverse:
 
     def times(self, b: Tensor) -> Tensor:
         """A @ b for b (C, N) float64, by U as long as A has not been computed."""
+        self._again()
         if self._U is not None:
             return self._U.T @ (self._U @ b)
         return self.A @ b
 
     def diagonal(self) -> Tensor:
         """(C,) float64: the diagonal of A, from U as long as A has not been computed."""
+        self._again()
         if self._U is None:
             return self.A.diagonal()
         # By blocks of rows, so that no temporary has the size of U.
@@ -71,16 +91,17 @@ class Inverse:
             total[rows.start :] += self._U[rows, rows.start :].square().sum(0)
         return total
 
-    def norm(self, steps: int = 4) -> float:
+    def norm(self) -> float:
         """The spectral norm of A by the power method, from below, low by a third at most in tests:
         two products of U and a vector a step, or one of A where that has replaced it."""
         U, A = self._U, self._A
         matrix = A if U is None else U
-        assert matrix is not None
+        if matrix is None:
+            return self._norm
         # Any start that favours no column will do; a sine needs no random numbers.
         v = torch.arange(1.0, len(matrix) + 1, dtype=torch.float64, device=matrix.device).sin_()
         norm = v.norm()
-        for _ in range(steps):
+        for _ in range(_NORM_STEPS):
             v = v / norm
             v = matrix @ v if U is None else U.T @ (U @ v)
             norm = v.norm()
@@ -91,6 +112,7 @@ class Inverse:
         """(C, C) float64, exactly symmetric: the inverse of H / scale. It replaces U (both are
         large), which is recomputed if it is needed again."""
         if self._A is None:
+            self._again()
             assert self._U is not None
             A = self._U.clone() if self._lent else self._U
             self._U = None
@@ -109,23 +131,15 @@ def invert(H: Tensor, damping: float, what: str) -> Inverse:
     """
     mean = float(H.diagonal().mean())
     if mean == 0:
-        return Inverse(
-            torch.eye(len(H), dtype=H.dtype, device=H.device), 1.0, damping, raised=False
-        )
+        U = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        return Inverse(U, H, 1.0, 1.0, damping, raised=False)
     scale = math.ldexp(1.0, math.frexp(mean)[1])
     mean /= scale
     for factor in LADDER:
         used = damping * factor
-        # Turned around, L^-1 is the upper factor of the inverse: one factorisation for both.
-        U = H.flip(0, 1).div_(scale)
-        U.diagonal().add_(used * mean)
-        if _factor_(U):
-            _invert_lower_(U)
-            U.tril_()
-            _turn_(U)
-            if _is_finite(U) and bool((U.diagonal() > 0).all()):
-                return Inverse(U, scale, used, raised=factor > 1)
-        del U
+        found = _upper(H, scale, used * mean)
+        if found is not None:
+            return Inverse(found, H, used * mean, scale, used, raised=factor > 1)
         if damping == 0:
             break
     tried = "0" if damping == 0 else ", ".join(f"{damping * factor:g}" for factor in LADDER)
@@ -134,6 +148,20 @@ def invert(H: Tensor, damping: float, what: str) -> Inverse:
         f"{tried}; "
         f"pass a larger damping (0.01 is usual) or more calibration rows"
     )
+
+
+def _upper(H: Tensor, scale: float, shift: float) -> Tensor | None:
+    """(C, C) upper U with ``U^T U = (H / scale + shift * I)^-1``; None if that is not positive
+    definite."""
+    # Turned around, L^-1 is the upper factor of the inverse: one factorisation for both.
+    U = H.flip(0, 1).div_(scale)
+    U.diagonal().add_(shift)
+    if not _factor_(U):
+        return None
+    _invert_lower_(U)
+    U.tril_()
+    _turn_(U)
+    return U if _is_finite(U) and bool((U.diagonal() > 0).all()) else None
 
 
 def invert_(M: Tensor) -> bool:
