@@ -208,7 +208,7 @@ def test_a_target_is_resolved():
         ({"sparsity": 0.5, "max_error": 1}, ArgumentError, "exactly one of them, not sparsity=0.5"),
         ({"sparsity": 0.7, "pattern": "2:4"}, ArgumentError, "'2:4' removes 0.5"),
         ({"max_error": 1, "pattern": "2:4"}, ArgumentError, "max_error=1: pattern '2:4'"),
-        ({"threshold": 0.1}, ArgumentError, "threshold: .*method 'exact'"),
+        ({"threshold": 0.1}, ArgumentError, "threshold: .*method 'auto'"),
         ({"threshold": 0.1, "method": "lobs", "pattern": "1x2"}, ArgumentError, "single weights"),
         ({"refine": "exchange", "pattern": "1x2", "sparsity": 0.5}, PatternError, "refine"),
     ],
