@@ -186,6 +186,7 @@ FUNCTIONS = {
             "rows": R,
             "columns": C,
             "sparsity": 0.5,
+            "method": "admm",
             "dtype": torch.float32,
             "bias": True,
             "memory": None,
@@ -1098,6 +1099,8 @@ def wrong_trace() -> Iterator[Wrong]:
     yield from wrong_numbers(plan, "sparsity", low=-1e-300)
     for kind, value in {"None": None, "str": "float32", "int64": torch.int64}.items():
         yield Wrong(plan, "dtype", kind, be(value), DtypeError)
+    yield from wrong_names(plan, "method", ("", "Exact"), ArgumentError)
+    yield Wrong(plan, "method", "None", be(None), DtypeError)
     yield from wrong_flags(plan, "bias")
     yield from wrong_counts(plan, "memory", none=False, high=False)
     yield from wrong_names(plan, "backend", UNKNOWN_BACKENDS, BackendError)

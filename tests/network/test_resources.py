@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,34 +17,40 @@ from torch import nn
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
 from lobs_native.network.peak import LayerPeak, Peak
+from lobs_native.solvers.extent import Extent
+from lobs_native.solvers.methods import TABLE
 
-# Six layers whose second moments take 6 * 1153**2 * 8 = 64 MB together.
 CHILD = """
-import json, sys
+import itertools, json, sys
 import torch, lobs_native as lobs
 from torch import nn
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(1152, 1152), nn.ReLU())])
-data = [torch.randn(64, 1152) for _ in range(4)]
-options = json.loads(sys.argv[1])
-for method in ("sweep", "exact"):  # libraries allocate their own memory at first use
-    small = nn.Sequential(nn.Linear(1152, 64), nn.ReLU(), nn.Linear(64, 8))
+options, widths = map(json.loads, sys.argv[1:])
+layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+model = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
+data = [torch.randn(64, widths[0]) for _ in range(4)]
+for method in ("sweep", "exact", "admm"):  # libraries allocate their own memory at first use
+    small = nn.Sequential(nn.Linear(widths[0], 64), nn.ReLU(), nn.Linear(64, 8))
     lobs.prune(small, data, sparsity=0.05, method=method, progress=False)
 model(data[0])
 report = lobs.prune(model, data, progress=False, **options)
 print(json.dumps({
     "plan": report.settings["plan"], "peak": report.settings["peak memory"],
-    "weights": [float(m.weight.double().abs().sum()) for m in model[::2]],
+    "weights": [float(layer.weight.double().abs().sum()) for layer in layers],
 }))
 """
 
 
-def run(**options: Any) -> dict[str, Any]:
+# Six layers whose second moments take 6 * 1153**2 * 8 = 64 MB together.
+SIX = [1152] * 7
+
+
+def run(widths: list[int], **options: Any) -> dict[str, Any]:
     # With a limit, prune does this itself. Without one, what glibc keeps varies between runs.
     tight = {} if "memory" in options else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(options)],
+        [sys.executable, "-c", CHILD, json.dumps(options), json.dumps(widths)],
         capture_output=True,
         text=True,
         check=True,
@@ -57,9 +64,9 @@ def run(**options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("inputs", ["dense", "corrected"])
 def test_a_model_whose_second_moments_exceed_the_limit_is_pruned_within_it(inputs):
     options = {"sparsity": 0.5, "method": "sweep", "inputs": inputs}
-    free = run(**options)
+    free = run(SIX, **options)
     limit = round(free["plan"]["layer"] + 8e6) + 6 * 1152 * 1152  # masks, and some slack
-    bound = run(**options, memory=limit)
+    bound = run(SIX, **options, memory=limit)
     moments = 6 * 1153 * 1153 * 8
     if inputs == "dense":
         assert free["plan"]["memory"] > moments
@@ -69,6 +76,17 @@ def test_a_model_whose_second_moments_exceed_the_limit_is_pruned_within_it(input
     for result in (free, bound):
         assert result["peak"] <= 1.1 * result["plan"]["memory"] + 64e6
     assert bound["peak"] < free["peak"]
+
+
+def test_a_plan_of_admm_is_at_most_half_above_its_peak_and_can_be_the_limit():
+    options = {"sparsity": 0.5, "method": "admm"}
+    free = run([1280, 640], **options)
+    plan = free["plan"]["memory"]
+    bound = run([1280, 640], **options, memory=plan)
+    assert bound["weights"] == free["weights"]
+    for result in (free, bound):
+        assert result["peak"] <= 1.05 * plan + 8e6
+    assert free["peak"] >= plan / 1.5
 
 
 def network() -> nn.Sequential:
@@ -95,19 +113,21 @@ def test_the_plan_is_that_of_the_run():
     assert plan.statistics == 8 * 21**2
 
 
-def test_a_limit_that_is_too_low_is_refused_with_one_that_is_enough():
+@pytest.mark.parametrize("method", ["exact", "admm"])
+def test_a_limit_that_is_too_low_is_refused_with_one_that_is_enough(method):
+    options = {"sparsity": 0.5, "method": method}
     with pytest.raises(MemoryError, match="memory: layer '2' needs") as caught:
-        lobs.plan_prune(network(), data(), sparsity=0.5, memory=1000)
+        lobs.plan_prune(network(), data(), **options, memory=1000)
     (needed,) = re.findall(r": ([\d,]+) together", str(caught.value))
     enough = int(needed.replace(",", ""))
-    plan = lobs.plan_prune(network(), data(), sparsity=0.5, memory=enough)
+    plan = lobs.plan_prune(network(), data(), **options, memory=enough)
     assert plan.memory == enough
     assert plan.disk > 0
     with pytest.raises(MemoryError):
-        lobs.plan_prune(network(), data(), sparsity=0.5, memory=enough - 1)
+        lobs.plan_prune(network(), data(), **options, memory=enough - 1)
     free, within = network(), network()
-    lobs.prune(free, data(), sparsity=0.5, progress=False)
-    lobs.prune(within, data(), sparsity=0.5, memory=enough, progress=False)
+    lobs.prune(free, data(), **options, progress=False)
+    lobs.prune(within, data(), **options, memory=enough, progress=False)
     assert all(
         torch.equal(a, b) for a, b in zip(free.parameters(), within.parameters(), strict=True)
     )
@@ -125,6 +145,25 @@ def test_one_budget_within_a_limit_is_the_same_budget():
     assert all(
         torch.equal(a, b) for a, b in zip(free.parameters(), within.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize(("method", "power"), [("exact", 3), ("admm", 2)])
+def test_arithmetic_grows_with_the_square_of_a_row_s_width_for_admm_and_the_cube_for_exact(
+    method, power
+):
+    def flops(width: int) -> float:
+        spent = TABLE[method].flops(Extent(1, 10**9, width, 0.5, torch.float32))
+        return spent.single + spent.removal
+
+    assert flops(8192) / flops(4096) == pytest.approx(2**power, rel=0.01)
+
+
+def test_a_search_with_admm_keeps_the_inverse_of_every_penalty():
+    once = Extent(1, 64, 4096, 0.5, torch.float32)
+    searched = dataclasses.replace(once, searched=True)
+    more = TABLE["admm"].matrices(searched) - TABLE["admm"].matrices(once)
+    assert more >= 3 * 4 * 4096**2
+    assert TABLE["exact"].matrices(searched) == TABLE["exact"].matrices(once)
 
 
 def test_an_unknown_argument_is_named():
