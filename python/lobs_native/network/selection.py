@@ -55,7 +55,6 @@ class LayerJob:
             order=self.order,
             share=1.0 if target.sparsity is None else target.sparsity,
             dtype=layer.weight().dtype,
-            bias=layer.bias() is not None,
             searched=target.max_error is not None,
             shared=self.shared,
         )

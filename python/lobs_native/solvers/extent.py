@@ -18,7 +18,6 @@ class Extent:
     order: int  # D
     share: float  # of the weights, to remove
     dtype: torch.dtype  # of the weights
-    bias: bool = False
     searched: bool = False  # choices at several shares, until the error is the wanted one
     shared: bool = False  # costs of removals first, from which layers share one budget
 

@@ -64,4 +64,4 @@ def plan_memory(
     ops.select_backend(backend, torch.device("cuda" if backend == "cuda" else "cpu"))
     if memory is not None:
         memory = checks.positive_int(memory, "memory")
-    return chosen.memory(Extent(1, R, C + bias, share, dtype, bias), limit=memory, backend=backend)
+    return chosen.memory(Extent(1, R, C + bias, share, dtype), limit=memory, backend=backend)
