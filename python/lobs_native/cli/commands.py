@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    help_ = "train a small network on real digits, prune it five ways and compare"
+    help_ = "train a small network on real digits, prune it six ways and compare"
     command = commands.add_parser("demo", help=help_, description=help_)
     command.add_argument(
         "--out",

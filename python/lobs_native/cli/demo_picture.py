@@ -16,7 +16,7 @@ def png(curves: Sequence[Curve], before: float) -> bytes:
 
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")  # draws without a window
     axes = figure.add_subplot()
-    for curve, style in zip(curves, ("o--", "s:", "D-.", "^--", "v-"), strict=True):
+    for curve, style in zip(curves, ("o--", "s:", "D-.", "^--", "v-", "P-"), strict=True):
         sparsities, errors = zip(*curve.points, strict=True)
         percents = [100 * x for x in sparsities], [100 * y for y in errors]
         axes.plot(*percents, style, label=curve.name)
