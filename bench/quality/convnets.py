@@ -75,9 +75,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "exact, layer": {"scope": "layer"},
     "exact, model": {"scope": "model"},
     "exact, layer, dense inputs": {"scope": "layer", "inputs": "dense"},
+    "admm, layer": {"method": "admm"},
+    "admm, model": {"method": "admm", "scope": "model"},
     "sweep, corrected": {"method": "sweep", "inputs": "corrected"},
     "exact, layer, corrected": {"scope": "layer", "inputs": "corrected"},
     "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
+    "admm, layer, corrected": {"method": "admm", "inputs": "corrected"},
+    "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
 }
 
 

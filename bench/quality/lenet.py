@@ -1,10 +1,12 @@
 """The authors' LeNet-300-100 on MNIST, pruned without retraining.
 
-    python bench/quality/lenet.py [FOLDER]
+    python bench/quality/lenet.py [FOLDER] [--only WORD ...] [--sparsities S ...]
 
 FOLDER holds ``mnist/`` (the 10,000 test images, IDX) and ``lenet300-100/`` (the weights that the
 paper's authors released). Calibrated on the first 5,000 images without labels; errors are those on
-the last 5,000. This is one network: differences of a few tenths of a point mean nothing.
+the last 5,000. This is one network: differences of a few tenths of a point mean nothing. By default
+the layers keep the shares of the paper, and less; ``--sparsities`` prunes all three to the same.
+``--only exact admm`` leaves out the rows whose names begin otherwise.
 """
 
 from __future__ import annotations
@@ -47,6 +49,19 @@ def prune(model: nn.Module, images: Images, kept: Sequence[float], **settings: A
     return lobs.prune(model, batches, sparsity=0.5, overrides=overrides, progress=False, **settings)
 
 
+def settings_of(sparsities: Sequence[float] | None) -> list[tuple[tuple[float, ...], str]]:
+    """The shares that fc1, fc2 and fc3 keep, and inputs, where a row does not say them."""
+    if sparsities:
+        return [((1 - s,) * len(LAYERS), "pruned") for s in sparsities]
+    return [
+        ((0.067, 0.20, 0.65), "dense"),
+        ((0.07, 0.09, 0.26), "pruned"),
+        ((0.04, 0.08, 0.25), "pruned"),
+        ((0.02, 0.06, 0.20), "pruned"),
+        ((0.01, 0.035, 0.15), "pruned"),
+    ]
+
+
 def main() -> None:
     """Print the table of errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -58,7 +73,10 @@ def main() -> None:
         metavar="FOLDER",
         help="folder with mnist/ and lenet300-100/ (default: shared/data beside the checkout)",
     )
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("--only", nargs="+", default=("",), help="beginnings of rows' names")
+    parser.add_argument("--sparsities", nargs="+", type=float, help="of every layer")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     try:
         images, dense = mnist(folder), network(folder)
     except ArgumentError as error:
@@ -84,23 +102,26 @@ def main() -> None:
         "exact, layer, exchange": {"scope": "layer", "refine": "exchange"},
         "exact, model": {"scope": "model"},
         "exact, model, damping 1e-5": {"scope": "model", "damping": 1e-5},
+        "admm, row": {"method": "admm", "scope": "row"},
+        "admm, layer": {"method": "admm"},
+        "admm, layer, damping 1e-5": {"method": "admm", "damping": 1e-5},
+        "admm, model": {"method": "admm", "scope": "model"},
         "sweep, corrected": {"method": "sweep", "inputs": "corrected"},
         "exact, layer, corrected": {"inputs": "corrected"},
         "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
+        "admm, layer, corrected": {"method": "admm", "inputs": "corrected"},
+        "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
     }
-    for kept, inputs in (
-        ((0.067, 0.20, 0.65), "dense"),
-        ((0.07, 0.09, 0.26), "pruned"),
-        ((0.04, 0.08, 0.25), "pruned"),
-        ((0.02, 0.06, 0.20), "pruned"),
-        ((0.01, 0.035, 0.15), "pruned"),
-    ):
+    for kept, inputs in settings_of(arguments.sparsities):
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():
+            if not name.startswith(tuple(arguments.only)):
+                continue
             model = network(folder)
             report = prune(model, images, kept, **{"inputs": inputs, **settings})
             error = percent_wrong(model, tested)
-            print(f"| {shares} | {inputs} | {name} | {error:.2f} | {report.seconds:.1f} |")
+            line = f"| {shares} | {inputs} | {name} | {error:.2f} | {report.seconds:.1f} |"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ MODIFIERS: dict[str, dict[str, Any]] = {  # and their settings
     "SparseGPTModifier": {},
     "SparseGPTModifier, patched": {},
     "LOBSModifier, sweep": {"method": "sweep"},
+    "LOBSModifier, admm": {"method": "admm"},
     "LOBSModifier, exact": {"method": "exact"},
     "LOBSModifier, exact, exchange": {"method": "exact", "refine": "exchange"},
 }

@@ -9,8 +9,10 @@ blocks are pruned, each row of the table in a process of its own. Rows differ in
 inputs: of the original network ("dense"), of the pruned one ("pruned"), or of the pruned one with
 the original one's outputs as the target ("corrected"). The table shows the mean cosine of the
 sentence embeddings (mean of the tokens, normalised) with the original network's on the next 500
-lines; the seconds of ``prune`` itself on this machine; and the memory that it took besides the
-model, as planned and as measured. Rows that FILE holds already are not computed again.
+lines; the seconds of ``prune`` itself on this machine; the CPU seconds of the whole command, which
+other programs on the machine disturb less; and the memory that it took besides the model, as
+planned and as measured. Rows that FILE holds already are not computed again. ``--only admm exact
+layer`` means those two methods at that scope, with all inputs.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +43,20 @@ ROWS: list[tuple[str, str, str]] = [  # method, scope, inputs
     ("exact", "model", "dense"),
     ("exact", "layer", "dense"),
     ("exact", "row", "dense"),
+    ("exact", "model", "pruned"),
     ("exact", "layer", "pruned"),
     ("sweep", "layer", "corrected"),
     ("sweep", "layer", "pruned"),
     ("sweep", "layer", "dense"),
+    ("admm", "model", "corrected"),
+    ("admm", "layer", "corrected"),
+    ("admm", "row", "corrected"),
+    ("admm", "model", "pruned"),
+    ("admm", "layer", "pruned"),
+    ("admm", "row", "pruned"),
+    ("admm", "model", "dense"),
+    ("admm", "layer", "dense"),
+    ("admm", "row", "dense"),
     ("wanda", "row", "corrected"),
     ("wanda", "row", "pruned"),
     ("wanda", "row", "dense"),
@@ -111,11 +125,20 @@ def prune(folder: Path, out: Path, method: str, scope: str, inputs: str, target:
     return json.loads(done.stdout)
 
 
+def wanted(row: Sequence[str], only: Sequence[str]) -> bool:
+    """Whether ``only`` names its method, its scope and its inputs; or none of that kind."""
+    for word, all_of_kind in zip(row, zip(*ROWS, strict=True), strict=True):
+        named = set(only) & set(all_of_kind)
+        if named and word not in named:
+            return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A whole encoder from the command line.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shares", nargs="+", default=["0.5", "0.7", "0.8", PATTERN])
-    parser.add_argument("--only", nargs="+", help="methods, scopes or inputs")
+    parser.add_argument("--only", nargs="+", help="these methods, scopes and inputs")
     arguments = parser.parse_args()
     folder = encoder_folder()
     measure = Measure(folder)
@@ -128,25 +151,28 @@ def main() -> None:
         for method, scope, inputs in ROWS:
             if target == PATTERN and scope != ("row" if method == "wanda" else "layer"):
                 continue
-            wanted = not arguments.only or {method, scope, inputs} & set(arguments.only)
-            if (target, method, scope, inputs) in known or not wanted:
+            row_name = (method, scope, inputs)
+            if (target, *row_name) in known or not wanted(row_name, arguments.only or ()):
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "pruned"
+                begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
                 report = prune(folder, out, method, scope, inputs, target)
+                cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
                 cosine = measure.cosine(out)
             settings = report["settings"]
             row = {
                 "target": target, "method": method, "scope": scope, "inputs": inputs,
                 "cosine": cosine, "sparsity": report["sparsity"], "seconds": report["seconds"],
+                "cpu seconds": cpu,
                 "planned": settings["plan"]["memory"], "planned seconds":
                 settings["plan"]["seconds"], "peak": settings["peak memory"],
             }  # fmt: skip
             result["rows"].append(row)
             print(
                 f"{target} {method} {scope} {inputs}: {cosine:.4f}, {report['seconds']:.0f} s "
-                f"({row['planned seconds']:.0f} planned), {row['peak'] / 1e6:.0f} MB "
-                f"({row['planned'] / 1e6:.0f} planned)",
+                f"({row['planned seconds']:.0f} planned, {cpu:.0f} CPU s), "
+                f"{row['peak'] / 1e6:.0f} MB ({row['planned'] / 1e6:.0f} planned)",
                 flush=True,
             )
             if arguments.out:
