@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 
+Results = dict[str, dict[str, float]]  # by method, what is below: error, other, seconds
 METHODS = ("exact", "admm")
 OTHER_ROWS = 8192
 NO_ERROR = 1e-12  # relative: nothing but rounding is left, and a ratio says nothing
@@ -103,12 +104,12 @@ def error(W: Tensor, pruned: Tensor, H: Tensor) -> float:
     return float(((change @ H) * change).sum() / ((W @ H) * W).sum())
 
 
-def measure(case: Case, seed: int) -> dict[str, dict[str, float]]:
+def measure(case: Case, seed: int) -> Results:
     """Errors and CPU seconds of both methods on one layer."""
     W = torch.randn(case.R, case.C, generator=torch.Generator().manual_seed(seed + 500))
     H = second_moment(inputs(case, seed, case.rows))
     other = second_moment(inputs(case, seed, OTHER_ROWS))
-    results = {}
+    results: Results = {}
     for method in METHODS:
         begun = time.process_time()
         pruned = lobs.prune_weight(W, H, method=method, **case.settings).weight
@@ -119,13 +120,13 @@ def measure(case: Case, seed: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def measure_convolution(case: Case, seed: int) -> dict[str, dict[str, float]]:
+def measure_convolution(case: Case, seed: int) -> Results:
     """Likewise, of a depthwise convolution of smooth images; there is no other data."""
     torch.manual_seed(seed)
     images = nn.functional.avg_pool2d(
         torch.randn(case.rows, case.R, 18, 18), 5, 1
     )  # (N, R, 14, 14)
-    results = {}
+    results: Results = {}
     for method in METHODS:
         torch.manual_seed(seed + 500)
         model = nn.Sequential(nn.Conv2d(case.R, case.R, 3, groups=case.R))
@@ -137,7 +138,7 @@ def measure_convolution(case: Case, seed: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def summary(results: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summary(results: Sequence[Results]) -> dict[str, Any]:
     """Over the seeds."""
 
     def ratios(key: str) -> list[float]:
@@ -175,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases():
         if case.family not in arguments.only:
             continue
@@ -187,7 +188,7 @@ def main() -> None:
         rows.append({"family": case.family, "layer": case.name, **means})
         print(table_line(case, means), flush=True)
     if arguments.out:
-        about = {"torch": str(torch.__version__), "lobs_native": lobs.__version__}
+        about: dict[str, Any] = {"torch": str(torch.__version__), "lobs_native": lobs.__version__}
         about |= {"threads": torch.get_num_threads(), "seeds": arguments.seeds}
         arguments.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
