@@ -87,8 +87,8 @@ def prune_layers_to(
     pruned = copy.deepcopy(model)
     overrides = {name: {"max_error": relative * value} for name, value in energy.items()}
     report = lobs.prune(
-        pruned, batches, sparsity=0.5, inputs="dense", include=list(layers), overrides=overrides,
-        progress=False,
+        pruned, batches, sparsity=0.5, method="exact", inputs="dense", include=list(layers),
+        overrides=overrides, progress=False,
     )  # fmt: skip
     return pruned, report
 
@@ -136,8 +136,9 @@ def prune_network_to(
         if sparsity not in tried:
             pruned = copy.deepcopy(model)
             report = lobs.prune(
-                pruned, batches, sparsity=sparsity, scope="model", inputs="dense", progress=False
-            )
+                pruned, batches, sparsity=sparsity, method="exact", scope="model", inputs="dense",
+                progress=False,
+            )  # fmt: skip
             tried[sparsity] = pruned, report
         pruned, report = tried[sparsity]
         bound = report.error_bound

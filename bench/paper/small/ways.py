@@ -26,8 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "L-OBS": {"method": "lobs", "inputs": "dense"},
     "sweep": {"method": "sweep", "inputs": "dense"},
-    "exact": {"inputs": "dense"},
-    "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
+    "exact": {"method": "exact", "inputs": "dense"},
+    "exact, model, corrected": {"method": "exact", "scope": "model", "inputs": "corrected"},
 }  # fmt: skip
 ITERATED = tuple(way for way in WAYS if way != "L-OBS as printed")  # biases come back in training
 
