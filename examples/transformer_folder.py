@@ -48,7 +48,7 @@ with tempfile.TemporaryDirectory() as scratch:
     text.write_text("\n".join(" ".join(chosen.choices(WORDS[2:], k=30)) for _ in range(200)))
 
     # lobs-native prune model --calibration text.txt --out pruned --sparsity 0.5 ...
-    how = ["--sparsity", "0.5", "--inputs", "corrected", "--masks", "--no-progress"]
+    how = ["--sparsity", "0.5", "--masks", "--no-progress"]
     code = main(["prune", str(model), "--calibration", str(text), "--out", str(pruned), *how])
     print(f"\nexit code {code}; the new folder holds:")
     for file in sorted(pruned.iterdir()):

@@ -67,13 +67,13 @@ EPOCHS = {"lenet5": 4, "resnet": 5}
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda, row": {"method": "wanda", "scope": "row"},
-    "lobs": {"method": "lobs"},
-    "sweep": {"method": "sweep"},
-    "exact, row": {"scope": "row"},
-    "exact, layer": {"scope": "layer"},
-    "exact, model": {"scope": "model"},
+    "magnitude": {"method": "magnitude", "inputs": "pruned"},
+    "wanda, row": {"method": "wanda", "scope": "row", "inputs": "pruned"},
+    "lobs": {"method": "lobs", "inputs": "pruned"},
+    "sweep": {"method": "sweep", "inputs": "pruned"},
+    "exact, row": {"scope": "row", "inputs": "pruned"},
+    "exact, layer": {"scope": "layer", "inputs": "pruned"},
+    "exact, model": {"scope": "model", "inputs": "pruned"},
     "exact, layer, dense inputs": {"scope": "layer", "inputs": "dense"},
     "admm, layer": {"method": "admm"},
     "admm, model": {"method": "admm", "scope": "model"},

@@ -42,7 +42,7 @@ def prune(run: Path | None) -> nn.Module:
     """The pruned network, resumed if there is a run."""
     model = lenet.network()
     batches = lenet.mnist().part(0, lenet.CALIBRATION).batches()
-    lobs.prune(model, batches, sparsity=0.9, run_dir=run, progress=False)
+    lobs.prune(model, batches, sparsity=0.9, inputs="pruned", run_dir=run, progress=False)
     return model
 
 

@@ -70,6 +70,7 @@ def pruned(arguments: argparse.Namespace, dtype: str, exact: dict[int, float]) -
         list(tokens),
         sparsity=0.5,
         method=arguments.method,
+        inputs="pruned",
         exclude="lm_head",
         memory=round(arguments.memory * 1e9),
         progress=False,

@@ -133,6 +133,24 @@ def test_a_limit_that_is_too_low_is_refused_with_one_that_is_enough(method):
     )
 
 
+@pytest.mark.parametrize("inputs", ["corrected", "pruned", "dense"])
+def test_a_limit_that_is_too_low_for_corrected_inputs_suggests_pruned_ones(inputs):
+    with pytest.raises(MemoryError) as caught:
+        lobs.plan_prune(network(), data(), sparsity=0.5, inputs=inputs, memory=1000)
+    assert ("use inputs='pruned'" in str(caught.value)) == (inputs == "corrected")
+
+
+def test_inverting_for_the_correction_is_in_the_estimate_of_the_time():
+    layer = nn.Sequential(nn.Linear(2000, 2))  # little to calibrate, much to invert
+    batches = [torch.randn(4, 2000)]
+
+    def seconds(inputs: str) -> float:
+        options = {"sparsity": 0.5, "method": "magnitude", "inputs": inputs}
+        return lobs.plan_prune(layer, batches, **options).seconds
+
+    assert seconds("corrected") > 10 * seconds("pruned")
+
+
 def test_one_budget_within_a_limit_is_the_same_budget():
     options = {"sparsity": 0.6, "scope": "model", "progress": False}
     free, within = network(), network()

@@ -313,6 +313,80 @@ def test_existing_zeros_stay_zeros():
     assert "its weights have zeros already" in report.layers[2].notes[0]
 
 
+NO_TARGET = {"sparsity": None, "pattern": "1:2"}
+ROW = {"scope": "row"}
+
+
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude"])
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (slice(1, 20, 2), NO_TARGET),
+        (slice(4, 12), {"pattern": "1x2"}),
+        (slice(4, 12), {"pattern": "1x2", **ROW}),
+        (slice(4, 12), ROW),
+    ],
+    ids=["N:M", "blocks", "blocks of a row", "row"],
+)
+def test_zeros_that_are_removed_anyway_stay_zeros_in_corrected_layers(method, columns, options):
+    model = chain()
+    with torch.no_grad():
+        model[2].weight[3:9, columns] = 0
+    zeros = model[2].weight == 0
+    report = pruned(model, rows(model), **{"method": method, **options})
+    assert bool((model[2].weight[zeros] == 0).all())
+    assert report.layers[1].inherited > 0
+    assert not any("not corrected" in note for note in report.layers[1].notes)
+    sparsity = 0.5 if options is NO_TARGET else 0.6
+    assert report.layers[1].sparsity == pytest.approx(sparsity, abs=1e-3)
+
+
+def test_zeros_stay_zeros_in_corrected_layers_at_any_threshold():
+    model = chain()
+    with torch.no_grad():
+        model[2].weight[3:9, 4:12] = 0
+    zeros = model[2].weight == 0
+    report = pruned(model, rows(model), sparsity=None, method="lobs", threshold=0.0)
+    assert torch.equal(model[2].weight == 0, zeros)
+    assert report.layers[1].inherited is not None
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (slice(4, 6), NO_TARGET),
+        (slice(5, 8), {"pattern": "1x2"}),
+        (slice(0, 22), {"pattern": "1x2", **ROW}),
+        (slice(0, 21), ROW),
+        (slice(0, 1), {"sparsity": None, "max_error": 0.1}),
+    ],
+    ids=["N:M", "blocks", "blocks of a row", "row", "max_error"],
+)
+def test_layers_with_zeros_that_would_be_filled_are_not_corrected_and_have_a_note(columns, options):
+    model = chain()
+    with torch.no_grad():
+        model[2].weight[3, columns] = 0
+    report = pruned(model, rows(model), **options)
+    assert (
+        "not corrected, only calibrated on pruned inputs: its weights"
+        in (report.layers[1].notes[0])
+    )
+    assert report.layers[1].inherited is None
+
+
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "wanda"])
+def test_zeros_of_some_groups_of_a_convolution_stay_zeros(method):
+    """Two of the four groups are empty: half of the layer, but more than a group's 60 percent."""
+    model = convolutions()
+    with torch.no_grad():
+        model[2].weight[:4] = 0
+    report = pruned(model, rows(model), method=method)
+    weight = model[2].weight
+    assert bool((weight[:4] == 0).all())
+    assert int((weight == 0).sum()) == round(0.6 * weight.numel())
+    assert report.layers[1].inherited > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_are_kept(dtype):
     model = chain().to(dtype)
@@ -326,6 +400,17 @@ def test_limits_on_the_error_include_the_inherited_error():
     report = pruned(model, rows(model), sparsity=None, max_error=0.05)
     assert all(layer.error <= 0.05 for layer in report.layers)
     assert all(layer.sparsity > 0.1 for layer in report.layers)
+
+
+def test_where_the_inherited_error_is_above_the_limit_a_note_says_that_nothing_was_removed():
+    model = chain()
+    overrides = {"2": {"max_error": 1e-6}, "4": {"max_error": 1e6}}
+    first, second, third = pruned(model, rows(model), overrides=overrides).layers
+    assert second.sparsity == 0
+    assert second.error > 1e-6
+    assert f"makes an error of {second.error:.3g}, above max_error" in second.notes[0]
+    assert third.sparsity == 1
+    assert first.notes == third.notes == ()
 
 
 def test_an_error_in_the_middle_leaves_the_model_unchanged():

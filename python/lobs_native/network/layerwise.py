@@ -284,10 +284,19 @@ def layer_report(
 
 
 def _within(zeros: Tensor, job: LayerJob) -> bool:
-    """Whether the target is to remove all of these weights (G, R, C), and no pattern forbids it."""
-    share = job.settings.target.sparsity
-    if share is None or not job.settings.resolved_pattern.is_unstructured:
+    """Whether the pattern or the target removes all of these weights (G, R, C), so that they stay
+    zeros when the others are corrected."""
+    settings, pattern = job.settings, job.settings.resolved_pattern
+    if pattern.is_grouped:
+        groups = zeros.reshape(-1, pattern.group)
+        return int(groups.sum(1).max()) <= pattern.per_group
+    units = zeros.unflatten(2, (-1, pattern.unit))
+    whole = units.all(3)  # (G, R, C / unit)
+    if bool((units.any(3) & ~whole).any()):
         return False
-    if job.settings.scope == "row":
-        return int(zeros.sum(2).max()) <= nearest_count(share, zeros.shape[2])
-    return int(zeros.sum()) <= nearest_count(share, job.weights)
+    share = settings.target.sparsity
+    if share is None:
+        return settings.target.threshold is not None
+    if settings.scope == "row":
+        return int(whole.sum(2).max()) <= nearest_count(share, whole.shape[2])
+    return int(whole.sum()) <= nearest_count(share, job.weights // pattern.unit)

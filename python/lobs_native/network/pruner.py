@@ -39,7 +39,7 @@ def prune(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    inputs: str = "pruned",
+    inputs: str = "corrected",
     blocks: str | None = "auto",
     forward: Forward | None = None,
     device: torch.device | str | None = None,
@@ -103,20 +103,26 @@ def prune(
         entries win. Sparsity, threshold, max_error, method, pattern, scope, damping, prune_bias and
         refine can be overridden. A target (the first three) or an N:M pattern replaces every
         earlier target.
-    inputs : "pruned", "dense" or "corrected"
-        What a layer is calibrated on: the activations of the network as pruned so far ("pruned"),
-        or those of the original network ("dense": the paper, and Theorem 3.2 as printed; one pass
-        over the data for all layers). "corrected" runs both networks side by side. On the pruned
-        network's inputs, a layer is fitted to the original network's outputs, so that it
-        compensates for what the layers before it lost: ``W + (A P)^T`` is pruned in place of W,
-        with ``P = mean of x^T (y0 - x W^T)``. Where an output goes straight into a sum with
-        something else (a residual connection), the sums are made to agree. Experts, and layers
-        whose zeros would be filled, are calibrated as with "pruned", and their notes say so. It
-        costs one more run of the original network for every run of the pruned one, and usually
-        leaves the network by far the closest to the original
-        (``python bench/quality/whole_encoder.py``).
+    inputs : "corrected", "pruned" or "dense"
+        What a layer is calibrated on. "corrected" runs the original and the pruned network side by
+        side. On the pruned network's inputs, a layer is fitted to the original network's outputs,
+        so that it compensates for what the layers before it lost: ``W + (A P)^T`` is pruned in
+        place of W, with ``P = mean of x^T (y0 - x W^T)``, whatever the method. Where an output goes
+        straight into a sum with something else (a residual connection), the sums are made to agree.
+        Errors, and ``max_error``, then include what the layers before lost. Experts, and layers
+        with zeros that would be filled, are calibrated as with "pruned", and their notes say so.
+        "corrected" usually leaves the network by far the closest to the original
+        (``python bench/quality/whole_encoder.py``). It costs one more run of the original network
+        for every run of the pruned one, so that calibration takes two to three times as long, and
+        memory for a second copy of the weights, hidden states of both networks, and 24 bytes for
+        each weight of the layer at work.
+        "pruned" calibrates on the activations of the network as pruned so far, and each layer aims
+        at its own old outputs: take it where time or memory is short, or to get "magnitude" and
+        "wanda" as published, with kept weights that do not change. "dense" calibrates on those of
+        the original network, with one pass over the data for all layers: the paper, and Theorem 3.2
+        as printed.
     blocks : "auto" or None
-        With inputs "pruned" or "corrected", run a stack of blocks (a transformer's) block by block
+        With inputs "corrected" or "pruned", run a stack of blocks (a transformer's) block by block
         on what each receives, instead of the whole model for every layer; the results are the same.
         "auto" does so where the modules of a list are called one after another, each on what the
         one before returned, and a replay of the first batch reproduces the model's output;

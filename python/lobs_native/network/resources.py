@@ -116,6 +116,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
             f"memory: layer {largest!r} needs {needs[largest]:,} bytes, and masks and what blocks "
             f"are called with {masks + work.others:,}: {fixed:,} together, more than the "
             f"{memory:,} allowed; allow more, or exclude it"
+            + (", or use inputs='pruned', which takes less" if corrected else "")
         )
     moments = {job.layer.name: job.moment_bytes for job in jobs}
     together = settings.inputs == "dense" or any(job.shared for job in jobs)
@@ -158,9 +159,11 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
     for job in jobs:
         extent, N = job.extent, work.rows.get(job.layer.name, 0.0) * work.batches
         products += N * extent.squares
+        method = TABLE[job.settings.method]
         if corrected:
             products += 6 * N * extent.weights
-        flops = TABLE[job.settings.method].flops(extent)
+            doubles += 0.0 if method.inverts else 2.0 * extent.order * extent.squares
+        flops = method.flops(extent)
         products += flops.single
         doubles += flops.double
         removals += flops.removal

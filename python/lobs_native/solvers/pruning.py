@@ -68,12 +68,20 @@ def _at_target(
     if target.max_error is not None:
         chooser.prepare()
         steps = problem.candidates if scope == "row" else problem.total
-        return _bisect(
+        removed, weights = _bisect(
             problem,
             lambda count: repaired(problem, chooser.choose(count / steps, scope)),
             steps,
             target.max_error,
         )
+        if problem.drift is not None and not bool(removed.any()):
+            least = error(problem, *problem.rounded(weights))
+            if least > target.max_error:
+                problem.workspace.note(
+                    f"nothing was removed: what the layers before it lost already makes an error "
+                    f"of {least:.3g}, above max_error"
+                )
+        return removed, weights
     if target.threshold is not None:
         choice = chooser.choose_below(target.threshold)
     elif target.sparsity is not None:

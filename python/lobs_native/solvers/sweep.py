@@ -47,13 +47,13 @@ class Sweep(Method):
         per_row = nearest_count(share, units)
         if not pattern.is_grouped and (per_row if scope == "row" else total) == 0:
             return Choice(removed, problem.before.clone())
+        if scope == "row":
+            budgets = torch.full((G, R), per_row)
+        else:
+            budgets = self._budgets(total, R * units)[:, None]
         spent = 0.0
-        for g in range(G):
+        for g, budget in enumerate(budgets):
             W = problem.working(g)
-            if scope == "row":
-                budget = torch.full((R,), per_row)
-            else:
-                budget = torch.tensor([total * (g + 1) // G - total * g // G])
             removed[g], cost = self._sweep(g, W, budget)
             after[g] = W
             spent += cost * problem.inverses[g].scale
@@ -68,6 +68,20 @@ class Sweep(Method):
         """See :class:`Method`. There is no curve: the mask is chosen for one number of removals."""
         spent = self._spent.get(int(removed.sum()))
         return None if spent is None else Costs(error_of_nothing(self.problem) + spent)
+
+    def _budgets(self, total: int, units: int) -> Tensor:
+        """(G,) int64: each group's part of ``total`` removals, in proportion to its free units;
+        what the mask removes comes first. Every group has ``units``."""
+        problem = self.problem
+        forced = torch.zeros(len(problem.before), dtype=torch.int64)
+        if problem.mask is not None:
+            forced = (~problem.mask).sum((1, 2)).cpu() // self.pattern.unit
+        spare = total - int(forced.sum())
+        if spare < 0:
+            raise problem.over_masked()
+        free = (units - forced).cumsum(0)
+        ends = forced.cumsum(0) + spare * free // free[-1].clamp_min(1)
+        return ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
     def _sweep(self, g: int, W: Tensor, budget: Tensor) -> tuple[Tensor, float]:
         """Sweep W (R, D) in place; what is removed, and what that cost in units of W. ``budget`` is
