@@ -65,7 +65,13 @@ def test_an_independent_run_at_seven_percent_is_reproduced(lenet, mnist):
     """7/9/26% kept, inputs from the pruned layers: 5.2% for the paper's order, 27.1% for magnitude
     (one network, one seed)."""
     error, _ = pruned(
-        lenet, mnist, (0.07, 0.09, 0.26), method="lobs", damping=1e-5, prune_bias=True
+        lenet,
+        mnist,
+        (0.07, 0.09, 0.26),
+        method="lobs",
+        inputs="pruned",
+        damping=1e-5,
+        prune_bias=True,
     )
     assert error == pytest.approx(5.2, abs=0.5)
 
@@ -77,7 +83,7 @@ def test_an_independent_run_at_seven_percent_is_reproduced(lenet, mnist):
 def test_exact_keeps_the_network_at_a_few_percent_of_its_weights(lenet, mnist, kept, highest):
     """Calibrated on the pruned inputs, without retraining; an independent float64 script gave 1.3,
     1.7 and 2.8%."""
-    error, report = pruned(lenet, mnist, kept)
+    error, report = pruned(lenet, mnist, kept, method="exact", inputs="pruned")
     assert error <= highest
     assert [layer.method for layer in report.layers] == ["exact"] * 3
     assert max(layer.optimality for layer in report.layers) < 30

@@ -175,6 +175,34 @@ def test_where_an_output_is_added_to_another_the_sum_is_fitted(how):
     assert second.error == pytest.approx(float(error), rel=1e-9)
 
 
+def test_projections_that_one_parameter_holds_are_corrected_one_after_another():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.before = nn.Linear(20, 12).double()
+            self.attention = nn.MultiheadAttention(12, 2, batch_first=True).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)
+            return self.attention(x, x, x)[0]
+
+        def projected(self, x: Tensor) -> Tensor:
+            weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+            return nn.functional.linear(self.before(x), weight, bias).reshape(-1, 3, 12)
+
+    model = Attending()
+    original = copy.deepcopy(model)
+    data = [features(40, 20, seed=i).view(8, 5, 20) for i in range(4)]
+    layers = pruned(model, data).layers
+    with torch.no_grad():
+        now, wanted = (m.projected(torch.cat(data)) for m in (model, original))
+    errors = (now - wanted).square().sum((0, 2)) / len(now)
+    assert [layer.name[-6:] for layer in layers[1:4]] == ["q_proj", "k_proj", "v_proj"]
+    assert [layer.error for layer in layers[1:4]] == pytest.approx(errors.tolist(), rel=1e-9)
+    assert all(layer.inherited > 0 for layer in layers[1:])
+
+
 @pytest.mark.parametrize("how", ["scaled", "used twice", "broadcast", "none"])
 def test_other_uses_of_an_output_are_not_sums(how):
     model = Residual(how)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
@@ -157,16 +158,19 @@ class Session:
     @contextlib.contextmanager
     def _holding_originals(self, names: Iterable[str]) -> Iterator[None]:
         """Copy original values in, and the present ones back at the end. Swapping the tensors
-        (torch.func.functional_call) fails if a module has two names."""
+        (torch.func.functional_call) fails if a module has two names. Copies are no uses of a weight
+        that is watched; one parameter may hold a pruned and a watched layer (attention)."""
         with Shelf(self.swapped_limit) as present:
             try:
-                for name in names:
-                    present.put(name, self._named[name].detach().clone())
-                    self._named[name].copy_(self.originals[name])
+                with _disable_current_modes():
+                    for name in names:
+                        present.put(name, self._named[name].detach().clone())
+                        self._named[name].copy_(self.originals[name])
                 yield
             finally:
-                for name, value in present.items():
-                    self._named[name].copy_(value)
+                with _disable_current_modes():
+                    for name, value in present.items():
+                        self._named[name].copy_(value)
 
     @functools.cached_property
     def _named(self) -> dict[str, nn.Parameter]:
