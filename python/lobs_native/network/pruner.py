@@ -132,8 +132,9 @@ def prune(
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional
         Bytes that pruning may take besides the model, the data, a forward pass (with sensitivities,
-        a backward pass), and what libraries keep for themselves (some tens of megabytes). To stay
-        within the limit, kernels use fewer threads, second moments are accumulated in several
+        a backward pass; with corrected inputs, what a layer reads, and a sum it goes into, of one
+        batch in both networks), and what libraries keep for themselves (some tens of megabytes). To
+        stay within the limit, kernels use fewer threads, second moments are accumulated in several
         passes, and hidden states and original weights go to a temporary folder on disk. A plan is
         made before anything is changed (``report.settings["plan"]``; printed on a terminal), and
         MemoryError says what is needed if the limit is too small. From then on, in the whole
