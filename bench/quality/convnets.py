@@ -27,8 +27,7 @@ layer after layer; torch's ``update_bn``, one pass in training mode; and passes 
 feed a layer values that the layers before it normalised with outdated statistics.
 
 ``bench/results/convnets.json`` comes from --seeds 3 --threads 1 --out bench/results/convnets.json
-with torch 2.13: 14 minutes of training and 28 of pruning. Other programs shared the two cores, so
-its seconds are rough.
+with torch 2.13: 14 minutes of training, 28 of pruning, on cores that other programs shared.
 """
 
 from __future__ import annotations
@@ -71,15 +70,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda, row": {"method": "wanda", "scope": "row", "inputs": "pruned"},
     "lobs": {"method": "lobs", "inputs": "pruned"},
     "sweep": {"method": "sweep", "inputs": "pruned"},
-    "exact, row": {"scope": "row", "inputs": "pruned"},
-    "exact, layer": {"scope": "layer", "inputs": "pruned"},
-    "exact, model": {"scope": "model", "inputs": "pruned"},
-    "exact, layer, dense inputs": {"scope": "layer", "inputs": "dense"},
-    "admm, layer": {"method": "admm"},
-    "admm, model": {"method": "admm", "scope": "model"},
+    "exact, row": {"method": "exact", "scope": "row", "inputs": "pruned"},
+    "exact, layer": {"method": "exact", "scope": "layer", "inputs": "pruned"},
+    "exact, model": {"method": "exact", "scope": "model", "inputs": "pruned"},
+    "exact, layer, dense inputs": {"method": "exact", "scope": "layer", "inputs": "dense"},
     "sweep, corrected": {"method": "sweep", "inputs": "corrected"},
-    "exact, layer, corrected": {"scope": "layer", "inputs": "corrected"},
-    "exact, model, corrected": {"scope": "model", "inputs": "corrected"},
+    "exact, layer, corrected": {"method": "exact", "scope": "layer", "inputs": "corrected"},
+    "exact, model, corrected": {"method": "exact", "scope": "model", "inputs": "corrected"},
     "admm, layer, corrected": {"method": "admm", "inputs": "corrected"},
     "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
 }
