@@ -194,14 +194,15 @@ def test_hidden_states_go_to_disk_if_memory_is_short(monkeypatch):
             kept.append((self.in_memory, self.on_disk))
 
     monkeypatch.setattr(Shelf, "put", spy)
-    report, whole = pruned(made(), batches(), method="magnitude")
+    report, whole = pruned(made(), batches(), method="magnitude", inputs="pruned")
     assert max(disk for _, disk in kept) == 0
     assert report.settings["plan"]["disk"] == 0
     kept.clear()
     layers = (m for m in made().modules() if isinstance(m, nn.Linear))
     weights = sum(p.numel() * 4 for layer in layers for p in layer.parameters())
     limit = report.settings["plan"]["memory"] - weights + size  # 4 * size for states and weights
-    report, found = pruned(made(), batches(), method="magnitude", memory=limit)
+    options = {"method": "magnitude", "inputs": "pruned", "memory": limit}
+    report, found = pruned(made(), batches(), **options)
     assert report.settings["plan"]["memory"] == limit
     assert report.settings["plan"]["disk"] == size + weights - 2 * size
     assert max(memory for memory, _ in kept) == 2 * size

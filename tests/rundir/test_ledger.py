@@ -416,7 +416,7 @@ def test_a_request_to_stop_while_calibrating_ends_the_run_after_the_batch(
 
     options = {"sparsity": 0.5, "run_dir": run, "progress": False, "forward": forward}
     with pytest.raises(StoppedError):
-        lobs.prune(chain(), rows(), **options)
+        lobs.prune(chain(), rows(), inputs="pruned", **options)
     assert len(seen) == 5
     with RunDirectory.open(run, write=False) as opened:
         assert opened.records == ()
@@ -432,7 +432,7 @@ def test_an_unfinished_run_can_be_inspected(tmp_path, monkeypatch, capsys):
     assert cli.main(["inspect", str(run)]) == cli.OK
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["0", "0.5000"], ["2", "0.5000"]]
-    assert lines[3].startswith("exact, sparsity 0.5, pattern unstructured, inputs pruned; ")
+    assert lines[3].startswith("auto, sparsity 0.5, pattern unstructured, inputs corrected; ")
     assert lines[4] == f"2 of 3 layers are done in {run}"
     assert cli.main(["inspect", str(run), "--json"]) == cli.OK
     state = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import features
+from helpers.corrected import chain, convolutions, pruned, rows
 from helpers.experts import Experts, routed
 from helpers.hf_folders import network
 from helpers.stacks import Model, made
@@ -22,31 +23,8 @@ from lobs_native.calibration.sums import Sums
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def chain() -> nn.Sequential:
-    layers = (nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 5))
-    return nn.Sequential(*layers).double()
-
-
-def convolutions() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 3, stride=2, bias=False), nn.Flatten(), nn.Linear(196, 4),
-    ).double()  # fmt: skip
-
-
-def rows(model: nn.Module) -> list[Tensor]:
-    if isinstance(model[0], nn.Conv2d):
-        return [torch.randn(9, 2, 8, 8).double() for _ in range(3)]
-    return [features(40, 20, seed=i) for i in range(4)]
-
-
 def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def pruned(model: nn.Module, data: Any, **options: Any) -> lobs.Report:
-    options = {"sparsity": 0.6, "inputs": "corrected", "progress": False, **options}
-    return lobs.prune(model, data, **options)
 
 
 @pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude", "wanda"])
@@ -184,8 +162,7 @@ def test_projections_that_one_parameter_holds_are_corrected_one_after_another():
             self.attention = nn.MultiheadAttention(12, 2, batch_first=True).double()
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.before(x)
-            return self.attention(x, x, x)[0]
+            return self.attention(*[self.before(x)] * 3)[0]
 
         def projected(self, x: Tensor) -> Tensor:
             weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
@@ -325,94 +302,6 @@ def test_networks_that_cannot_be_compared_row_by_row_are_not_corrected_and_have_
     (note,) = [n for n in report.layers[1].notes if "not corrected" in n]
     assert "called more often" in note
     assert report.layers[1].inherited is None
-
-
-def test_existing_zeros_stay_zeros():
-    model = chain()
-    with torch.no_grad():
-        model[2].weight.view(-1)[::3] = 0
-        model[4].weight.zero_()
-    zeros = {i: model[i].weight == 0 for i in (2, 4)}
-    report = pruned(model, rows(model))
-    assert bool((model[2].weight[zeros[2]] == 0).all())
-    assert int((model[2].weight == 0).sum()) == round(0.6 * 30 * 16)
-    assert report.layers[1].inherited > 0
-    assert bool((model[4].weight == 0).all())
-    assert "its weights have zeros already" in report.layers[2].notes[0]
-
-
-NO_TARGET = {"sparsity": None, "pattern": "1:2"}
-ROW = {"scope": "row"}
-
-
-@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude"])
-@pytest.mark.parametrize(
-    ("columns", "options"),
-    [
-        (slice(1, 20, 2), NO_TARGET),
-        (slice(4, 12), {"pattern": "1x2"}),
-        (slice(4, 12), {"pattern": "1x2", **ROW}),
-        (slice(4, 12), ROW),
-    ],
-    ids=["N:M", "blocks", "blocks of a row", "row"],
-)
-def test_zeros_that_are_removed_anyway_stay_zeros_in_corrected_layers(method, columns, options):
-    model = chain()
-    with torch.no_grad():
-        model[2].weight[3:9, columns] = 0
-    zeros = model[2].weight == 0
-    report = pruned(model, rows(model), **{"method": method, **options})
-    assert bool((model[2].weight[zeros] == 0).all())
-    assert report.layers[1].inherited > 0
-    assert not any("not corrected" in note for note in report.layers[1].notes)
-    sparsity = 0.5 if options is NO_TARGET else 0.6
-    assert report.layers[1].sparsity == pytest.approx(sparsity, abs=1e-3)
-
-
-def test_zeros_stay_zeros_in_corrected_layers_at_any_threshold():
-    model = chain()
-    with torch.no_grad():
-        model[2].weight[3:9, 4:12] = 0
-    zeros = model[2].weight == 0
-    report = pruned(model, rows(model), sparsity=None, method="lobs", threshold=0.0)
-    assert torch.equal(model[2].weight == 0, zeros)
-    assert report.layers[1].inherited is not None
-
-
-@pytest.mark.parametrize(
-    ("columns", "options"),
-    [
-        (slice(4, 6), NO_TARGET),
-        (slice(5, 8), {"pattern": "1x2"}),
-        (slice(0, 22), {"pattern": "1x2", **ROW}),
-        (slice(0, 21), ROW),
-        (slice(0, 1), {"sparsity": None, "max_error": 0.1}),
-    ],
-    ids=["N:M", "blocks", "blocks of a row", "row", "max_error"],
-)
-def test_layers_with_zeros_that_would_be_filled_are_not_corrected_and_have_a_note(columns, options):
-    model = chain()
-    with torch.no_grad():
-        model[2].weight[3, columns] = 0
-    report = pruned(model, rows(model), **options)
-    assert (
-        "not corrected, only calibrated on pruned inputs: its weights"
-        in (report.layers[1].notes[0])
-    )
-    assert report.layers[1].inherited is None
-
-
-@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "wanda"])
-def test_zeros_of_some_groups_of_a_convolution_stay_zeros(method):
-    """Two of the four groups are empty: half of the layer, but more than a group's 60 percent."""
-    model = convolutions()
-    with torch.no_grad():
-        model[2].weight[:4] = 0
-    report = pruned(model, rows(model), method=method)
-    weight = model[2].weight
-    assert bool((weight[:4] == 0).all())
-    assert int((weight == 0).sum()) == round(0.6 * weight.numel())
-    assert report.layers[1].inherited > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
