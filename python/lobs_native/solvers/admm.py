@@ -275,8 +275,8 @@ class _Layer:
         return newly
 
     def repaired(self) -> Tensor:
-        """(G, R, D): the best weights for what is removed now, to rounding. The end: x, p and d are
-        used up."""
+        """(G, R, D): the best weights for what is removed now, up to some thousandths of their
+        error. The end: x, p and d are used up."""
         z, x = self.d.add_(self.x), self.x
         del self.p, self._flat
         conjugate_gradients_(
