@@ -128,6 +128,21 @@ def test_a_bound_on_the_error_is_kept_and_used():
     assert out.sparsity > exact.sparsity - 0.02
 
 
+@pytest.mark.parametrize(("columns", "method"), [(256, "exact"), (257, "admm")])
+def test_auto_is_exact_in_narrow_layers_and_admm_in_wide_ones(columns, method):
+    W, H = correlated(2, columns, 0)
+    out = lobs.prune_weight(W, H, sparsity=0.5)
+    assert out.method == method
+    assert torch.equal(out.weight, lobs.prune_weight(W, H, sparsity=0.5, method=method).weight)
+    with_bias = lobs.Hessian(columns - 1, bias=True).update(features(900, columns - 1))
+    narrower = lobs.prune_weight(W[:, 1:], with_bias, sparsity=0.5, bias=torch.zeros(2, dtype=F64))
+    assert narrower.method == method  # the column of ones counts
+    report = lobs.prune(
+        torch.nn.Linear(columns, 2, bias=False), [torch.rand(9, columns)], sparsity=0.5
+    )
+    assert report.layers[0].method == method
+
+
 # ---- its parts -----------------------------------------------------------------------------------
 
 
