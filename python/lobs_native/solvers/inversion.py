@@ -172,7 +172,7 @@ def invert_(M: Tensor) -> bool:
 
     Blocks of columns are swept out of the matrix one after another, each by one update of the lower
     triangle: n^3 flops as for Cholesky, but nearly all of them in large products, and no temporary
-    besides two blocks of columns. On two AVX2 cores that takes 0.7 of the time of
+    besides two blocks of columns. On an AVX2 core that takes 0.7 to 0.8 of the time of
     ``torch.cholesky_inverse(torch.linalg.cholesky(M))`` (``bench/speed/paired.py --only
     inversion``). Source: the sweep operator, Goodnight 1979.
     """
