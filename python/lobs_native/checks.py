@@ -114,8 +114,11 @@ def _extent(x: Tensor) -> tuple[int, int]:
     """The address range [first, last) of the bytes that a strided tensor reaches."""
     if x.numel() == 0:
         return x.data_ptr(), x.data_ptr()
+    first = x.data_ptr()
+    if x.is_contiguous():
+        return first, first + x.nbytes
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    return first, first + (last + 1) * x.element_size()
 
 
 def _check_memory(x: Tensor, name: str) -> None:

@@ -180,7 +180,7 @@ def test_a_search_with_admm_keeps_the_inverse_of_every_penalty():
     once = Extent(1, 64, 4096, 0.5, torch.float32)
     searched = dataclasses.replace(once, searched=True)
     more = TABLE["admm"].matrices(searched) - TABLE["admm"].matrices(once)
-    assert more >= 3 * 4 * 4096**2
+    assert more >= 2 * 4 * 4096**2  # two more matrices
     assert TABLE["exact"].matrices(searched) == TABLE["exact"].matrices(once)
 
 

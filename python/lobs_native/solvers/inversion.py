@@ -246,9 +246,10 @@ def _invert_lower_(L: Tensor) -> None:
         with one_thread():
             D = torch.linalg.solve_triangular(L[J, J].tril(), unit, upper=False)
         L[J, J] = D
+        below = L[J.stop :, J] @ D
         for later in reversed(blocks[j + 1 :]):  # from below: those above are still needed
             between = slice(J.stop, later.stop)
-            L[later, J] = (L[later, between] @ (L[between, J] @ D)).neg_()
+            L[later, J] = (L[later, between] @ below[: later.stop - J.stop]).neg_()
 
 
 def _square_(U: Tensor) -> None:

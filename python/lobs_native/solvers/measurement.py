@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 PIECE = 1 << 19  # elements of a float64 temporary
+_COLUMNS = 512  # of H in one product
 
 
 def energy(problem: Problem) -> float:
@@ -31,7 +32,7 @@ def energy(problem: Problem) -> float:
     total = 0.0
     for g, H in enumerate(problem.moments):
         for rows in _pieces(problem):
-            total += _quadratic(problem.before[g, rows].to(torch.float64), H)[0]
+            total += _form(problem.before[g, rows].to(torch.float64), H)
     return _finite(total)
 
 
@@ -42,7 +43,7 @@ def error(problem: Problem, weight: Tensor, bias: Tensor | None) -> float:
     for g, H in enumerate(problem.moments):
         for rows in _pieces(problem):
             dW = _change(problem, weight, bias, g, rows)
-            total += _quadratic(dW, H)[0] - _gained(problem, dW, g, rows)
+            total += _form(dW, H) - _gained(problem, dW, g, rows)
     return _finite(total)
 
 
@@ -63,8 +64,8 @@ def error_and_optimality(
         norm = problem.norm(g) + shift or 1.0
         for rows in _pieces(problem):
             dW = _change(problem, weight, bias, g, rows)
-            part, G = _quadratic(dW, H)
-            total += part - _gained(problem, dW, g, rows)
+            G = dW @ H
+            total += _dot(G, dW) - _gained(problem, dW, g, rows)
             if problem.drift is not None:
                 dW -= (problem.before - problem.original)[g, rows]
                 G = dW @ H
@@ -132,10 +133,19 @@ def _gained(problem: Problem, dW: Tensor, g: int, rows: slice) -> float:
     return 2.0 * float((problem.drift.pull[g][:, rows].T * dW).sum())
 
 
-def _quadratic(dW: Tensor, H: Tensor) -> tuple[float, Tensor]:
-    """tr(dW H dW^T) in float64, and dW H (R, D)."""
-    G = dW @ H
-    return float(torch.linalg.vecdot(G, dW).sum()), G
+def _form(dW: Tensor, H: Tensor) -> float:
+    """tr(dW H dW^T) in float64, from the upper triangle of H: half of the product dW H."""
+    total = 0.0
+    for first in range(0, len(H), _COLUMNS):
+        J = slice(first, first + _COLUMNS)
+        G = torch.addmm(dW[:, J] @ H[J, J], dW[:, :first], H[:first, J], alpha=2.0)
+        total += _dot(G, dW[:, J])
+    return total
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """The sum of all products of two matrices' entries."""
+    return float(torch.linalg.vecdot(a, b).sum())
 
 
 def _finite(total: float) -> float:
