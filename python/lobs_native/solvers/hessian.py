@@ -287,14 +287,17 @@ def second_moment(H: Any, name: str) -> Tensor:
     matrix = checks.tensor(H, name, ndim=2)
     if matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ShapeError(f"{name}: shape {tuple(matrix.shape)}; it must be square and not empty")
-    checks.check_finite(matrix, name)
     moment = matrix.to(torch.float64)
     pieces = range(0, len(moment), _PIECE)  # so that temporaries stay small
     apart = torch.tensor([_skew(moment, i).amax() for i in pieces])
-    if float(apart.max()) > 1e-4 * max(float(moment.max()), -float(moment.min())):
+    worst = float(apart.max())
+    if not math.isfinite(worst):  # as is the difference from whatever is not finite
+        checks.check_finite(matrix, name)
+    if worst > 0 and worst > 1e-4 * max(float(moment.max()), -float(moment.min())):
         first = pieces[int(apart.argmax())]
-        i, j = divmod(int(_skew(moment, first).argmax()), len(moment))
-        i += first
+        skew = _skew(moment, first)
+        i, j = divmod(int(skew.argmax()), skew.shape[1])
+        i, j = i + first, j + first
         raise ArgumentError(
             f"{name}: not symmetric: {float(moment[i, j])} at ({i}, {j}) but "
             f"{float(moment[j, i])} at ({j}, {i}); pass both triangles"
@@ -306,14 +309,14 @@ def second_moment(H: Any, name: str) -> Tensor:
             f"{name}: {float(moment[q, q])} at ({q}, {q}); the diagonal of a second moment is not "
             "negative"
         )
-    if float(apart.max()) == 0:
+    if worst == 0:
         return moment.contiguous()
     return (moment + moment.T).div_(2).contiguous()
 
 
 def _skew(moment: Tensor, first: int, rows: int = _PIECE) -> Tensor:
-    """|M - M^T| for some rows of M."""
-    return (moment[first : first + rows] - moment[:, first : first + rows].T).abs()
+    """|M - M^T| for some rows of M, from the diagonal's first column on."""
+    return (moment[first : first + rows, first:] - moment[first:, first : first + rows].T).abs()
 
 
 def few_rows(rows: float, columns: int) -> str:
