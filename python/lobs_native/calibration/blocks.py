@@ -212,8 +212,8 @@ class Stack:
                 hidden = call.hidden
             except (IndexError, KeyError):
                 raise NotAStackError(f"{self.names[i]} is called in another way") from None
-            if not isinstance(hidden, Tensor):
-                raise NotAStackError(f"{self.names[i]} is not called on a tensor")
+            if not isinstance(hidden, Tensor) or hidden.is_nested:
+                raise NotAStackError(f"{self.names[i]} is not called on a plain tensor")
             if k > 0 and hidden is not hidden_of(outputs[k - 1]):
                 raise NotAStackError(
                     f"{self.names[i]} is not called on the result of the block before it"

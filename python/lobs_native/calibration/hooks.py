@@ -14,7 +14,16 @@ from lobs_native.calibration.watch import Watch
 from lobs_native.errors import DtypeError
 from lobs_native.layers import Layer, Matrix
 
-__all__ = ["Columns", "Enough", "See", "attached", "ending", "hooked", "reader"]
+__all__ = [
+    "Columns",
+    "Enough",
+    "See",
+    "attached",
+    "ending",
+    "hooked",
+    "reader",
+    "unfused_attention",
+]
 
 
 Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
@@ -49,9 +58,20 @@ def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:
             kind = f"a {type(inputs[0]).__name__}" if inputs else "no argument"
             raise DtypeError(f"layer {site.name!r}: called with {kind} instead of a tensor")
         x, *others = inputs
+        if x.is_nested:
+            x = _flat(layer, x)
         see(layer, x, lambda x: site.columns(x, *others))
 
     return hook
+
+
+def _flat(layer: Layer, nested: Tensor) -> Tensor:
+    """The rows (n, C) of a nested tensor."""
+    if not layer.token_rows:
+        raise DtypeError(
+            f"layer {layer.name!r}: called on a nested tensor; pass padded tensors, or exclude it"
+        )
+    return torch.cat([part.reshape(-1, layer.width) for part in nested.unbind()])
 
 
 @contextlib.contextmanager
@@ -63,9 +83,7 @@ def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
         see(layer, x, lambda x: [(group, x)])
 
     with contextlib.ExitStack() as scope:
-        # Fused attention would hide the inputs of its output projection.
-        scope.callback(torch.backends.mha.set_fastpath_enabled, _fast_path())
-        torch.backends.mha.set_fastpath_enabled(False)
+        scope.enter_context(unfused_attention())
         for layer in layers:
             scope.enter_context(layer.running())
             for site in layer.sites if not layer.watched else ():
@@ -77,8 +95,16 @@ def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
         yield
 
 
-def _fast_path() -> bool:
-    return bool(torch.backends.mha.get_fastpath_enabled())
+@contextlib.contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Turn off torch's fused attention, which hides the inputs of its output projection and passes
+    nested tensors from one encoder layer to the next."""
+    before = bool(torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

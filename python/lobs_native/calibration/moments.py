@@ -31,6 +31,7 @@ class Moments(list[Hessian]):
         )
         self.layer = layer
         self.padding = 0  # rows left out
+        self.told_by = "attention_mask"  # what says which rows are padding
         self.unmasked = False  # whether a mask did not fit
         self.differences: dict[str, Differences] = {}  # by layer; only with inputs "corrected"
         self._matrices: list[Tensor] | None = None
@@ -79,7 +80,8 @@ class Moments(list[Hessian]):
         """
         if mask is None:
             return None
-        if not self.layer.token_rows or x.shape[:-1] != mask.shape:
+        known = self.layer.token_rows or self.layer.watched
+        if not known or x.shape[:-1] != mask.shape:
             self.unmasked = True
             return None
         weights = mask.reshape(-1).to(device=x.device, dtype=torch.float64)
@@ -90,6 +92,7 @@ class Moments(list[Hessian]):
         """The sums, from which :meth:`restore` resumes."""
         tensors = {f"{g}.{k}": x for g, h in enumerate(self) for k, x in h.state_dict().items()}
         info: dict[str, Any] = {"padding": self.padding, "unmasked": self.unmasked}
+        info["told by"] = self.told_by
         info["differences"] = {}
         for name, difference in self.differences.items():
             sums, info["differences"][name] = difference.kept()
@@ -101,6 +104,7 @@ class Moments(list[Hessian]):
         for g, h in enumerate(self):
             h.load_state_dict({k: tensors[f"{g}.{k}"] for k in ("sum", "rows", "bias")})
         self.padding, self.unmasked = int(info["padding"]), bool(info["unmasked"])
+        self.told_by = str(info["told by"])
         for name, difference in self.differences.items():
             difference.restore(below(f"{name}/", tensors), info["differences"][name])
 
@@ -120,10 +124,10 @@ class Moments(list[Hessian]):
             if some := [n for n in few if n > 0]:
                 notes.append(f"{len(some)} of {len(self)} experts: {few_rows(min(some), C)}")
         if self.padding:
-            notes.append(f"{self.padding} rows were padding (attention_mask) and were left out")
+            notes.append(f"{self.padding} rows were padding ({self.told_by}) and were left out")
         if self.unmasked:
             notes.append(
-                "padding was counted: the inputs do not have the (batch, length) of attention_mask"
+                f"padding was counted: the inputs do not have the (batch, length) of {self.told_by}"
             )
         if (difference := self.differences.get(layer.name)) and difference.unlike:
             notes.append(f"not corrected, only calibrated on pruned inputs: {difference.unlike}")
@@ -199,7 +203,10 @@ def calibrate(
             pairs.keep(layer, x, columns)
             return
         of_layer = moments[layer.name]
-        weights = of_layer.weights(x, mask)
+        of_module = source.tokens(layer)
+        if mask is not None or of_module is not None:
+            of_layer.told_by = source.told_by if of_module is None else "key_padding_mask"
+        weights = of_layer.weights(x, mask if of_module is None else of_module)
         original_rows = None if pairs is None else pairs.original_rows(layer)
         try:
             for group, rows in columns(x):

@@ -16,6 +16,7 @@ from lobs_native.calibration.session import Session
 from lobs_native.errors import LobsError
 from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
+from lobs_native.layers import Layer
 
 __all__ = ["Replay"]
 
@@ -114,6 +115,15 @@ class Replay:
     def mask(self, batch: Any) -> Tensor | None:
         """The mask of :meth:`Session.mask`."""
         return self.session.mask(batch)
+
+    @property
+    def told_by(self) -> str:
+        """The kind of mask of :meth:`mask`."""
+        return self.session.told_by
+
+    def tokens(self, layer: Layer) -> Tensor | None:
+        """The rows of :meth:`Session.tokens`."""
+        return self.session.tokens(layer)
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run the current block on its input for the next batch."""

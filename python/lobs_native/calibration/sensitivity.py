@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.outputs import floating_tensors, tokens_in
 from lobs_native.calibration.partial import Kept, States, resumable
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, NonFiniteError
@@ -52,8 +52,9 @@ def sensitivities(
     with _no_weight_gradients(session.model), torch.enable_grad():
         for batch in resumable(session, "sensitivity", "sensitivity", _Meters(meters), states):
             mask = session.mask(batch)
-            with attached([handle for meter in meters for handle in meter.handles(mask)]):
-                projected = _projected(session.call(session.model, batch), mask)
+            with attached([handle for meter in meters for handle in meter.handles(session, mask)]):
+                output = session.call(session.model, batch)
+            projected = _projected(output, session.output_mask(batch))
             try:
                 projected.backward()
             except RuntimeError as error:
@@ -90,12 +91,12 @@ def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
 def _projected(output: Any, mask: Tensor | None) -> Tensor:
     """The inner product of all that the model returns, except padding, with a random vector."""
     total: Tensor | None = None
-    for x in tree_leaves(list(output.values()) if isinstance(output, Mapping) else output):
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.requires_grad:
+    for x in floating_tensors(output):
+        if not x.requires_grad:
             continue
         v = torch.randn(x.shape, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
-        if mask is not None and x.shape[: mask.ndim] == mask.shape:
-            v *= mask.to(x.device).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        if (tokens := tokens_in(x, mask)) is not None:
+            v *= tokens
         part = (x * v).sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         total = part if total is None else total + part
     if total is None:
@@ -116,18 +117,22 @@ class _Meter:
         self.rows = 0
         self.seen = False
 
-    def handles(self, mask: Tensor | None) -> list[Any]:
+    def handles(self, session: Session, mask: Tensor | None) -> list[Any]:
         """Hooks for one forward."""
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            units = self.layer.units(output) if isinstance(output, Tensor) else None
+            usable = isinstance(output, Tensor) and not output.is_nested
+            units = self.layer.units(output) if usable else None
             if units is None:
                 return output
             # Adding the zero probe makes the output require grad, whatever the input does.
             probed = output + self.probe.to(output.dtype)
             if not probed.requires_grad:  # under the model's own no_grad
                 return output
-            counted = mask if mask is not None and output.shape[:-1] == mask.shape else None
+            tokens = session.tokens(self.layer)
+            counted = mask if tokens is None else tokens
+            if counted is not None and output.shape[:-1] != counted.shape:
+                counted = None
             self.rows += len(units) if counted is None else int(counted.sum())
             probed.register_hook(self._add)
             return probed

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from lobs_native.calibration.hooks import unfused_attention
+from lobs_native.calibration.padding import Padding, tokens_of
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Shelf
+from lobs_native.layers import Layer
 
-__all__ = ["Forward", "Session", "Source", "batches_of", "measure_change"]
+__all__ = ["Forward", "Session", "Source", "batches_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -81,6 +85,14 @@ class Source(Protocol):
     def mask(self, batch: Any) -> Tensor | None:
         """(B, T) bool, True = counts; None if everything counts."""
 
+    @property
+    def told_by(self) -> str:
+        """The kind of mask that :meth:`mask` last read."""
+
+    def tokens(self, layer: Layer) -> Tensor | None:
+        """Like :meth:`mask`, for the inputs of a layer in the call in progress, as the modules of
+        torch around it were told; shaped as the leading dimensions of these inputs."""
+
 
 @dataclass
 class Session:
@@ -92,8 +104,9 @@ class Session:
     device: torch.device | str | None
     seed: int
     progress: bool
-    token_mask: bool = False  # leave out positions where a batch's attention_mask is 0
+    token_mask: bool = False  # leave out positions that masks declare to be padding
     padded: bool = field(default=False, init=False)  # whether any were left out
+    told_by: str = field(default="attention_mask", init=False)  # the kind of mask of a batch
     originals: Shelf = field(
         default_factory=Shelf, init=False
     )  # parameters before pruning, by name
@@ -173,6 +186,10 @@ class Session:
                         self._named[name].copy_(value)
 
     @functools.cached_property
+    def _padding(self) -> Padding:
+        return Padding(self.model)
+
+    @functools.cached_property
     def _named(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
@@ -181,17 +198,53 @@ class Session:
 
         An encoder-decoder model's mask is ignored, since it could be of either side.
         """
-        if not self.token_mask or not isinstance(batch, Mapping):
+        if not self.token_mask:
             return None
-        attention_mask = batch.get("attention_mask")
-        two_sides = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or two_sides:
+        given = self._arguments(batch)
+        if "attention_mask" in given:
+            two_sides = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            tokens = None if two_sides else _attended(given["attention_mask"])
+            self.told_by = "attention_mask"
+        elif "tgt_key_padding_mask" in given:  # two sides, see :meth:`tokens`
             return None
-        mask = attention_mask != 0
-        if bool(mask.all()) or bool((mask & (attention_mask != 1)).any()):
-            return None
-        self.padded = True
-        return mask
+        else:
+            tokens = self._in_rows(given.get("src_key_padding_mask"))
+            self.told_by = "key_padding_mask"
+        self.padded |= tokens is not None
+        return tokens
+
+    def output_mask(self, batch: Any) -> Tensor | None:
+        """Like :meth:`mask`, for the model's output."""
+        given = self._arguments(batch) if self.token_mask else {}
+        if "tgt_key_padding_mask" not in given:
+            return self.mask(batch)
+        tokens = self._in_rows(given["tgt_key_padding_mask"])
+        self.padded |= tokens is not None
+        return tokens
+
+    def tokens(self, layer: Layer) -> Tensor | None:
+        """The rows of a layer's input that are tokens, as torch's attention was told; None if all
+        are, or nothing is known."""
+        return self._padding.tokens(layer)
+
+    def _arguments(self, batch: Any) -> Mapping[str, Any]:
+        """What the model is called with, by name, as far as that is known."""
+        if isinstance(batch, Mapping):
+            return batch
+        if self.forward is not None or not isinstance(batch, (list, tuple)):
+            return {}
+        try:
+            return inspect.signature(self.model.forward).bind(*batch).arguments
+        except (TypeError, ValueError):  # the call itself will tell what is wrong
+            return {}
+
+    def _in_rows(self, padding: Any) -> Tensor | None:
+        """A key padding mask (B, T) as tokens, in the order of the model's rows."""
+        tokens = tokens_of(padding)
+        if tokens is None or tokens.ndim != 2:
+            return tokens
+        attention = [m for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)]
+        return tokens if all(m.batch_first for m in attention) else tokens.T
 
     def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass without the first ``start``, seeded, with a progress bar."""
@@ -211,7 +264,12 @@ class Session:
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=self._devices()):
+            with contextlib.ExitStack() as scope:
+                scope.enter_context(torch.no_grad())
+                scope.enter_context(torch.random.fork_rng(devices=self._devices()))
+                scope.enter_context(unfused_attention())
+                if self.token_mask:
+                    scope.enter_context(self._padding)
                 yield
         finally:
             for module in training:
@@ -223,18 +281,12 @@ class Session:
         )
 
 
-@torch.no_grad()
-def measure_change(session: Session) -> tuple[float, float, float] | None:
-    """(||output - original||_F^2, ||original||_F^2, rows) over the data; None unless outputs are
-    floating-point tensors."""
-    difference = size = rows = 0.0
-    for batch in session.each("measure"):
-        session.mask(batch)  # records whether there is padding, even if no layer was calibrated
-        before = session.call_original(batch)
-        now = session.call(session.model, batch)
-        if not isinstance(now, Tensor) or not now.is_floating_point() or now.ndim == 0:
-            return None
-        difference += float((now.double() - before.double()).square().sum())
-        size += float(before.double().square().sum())
-        rows += now.numel() / now.shape[-1]
-    return difference, size, rows
+def _attended(attention_mask: Any) -> Tensor | None:
+    """An attention mask (B, T) of zeros and ones as bool; None if it is another kind of mask, or
+    has no zeros."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask != 0
+    if bool(mask.all()) or bool((mask & (attention_mask != 1)).any()):
+        return None
+    return mask

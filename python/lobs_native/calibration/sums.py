@@ -57,7 +57,7 @@ class Sums(TorchDispatchMode):
     def _hook(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
-            if isinstance(output, Tensor) and _address(output):
+            if isinstance(output, Tensor) and not output.is_nested and _address(output):
                 # The reference keeps the address from being used again.
                 self._outputs[_address(output)] = (name, output)
             else:
@@ -84,6 +84,8 @@ class Sums(TorchDispatchMode):
     def _sum(self, a: Any, b: Any) -> str | None:
         """The name of the module whose output is added to something else; None if there is none."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or _address(a) == _address(b):
+            return None
+        if a.is_nested or b.is_nested:
             return None
         for y, other in ((a, b), (b, a)):
             if (known := self._outputs.get(_address(y))) is None:

@@ -20,6 +20,7 @@ from lobs_native.layers.matrix import Matrix
 
 __all__ = [
     "LAYERS",
+    "Attention",
     "Layer",
     "Linear",
     "Matrix",

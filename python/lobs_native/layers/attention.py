@@ -20,6 +20,11 @@ class Attention(Matrix):
 
     module_type = nn.MultiheadAttention
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether its inputs are keys or values of the attention, not queries or what they find."""
+        return self.name.endswith(("k_proj", "v_proj"))
+
     @classmethod
     def of(cls, name: str, module: nn.Module) -> list[Layer]:
         assert isinstance(module, nn.MultiheadAttention)

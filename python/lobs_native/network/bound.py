@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.session import Session, measure_change
+from lobs_native.calibration.outputs import measure_change
+from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 from lobs_native.network.selection import LayerJob
@@ -196,8 +197,10 @@ def error_bound_of(
     """The bound for a network that has been pruned, beside its measured error; or the reason why
     there is none."""
     measured = measure_change(session)
-    root = None if measured is None else (measured[0] / measured[2]) ** 0.5
-    norm = None if measured is None else (measured[1] / measured[2]) ** 0.5
+    root = norm = None
+    if measured is not None and measured.rows:
+        root = (measured.difference / measured.rows) ** 0.5
+        norm = (measured.size / measured.rows) ** 0.5
     try:
         if session.forward is not None:
             raise NotAChainError(
@@ -206,7 +209,7 @@ def error_bound_of(
         if session.padded:
             raise NotAChainError("padding was left out, but the output has rows of it")
         if measured is None:
-            raise NotAChainError("the output is not one floating-point tensor")
+            raise NotAChainError("the output has no floating-point tensor")
         chain = chain_of(model, [job.layer.name for job in jobs])
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
@@ -228,7 +231,7 @@ def error_bound_of(
     elif inputs == "corrected":  # its error includes those of all layers before it
         errors = {last: errors[last]}
         rule = f"the measured error of {last}, times the norms of the layers after it"
-    parts = theorem_parts(chain, weight, errors, measured[2])
+    parts = theorem_parts(chain, weight, errors, measured.rows)
     frobenius, spectral = (sum(part[k] for part in parts.values()) for k in (0, 1))
     each = {name: part[1] for name, part in parts.items()}
     return ErrorBound(True, rule, frobenius, spectral, root, norm, each)

@@ -160,10 +160,13 @@ def prune(
         Set before every pass over the data, so that a stochastic forward repeats; the caller's
         generators are kept.
     token_mask : "auto" or None
-        With batches that are mappings and hold an ``attention_mask`` (B, T) of zeros and ones,
-        "auto" leaves the rows at zeros out wherever a linear layer's input is (B, T, C); each
-        layer's notes say how many, or that it could not. Not for encoder-decoder models, where it
-        is unknown which part the mask belongs to. None counts padding like everything else.
+        "auto" leaves padding out. With an ``attention_mask`` (B, T) of zeros and ones among the
+        arguments of the model, that is the rows at zeros wherever a linear layer's input is
+        (B, T, C), but not for encoder-decoder models, where it is unknown which part the mask
+        belongs to. With torch's transformer layers and attention, it is what their key padding
+        masks say, wherever these are made, and a ``src_key_padding_mask`` of the model says it for
+        all its linear layers. Each layer's notes say how many rows, or that it could not. None
+        counts padding like everything else.
     settings : NetworkSettings, optional
         All arguments after ``calibration`` as one object, instead of keywords. A keyword that
         differs from its default is then an error.

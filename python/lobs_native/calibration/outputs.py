@@ -1,0 +1,80 @@
+"""The tensors in what a model returns, and how far they are from those of the original network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobs_native.calibration.session import Session
+
+__all__ = ["Change", "floating_tensors", "measure_change", "tokens_in"]
+
+_PIECE = 1 << 18  # elements converted to float64 at a time
+
+
+@dataclass(frozen=True)
+class Change:
+    """The distance of outputs from the original network's, over the data."""
+
+    difference: float  # ||output - original||_F^2
+    size: float  # ||original||_F^2
+    rows: float
+
+
+def floating_tensors(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in an output: itself, or those in mappings, tuples, lists and
+    dataclasses, however deep. Of a nested tensor, the values."""
+    if isinstance(output, Tensor):
+        if output.is_nested:
+            output = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.unbind()])
+        if output.is_floating_point() and output.ndim > 0:
+            yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from floating_tensors(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from floating_tensors(part)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from floating_tensors(getattr(output, field.name))
+
+
+def tokens_in(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """``mask`` (B, T) with a 1 for every further dimension of ``x`` (B, T, ...), on its device;
+    None if it does not fit."""
+    if mask is None or x.shape[: mask.ndim] != mask.shape:
+        return None
+    return mask.to(x.device).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+
+
+@torch.no_grad()
+def measure_change(session: Session) -> Change | None:
+    """How far the outputs are from the original network's; padding does not count. None if there
+    are no floating-point tensors, or others than the original network returns."""
+    difference = size = rows = 0.0
+    for batch in session.each("measure"):
+        mask = session.output_mask(batch)
+        before = list(floating_tensors(session.call_original(batch)))
+        now = list(floating_tensors(session.call(session.model, batch)))
+        if not now or [x.shape for x in now] != [x.shape for x in before]:
+            return None
+        for x, original in zip(now, before, strict=True):
+            parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(x, original, None)]
+            if mask is not None and tokens_in(x, mask) is not None:
+                parts = zip(x, original, mask, strict=True)
+            for a, b, tokens in parts:
+                if tokens is not None:
+                    a, b = a[tokens.to(a.device)], b[tokens.to(b.device)]
+                rows += a.numel() / max(1, a.shape[-1])
+                pieces = (t.reshape(-1).split(_PIECE) for t in (a, b))
+                for piece, wanted in zip(*pieces, strict=True):
+                    wide = wanted.double()
+                    size += float(wide.square().sum())
+                    difference += float((wide - piece).square().sum())
+    return Change(difference, size, rows)
