@@ -600,20 +600,6 @@ def test_an_interruption_at_any_batch_restores_the_model(after):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_an_output_that_is_not_a_tensor_is_measured_as_none():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(20, 4)
-
-        def forward(self, x):
-            return {"logits": self.a(x)}
-
-    report = lobs.prune(Net(), batches(), sparsity=0.5, progress=False)
-    assert report.error_bound.measured is None
-    assert not report.error_bound.covered
-
-
 def test_few_rows_are_noted_per_layer():
     report = lobs.prune(network(), batches(1, 10), sparsity=0.5, progress=False)
     assert "fewer rows (10) than columns (20)" in report.layers[0].notes[0]

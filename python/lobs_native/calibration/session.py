@@ -260,7 +260,8 @@ class Session:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode and no gradients. Modes and the random state are restored at the end."""
+        """Eval mode, without gradients, caches of keys and values, and fused attention. All of it,
+        and the random state, is restored at the end."""
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
@@ -268,6 +269,7 @@ class Session:
                 scope.enter_context(torch.no_grad())
                 scope.enter_context(torch.random.fork_rng(devices=self._devices()))
                 scope.enter_context(unfused_attention())
+                scope.enter_context(_without_caches(self.model))
                 if self.token_mask:
                     scope.enter_context(self._padding)
                 yield
@@ -279,6 +281,21 @@ class Session:
         return sorted(
             {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         )
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Turn off ``use_cache`` in the configurations of the model and its parts. A cache would only
+    take memory, and each block of a stack would write to it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 def _attended(attention_mask: Any) -> Tensor | None:

@@ -198,8 +198,6 @@ def load(checkpoint: Checkpoint) -> nn.Module:
             f"MODEL: {type(model).__name__} has an encoder and a decoder, which a text file alone "
             "cannot run; pass a function as module:function that returns the model and batches"
         )
-    # A cache would only use memory. The saved config.json is a copy of the original.
-    model.config.use_cache = False  # type: ignore[union-attr]
     return model
 
 

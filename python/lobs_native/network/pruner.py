@@ -58,9 +58,9 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        Run in eval mode for calibration (restored afterwards). Its weights and biases are changed
-        in place, keeping dtype, device and zeros. On any error, and on Ctrl-C, all of them get
-        their old values back.
+        Run in eval mode and with ``config.use_cache`` off for calibration (restored afterwards).
+        Its weights and biases are changed in place, keeping dtype, device and zeros. On any error,
+        and on Ctrl-C, all of them get their old values back.
     calibration : iterable of batches
         A batch is a tensor (``model(batch)``), a tuple or list (``model(*batch)``) or a dict
         (``model(**batch)``). No labels are needed; a few hundred to a few thousand samples are

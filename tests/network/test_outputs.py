@@ -1,0 +1,138 @@
+"""The change of the network's output, whatever it returns, and caches that models would keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def pruned(model: nn.Module | None = None, **options: Any) -> lobs.Report:
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(20, 6, generator=generator) for _ in range(2)]
+    return lobs.prune(model or network(), data, sparsity=0.5, progress=False, **options)
+
+
+@dataclasses.dataclass
+class Outputs:
+    logits: Tensor
+    states: list[Tensor]
+
+
+OUTPUTS = {
+    "dict": lambda y: {"logits": y},
+    "tuple": lambda y: (y, None, 3),
+    "nested": lambda y: {"a": ({"b": [y]}, "text")},
+    "integers beside": lambda y: (y, y.argmax(1)),
+    "dataclass": lambda y: Outputs(y, []),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_any_structure_are_measured(kind):
+    expected = pruned().error_bound.measured
+    bound = pruned(forward=lambda m, x: OUTPUTS[kind](m(x))).error_bound
+    assert bound.measured == expected > 0
+    assert not bound.covered
+
+
+def test_several_outputs_are_measured_together():
+    bound = pruned(forward=lambda m, x: (m(x), {"input": x.double()})).error_bound
+    # The input does not change: the same difference over twice the rows.
+    assert bound.measured == pytest.approx(pruned().error_bound.measured / 2**0.5)
+
+
+@pytest.mark.parametrize("kind", ["integers", "nothing", "text", "scalar"])
+def test_outputs_without_floating_point_tensors_are_not_measured(kind):
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        y = model(x)
+        return {"integers": y.argmax(1), "nothing": None, "text": "text", "scalar": y.sum()}[kind]
+
+    assert pruned(forward=forward).error_bound.measured is None
+
+
+def test_outputs_of_another_shape_than_the_original_s_are_not_measured():
+    model = network()
+    weight = model[0].weight.detach().clone()
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)[: 20 if torch.equal(model[0].weight, weight) else 10]
+
+    assert pruned(model, forward=forward).error_bound.measured is None
+
+
+def test_padding_does_not_count_in_the_change_of_the_output():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.a(x)
+
+    x, mask = torch.randn(4, 5, 6).double(), torch.ones(4, 5)
+    mask[1, 2:] = mask[3, 4:] = 0
+    model = Net()
+    before = model.a(x)
+    batch = {"x": x, "attention_mask": mask}
+    report = lobs.prune(model, [batch], sparsity=0.5, progress=False)
+    change = (model.a(x) - before)[mask != 0].detach()
+    assert report.error_bound.measured == pytest.approx(float(change.norm()) / 16**0.5)
+
+
+class Caching(nn.Module):
+    """A stack of blocks, each of which is passed a cache if the configuration says so."""
+
+    def __init__(self, use_cache: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(use_cache=use_cache)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.cached = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache: list[Tensor] | None = [] if self.config.use_cache else None
+        self.cached += cache is not None
+        for block in self.blocks:
+            x = block(x, cache)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, cache: list[Tensor] | None) -> Tensor:
+        if cache is not None:
+            cache.append(x)
+        return x + self.a(x)
+
+
+@pytest.mark.parametrize("use_cache", [True, False, None])
+def test_models_run_without_the_cache_of_their_configuration(use_cache):
+    model = Caching(use_cache)
+    report = pruned(model)
+    assert report.settings["blocks"] == ["blocks"]
+    assert model.cached == 0
+    assert model.config.use_cache is use_cache
+
+
+def test_the_configuration_is_restored_after_a_failure():
+    model = Caching(True)
+    model.blocks[1].a.bias = nn.Parameter(torch.full((6,), 1e38))
+    with pytest.raises(lobs.NonFiniteError):
+        lobs.prune(model, [torch.full((4, 6), 3e38)], sparsity=0.5, progress=False)
+    assert model.config.use_cache is True
