@@ -13,7 +13,7 @@ from lobs_native.calibration.hooks import Columns, Enough, ending, hooked
 from lobs_native.calibration.pairs import Differences, Pairs
 from lobs_native.calibration.partial import Kept, States, below, resumable
 from lobs_native.calibration.session import Source
-from lobs_native.errors import NonFiniteError
+from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.hessian import Hessian, few_rows
 from lobs_native.solvers.problem import Drift
@@ -230,4 +230,10 @@ def calibrate(
             with contextlib.suppress(Enough), sums, end:
                 source.call(source.model, batch)
             pairs.finish(sums)
+    for layer in layers:
+        if not moments[layer.name].rows:
+            raise ArgumentError(
+                f"layer {layer.name!r}: it saw no rows on the calibration data (the batches are "
+                "empty, or all of it is padding); pass batches with rows, or exclude it"
+            )
     return moments

@@ -118,16 +118,19 @@ class Session:
             batch = _to(batch, self.device)
         if self.forward is not None:
             return self.forward(model, batch)
-        if isinstance(batch, Tensor):
-            return model(batch)
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, (list, tuple)):
-            return model(*batch)
-        raise DtypeError(
-            f"calibration: a batch is a {type(batch).__name__}; pass tensors, tuples or dicts, "
-            "or pass forward="
-        )
+        if not isinstance(batch, (Tensor, Mapping, list, tuple)):
+            raise DtypeError(
+                f"calibration: a batch is a {type(batch).__name__}; pass tensors, tuples or dicts, "
+                "or pass forward="
+            )
+        try:
+            if isinstance(batch, Tensor):
+                return model(batch)
+            return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+        except TypeError as error:
+            if (why := _misfit(model, batch)) is not None:
+                raise ArgumentError(why) from error
+            raise
 
     def size(self) -> float:
         """The size of the data, in units of its first batch."""
@@ -281,6 +284,35 @@ class Session:
         return sorted(
             {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         )
+
+
+def _misfit(model: nn.Module, batch: Any) -> str | None:
+    """Why the model cannot be called with a batch, and the way out; None if it can."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    if isinstance(batch, Mapping):
+        given, args, kwargs = f"with the keys {', '.join(map(str, batch))}", (), batch
+        way_out = "leave out what it does not take, such as labels"
+    elif isinstance(batch, Tensor):
+        given, args, kwargs = "that is one tensor", (batch,), {}
+        way_out = "pass a tuple or dict"
+    else:
+        given, args, kwargs = f"of {len(batch)} parts", tuple(batch), {}
+        way_out = "of (inputs, labels), pass the inputs only"
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        return (
+            f"calibration: a batch {given} does not fit {type(model).__name__}.forward({takes}): "
+            f"{error}; {way_out}, or say how to call it by forward=, for example "
+            "forward=lambda model, batch: model(batch[0])"
+        )
+    return None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ with :func:`register_layer`.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lobs_native.errors import ArgumentError, DtypeError
@@ -40,10 +41,13 @@ LAYERS: list[type[Layer]] = [
 
 
 def layers_for(name: str, module: nn.Module) -> list[Layer]:
-    """The prunable weights of one module: none if its type is unknown.
+    """The prunable weights of one module: none if its type is unknown, or if it is TorchScript,
+    whose steps cannot be observed.
 
     ``Layer.check`` tells whether a weight may be pruned.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     for kind in reversed(LAYERS):  # later types are more specific
         if kind.base_of(module) is not None:
             return kind.of(name, module)

@@ -237,7 +237,8 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
 def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
     if isinstance(owner, nn.Module):
         for name, module in owner.named_modules(remove_duplicate=False):
-            if (weight := module._parameters.get("weight")) is not None:
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None:
                 yield name, _Place(module, "weight", weight, weight.detach())
         for layer in layers_of(owner):  # these may own part of a parameter, or one of another name
             weight = layer.module._parameters.get(layer.weight_part)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from lobs_native import checks
@@ -76,6 +77,11 @@ def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list
     cannot be pruned."""
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DtypeError(
+            f"model: a {type(model).__name__} (TorchScript), whose steps cannot be observed; prune "
+            "the nn.Module from which it was made, and script or trace that afterwards"
+        )
     known = layers_of(model)
     names = [layer.name for layer in known]
     wanted = set(names)
@@ -87,6 +93,7 @@ def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list
     for layer in layers:
         layer.check()
     layers, skipped = tie(model, layers, explicit=settings.include is not None)
+    skipped += _scripted(model)
     if not layers:
         raise ArgumentError(
             "model: no layer is left to prune (see include, exclude); linear and convolution "
@@ -96,6 +103,17 @@ def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list
     for glob in settings.overrides or {}:
         _matching([glob], names, "overrides")
     return [job_of(layer, *settings.for_layer(layer.name)) for layer in layers], skipped
+
+
+def _scripted(model: nn.Module) -> list[Skipped]:
+    """The parts of a model that are TorchScript and have weights."""
+    parts = {n: m for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    outer = (n for n in parts if not any(n.startswith(f"{other}.") for other in parts))
+    return [
+        Skipped(name, "TorchScript, whose steps cannot be observed")
+        for name in outer
+        if any(p.ndim > 1 for p in parts[name].parameters())
+    ]
 
 
 def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[str]:
@@ -183,8 +201,8 @@ def _overlapping(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     memory."""
     spans = []
     for prefix, module in model.named_modules():
-        for part, p in module._parameters.items():
-            if p is not None and not p.is_meta and p.numel():
+        for part, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not p.is_meta and p.numel():
                 start = p.data_ptr()
                 reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
                 end = start + (reach + 1) * p.element_size()
