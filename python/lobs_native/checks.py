@@ -135,6 +135,19 @@ def _check_memory(x: Tensor, name: str) -> None:
         )
 
 
+def apart_in_memory(x: Tensor, name: str) -> None:
+    """Refuse a tensor of which several elements lie at one address, as after ``expand``."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ShapeError(
+                f"{name}: several of its elements lie at one address (shape {tuple(x.shape)}, "
+                f"strides {x.stride()}), so they cannot change apart; give it memory of its own: "
+                "nn.Parameter(tensor.detach().contiguous())"
+            )
+        reach += (size - 1) * stride
+
+
 def apart(out: Tensor, name: str, read: Tensor, other: str) -> None:
     """Refuse an output that shares memory with an input."""
     first, last = _extent(out)

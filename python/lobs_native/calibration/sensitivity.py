@@ -48,6 +48,12 @@ def sensitivities(
     NonFiniteError
         A gradient is NaN or infinite.
     """
+    state = (*session.model.parameters(), *session.model.buffers())
+    if any(tensor.is_inference() for tensor in state):
+        raise ArgumentError(
+            "sensitivity: the model was made or loaded inside torch.inference_mode(), so that "
+            f"nothing can be differentiated; make it outside{_WAY_OUT}"
+        )
     meters = [_Meter(layer) for layer in layers if not layer.watched]
     with _no_weight_gradients(session.model), torch.enable_grad():
         for batch in resumable(session, "sensitivity", "sensitivity", _Meters(meters), states):

@@ -22,7 +22,7 @@ from lobs_native.calibration.hooks import unfused_attention
 from lobs_native.calibration.padding import Padding, tokens_of
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Shelf
-from lobs_native.layers import Layer
+from lobs_native.layers import Layer, overwrite
 
 __all__ = ["Forward", "Session", "Source", "batches_of"]
 
@@ -181,12 +181,12 @@ class Session:
                 with _disable_current_modes():
                     for name in names:
                         present.put(name, self._named[name].detach().clone())
-                        self._named[name].copy_(self.originals[name])
+                        overwrite(self._named[name], self.originals[name])
                 yield
             finally:
                 with _disable_current_modes():
                     for name, value in present.items():
-                        self._named[name].copy_(value)
+                        overwrite(self._named[name], value)
 
     @functools.cached_property
     def _padding(self) -> Padding:
@@ -269,6 +269,7 @@ class Session:
         try:
             self.model.eval()
             with contextlib.ExitStack() as scope:
+                scope.enter_context(torch.inference_mode(False))
                 scope.enter_context(torch.no_grad())
                 scope.enter_context(torch.random.fork_rng(devices=self._devices()))
                 scope.enter_context(unfused_attention())

@@ -11,7 +11,7 @@ from torch import nn
 
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers.attention import Attention
-from lobs_native.layers.base import Layer
+from lobs_native.layers.base import Layer, overwrite
 from lobs_native.layers.conv import Conv
 from lobs_native.layers.conv1d_of_transformers import TransformersConv1D
 from lobs_native.layers.conv_transpose import ConvTranspose
@@ -27,6 +27,7 @@ __all__ = [
     "Matrix",
     "layers_for",
     "layers_of",
+    "overwrite",
     "register_layer",
 ]
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from lobs_native.errors import ArgumentError, DtypeError, ShapeError
 
-__all__ = ["Layer"]
+__all__ = ["Layer", "overwrite"]
 
 
 class Layer(ABC):
@@ -178,7 +178,7 @@ class Layer(ABC):
             new[self.bias_part] = bias.reshape(self.stored(self.bias_part).shape)
         for part, value in new.items():
             if not parametrize.is_parametrized(self.module, part):
-                self.stored(part).copy_(value)
+                overwrite(self.stored(part), value)
                 continue
             setattr(self.module, part, value.clone())
             if not _same(self.stored(part), value):
@@ -242,6 +242,13 @@ class Layer(ABC):
                 f"layer {self.name!r}: input {tuple(inputs.shape)}, expected (..., {self.width})"
             )
         return inputs.reshape(-1, self.width)
+
+
+def overwrite(target: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into a tensor in place, also one that was made in inference mode, which cannot
+    be written outside it."""
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        target.copy_(value)
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

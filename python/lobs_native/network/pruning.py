@@ -18,6 +18,7 @@ from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
+from lobs_native.layers import overwrite
 from lobs_native.network import bound
 from lobs_native.network.allocation import share_budget
 from lobs_native.network.bound import error_bound_of
@@ -282,8 +283,7 @@ def _show(plan: RunPlan, progress: bool) -> None:
         tqdm.write(str(plan), file=sys.stderr)
 
 
-@torch.no_grad()
 def _restore(session: Session) -> None:
     parameters = dict(session.model.named_parameters(remove_duplicate=False))
     for name in session.changed:
-        parameters[name].copy_(session.originals[name])
+        overwrite(parameters[name], session.originals[name])

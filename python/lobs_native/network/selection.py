@@ -145,6 +145,7 @@ def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> Layer
                 f"layer {layer.name!r}: {name} has shape {tuple(value.shape)} and is empty; "
                 "exclude it"
             )
+        checks.apart_in_memory(value, name)
         checks.check_finite(value, name)
     if layer.bias() is None:
         settings = dataclasses.replace(settings, prune_bias=False)
