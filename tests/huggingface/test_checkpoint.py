@@ -250,18 +250,19 @@ def test_files_that_hold_another_network_are_an_error(tmp_path, text, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
 
 
-def test_a_tensor_in_another_dtype_is_converted_and_reported(tmp_path, text, capsys):
+def test_a_tensor_pruned_in_another_dtype_keeps_its_own_and_is_reported(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "in", dtype=torch.bfloat16)
     tensors = load_file(source / "model.safetensors")
-    name = "encoder.layer.0.output.LayerNorm.bias"
-    tensors[name] = tensors[name].float()
+    name, unpruned = "encoder.layer.0.output.dense.weight", "encoder.layer.0.output.LayerNorm.bias"
+    for changed in (name, unpruned):
+        tensors[changed] = tensors[changed].float()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     out = prune(source, text)
-    assert headers(out)[name] == "BF16"
+    assert headers(out)[name] == headers(out)[unpruned] == "F32"
     settings = json.loads((out / "report.json").read_text())["settings"]
     assert settings["dtype"] == "bfloat16"
-    assert settings["tensors converted"] == [name]
-    assert f"lobs-native: tensors converted: {name}\n" in capsys.readouterr().err
+    assert settings["tensors pruned in another dtype"] == [name]
+    assert f"lobs-native: tensors pruned in another dtype: {name}\n" in capsys.readouterr().err
 
 
 def test_without_architectures_automodel_chooses_the_class(tmp_path, text):

@@ -174,7 +174,7 @@ def _prune(options: argparse.Namespace) -> int:
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else plan_table(planned))
         return OK
-    for what in ("tensors left out", "tensors converted", "files left out"):
+    for what in ("tensors left out", "tensors pruned in another dtype", "files left out"):
         if some := report.settings.get(what):
             print(f"lobs-native: {what}: {visible(', '.join(some))}", file=sys.stderr)
     if options.json:

@@ -23,6 +23,7 @@ from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files.atomic import new_folder, writing
 from lobs_native.huggingface import checkpoint as hf
+from lobs_native.huggingface.spelling import same_bits
 from lobs_native.huggingface.text import text_batches
 from lobs_native.network import pruner
 from lobs_native.network.selection import jobs_of
@@ -107,7 +108,7 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
     settings = {
         "model": str(folder),
         "model class": type(model).__name__,
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     batches = None
     if calibration is not None:
@@ -179,7 +180,7 @@ def _save_state(model: nn.Module, out: Path, masks: Mapping[str, Tensor]) -> dic
         raise CheckpointError(f"{path}: safetensors cannot write this model: {error}") from error
     state = model.state_dict()
     for name, value in again.items():
-        if not hf.same_bits(state[name].detach().cpu(), value):
+        if not same_bits(state[name].detach().cpu(), value):
             raise CheckpointError(f"{path}: {name} differs from what was written when read again")
     return {}
 

@@ -20,6 +20,7 @@ from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import regular, safefile, strict_json
 from lobs_native.files.atomic import writing
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
+from lobs_native.huggingface.spelling import restore, same_bits, spelled
 from lobs_native.layers import layers_for, layers_of
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "first_output",
     "load",
     "output_layer",
-    "same_bits",
     "save",
 ]
 
@@ -163,7 +163,8 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def load(checkpoint: Checkpoint) -> nn.Module:
-    """The network of a folder, on the CPU, in the dtype of most of its weights.
+    """The network of a folder, on the CPU, in the dtype of most of its weights; in float32 if
+    others are beyond its range.
 
     Its class is the first of ``architectures`` in config.json that transformers has, or else the
     class that ``AutoModel`` chooses.
@@ -187,6 +188,9 @@ def load(checkpoint: Checkpoint) -> nn.Module:
             kind = architecture
             break
     model, info = _from_pretrained(transformers, kind, checkpoint.folder, checkpoint.dtype)
+    mixed = len({d for d in checkpoint.dtypes.values() if d in _FLOATS}) > 1
+    if mixed and checkpoint.dtype == torch.float16 and not _finite(model):
+        model, info = _from_pretrained(transformers, kind, checkpoint.folder, torch.float32)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"MODEL: {checkpoint.folder} lacks {len(missing)} weights of {type(model).__name__}, "
@@ -199,6 +203,10 @@ def load(checkpoint: Checkpoint) -> nn.Module:
             "cannot run; pass a function as module:function that returns the model and batches"
         )
     return model
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 def _from_pretrained(
@@ -266,7 +274,8 @@ def save(
     Returns
     -------
     dict
-        The files and tensors of the old folder that are not in the new one, for the report.
+        For the report: the files and tensors of the old folder that are not in the new one, and
+        the tensors that were pruned in another dtype than they are stored in.
 
     Raises
     ------
@@ -278,18 +287,21 @@ def save(
         left_out = _copy_others(checkpoint, folder)
         staging = folder / ".weights"  # save_pretrained also writes a config, unlike the original
         model.save_pretrained(str(staging), max_shard_size=shard_bytes)  # type: ignore[operator]
+        prefix = getattr(model, "base_model_prefix", "")
+        rounded = restore(staging, INDEX, checkpoint.folder, checkpoint.files, prefix)
         for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
             path.rename(folder / path.name)
         shutil.rmtree(staging)
     written = examine(folder)
-    read_back, _ = _from_pretrained(transformers, type(model), folder, checkpoint.dtype)
-    _compare(model, read_back, masks)
+    dtype = next(model.parameters()).dtype
+    read_back, _ = _from_pretrained(transformers, type(model), folder, dtype)
+    names = {name: spelled(name, written.dtypes, prefix) for name in model.state_dict()}
+    stored = {name: _FLOATS.get(written.dtypes.get(n, "")) for name, n in names.items()}
+    _compare(model, read_back, masks, stored)
     return {
         "files left out": left_out,
         "tensors left out": sorted(set(checkpoint.dtypes) - set(written.dtypes)),
-        "tensors converted": sorted(
-            name for name, d in written.dtypes.items() if checkpoint.dtypes.get(name, d) != d
-        ),
+        "tensors pruned in another dtype": rounded,
     }
 
 
@@ -311,15 +323,20 @@ def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
     return left_out
 
 
-def _compare(model: nn.Module, read_back: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse a network read back that is not the same bit for bit, or not zero where masks are
-    False."""
+def _compare(
+    model: nn.Module, read_back: nn.Module, masks: Mapping[str, Tensor], stored: Mapping[str, Any]
+) -> None:
+    """Refuse a network read back that is not the same bit for bit, up to the rounding to the
+    ``stored`` dtypes, or not zero where masks are False."""
     expected, actual = model.state_dict(), read_back.state_dict()
     if list(expected) != list(actual):
         different = sorted(set(expected) ^ set(actual)) or ["another order"]
         raise CheckpointError(f"MODEL: read back, the written weights differ: {_some(different)}")
     for name, value in expected.items():
-        if not same_bits(value.detach().cpu(), actual[name].detach()):
+        kept = value.detach().cpu()
+        if (dtype := stored.get(name)) is not None:
+            kept = kept.to(dtype).to(value.dtype)
+        if not same_bits(kept, actual[name].detach()):
             raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
     check_zeros(read_back, masks)
 
@@ -334,11 +351,3 @@ def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
             )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on the CPU have the same shape, dtype and bytes."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    flat = (x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
-    return torch.equal(*flat)
