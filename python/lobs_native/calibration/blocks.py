@@ -16,63 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native.calibration.calls import BlockCall
+from lobs_native.calibration.flow import version_of
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.session import Session
 
-__all__ = ["NotAStackError", "Stack", "find_stacks", "hidden_of", "readers", "run_first", "same"]
+__all__ = ["NotAStackError", "Stack", "find_stacks", "hidden_of", "run_first", "same"]
 
 _CLOSE = 1e-3  # relative distance below which a replay counts as equal to the model's own result
-
-
-# ---- modules that read the same tensor -----------------------------------------------------------
-
-
-def readers(session: Session, modules: Mapping[str, nn.Module]) -> tuple[list[list[str]], set[str]]:
-    """Run the first batch to find the modules that are called on the very same tensor.
-
-    Returns
-    -------
-    groups : list of lists of names
-        In the order of their first calls. Modules called in a row on the same tensor form a group.
-    once : set of names
-        The modules that were called exactly once.
-    """
-    calls: list[tuple[str, Any]] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            version = _version(first) if isinstance(first, Tensor) else None
-            calls.append((name, (first, version)))
-
-        return see
-
-    with attached(
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in modules.items()
-    ):
-        run_first(session)
-    count: dict[str, int] = {}
-    for name, _ in calls:
-        count[name] = count.get(name, 0) + 1
-    groups: list[list[str]] = []
-    last: tuple[Any, Any] = (None, None)
-    for name, seen in calls:
-        if any(name in group for group in groups):
-            last = (None, None)
-            continue
-        alone = count[name] > 1 or not isinstance(seen[0], Tensor)
-        if groups and not alone and seen[0] is last[0] and seen[1] == last[1]:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        last = (None, None) if alone else seen
-    return groups, {name for name, times in count.items() if times == 1}
-
-
-def _version(x: Tensor) -> int:
-    """How often ``x`` has been written to; 0 for inference tensors, which do not track it."""
-    return 0 if x.is_inference() else x._version
 
 
 def run_first(session: Session) -> None:
@@ -256,9 +206,9 @@ class Stack:
         """Run block i on a copy of ``hidden``, which it may modify."""
         ready = call.with_hidden(hidden.clone())
         others = list(_tensors([call.with_hidden(None).args, call.with_hidden(None).kwargs]))
-        versions = [_version(t) for t in others]
+        versions = [version_of(t) for t in others]
         out = self.modules[i](*ready.args, **ready.kwargs)
-        if [_version(t) for t in others] != versions:
+        if [version_of(t) for t in others] != versions:
             raise NotAStackError(f"{self.names[i]} writes to its arguments")
         return out
 

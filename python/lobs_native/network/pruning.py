@@ -87,12 +87,17 @@ class Pruning:
             )
         return sensitive
 
-    def look(self) -> RunPlan:
-        """Run the model on the first batch to find the order of its layers, and plan the run."""
-        self.jobs, self.uncalled, self.rows = order_of(
-            self.selected, self.session, explicit=self.settings.include is not None
+    def look(self, *, thorough: bool = False) -> RunPlan:
+        """Run the model to find the order of its layers, and plan the run. If ``thorough``, all
+        batches are looked at where the order matters."""
+        self.jobs, self.uncalled, flow = order_of(
+            self.selected,
+            self.session,
+            explicit=self.settings.include is not None,
+            thorough=thorough and self.settings.inputs != "dense",
         )
-        self.structure = structure_of(self.jobs, self.session, self.settings)
+        self.rows = flow.rows
+        self.structure = structure_of(self.jobs, flow, self.session, self.settings)
         work = workload(
             self.structure,
             self.session,
@@ -107,7 +112,7 @@ class Pruning:
         """Prune; on any exception, all weights get their old values back."""
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
-            plan = self.look()
+            plan = self.look(thorough=True)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()

@@ -1,5 +1,5 @@
-"""The structure of a model, observed on its first batch: the order in which its layers are called,
-its stacks of blocks, and which layers share a second moment."""
+"""The structure of a model, observed on its batches: the order in which its layers are called, its
+stacks of blocks, and which layers share a second moment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lobs_native.calibration.blocks import Stack, find_stacks, readers
-from lobs_native.calibration.hooks import Columns, hooked
+from lobs_native.calibration.blocks import Stack, find_stacks
+from lobs_native.calibration.flow import Flow, flow_of
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
-from lobs_native.layers import Layer, Linear
+from lobs_native.layers import Linear
 from lobs_native.network.resources import Workload
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
@@ -31,30 +31,15 @@ __all__ = [
 
 
 def order_of(
-    jobs: Sequence[LayerJob], session: Session, explicit: bool
-) -> tuple[list[LayerJob], list[Skipped], dict[str, float]]:
-    """The jobs in the order in which the model calls their layers; the layers that it never calls
-    (an error if ``explicit``); and the rows that the first batch has for each layer, averaged over
-    its groups."""
-    called: dict[str, None] = {}
-    rows: dict[str, float] = {}
-    first = True
-
-    def see(layer: Layer, x: Tensor, columns: Columns) -> None:
-        called.setdefault(layer.name)
-        if first:
-            seen = sum(len(piece) for _, piece in columns(x)) / layer.groups
-            rows[layer.name] = rows.get(layer.name, 0.0) + seen
-
-    with hooked([job.layer for job in jobs], see):
-        for batch in session.each("order"):
-            session.call(session.model, batch)
-            first = False
-            if len(called) == len(jobs):
-                break
+    jobs: Sequence[LayerJob], session: Session, explicit: bool, *, thorough: bool
+) -> tuple[list[LayerJob], list[Skipped], Flow]:
+    """The jobs in the order in which the model calls their layers, the layers that it never calls
+    (an error if ``explicit``), and how it calls the others. It runs on all batches if ``thorough``,
+    otherwise until all layers have been called."""
+    flow = flow_of([job.layer for job in jobs], session, thorough=thorough)
     by_name = {job.layer.name: job for job in jobs}
-    missing = [name for name in by_name if name not in called]
-    if missing and (explicit or not called):
+    missing = [name for name in by_name if name not in flow.order]
+    if missing and (explicit or not flow.order):
         raise ArgumentError(
             f"include: the model never calls {', '.join(map(repr, missing))} on the "
             "calibration data; leave it out"
@@ -66,7 +51,7 @@ def order_of(
             f"{', '.join(missing)}",
             stacklevel=5,
         )
-    return [by_name[name] for name in called], skipped, rows
+    return [by_name[name] for name in flow.order], skipped, flow
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Structure:
     groups that need one second moment."""
 
     parts: list[tuple[Stack | None, list[list[LayerJob]]]]
-    once: set[str]  # layers that a forward pass calls once
+    once: set[str]  # layers that no batch calls twice
     reasons: list[str]  # why some modules do not form a stack
 
     @property
@@ -103,7 +88,7 @@ def multiplications(jobs: Sequence[LayerJob], rows: Mapping[str, float]) -> dict
 
 
 def structure_of(
-    jobs: Sequence[LayerJob], session: Session, settings: NetworkSettings
+    jobs: Sequence[LayerJob], flow: Flow, session: Session, settings: NetworkSettings
 ) -> Structure:
     """The structure around these layers, in the order in which they are called."""
     if settings.inputs == "dense":
@@ -111,9 +96,8 @@ def structure_of(
     modules = {job.layer.name: job.layer.caller for job in jobs}
     stacks, reasons = find_stacks(session, modules) if settings.blocks == "auto" else ([], [])
     stacks = [s for s in stacks if _contiguous(s, jobs) and _closed(s, jobs, session.model)]
-    shared, once = readers(session, modules)
-    parts = [(stack, _together(own, shared, stack)) for stack, own in _segments(jobs, stacks)]
-    return Structure(parts, once, reasons)
+    parts = [(stack, _together(own, flow.groups, stack)) for stack, own in _segments(jobs, stacks)]
+    return Structure(parts, flow.once, reasons)
 
 
 def workload(
@@ -129,6 +113,7 @@ def workload(
     if there is a ``shared_budget``."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     passes = 2.0 + 3.0 * sensitive + shared_budget  # two: the change of the output, at the end
+    passes += settings.inputs != "dense"  # to find the order of the layers
     for stack, groups in structure.parts:
         blocks = 1 if stack is None else len(stack.modules)
         passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
