@@ -18,7 +18,9 @@ from lobs_native.layers import Layer
 from lobs_native.solvers.hessian import Hessian, few_rows
 from lobs_native.solvers.problem import Drift
 
-__all__ = ["Moments", "calibrate"]
+__all__ = ["ENOUGH", "Moments", "calibrate"]
+
+ENOUGH = 8  # rows for each input, from which on an expert's second moment is taken as it is
 
 
 class Moments(list[Hessian]):
@@ -44,18 +46,34 @@ class Moments(list[Hessian]):
     def matrices(self) -> list[Tensor]:
         """The second moments, computed at the first call, which releases the sums.
 
-        An expert that saw no rows gets a multiple of the identity with the mean of the other
-        experts' diagonals, so that it is pruned by magnitude.
+        Those of rare experts are mixed with a multiple of the identity that has the same mean
+        diagonal: with n rows for C inputs, ``1 - n / (8 C)`` of it. An expert that saw no rows gets
+        the mean of the other experts' diagonals, so that it is pruned by magnitude.
         """
         if self._matrices is None:
             some_rows = self.layer.routed and any(h.rows > 0 for h in self)
+            shares = [self._unknown(h) for h in self]
             matrices: list[Tensor | None] = []
             for h in self:
                 matrices.append(None if some_rows and h.rows == 0 else h.matrix())
                 h.release()
             mean = self._uncorrelated([H for H in matrices if H is not None])
+            for H, share in zip(matrices, shares, strict=True):
+                if H is not None and share > 0:
+                    plain = self._uncorrelated([H]).mul_(share)
+                    H.mul_(1 - share).add_(plain)
             self._matrices = [mean if H is None else H for H in matrices]
         return self._matrices
+
+    def _unknown(self, h: Hessian) -> float:
+        """How far an expert's rows are from being enough: 1 if there are none, 0 if there are, or
+        for other layers."""
+        return max(0.0, 1 - h.rows / (ENOUGH * self.layer.width)) if self.layer.routed else 0.0
+
+    @property
+    def rare(self) -> list[int]:
+        """The experts that saw fewer than 8 rows for each input."""
+        return [g for g, h in enumerate(self) if self._unknown(h) > 0]
 
     def _uncorrelated(self, matrices: Sequence[Tensor]) -> Tensor:
         """A diagonal second moment: the mean diagonal entry of ``matrices`` for every input, 1 for
@@ -123,6 +141,11 @@ class Moments(list[Hessian]):
                 )
             if some := [n for n in few if n > 0]:
                 notes.append(f"{len(some)} of {len(self)} experts: {few_rows(min(some), C)}")
+        if rare := self.rare:
+            notes.append(
+                f"{len(rare)} of {len(self)} experts saw fewer than {ENOUGH * C} rows ({ENOUGH} "
+                "for each input): their second moments were mixed with the identity"
+            )
         if self.padding:
             notes.append(f"{self.padding} rows were padding ({self.told_by}) and were left out")
         if self.unmasked:

@@ -1,9 +1,10 @@
 """Mixtures of experts with stacked weights, (E, outputs, inputs) or (E, inputs, outputs), as in
 transformers: every expert is a group with its own second moment.
 
-Each expert is measured on the rows that the router sends it, and all experts count equally, so
-that rarely used ones are not sacrificed. An expert that saw no rows is pruned by magnitude, and a
-note reports it.
+Each expert is measured on the rows that the router sends it, and all experts count equally. So that
+rarely used ones are not sacrificed, the second moment of an expert with few rows is mixed with the
+identity, and its weights are not compared with those of others. One that saw no rows is pruned by
+magnitude, and a note reports it.
 """
 
 from __future__ import annotations

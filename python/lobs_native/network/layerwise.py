@@ -7,6 +7,7 @@ the activations of the original network.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lobs_native.calibration.session import Session, Source
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.files.shelf import Shelf
 from lobs_native.network.allocation import passes
+from lobs_native.network.experts import error_of_each, prune_experts, zeros_of_each
 from lobs_native.network.peak import LayerPeak
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
@@ -31,7 +33,7 @@ from lobs_native.network.structure import Structure
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
 from lobs_native.solvers.problem import nearest_count
-from lobs_native.solvers.weight import PrunedWeight, prune_groups
+from lobs_native.solvers.weight import PrunedWeight
 
 __all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
 
@@ -212,10 +214,11 @@ def prune_layer(
                 "which would be filled"
             )
     try:
-        out = prune_groups(
+        out = prune_experts(
             layer.weight(),
             moments.matrices(),
             job.settings,
+            moments.rare,
             bias=layer.bias(),
             mask=mask,
             memory=memory,
@@ -234,6 +237,13 @@ def prune_layer(
         inherited=None if drift is None else drift.inherited,
         peak=peak,
     )
+    if layer.routed:
+        report = dataclasses.replace(
+            report,
+            expert_rows=tuple(h.rows for h in moments),
+            expert_sparsity=zeros_of_each(out),
+            expert_error=error_of_each(layer.weight(), layer.bias(), out, moments.matrices()),
+        )
     return report, out
 
 

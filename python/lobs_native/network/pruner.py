@@ -199,9 +199,10 @@ def prune(
     else uses too (an embedding, an excluded layer) is skipped, or refused if ``include`` names it.
     N:M patterns of a convolution group neighbouring input channels at one kernel position. Each
     expert is calibrated on the rows that are routed to it, and all experts count the same. One that
-    saw no rows is pruned by magnitude, and its notes say so. The notes also say where there were
-    fewer rows than columns. Source: Dong, Chen & Pan 2017; "corrected" is the asymmetric
-    calibration of Li et al. 2025 (GPTAQ), with sums added here.
+    saw fewer than 8 rows for each input loses the requested share of its weights by itself, by a
+    second moment that is mixed with the identity; without rows, by magnitude. Notes say so, and
+    also where there were fewer rows than columns. Source: Dong, Chen & Pan 2017; "corrected" is the
+    asymmetric calibration of Li et al. 2025 (GPTAQ), with sums added here.
     """
     arguments = NetworkSettings(
         sparsity=sparsity,

@@ -55,6 +55,10 @@ class LayerReport:
     # The predicted error against the sparsity, as far as the removals were traced.
     curve_sparsity: tuple[float, ...] | None = None
     curve_error: tuple[float, ...] | None = None
+    # Of every expert, if the layer holds experts that a router sends rows to.
+    expert_rows: tuple[float, ...] | None = None
+    expert_sparsity: tuple[float, ...] | None = None
+    expert_error: tuple[float, ...] | None = None
     # Peaks in bytes while this layer was pruned, not calibrated: of the process, above its size
     # when the run began; and on the layer's CUDA device, everything that torch had allocated.
     peak_memory: int | None = None
