@@ -263,3 +263,30 @@ def test_the_bound_needs_a_chain():
             model, [torch.randn(9, 1, 8, 8)], sparsity=0.5, scope="model", sensitivity="bound",
             progress=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("exponent", [-20, -9, 0, 10])
+def test_float16_gradients_neither_underflow_nor_overflow(exponent):
+    """The last weights are multiplied by a power of two: a network without rounding would give
+    the same sensitivities, times its square."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    x = torch.randn(300, 6)
+    expected = measured(model, [x])
+    half = copy.deepcopy(model).half()
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return model[2](model[1](model[0](x)) * 2.0**exponent)
+
+    found = measured(half, [x.half()], forward=forward)
+    assert torch.allclose(found["0"], expected["0"] * 4.0**exponent, rtol=0.03)
+    assert torch.allclose(found["2"], expected["2"], rtol=0.01)
+
+
+def test_float16_gradients_that_are_all_too_small_are_not_taken_for_zero():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).half()
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return model[1](model[0](x) * 2.0**-12 * 2.0**-12 * 2.0**-12)
+
+    assert list(measured(model, [torch.randn(9, 6).half()], forward=forward)) == ["1"]

@@ -21,6 +21,7 @@ from lobs_native.calibration.session import Source
 from lobs_native.calibration.sums import Sums
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.solvers.hessian import needs_float64
 from lobs_native.solvers.problem import Drift
 
 __all__ = ["Differences", "Pairs"]
@@ -60,18 +61,20 @@ class Differences:
     ) -> None:
         """Add rows x (n, C) of the pruned and x0 (n, C) of the original network. ``extra`` (n, R)
         is what is added to the layer's output in the original network, less what is in this one."""
-        C, W = self.layer.width, self.W[g]
+        C, W, dtype = self.layer.width, self.W[g], self.dtype
+        if needs_float64(x, weights) or needs_float64(x0, weights):
+            dtype, W = torch.float64, W.double()
         for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
             if weights is not None:
                 at = at[weights[at] > 0]
-            a, b = x[at].to(self.dtype), x0[at].to(self.dtype)
+            a, b = x[at].to(dtype), x0[at].to(dtype)
             missing = (b - a) @ W.T
             if extra is not None:
-                missing += extra[at].to(self.dtype)
+                missing += extra[at].to(dtype)
             target = b @ W.T
             if self.bias is not None:
                 target += self.bias[g]
-            w = None if weights is None else weights[at, None].to(self.dtype)
+            w = None if weights is None else weights[at, None].to(dtype)
             weighted = missing if w is None else missing * w
             self.pull[g][:C] += (a.T @ weighted).double()
             if len(self.pull[g]) > C:

@@ -9,6 +9,7 @@ the output. A removal that costs ``e`` in a row of the layer changes the network
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from lobs_native.layers import Layer
 __all__ = ["sensitivities"]
 
 _WAY_OUT = "; pass sensitivity=None"
+_AT_ONCE = 4096  # rows of gradients converted to float64
+_LARGEST = 2.0**12  # what the largest float16 gradient is scaled to at most
+_ATTEMPTS = 6  # backward passes for one batch at most
 
 
 def sensitivities(
@@ -39,7 +43,8 @@ def sensitivities(
     -------
     {name: (G, R) float64}
         For the layers that the output depends on and whose output is the output of a module (that
-        of attention projections and experts is not).
+        of attention projections and experts is not). Float16 gradients are kept in range by a
+        scale; a layer where all of them are too small nevertheless is missing.
 
     Raises
     ------
@@ -55,6 +60,7 @@ def sensitivities(
             f"nothing can be differentiated; make it outside{_WAY_OUT}"
         )
     meters = [_Meter(layer) for layer in layers if not layer.watched]
+    half = any(tensor.dtype == torch.float16 for tensor in state)
     with _no_weight_gradients(session.model), torch.enable_grad():
         for batch in resumable(session, "sensitivity", "sensitivity", _Meters(meters), states):
             mask = session.mask(batch)
@@ -62,7 +68,7 @@ def sensitivities(
                 output = session.call(session.model, batch)
             projected = _projected(output, session.output_mask(batch))
             try:
-                projected.backward()
+                _backward(projected, meters, again=half)
             except RuntimeError as error:
                 text = " ".join(str(error).split())
                 raise ArgumentError(
@@ -70,8 +76,8 @@ def sensitivities(
                 ) from error
     result = {}
     for meter in meters:
-        if not meter.seen:
-            continue
+        if not meter.seen or (meter.half and not bool(meter.sum.any())):
+            continue  # not reached; or below the range of float16
         value = meter.sum / max(1, meter.rows)
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
@@ -80,6 +86,25 @@ def sensitivities(
             )
         result[meter.layer.name] = value.reshape(meter.layer.groups, meter.layer.rows)
     return result
+
+
+def _backward(projected: Tensor, meters: Sequence[_Meter], *, again: bool) -> None:
+    """Add the squared gradients of ``projected`` to the meters. Float16 gradients are computed
+    ``again``, multiplied by a power of two, if the largest is not well within the range."""
+    scale = 1.0
+    for _ in range(_ATTEMPTS if again else 1):
+        for meter in meters:
+            meter.begin()
+        projected.backward(torch.full_like(projected, scale), retain_graph=again)
+        largest = max((meter.largest for meter in meters), default=0.0)
+        if math.isinf(largest):
+            scale /= 2**10
+        elif 0 < largest < _LARGEST / 16:
+            scale *= 2.0 ** math.floor(math.log2(_LARGEST / largest))
+        else:
+            break
+    for meter in meters:
+        meter.add(scale)
 
 
 @contextlib.contextmanager
@@ -119,9 +144,21 @@ class _Meter:
         self.layer = layer
         device = layer.weight().device
         self.sum = torch.zeros(layer.groups * layer.rows, dtype=torch.float64, device=device)
+        self.latest = torch.zeros_like(self.sum)  # of one backward pass
+        self.largest = 0.0  # size of a gradient in it; infinite if one is not finite
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.rows = 0
         self.seen = False
+        self.half = layer.weight().dtype == torch.float16
+
+    def begin(self) -> None:
+        """Forget the last backward pass."""
+        self.latest.zero_()
+        self.largest = 0.0
+
+    def add(self, scale: float) -> None:
+        """Count the last backward pass, whose gradients were multiplied by ``scale``."""
+        self.sum += self.latest / scale**2
 
     def handles(self, session: Session, mask: Tensor | None) -> list[Any]:
         """Hooks for one forward."""
@@ -149,7 +186,11 @@ class _Meter:
         units = self.layer.units(gradient)
         assert units is not None
         self.seen = True
-        self.sum += units.square().sum(0, dtype=torch.float64)
+        if units.dtype == torch.float16:
+            largest = float(units.abs().amax()) if units.numel() else 0.0
+            self.largest = max(self.largest, largest if math.isfinite(largest) else math.inf)
+        for part in units.split(_AT_ONCE):
+            self.latest += part.double().square().sum(0)
 
 
 class _Meters:

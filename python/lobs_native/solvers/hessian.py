@@ -22,9 +22,12 @@ from lobs_native.errors import (
     ShapeError,
 )
 
-__all__ = ["Hessian", "few_rows", "second_moment"]
+__all__ = ["Hessian", "few_rows", "needs_float64", "second_moment"]
 
 _PIECE = 512  # rows of a matrix in one temporary
+_AT_ONCE = 4096  # rows converted to float64, or looked at
+_FAR = 1000.0  # squares of means over variances from which on float32 loses too much
+_SMALLEST = 1e-15  # entries of this size, or of its inverse, have squares that float32 can hold
 
 
 class Hessian:
@@ -113,7 +116,10 @@ class Hessian:
         Notes
         -----
         float32 and 16-bit inputs are summed in float32 over 256 rows at a time and then in the
-        master type; 16-bit products are exact. If Ctrl-C interrupts a call, the object refuses
+        master type; 16-bit products are exact. Inputs whose means are far larger than their
+        deviations, or whose squares leave the range of float32, are summed in float64 throughout:
+        the covariance, which is what a bias leaves of the second moment, would otherwise be lost
+        in rounding. If Ctrl-C interrupts a call, the object refuses
         further use.
         """
         self._check_whole()
@@ -136,9 +142,13 @@ class Hessian:
                     "per row"
                 )
             weights = checks.token_weights(t.reshape(-1), len(samples), x.device)
+        wide = self.dtype == torch.float64 and needs_float64(samples, weights)
         self._whole = False
         try:
-            self.backend = ops.hessian_accumulate_(self._sum, samples, weights, ones=self.bias)
+            for at in _slices(len(samples)) if wide else [slice(None)]:
+                part = samples[at].double() if wide else samples
+                weight = None if weights is None else weights[at]
+                self.backend = ops.hessian_accumulate_(self._sum, part, weight, ones=self.bias)
         except NonFiniteError as error:
             self._whole = True
             if error.flat is None:
@@ -317,6 +327,27 @@ def second_moment(H: Any, name: str) -> Tensor:
 def _skew(moment: Tensor, first: int, rows: int = _PIECE) -> Tensor:
     """|M - M^T| for some rows of M, from the diagonal's first column on."""
     return (moment[first : first + rows, first:] - moment[first:, first : first + rows].T).abs()
+
+
+def _slices(rows: int) -> list[slice]:
+    return [slice(first, first + _AT_ONCE) for first in range(0, rows, _AT_ONCE)]
+
+
+def needs_float64(x: Tensor, weights: Tensor | None = None) -> bool:
+    """Whether sums of products of the rows x (n, C) would lose too much in float32: their means are
+    far from zero, as measured by their deviations, or their squares leave its range. Rows of weight
+    0 do not count; NaN and infinity do not matter here."""
+    if x.dtype == torch.float64 or len(x) == 0:
+        return False
+    if weights is not None:
+        x = x[weights > 0]
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    if not 0 < largest < torch.inf:
+        return False
+    if not _SMALLEST < largest < 1 / _SMALLEST:
+        return True
+    variances, means = torch.var_mean(x[:_AT_ONCE].float(), 0, correction=0)
+    return float(means.square().sum()) > _FAR * float(variances.sum())
 
 
 def few_rows(rows: float, columns: int) -> str:
