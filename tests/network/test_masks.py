@@ -294,3 +294,68 @@ def test_a_computed_weight_is_refused(pruned):
     for call in (lobs.keep_masks, lobs.apply_masks, lobs.as_torch_prune):
         with pytest.raises(ArgumentError, match=r"masks\['0'\].*weight of its own"):
             call(model, masks)
+
+
+# ---- parameters that change ----------------------------------------------------------------------
+
+
+def replaced(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.randn(9, 6))
+
+
+def reloaded(model: nn.Module) -> None:
+    model.load_state_dict({k: torch.randn(v.shape) for k, v in model.state_dict().items()})
+
+
+def assigned(model: nn.Module) -> None:
+    state = {k: torch.randn(v.shape) for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def converted(model: nn.Module) -> None:
+    model.double()
+
+
+def overwritten(model: nn.Module) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model[0].weight.dtype == torch.float64
+
+
+CHANGES = [replaced, reloaded, assigned, converted, overwritten]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_masks_follow_the_parameters_of_a_model(change):
+    model = network()
+    masks = lobs.prune(model, [data()[0]], sparsity=0.5, progress=False).masks
+    handle = lobs.keep_masks(model, masks)
+    old = model[0].weight
+    change(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    x = data()[0].to(model[0].weight.dtype)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        assert revived(model, masks) == 0
+        # Only kept weights have entered the optimizer's state.
+        moments = optimizer.state[model[0].weight]["exp_avg"]
+        assert bool((moments[~masks["0"]] == 0).all())
+        assert bool((moments[masks["0"]] != 0).any())
+    handle.apply()
+    handle.remove()
+    for parameter in (old, *model.parameters()):
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    model = network()
+    masks = lobs.prune(model, [data()[0]], sparsity=0.5, progress=False).masks
+    with lobs.keep_masks(model, masks) as handle:
+        model[0].weight = nn.Parameter(torch.zeros(9, 7))
+        with pytest.raises(ShapeError, match=r"shape \(9, 6\) was replaced by .*\(9, 7\)"):
+            handle.apply()

@@ -21,7 +21,27 @@ def test_existing_zeros_stay_zeros():
     assert int((model[2].weight == 0).sum()) == round(0.6 * 30 * 16)
     assert report.layers[1].inherited > 0
     assert bool((model[4].weight == 0).all())
-    assert "its weights have zeros already" in report.layers[2].notes[0]
+    assert "it already has more zeros (80) than were asked for" in report.layers[2].notes[0]
+    assert report.layers[2].sparsity == 1.0
+    assert report.layers[2].inherited is not None
+
+
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep", "lobs", "magnitude", "wanda"])
+@pytest.mark.parametrize("inputs", ["corrected", "pruned", "dense"])
+@pytest.mark.parametrize("target", [0.3, 0.8])
+def test_a_sparse_network_pruned_again_has_the_zeros_that_the_report_says(method, inputs, target):
+    model = chain()
+    options = {"method": method, "inputs": inputs}
+    pruned(model, rows(model), **options)
+    before = [model[i].weight == 0 for i in (0, 2, 4)]
+    report = pruned(model, rows(model), sparsity=target, **options)
+    for layer, i, zeros in zip(report.layers, (0, 2, 4), before, strict=True):
+        now = model[i].weight == 0
+        assert bool(now[zeros].all())
+        assert torch.equal(~report.masks[layer.name], now)
+        assert layer.sparsity == pytest.approx(max(0.6, target), abs=0.01)
+        assert any("more zeros" in note for note in layer.notes) == (target < 0.6)
+        assert not any("not corrected" in note for note in layer.notes)
 
 
 NO_TARGET = {"sparsity": None, "pattern": "1:2"}

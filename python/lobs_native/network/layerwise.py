@@ -204,7 +204,13 @@ def prune_layer(
     peak = LayerPeak(layer.weight().device)
     notes = [*layer.notes, *moments.notes(layer)]
     drift = moments.drift(layer)
-    if drift is not None and bool((zeros := layer.weight() == 0).any()):
+    settings, zeros = job.settings, layer.weight() == 0
+    if (more := _more_zeros(zeros, job)) is not None:
+        settings, mask = dataclasses.replace(settings, sparsity=more), ~zeros
+        notes.append(
+            f"it already has more zeros ({int(zeros.sum())}) than were asked for; all of them stay"
+        )
+    elif drift is not None and bool(zeros.any()):
         if _within(zeros, job):
             mask = ~zeros
         else:
@@ -217,7 +223,7 @@ def prune_layer(
         out = prune_experts(
             layer.weight(),
             moments.matrices(),
-            job.settings,
+            settings,
             moments.rare,
             bias=layer.bias(),
             mask=mask,
@@ -291,6 +297,17 @@ def layer_report(
         peak_memory=None if peak is None else peak.bytes(),
         peak_memory_device=None if peak is None else peak.device_bytes(),
     )
+
+
+def _more_zeros(zeros: Tensor, job: LayerJob) -> float | None:
+    """The share of the weights (G, R, C) that are zeros, if that is more than the sparsity that was
+    requested for a whole layer."""
+    settings, pattern = job.settings, job.settings.resolved_pattern
+    share, count = settings.target.sparsity, int(zeros.sum())
+    single = not pattern.is_grouped and pattern.unit == 1 and not job.layer.routed
+    if not single or share is None or settings.scope == "row":
+        return None
+    return count / job.weights if count > nearest_count(share, job.weights) else None
 
 
 def _within(zeros: Tensor, job: LayerJob) -> bool:

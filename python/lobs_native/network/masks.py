@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, DtypeError, ShapeError
@@ -31,19 +34,71 @@ class _Place:
     weight: Tensor  # a view of the parameter, detached
 
 
+class _Kept:
+    """The removed weights of one parameter, and the parameter as it is now: its module may have got
+    another one since (``load_state_dict(assign=True)``, a conversion, an assignment)."""
+
+    def __init__(self, place: _Place, removed: Tensor) -> None:
+        self.place = place
+        self.removed = removed
+        self.parameter = place.parameter
+        self.hook: Any = None  # on the parameter
+
+    def follow(self) -> None:
+        """Turn to the parameter that the module has now, and observe its gradients."""
+        module, part = self.place.module, self.place.part
+        now = None if module is None else module._parameters.get(part)
+        if now is not None and now is not self.parameter:
+            if now.shape != self.removed.shape:
+                raise ShapeError(
+                    f"masks: a parameter {part!r} of shape {tuple(self.removed.shape)} was "
+                    f"replaced by one of shape {tuple(now.shape)}; call remove() and keep_masks() "
+                    "anew"
+                )
+            self.release()
+            self.parameter = now
+        if self.removed.device != self.parameter.device:
+            self.removed = self.removed.to(self.parameter.device)
+        if self.hook is None and self.parameter.requires_grad:
+            self.hook = self.parameter.register_post_accumulate_grad_hook(self._zero_gradient)
+
+    def release(self) -> None:
+        """Stop observing the parameter."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.hook = None
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the removed weights to zero."""
+        self.follow()
+        self.parameter.masked_fill_(self.removed, 0)
+
+    @torch.no_grad()
+    def _zero_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(self.removed.to(parameter.grad.device), 0)
+
+    def zero_gradient(self) -> None:
+        """Set the gradients of the removed weights to zero."""
+        self.follow()
+        self._zero_gradient(self.parameter)
+
+
 class KeptMasks:
     """The handle that :func:`keep_masks` returns; leaving it as a context manager calls
     :meth:`remove`."""
 
-    def __init__(self, removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        self._removed = [[parameter, mask] for parameter, mask in removed]
+    def __init__(self, kept: Sequence[_Kept]) -> None:
+        self._kept = kept
         self._hooks = contextlib.ExitStack()
+        for each in kept:
+            self._hooks.callback(each.release)
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set the removed weights to zero now, for changes made outside a torch optimizer."""
-        for entry in self._removed:
-            entry[0].masked_fill_(_there(entry), 0)
+        for each in self._kept:
+            each.apply()
 
     def remove(self) -> None:
         """Stop: remove all hooks. The weights stay as they are."""
@@ -60,34 +115,32 @@ class KeptMasks:
     ) -> None:
         self.remove()
 
-    def _watch(self, register: Callable[[Callable[..., None]], Any]) -> None:
-        """Zero the removed weights after the optimizer's steps, and their gradients."""
-        masked = {id(parameter) for parameter, _ in self._removed}
+    def _watch(
+        self,
+        before: Callable[[Callable[..., None]], Any],
+        after: Callable[[Callable[..., None]], Any],
+    ) -> None:
+        """Zero the removed weights after the optimizer's steps, and their gradients: at once, or
+        before the step for parameters that are new."""
+
+        def concerned(optimizer: Optimizer) -> list[_Kept]:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for each in self._kept:
+                each.follow()
+            return list(self._kept) if any(id(e.parameter) in ids for e in self._kept) else []
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            for each in concerned(optimizer):
+                each.zero_gradient()
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if any(id(p) in masked for group in optimizer.param_groups for p in group["params"]):
-                self.apply()
+            for each in concerned(optimizer):
+                each.apply()
 
-        self._hooks.callback(register(after_step).remove)
-        for entry in self._removed:
-            if entry[0].requires_grad:
-                hook = functools.partial(_zero_gradient, entry)
-                handle = entry[0].register_post_accumulate_grad_hook(hook)
-                self._hooks.callback(handle.remove)
-
-
-def _there(entry: list[Tensor]) -> Tensor:
-    """The mask on the device of its parameter, which may have moved since."""
-    parameter, removed = entry
-    if removed.device != parameter.device:
-        entry[1] = removed.to(parameter.device)
-    return entry[1]
-
-
-@torch.no_grad()
-def _zero_gradient(entry: list[Tensor], parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad.masked_fill_(_there(entry), 0)
+        self._hooks.callback(before(before_step).remove)
+        self._hooks.callback(after(after_step).remove)
+        for each in self._kept:
+            each.follow()
 
 
 def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Tensor]) -> KeptMasks:
@@ -96,7 +149,9 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     Two things happen until the handle is removed. After each step of an optimizer, the removed
     weights are set to zero, so that neither earlier momentum nor weight decay nor noise revives
     one. After each backward pass, their gradients are zero, so that they never enter a gradient's
-    norm, Adam's moments, or the direction of a line search (LBFGS).
+    norm, Adam's moments, or the direction of a line search (LBFGS). With a model, the masks follow
+    its weights when it is moved or converted, when other values are loaded into it, and when a
+    parameter is replaced by one of the same shape.
 
     Parameters
     ----------
@@ -127,11 +182,12 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     """
     fitting = _fitting(model_or_optimizer, masks)
     _refuse_nonzero(fitting)
-    handle = KeptMasks([(place.parameter, removed) for place, removed in _merged(fitting)])
+    handle = KeptMasks([_Kept(place, removed) for place, removed in _merged(fitting)])
     if isinstance(model_or_optimizer, Optimizer):
-        handle._watch(model_or_optimizer.register_step_post_hook)
+        optimizer = model_or_optimizer
+        handle._watch(optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
     else:
-        handle._watch(register_optimizer_step_post_hook)
+        handle._watch(register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
     return handle
 
 
