@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.calibration.outputs import measure_change
+from lobs_native.calibration.session import Session
 
 
 def network() -> nn.Sequential:
@@ -90,6 +92,21 @@ def test_padding_does_not_count_in_the_change_of_the_output():
     report = lobs.prune(model, [batch], sparsity=0.5, progress=False)
     change = (model.a(x) - before)[mask != 0].detach()
     assert report.error_bound.measured == pytest.approx(float(change.norm()) / 16**0.5)
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (7, 4), (7,), (1, 2, 3, 4)])
+@pytest.mark.parametrize("limit", [None, 0, 40])
+def test_outputs_that_wait_on_disk_are_measured_alike(limit, shape):
+    model = nn.Linear(1, 1)
+    session = Session(model, [torch.randn(shape), torch.randn(shape)], None, None, 0, False)
+    session.forward = lambda m, x: (x.double() * m.weight[0], {"half": (x * m.weight[0]).half()})
+    session.originals.put("weight", model.weight.detach() + 1)
+    session.changed.add("weight")
+    with session.evaluating():
+        change = measure_change(session, limit)
+    squares = sum(float(x.double().square().sum()) for x in session.batches)
+    assert change.difference == pytest.approx(2 * squares, rel=1e-2)
+    assert change.rows == pytest.approx(4 * torch.Size(shape).numel() / shape[-1])
 
 
 class Caching(nn.Module):

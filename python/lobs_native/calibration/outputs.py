@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lobs_native.calibration.session import Session
+from lobs_native.files.shelf import Shelf
 
 __all__ = ["Change", "floating_tensors", "measure_change", "tokens_in"]
 
@@ -53,28 +55,40 @@ def tokens_in(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.to(x.device).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
+def _keep(shelf: Shelf, output: Any) -> None:
+    """Put the tensors of an output on a shelf, by number and shape."""
+    for i, x in enumerate(floating_tensors(output)):
+        shelf.put((i, x.shape), x.detach())
+
+
 @torch.no_grad()
-def measure_change(session: Session) -> Change | None:
+def measure_change(session: Session, limit: int | None = None) -> Change | None:
     """How far the outputs are from the original network's; padding does not count. None if there
-    are no floating-point tensors, or others than the original network returns."""
+    are no floating-point tensors, or others than the original network returns.
+
+    ``limit`` bounds the bytes of the original network's output that are in memory while the other
+    network runs; the rest waits on disk.
+    """
     difference = size = rows = 0.0
     for batch in session.each("measure"):
         mask = session.output_mask(batch)
-        before = list(floating_tensors(session.call_original(batch)))
-        now = list(floating_tensors(session.call(session.model, batch)))
-        if not now or [x.shape for x in now] != [x.shape for x in before]:
-            return None
-        for x, original in zip(now, before, strict=True):
-            parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(x, original, None)]
-            if mask is not None and tokens_in(x, mask) is not None:
-                parts = zip(x, original, mask, strict=True)
-            for a, b, tokens in parts:
-                if tokens is not None:
-                    a, b = a[tokens.to(a.device)], b[tokens.to(b.device)]
-                rows += a.numel() / max(1, a.shape[-1])
-                pieces = (t.reshape(-1).split(_PIECE) for t in (a, b))
-                for piece, wanted in zip(*pieces, strict=True):
-                    wide = wanted.double()
+        with Shelf(limit) as before:
+            _keep(before, session.call_original(batch))
+            now = list(floating_tensors(session.call(session.model, batch)))
+            if not now or [(i, x.shape) for i, x in enumerate(now)] != sorted(before):
+                return None
+            for i, x in enumerate(now):
+                step = max(1, _PIECE * len(x) // max(1, x.numel()))
+                fits = mask is not None and tokens_in(x, mask) is not None
+                now_parts, before_parts = x.split(step), before.parts((i, x.shape), step)
+                counted: Iterable[Tensor | None] = itertools.repeat(None, len(now_parts))
+                if mask is not None and fits:
+                    counted = mask.split(step)
+                for a, b, tokens in zip(now_parts, before_parts, counted, strict=True):
+                    if tokens is not None:
+                        a, b = a[tokens.to(a.device)], b[tokens.to(b.device)]
+                    wide = b.double()
                     size += float(wide.square().sum())
-                    difference += float((wide - piece).square().sum())
+                    difference += float((wide - a).square().sum())
+                    rows += a.numel() / max(1, x.shape[-1])
     return Change(difference, size, rows)

@@ -61,6 +61,18 @@ class Shelf(Mapping[Any, Tensor]):
             value: Tensor = file.get_tensor("x")
         return value.to(device)
 
+    def parts(self, key: Hashable, rows: int) -> Iterator[Tensor]:
+        """The tensor under ``key``, so many rows of its first dimension at a time. One on disk is
+        never in memory as a whole."""
+        if key in self._tensors:
+            yield from self._tensors[key].split(rows)
+            return
+        path, device, _ = self._files[key]
+        with safe_open(path, "pt") as file:
+            whole = file.get_slice("x")
+            for first in range(0, whole.get_shape()[0], rows):
+                yield whole[first : first + rows].to(device)
+
     def __contains__(self, key: object) -> bool:
         return key in self._tensors or key in self._files
 

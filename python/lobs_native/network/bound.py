@@ -193,10 +193,11 @@ def error_bound_of(
     jobs: Sequence[LayerJob],
     done: Mapping[str, LayerReport],
     inputs: str,
+    limit: int | None = None,
 ) -> ErrorBound:
     """The bound for a network that has been pruned, beside its measured error; or the reason why
-    there is none."""
-    measured = measure_change(session)
+    there is none. ``limit`` bounds the bytes that measuring keeps in memory."""
+    measured = measure_change(session, limit)
     root = norm = None
     if measured is not None and measured.rows:
         root = (measured.difference / measured.rows) ** 0.5

@@ -151,8 +151,10 @@ class Pruning:
         loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
-        inputs = self.settings.inputs
-        return loop, error_bound_of(self.session.model, self.session, jobs, loop.done, inputs)
+        # What the largest layer took is free by now.
+        limit = None if plan.limit is None else plan.layer
+        model, inputs = self.session.model, self.settings.inputs
+        return loop, error_bound_of(model, self.session, jobs, loop.done, inputs, limit)
 
     # ---- a common budget -------------------------------------------------------------------------
 
