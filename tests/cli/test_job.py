@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,3 +298,49 @@ def test_a_wrong_job_is_refused_in_one_line_and_nothing_is_written(here, wrong, 
     assert line.startswith("lobs-native: ")
     assert message in line
     assert not (here / "deep").exists()
+
+
+# ---- messages and finished runs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sparsity 2 --out out", "--sparsity: 2; it is a fraction"),
+        ("--max-error -1 --out out", "--max-error: -1"),
+        ("--sparsity 0.5 --out full", "--out: "),
+        ("--sparsity 0.5 --out full", "or pass --overwrite"),
+        ("--sparsity 0.5 --out out --memory 10", "--memory: layer '0' needs"),
+    ],
+)
+def test_messages_name_the_option(here, capsys, arguments, message):
+    (here / "full").mkdir()
+    (here / "full" / "note.txt").write_text("kept")
+    assert cli.main(["prune", "made_here:pair", *arguments.split()]) != cli.OK
+    assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_resumed_and_says_so(here, capsys):
+    line = "prune made_here:pair --sparsity 0.5 --out out --run-dir kept"
+    assert cli.main(line.split()) == cli.OK
+    before = (here / "out" / "report.json").read_bytes()
+    capsys.readouterr()
+    assert cli.main(["resume", "kept"]) == cli.OK
+    found = capsys.readouterr().out
+    assert found.startswith("nothing is left to do: all 2 layers in ")
+    assert found.endswith("the result is in out\n")
+    assert (here / "out" / "report.json").read_bytes() == before
+    # Without its result there is something to do.
+    shutil.rmtree(here / "out")
+    assert cli.main(["resume", "kept"]) == cli.OK
+    assert (here / "out" / "report.json").is_file()
+
+
+def test_the_result_of_another_run_is_not_taken_for_that_of_a_finished_one(here, capsys):
+    line = "prune made_here:pair --sparsity 0.5 --run-dir"
+    assert cli.main([*line.split(), "kept", "--out", "out"]) == cli.OK
+    shutil.rmtree(here / "out")
+    assert cli.main([*line.split(), "other", "--out", "out"]) == cli.OK
+    capsys.readouterr()
+    assert cli.main(["resume", "kept"]) == cli.USAGE
+    assert "--out: " in capsys.readouterr().err

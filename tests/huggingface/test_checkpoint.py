@@ -305,6 +305,23 @@ def test_a_causal_language_model_reads_blocks(tmp_path, text):
     assert found.settings["text as"] == "blocks of 30 tokens"
 
 
+@pytest.mark.parametrize(("kind", "length"), [("GPT2LMHeadModel", 30), ("BertModel", 64)])
+def test_so_many_tokens_are_read_in_whole_sequences(tmp_path, text, kind, length):
+    source = hf_folders.save(tmp_path / "in", kind)
+    checkpoint, model = hf.examine(source), hf_folders.network(kind)
+    every = text_batches(checkpoint, model, text, length=length).batches
+    found = text_batches(checkpoint, model, text, length=length, tokens=100)
+    taken = [batch["input_ids"] for batch in found.batches]
+    assert sum(x.numel() for x in taken) == found.settings["tokens"] == (90 if length == 30 else 81)
+    rows = {tuple(row.tolist()) for batch in every for row in batch["input_ids"]}
+    assert all(tuple(row.tolist()) in rows for x in taken for row in x)
+    # More than the text has: all of it, beyond the usual number of lines.
+    everything = text_batches(checkpoint, model, text, length=length, tokens=10**9)
+    assert everything.settings["lines"] == 40
+    with pytest.raises(ArgumentError, match="--tokens: 5; "):
+        text_batches(checkpoint, model, text, length=length, tokens=5)
+
+
 # ---- damaged folders -----------------------------------------------------------------------------
 
 

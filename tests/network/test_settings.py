@@ -263,3 +263,28 @@ def test_reports_repeat_and_resumed_runs_compare_all_that_changes_the_result():
     assert set(arguments) - set(compared) == {"memory"}
     assert arguments["pattern"] == compared["pattern"] == "GroupsOf(keep=2, size=4)"
     assert arguments["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        ({"sparsity": 2}, ArgumentError, "sparsity: 2"),
+        ({"sparsity": "x"}, DtypeError, "sparsity: expected a number"),
+        ({"method": "bad"}, ArgumentError, "method: 'bad'"),
+        ({"pattern": "3:2"}, PatternError, "pattern: '3:2'"),
+        ({"threshold": 0.1}, ArgumentError, "threshold: "),
+        ({"refine": "exchange", "pattern": "1x2"}, PatternError, "refine: "),
+    ],
+)
+def test_a_wrong_value_in_overrides_names_the_entry(entry, error, message):
+    settings = NetworkSettings(sparsity=0.5, overrides={"head*": entry})
+    assert settings.for_layer("body")[0].sparsity == 0.5
+    with pytest.raises(error) as raised:
+        settings.for_layer("head.1")
+    assert str(raised.value).startswith(f"overrides['head*']: {message}")
+
+
+def test_all_entries_that_apply_to_a_layer_are_named():
+    settings = NetworkSettings(overrides={"a*": {"sparsity": 0.5}, "*b": {"damping": -1}})
+    with pytest.raises(ArgumentError, match=r"overrides\['a\*'\], overrides\['\*b'\]: damping"):
+        settings.for_layer("ab")

@@ -14,9 +14,10 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
 from lobs_native.solvers.settings import TARGETS
 
-__all__ = ["TEXT", "add_prune", "settings_of"]
+__all__ = ["TEXT", "add_prune", "by_option", "settings_of"]
 
-TEXT = ("lines", "min_words", "length", "batch_size", "shard_size")  # for a folder's text and files
+# For a folder's text and files.
+TEXT = ("lines", "tokens", "min_words", "length", "batch_size", "shard_size")
 
 _PRUNE = """Prune a network and write it into a new folder.
 
@@ -57,7 +58,8 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
 
     add = command.add_argument_group("for folders").add_argument
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on")
-    add("--lines", type=int, metavar="N", help="lines of it at most; default 600")
+    add("--lines", type=int, metavar="N", help="lines of it at most; default 600, or --tokens")
+    add("--tokens", type=int, metavar="N", help="tokens of it at most, instead of lines")
     add("--min-words", type=int, metavar="N", help="shorter lines are left out; default 20")
     help_ = "tokens per line, or per block for causal language models; default 128"
     add("--length", type=int, metavar="N", help=help_)
@@ -70,6 +72,14 @@ def settings_of(options: argparse.Namespace) -> NetworkSettings:
     """The settings that the parsed options of the ``prune`` command make."""
     chosen = {field.name: getattr(options, field.name) for field in _offered()}
     return NetworkSettings(**chosen, progress=not (options.plan or options.no_progress))
+
+
+def by_option(message: str) -> str:
+    """An error's message that begins with an argument of Python, with the option in its place."""
+    name, colon, rest = message.partition(": ")
+    if name in {"out", *(field.name for field in _offered())}:
+        return f"--{name.replace('_', '-')}{colon}{rest}"
+    return message
 
 
 def _offered() -> list[dataclasses.Field[Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lobs_native
 from lobs_native.cli import demo, doctor, job
-from lobs_native.cli.arguments import TEXT, add_prune, settings_of
+from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
     ArgumentError,
@@ -66,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         As listed by ``lobs-native --help``. A LobsError, OSError or MemoryError becomes one line on
         standard error.
     """
-    kept = False
+    kept = pruning = False
     try:
         options = _parser().parse_args(argv)
         options.arguments = list(sys.argv[1:] if argv is None else argv)
+        pruning = options.run_command in (_prune, _resume)
         kept = getattr(options, "run_dir", None) is not None
         code: int = options.run_command(options)
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except (LobsError, OSError, MemoryError) as error:
-        _complain(str(error), error)
+        _complain(by_option(str(error)) if pruning else str(error), error)
         if isinstance(error, (ArgumentError, BackendError, PatternError)):
             return USAGE
         return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
@@ -191,7 +192,28 @@ def _resume(options: argparse.Namespace) -> int:
     again.arguments = ["prune", *arguments]
     again.run_dir = options.run_dir  # it may have been moved
     again.resume = "anyway" if options.anyway else "auto"
+    if (done := _finished(again)) is not None:
+        print(done)
+        return OK
     return _prune(again)
+
+
+def _finished(options: argparse.Namespace) -> str | None:
+    """A line to print if a run has written its result; None if there is something left to do."""
+    state = inspection.inspect(options.run_dir)
+    if state["missing"] or state["problems"] or options.out is None:
+        return None
+    try:
+        report = json.loads((options.out / "report.json").read_text(encoding="utf-8"))
+        of_run = Path(report["settings"]["run_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if of_run.resolve() != Path(state["path"]).resolve():
+        return None
+    return (
+        f"nothing is left to do: all {state['layers']} layers in {visible(state['path'])} are "
+        f"done, and the result is in {visible(options.out)}"
+    )
 
 
 @contextlib.contextmanager
@@ -230,7 +252,10 @@ def _heeding_sigterm(kept: bool) -> Iterator[None]:
 def _check_out(options: argparse.Namespace) -> Path:
     if options.out is None:
         raise ArgumentError("--out: it is missing; name a folder to write, or pass --plan")
-    out = check_new_folder(options.out, overwrite=options.overwrite)
+    try:
+        out = check_new_folder(options.out, overwrite=options.overwrite)
+    except ArgumentError as error:
+        raise ArgumentError(str(error).replace("pass overwrite", "pass --overwrite")) from error
     source = Path(options.model).resolve()
     if source.is_dir() and (source in (out, *out.parents) or out in source.parents):
         raise ArgumentError(f"--out: {out} and the model's folder {source} must lie apart")

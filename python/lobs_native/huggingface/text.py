@@ -34,7 +34,8 @@ def text_batches(
     model: nn.Module,
     file: Path,
     *,
-    lines: int = 600,
+    lines: int | None = None,
+    tokens: int | None = None,
     min_words: int = 20,
     length: int = 128,
     batch_size: int = 8,
@@ -47,9 +48,11 @@ def text_batches(
         The folder with the tokenizer, and its network.
     file : Path
         UTF-8 text.
-    lines : int
-        The largest number of lines. Lines of fewer than ``min_words`` words, and headings, which
-        begin with "=", are left out.
+    lines : int, optional
+        The largest number of lines: 600 unless ``tokens`` is given. Lines of fewer than
+        ``min_words`` words, and headings, which begin with "=", are left out.
+    tokens : int, optional
+        The largest number of tokens, in whole sequences.
     min_words : int
     length : int
         The number of tokens in a sequence. For a causal language model, the lines are joined with
@@ -66,7 +69,8 @@ def text_batches(
         tokens do not fit the network.
     """
     for name, value in (
-        ("--lines", lines),
+        ("--lines", 600 if lines is None else lines),
+        ("--tokens", length if tokens is None else tokens),
         ("--min-words", min_words),
         ("--length", length),
         ("--batch-size", batch_size),
@@ -76,10 +80,14 @@ def text_batches(
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise ArgumentError(f"--length: {length}; the network takes at most {longest} tokens")
-    chosen = _running_text(file, lines, min_words)
+    if lines is None and tokens is None:
+        lines = 600
+    chosen = _running_text(file, lines, min_words, words=tokens if lines is None else None)
     tokenizer = _tokenizer(checkpoint.folder)
     name = type(model).__name__
     blocks = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
+    if blocks and tokens is not None and tokens < length:
+        raise ArgumentError(f"--tokens: {tokens}; one block has {length}; pass more or a --length")
     if blocks:
         ids = tokenizer("\n".join(chosen))["input_ids"]
         rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
@@ -91,6 +99,8 @@ def text_batches(
     else:
         rows = tokenizer(chosen, truncation=True, max_length=length)["input_ids"]
         rows = [row for row in rows if row]
+    if tokens is not None:
+        rows = _within(rows, tokens)
     unknown = _check_tokens(rows, tokenizer, config)
     settings = {
         "text": str(file),
@@ -104,11 +114,31 @@ def text_batches(
     return Text(list(_batches(rows, batch_size)), settings)
 
 
-def _running_text(file: Path, lines: int, min_words: int) -> list[str]:
+def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """The first rows, as many as have so many tokens together."""
+    total, kept = 0, []
+    for row in rows:
+        total += len(row)
+        if total > tokens:
+            break
+        kept.append(row)
+    if not kept:
+        raise ArgumentError(
+            f"--tokens: {tokens}; the first sequence has {len(rows[0])} tokens, and none would be "
+            "left; pass more, or a smaller --length"
+        )
+    return kept
+
+
+def _running_text(
+    file: Path, lines: int | None, min_words: int, *, words: int | None = None
+) -> list[str]:
+    """The first lines of running text: so many, or until they have so many words, each of which is
+    a token at least."""
     if not file.is_file():
         raise ArgumentError(f"--calibration: there is no file {file}; name a text file")
     chosen: list[str] = []
-    count = 0
+    count = found = 0
     try:
         with file.open(encoding="utf-8") as text:
             for line in text:
@@ -116,7 +146,8 @@ def _running_text(file: Path, lines: int, min_words: int) -> list[str]:
                 line = line.strip()
                 if len(line.split()) >= min_words and not line.startswith("="):
                     chosen.append(line)
-                    if len(chosen) == lines:
+                    found += len(line.split())
+                    if len(chosen) == lines or (words is not None and found > words):
                         break
     except (OSError, UnicodeError) as error:
         raise CheckpointError(f"--calibration: {file} is not UTF-8 text: {error}") from error

@@ -14,7 +14,7 @@ import torch
 
 from lobs_native import checks
 from lobs_native.calibration.session import Forward
-from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.errors import ArgumentError, DtypeError, PatternError
 from lobs_native.rundir.ledger import RESUMES
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import number, option, option_of
@@ -180,8 +180,14 @@ class NetworkSettings(LayerOptions):
             for glob, changes in (self.overrides or {}).items()
             if fnmatchcase(name, glob)
         }
-        own = dataclasses.replace(self, overrides=None, **merged(matching))
-        return own._common()
+        try:
+            own = dataclasses.replace(self, overrides=None, **merged(matching))
+            return own._common()
+        except (ArgumentError, DtypeError, PatternError) as error:
+            if not matching:
+                raise
+            entries = ", ".join(f"overrides[{glob!r}]" for glob in matching)
+            raise type(error)(f"{entries}: {error}") from error
 
     def _common(self) -> tuple[LayerSettings, bool]:
         """The settings of a layer that no entry of ``overrides`` matches, and whether it shares."""
