@@ -229,6 +229,15 @@ def test_a_shelf_returns_the_stored_tensors(dtype):
     assert not Path(folder.name).exists()
 
 
+def test_every_block_is_logged_once(caplog):
+    with caplog.at_level("INFO", "lobs_native"):
+        report, _ = pruned(made(), batches())
+    names = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+    assert names == ["embed", "layers.0", "layers.1", "layers.2", "head"]
+    total = len(report.layers)
+    assert caplog.records[-1].getMessage().startswith(f"{total} of {total} layers after ")
+
+
 def test_blocks_is_auto_or_none():
     with pytest.raises(ArgumentError, match="blocks: 'yes'; expected one of auto"):
         pruned(made(), batches(), blocks="yes")

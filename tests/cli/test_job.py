@@ -294,9 +294,10 @@ def test_a_wrong_job_is_refused_in_one_line_and_nothing_is_written(here, wrong, 
     assert cli.main(["prune", source, "--sparsity", "0.5", "--out", "deep/out"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    (line,) = captured.err.splitlines()
+    *told, line = captured.err.splitlines()
     assert line.startswith("lobs-native: ")
     assert message in line
+    assert all(" of 2 layers after " in x for x in told)
     assert not (here / "deep").exists()
 
 
@@ -344,3 +345,22 @@ def test_the_result_of_another_run_is_not_taken_for_that_of_a_finished_one(here,
     capsys.readouterr()
     assert cli.main(["resume", "kept"]) == cli.USAGE
     assert "--out: " in capsys.readouterr().err
+
+
+def test_the_seconds_of_all_stages_are_those_of_the_run(here, capsys):
+    line = "prune made_here:pair --sparsity 0.5 --out out"
+    assert cli.main(line.split()) == cli.OK
+    report = json.loads((here / "out" / "report.json").read_text())
+    stages = report["settings"]["seconds"]
+    assert sum(stages.values()) == pytest.approx(report["seconds"])
+    assert all(seconds >= 0 for seconds in stages.values())
+    assert {"loading", "looking at the model", "layers", "measuring the output", "saving"} < set(
+        stages
+    )
+    of_layers = sum(x["seconds_calibrating"] + x["seconds_pruning"] for x in report["layers"])
+    assert stages["layers"] >= of_layers
+    told = [x for x in capsys.readouterr().err.splitlines() if " of 2 layers" in x]
+    assert [x.rpartition(": ")[2] for x in told] == ["0", "2"]
+    assert told[0].startswith("lobs-native: 1 of 2 layers after ")
+    assert cli.main([*line.split(), "--overwrite", "--no-progress"]) == cli.OK
+    assert "of 2 layers" not in capsys.readouterr().err

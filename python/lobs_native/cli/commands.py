@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -168,7 +169,11 @@ def _prune(options: argparse.Namespace) -> int:
         if options.plan:
             planned = job.plan(task, settings)
         else:
-            with _heeding_sigterm(options.run_dir is not None), _remembered(options.arguments):
+            with (
+                _heeding_sigterm(options.run_dir is not None),
+                _remembered(options.arguments),
+                _telling(settings.progress and not options.json),
+            ):
                 report = job.run(
                     task, settings, out, overwrite=options.overwrite, masks=options.masks
                 )
@@ -214,6 +219,32 @@ def _finished(options: argparse.Namespace) -> str | None:
         f"nothing is left to do: all {state['layers']} layers in {visible(state['path'])} are "
         f"done, and the result is in {visible(options.out)}"
     )
+
+
+class _Visible(logging.Formatter):
+    """One line, whatever the names of layers hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+@contextlib.contextmanager
+def _telling(progress: bool) -> Iterator[None]:
+    """Where progress bars cannot be seen, write a line on standard error for every block."""
+    if not progress or sys.stderr.isatty():
+        yield
+        return
+    log = logging.getLogger("lobs_native")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("lobs-native: %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
 
 
 @contextlib.contextmanager

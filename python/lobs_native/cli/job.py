@@ -10,6 +10,7 @@ import operator
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Job:
     head: str | None  # layer that is left alone unless it is included
     save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # returns entries of the report
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
+    loading: float = 0.0  # seconds that it took to find the network and the data
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -77,8 +79,15 @@ def find(
     LobsError
         Of the kind that fits, with the way out.
     """
+    begun = time.perf_counter()
     if Path(source).is_dir():
-        return _folder(Path(source), calibration, dict(text), planning)
+        found = _folder(Path(source), calibration, dict(text), planning)
+    else:
+        found = _of_function(source, calibration, text)
+    return dataclasses.replace(found, loading=time.perf_counter() - begun)
+
+
+def _of_function(source: str, calibration: Path | None, text: Mapping[str, Any]) -> Job:
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
             f"MODEL: {source!r} is not a folder here, and not of the form module:function"
@@ -256,11 +265,15 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
     settings, skipped = _for_job(job, settings)
     with new_folder(out, overwrite=overwrite) as folder:
         report = pruner.prune(job.model, job.batches, settings=settings)
+        begun = time.perf_counter()
         saved = job.save(folder, report.masks)
+        saving = time.perf_counter() - begun
+        seconds = {"loading": job.loading, **report.settings["seconds"], "saving": saving}
         report = dataclasses.replace(
             report,
             skipped=(*report.skipped, *skipped),
-            settings={**report.settings, **job.settings, **saved},
+            seconds=sum(seconds.values()),
+            settings={**report.settings, "seconds": seconds, **job.settings, **saved},
         )
         if masks:
             path = folder / "masks.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Context:
     ledger: Ledger | None
 
 
+_log = logging.getLogger("lobs_native")
 _New = tuple[Tensor, "Tensor | None"]  # weight (G, R, C) and bias (G, R)
 
 
@@ -67,6 +69,10 @@ class LayerLoop:
         self.inputs = context.settings.inputs
         self.ledger = context.ledger
         self.states = None if context.ledger is None else context.ledger.states
+        self.names = [
+            job.layer.name for _, groups in structure.parts for group in groups for job in group
+        ]
+        self.begun = time.perf_counter()
         self.done: dict[str, LayerReport] = {}
         self.masks: dict[str, Tensor] = {}
 
@@ -137,6 +143,7 @@ class LayerLoop:
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for job in piece:
                     wait(job, *self._prune(job, moments.pop(job.layer.name), calibrating))
+                _log.info("%d of %d layers", len(self.done), len(self.names))
             for job in jobs:
                 name = job.layer.name
                 self._write(job, waiting[name, "weight"], waiting.get((name, "bias")))
@@ -160,8 +167,22 @@ class LayerLoop:
                     while replay.block < (stack.block_of(group[0].layer.name) or 0):
                         replay.advance()
                 self._group(group, source)
+                self._tell(stack, group)
             if replay is not None:
                 replay.finish()
+
+    def _tell(self, stack: Stack | None, group: Sequence[LayerJob]) -> None:
+        """Log one line for a block that is done, or for layers outside of blocks."""
+        name = group[-1].layer.name
+        if stack is not None:
+            block = stack.names[stack.block_of(name) or 0]
+            last = [n for n in self.names if n.startswith(f"{block}.")][-1]
+            if name != last:
+                return
+            name = block
+        seconds = time.perf_counter() - self.begun
+        count, total = len(self.done), len(self.names)
+        _log.info("%d of %d layers after %.0f s: %s", count, total, seconds, name)
 
     def _group(self, group: Sequence[LayerJob], source: Source) -> None:
         """Calibrate layers that read one tensor together, and prune each."""

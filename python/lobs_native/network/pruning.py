@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from lobs_native.network.peak import Peak, keep_tight
 from lobs_native.network.resources import RunPlan, plan_run
 from lobs_native.network.selection import LayerJob, jobs_of
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
 from lobs_native.report.records import ErrorBound, plain
 from lobs_native.report.report import Report
@@ -48,7 +48,7 @@ class Pruning:
     """
 
     def __init__(self, model: nn.Module, calibration: Any, settings: NetworkSettings) -> None:
-        self.begun = time.perf_counter()
+        self.stages = Stages()
         self.settings = settings
         self.selected, self.tied = jobs_of(model, settings)
         self.sensitive = self._sensitive()
@@ -112,7 +112,8 @@ class Pruning:
         """Prune; on any exception, all weights get their old values back."""
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
-            plan = self.look(thorough=True)
+            with self.stages.stage("looking at the model"):
+                plan = self.look(thorough=True)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
@@ -143,18 +144,22 @@ class Pruning:
         self, plan: RunPlan, ledger: Ledger | None, peak: Peak
     ) -> tuple[LayerLoop, ErrorBound]:
         """Prune the layers in the model, and bound the change of its output."""
-        sensitivity = self._sensitivity(ledger, peak)
-        shares = self._shares(plan, sensitivity, ledger)
+        with self.stages.stage("sensitivities"):
+            sensitivity = self._sensitivity(ledger, peak)
+        with self.stages.stage("dividing the budget"):
+            shares = self._shares(plan, sensitivity, ledger)
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
         context = Context(self.settings, plan, sensitivity or {}, ledger)
         loop = LayerLoop(self.session, self.structure.with_jobs(jobs), context)
-        loop.carry_out()
+        with self.stages.stage("layers"):
+            loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
         # What the largest layer took is free by now.
         limit = None if plan.limit is None else plan.layer
         model, inputs = self.session.model, self.settings.inputs
-        return loop, error_bound_of(model, self.session, jobs, loop.done, inputs, limit)
+        with self.stages.stage("measuring the output"):
+            return loop, error_bound_of(model, self.session, jobs, loop.done, inputs, limit)
 
     # ---- a common budget -------------------------------------------------------------------------
 
@@ -239,6 +244,7 @@ class Pruning:
         self, loop: LayerLoop, error_bound: ErrorBound, peak: Peak, ledger: Ledger | None
     ) -> Report:
         masks = loop.masks
+        seconds, of_stages = self.stages.total()
         weights = sum(mask.numel() for mask in masks.values())
         removed = sum(int((~mask).sum()) for mask in masks.values())
         settings = {
@@ -247,6 +253,7 @@ class Pruning:
             "batches": len(self.session.batches),
             **self.structure.summary(),
             "plan": loop.context.plan.to_dict(),
+            "seconds": of_stages,
             "peak memory": peak.bytes(),
             "peak memory of sensitivities": peak.before_reset if loop.context.sensitivity else None,
         }
@@ -263,7 +270,7 @@ class Pruning:
             sparsity=removed / weights,
             removed=removed,
             weights=weights,
-            seconds=time.perf_counter() - self.begun,
+            seconds=seconds,
             settings=settings,
             versions=versions(),
             masks={job.layer.name: job.layer.unpack(masks[job.layer.name]) for job in self.jobs},
