@@ -322,6 +322,31 @@ def test_so_many_tokens_are_read_in_whole_sequences(tmp_path, text, kind, length
         text_batches(checkpoint, model, text, length=length, tokens=5)
 
 
+def test_the_perplexity_on_the_lines_after_the_calibration_is_reported(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "in", "GPT2LMHeadModel")
+    out = prune(source, text, "--lines", "12")
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    # Three of the lines after the first twelve (24, 25 and 26 words): two blocks of 32.
+    model = hf_folders.network("GPT2LMHeadModel")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    ids = tokenizer("\n".join(text.read_text().splitlines()[15:18]))["input_ids"][:64]
+    rows = torch.tensor(ids).reshape(2, 32)
+    assert settings["tokens held back"] == 64
+    again = transformers.GPT2LMHeadModel.from_pretrained(out)
+    for network, when in ((model, "before"), (again.eval(), "after")):
+        with torch.no_grad():
+            expected = float(network(input_ids=rows, labels=rows).loss.exp())
+        assert settings[f"perplexity {when}"] == pytest.approx(expected, rel=1e-5)
+    assert "on 64 other tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "lines"), [("GPT2LMHeadModel", "40"), ("BertModel", "12")])
+def test_without_lines_after_the_calibration_there_is_no_perplexity(tmp_path, text, kind, lines):
+    found = prune(hf_folders.save(tmp_path / "in", kind), text, "--lines", lines)
+    settings = json.loads((found / "report.json").read_text())["settings"]
+    assert not any("perplexity" in name for name in settings)
+
+
 # ---- damaged folders -----------------------------------------------------------------------------
 
 

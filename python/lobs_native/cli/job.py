@@ -24,11 +24,13 @@ from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files.atomic import new_folder, writing
 from lobs_native.huggingface import checkpoint as hf
+from lobs_native.huggingface.perplexity import perplexity
 from lobs_native.huggingface.spelling import same_bits
 from lobs_native.huggingface.text import text_batches
 from lobs_native.network import pruner
 from lobs_native.network.selection import jobs_of
 from lobs_native.network.settings import NetworkSettings, globs_of
+from lobs_native.network.stages import Stages
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import TABLE
@@ -50,6 +52,7 @@ class Job:
     head: str | None  # layer that is left alone unless it is included
     save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # returns entries of the report
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
+    measure: Callable[[], float | None] | None = None  # the perplexity of the network
     loading: float = 0.0  # seconds that it took to find the network and the data
 
 
@@ -119,17 +122,20 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
         "model class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-    batches = None
+    batches = measure = None
     if calibration is not None:
         chosen = {name: value for name, value in text.items() if value is not None}
         calibrating = text_batches(checkpoint, model, calibration, **chosen)
         batches = calibrating.batches
         settings |= calibrating.settings
+        if calibrating.held_back:
+            measure = functools.partial(perplexity, model, calibrating.held_back)
 
     def save(out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes)
 
-    return Job(model, batches, hf.first_output, hf.output_layer(model), save, settings)
+    head = hf.output_layer(model)
+    return Job(model, batches, hf.first_output, head, save, settings, measure)
 
 
 @contextlib.contextmanager
@@ -264,16 +270,26 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
     """
     settings, skipped = _for_job(job, settings)
     with new_folder(out, overwrite=overwrite) as folder:
-        report = pruner.prune(job.model, job.batches, settings=settings)
-        begun = time.perf_counter()
-        saved = job.save(folder, report.masks)
-        saving = time.perf_counter() - begun
-        seconds = {"loading": job.loading, **report.settings["seconds"], "saving": saving}
+        clock, measured = Stages(), dict[str, float | None]()
+        if job.measure is not None:
+            with clock.stage("perplexity"):
+                measured["perplexity before"] = job.measure()
+        with clock.stage("pruning"):
+            report = pruner.prune(job.model, job.batches, settings=settings)
+        if job.measure is not None:
+            with clock.stage("perplexity"):
+                measured["perplexity after"] = job.measure()
+        with clock.stage("saving"):
+            saved = job.save(folder, report.masks)
+        _, around = clock.total()
+        del around["pruning"]
+        around["other"] += report.settings["seconds"]["other"]
+        seconds = {"loading": job.loading, **report.settings["seconds"], **around}
         report = dataclasses.replace(
             report,
             skipped=(*report.skipped, *skipped),
             seconds=sum(seconds.values()),
-            settings={**report.settings, "seconds": seconds, **job.settings, **saved},
+            settings={**report.settings, "seconds": seconds, **job.settings, **measured, **saved},
         )
         if masks:
             path = folder / "masks.safetensors"

@@ -39,6 +39,11 @@ def report_table(report: Report) -> str:
         rows.append((visible(layer.name), f"{layer.sparsity:.4f}", error, damping))
     notes = [f"{visible(r.name)}: {visible(note)}" for r in report.layers for note in r.notes]
     notes += [f"skipped {visible(s.name)}: {visible(s.reason)}" for s in report.skipped]
+    if "perplexity after" in report.settings:
+        before, after = (report.settings[f"perplexity {when}"] for when in ("before", "after"))
+        count = report.settings["tokens held back"]
+        shown = [f"{x:.4g}" if isinstance(x, float) else "infinite" for x in (before, after)]
+        notes.append(f"perplexity {shown[0]} before, {shown[1]} after, on {count:,} other tokens")
     last = (
         f"removed {report.removed:,} of {report.weights:,} weights ({report.sparsity:.4f}) in "
         f"{report.seconds:.1f} s"

@@ -27,6 +27,7 @@ class Text:
 
     batches: list[dict[str, Tensor]]  # input_ids and attention_mask, (batch, tokens) int64
     settings: dict[str, Any]  # for the report
+    held_back: list[dict[str, Tensor]]  # of a causal language model: blocks of the lines after them
 
 
 def text_batches(
@@ -82,15 +83,18 @@ def text_batches(
         raise ArgumentError(f"--length: {length}; the network takes at most {longest} tokens")
     if lines is None and tokens is None:
         lines = 600
-    chosen = _running_text(file, lines, min_words, words=tokens if lines is None else None)
+    chosen, following = _running_text(
+        file, lines, min_words, words=tokens if lines is None else None
+    )
     tokenizer = _tokenizer(checkpoint.folder)
     name = type(model).__name__
     blocks = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
     if blocks and tokens is not None and tokens < length:
         raise ArgumentError(f"--tokens: {tokens}; one block has {length}; pass more or a --length")
+    held_back: list[Sequence[int]] = []
     if blocks:
-        ids = tokenizer("\n".join(chosen))["input_ids"]
-        rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        ids, more = (tokenizer("\n".join(part))["input_ids"] for part in (chosen, following))
+        rows, held_back = _blocks(ids, length), _blocks(more, length)
         if not rows:
             raise ArgumentError(
                 f"--calibration: {file}: its {len(chosen)} lines make {len(ids)} tokens, less than "
@@ -111,7 +115,14 @@ def text_batches(
         "tokens": sum(map(len, rows)),
         "unknown tokens": unknown,
     }
-    return Text(list(_batches(rows, batch_size)), settings)
+    if held_back:
+        settings["tokens held back"] = sum(map(len, held_back))
+    return Text(list(_batches(rows, batch_size)), settings, list(_batches(held_back, batch_size)))
+
+
+def _blocks(ids: Sequence[int], length: int) -> list[Sequence[int]]:
+    """Tokens divided into blocks; a remainder is dropped."""
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 
 
 def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
@@ -132,23 +143,28 @@ def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
 
 def _running_text(
     file: Path, lines: int | None, min_words: int, *, words: int | None = None
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """The first lines of running text: so many, or until they have so many words, each of which is
-    a token at least."""
+    a token at least; and a quarter as many lines after them, as far as there are any."""
     if not file.is_file():
         raise ArgumentError(f"--calibration: there is no file {file}; name a text file")
     chosen: list[str] = []
+    following: list[str] = []
     count = found = 0
     try:
         with file.open(encoding="utf-8") as text:
             for line in text:
                 count += 1
                 line = line.strip()
-                if len(line.split()) >= min_words and not line.startswith("="):
-                    chosen.append(line)
-                    found += len(line.split())
-                    if len(chosen) == lines or (words is not None and found > words):
+                if len(line.split()) < min_words or line.startswith("="):
+                    continue
+                if len(chosen) == lines or (words is not None and found > words):
+                    following.append(line)
+                    if 4 * len(following) >= len(chosen):
                         break
+                    continue
+                chosen.append(line)
+                found += len(line.split())
     except (OSError, UnicodeError) as error:
         raise CheckpointError(f"--calibration: {file} is not UTF-8 text: {error}") from error
     if not chosen:
@@ -156,7 +172,7 @@ def _running_text(
             f"--calibration: {file}: none of its {count} lines has {min_words} words or more; pass "
             "running text or a smaller --min-words"
         )
-    return chosen
+    return chosen, following
 
 
 def _tokenizer(folder: Path) -> Any:
