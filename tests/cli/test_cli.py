@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from helpers import reports
 
 import lobs_native
 from lobs_native.cli import arguments, demo
 from lobs_native.cli import commands as cli
+from lobs_native.cli.tables import report_table
 from lobs_native.errors import LobsError
 
 
@@ -329,3 +331,19 @@ def test_the_module_runs_the_command():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"lobs-native {lobs_native.__version__}\n"
+
+
+def test_notes_of_a_kind_share_a_line():
+    layer, report = reports.layer, reports.report
+    found = report_table(
+        report(
+            layer("a", notes=("same for all", "7 rows were padding")),
+            layer("b", notes=("same for all", "12 rows were padding", "only here")),
+            layer("c", notes=("same for all",)),
+        )
+    ).splitlines()
+    assert found[4:7] == [
+        "3 layers (a to c): same for all",
+        "2 layers (a to b): for example, 7 rows were padding",
+        "b: only here",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +33,30 @@ def plan_table(planned: dict[str, Any]) -> str:
     return "\n".join([aligned(rows), *skipped, *last])
 
 
+def _grouped(report: Report) -> list[str]:
+    """A line for every note; notes that differ in numbers alone share one."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for layer in report.layers:
+        for note in layer.notes:
+            kinds.setdefault(re.sub(r"\d[\d.,e+-]*", "0", note), []).append((layer.name, note))
+    lines = []
+    for of_kind in kinds.values():
+        (name, note), *others = of_kind
+        if not others:
+            lines.append(f"{name}: {note}")
+            continue
+        alike = all(other == note for _, other in others)
+        example = note if alike else f"for example, {note}"
+        lines.append(f"{len(of_kind)} layers ({name} to {others[-1][0]}): {example}")
+    return lines
+
+
 def report_table(report: Report) -> str:
     rows = [("layer", "sparsity", "relative error", "damping")]
     for layer in report.layers:
         error, damping = f"{layer.relative_error:.4g}", f"{layer.damping:g}"
         rows.append((visible(layer.name), f"{layer.sparsity:.4f}", error, damping))
-    notes = [f"{visible(r.name)}: {visible(note)}" for r in report.layers for note in r.notes]
+    notes = [visible(line) for line in _grouped(report)]
     notes += [f"skipped {visible(s.name)}: {visible(s.reason)}" for s in report.skipped]
     if "perplexity after" in report.settings:
         before, after = (report.settings[f"perplexity {when}"] for when in ("before", "after"))
