@@ -21,9 +21,10 @@ def prune_experts(
     weight: Tensor,
     moments: Sequence[Tensor],
     settings: LayerSettings,
-    rare: Collection[int],
     *,
+    rare: Collection[int],
     bias: Tensor | None,
+    mask: Tensor | None,
     importance: Tensor | None,
     **options: Any,
 ) -> PrunedWeight:
@@ -31,13 +32,18 @@ def prune_experts(
     weights each, and the others the rest of the layer's share together. Whatever the scope, weights
     are then not compared with those of experts whose second moments are little known.
 
+    With a mask, or a target that is no share, all are pruned as usual.
+
     ``weight`` (G, R, C), ``bias`` (G, R), ``importance`` (G, R), and the rest as in
     :func:`lobs_native.solvers.weight.prune_groups`.
     """
     G, R, C = weight.shape
     share, unit = settings.target.sparsity, settings.resolved_pattern.unit
-    if share is None or settings.scope == "row" or settings.resolved_pattern.is_grouped:
-        return prune_groups(weight, moments, settings, bias=bias, importance=importance, **options)
+    by_itself = settings.scope == "row" or settings.resolved_pattern.is_grouped
+    if share is None or by_itself or mask is not None:
+        return prune_groups(
+            weight, moments, settings, bias=bias, mask=mask, importance=importance, **options
+        )
     of_each = R * (C + settings.prune_bias) // unit
     parts = [[g for g in range(G) if g not in rare], *([g] for g in sorted(rare))]
     parts = [part for part in parts if part]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from lobs_native.network.structure import Structure
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
 from lobs_native.solvers.problem import nearest_count
-from lobs_native.solvers.weight import PrunedWeight
+from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
 __all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
 
@@ -240,12 +241,12 @@ def prune_layer(
                 "not corrected, only calibrated on pruned inputs: its weights have zeros already, "
                 "which would be filled"
             )
+    prune = functools.partial(prune_experts, rare=moments.rare) if moments.rare else prune_groups
     try:
-        out = prune_experts(
+        out = prune(
             layer.weight(),
             moments.matrices(),
             settings,
-            moments.rare,
             bias=layer.bias(),
             mask=mask,
             memory=memory,
