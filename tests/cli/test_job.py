@@ -154,7 +154,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
-        "--refine solve --inputs dense --include 0 --include 2 --exclude 2 "
+        "--refine solve --inputs dense --include 0 --include 2 --exclude 2 --strict "
         "--damping 0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 "
         "--run-dir kept --resume never --no-progress"
     )
@@ -175,6 +175,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "inputs": "dense",
         "include": ["0", "2"],
         "exclude": ["2"],
+        "strict": True,
         "damping": 0.5,
         "prune_bias": True,
         "device": "cpu",

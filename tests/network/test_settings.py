@@ -260,7 +260,7 @@ def test_reports_repeat_and_resumed_runs_compare_all_that_changes_the_result():
         "forward", "run_dir", "resume", "progress",
     }  # fmt: skip
     compared = settings.arguments(compared=True)
-    assert set(arguments) - set(compared) == {"memory"}
+    assert set(arguments) - set(compared) == {"memory", "strict"}
     assert arguments["pattern"] == compared["pattern"] == "GroupsOf(keep=2, size=4)"
     assert arguments["device"] == "cpu"
 

@@ -1,5 +1,5 @@
 """In which order a model calls its layers, how often, and which of them read the same tensor: over
-all batches, since a batch may take another way through the model than the first."""
+all batches, where a batch may take another way through the model than the first."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Flow:
     rows: dict[str, float]  # rows of the first batch for each layer, averaged over its groups
 
 
-def flow_of(layers: Sequence[Layer], session: Session, *, thorough: bool) -> Flow:
-    """Run the model to see how it calls ``layers``: on all batches if ``thorough``, otherwise until
-    each has been called. Layers that are never called are not in the result."""
+def flow_of(layers: Sequence[Layer], session: Session) -> Flow:
+    """Run the model to see how it calls ``layers``: on the first batch if that reaches them all,
+    otherwise on every batch. Layers that are never called are not in the result."""
     look = _Look(layers)
     modules = {layer.name: layer.caller for layer in layers}
     handles = (
@@ -41,7 +41,7 @@ def flow_of(layers: Sequence[Layer], session: Session, *, thorough: bool) -> Flo
         for batch in session.each("order"):
             session.call(session.model, batch)
             look.end_batch()
-            if not thorough and len(look.found) == len(layers):
+            if look.batches == 1 and len(look.found) == len(layers):
                 break
     return Flow(look.order(), look.groups(), look.once(), look.rows)
 
@@ -51,7 +51,7 @@ class _Look:
         self.names = [layer.name for layer in layers]
         self.found: dict[str, int] = {}  # layer -> its place among those called first
         self.rows: dict[str, float] = {}
-        self._batches = 0
+        self.batches = 0
         self._twice: set[str] = set()
         self._after: dict[str, set[str]] = {}  # layer -> those called next in some batch
         self._class = dict.fromkeys(self.names, 0)  # equal for layers that read the same tensors
@@ -73,7 +73,7 @@ class _Look:
         """Record the input of a layer."""
         self._seen.setdefault(layer.name)
         self.found.setdefault(layer.name, len(self.found))
-        if self._batches == 0:
+        if self.batches == 0:
             count = sum(len(piece) for _, piece in columns(x)) / layer.groups
             self.rows[layer.name] = self.rows.get(layer.name, 0.0) + count
 
@@ -85,7 +85,7 @@ class _Look:
         self._divide(self._groups_of_batch())
         self._seen.clear()
         self._calls.clear()
-        self._batches += 1
+        self.batches += 1
 
     def _groups_of_batch(self) -> dict[str, int]:
         """Layer -> the number of its group in this batch."""

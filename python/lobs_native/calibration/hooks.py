@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobs_native.calibration.watch import Watch
+from lobs_native.calibration.watch import Columns, See, Watch
 from lobs_native.errors import DtypeError
-from lobs_native.layers import Layer, Matrix
+from lobs_native.layers import Layer
 
 __all__ = [
     "Columns",
@@ -22,12 +22,9 @@ __all__ = [
     "ending",
     "hooked",
     "reader",
+    "unfused",
     "unfused_attention",
 ]
-
-
-Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
-See = Callable[[Layer, Tensor, Columns], Any]
 
 
 class Enough(BaseException):
@@ -78,20 +75,14 @@ def _flat(layer: Layer, nested: Tensor) -> Tensor:
 def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
     """Call ``see(layer, inputs, columns)`` whenever a layer is called; ``columns(inputs)`` yields
     the inputs as pairs (group, X) with X (n, C)."""
-
-    def seen(layer: Layer, group: int, x: Tensor) -> None:
-        see(layer, x, lambda x: [(group, x)])
-
-    with contextlib.ExitStack() as scope:
-        scope.enter_context(unfused_attention())
+    with unfused(layers), contextlib.ExitStack() as scope:
         for layer in layers:
-            scope.enter_context(layer.running())
             for site in layer.sites if not layer.watched else ():
                 hook = reader(layer, site, see)
                 handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
                 scope.callback(handle.remove)
-        if watched := [layer for layer in layers if isinstance(layer, Matrix)]:
-            scope.enter_context(Watch(watched, seen))
+        if watched := [layer for layer in layers if layer.watched]:
+            scope.enter_context(Watch(watched, see))
         yield
 
 
@@ -105,6 +96,15 @@ def unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def unfused(layers: Sequence[Layer]) -> Iterator[None]:
+    """Run what these layers need in separate steps, whose inputs can be observed."""
+    with unfused_attention(), contextlib.ExitStack() as scope:
+        for layer in layers:
+            scope.enter_context(layer.running())
+        yield
 
 
 @contextlib.contextmanager

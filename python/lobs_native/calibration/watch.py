@@ -1,7 +1,7 @@
 """Observing the inputs of weights that modules multiply by themselves (see ``layers/matrix.py``).
 
-Every matrix product with an operand in the memory of a watched weight is reported, with the rows
-that the weight is multiplied by. Any other use of that memory is an error, since the weight's
+Every product or convolution with an operand in the memory of a watched weight is reported, with the
+rows that the weight is multiplied by. Any other use of that memory is an error, since the weight's
 effect on the output is then unknown.
 """
 
@@ -18,12 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lobs_native.errors import ArgumentError
-from lobs_native.layers.matrix import Matrix
+from lobs_native.layers import Layer, Matrix
+from lobs_native.layers.conv import ConvCall
+from lobs_native.layers.own import OwnConv
 
-__all__ = ["Watch"]
+__all__ = ["CONVOLUTION", "PRODUCTS", "Columns", "See", "Watch", "span", "unobservable"]
+
+Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
+See = Callable[[Layer, Tensor, Columns], Any]
 
 _aten = torch.ops.aten
-_PRODUCTS = {  # the position of the first of the two operands
+PRODUCTS = {  # the position of the first of the two operands
     _aten.mm.default: 0,
     _aten.bmm.default: 0,
     _aten.mv.default: 0,
@@ -31,21 +36,26 @@ _PRODUCTS = {  # the position of the first of the two operands
     _aten.baddbmm.default: 1,
     _aten.addmv.default: 1,
 }
+CONVOLUTION = _aten.convolution.default
+_Fail = Callable[[Layer, str], None]
 
 
 class Watch(TorchDispatchMode):
-    """While active, calls ``see(layer, group, X)`` with X (n, C) at every product with a weight of
-    ``layers``."""
+    """While active, calls ``see(layer, inputs, columns)`` at every product with a weight of
+    ``layers``; see :func:`lobs_native.calibration.hooks.hooked`.
+
+    ``fail(layer, use)`` is called where a use is none of these; without it that is an
+    ArgumentError.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(
-        self, layers: Iterable[Matrix], see: Callable[[Matrix, int, Tensor], None]
-    ) -> None:
+    def __init__(self, layers: Iterable[Layer], see: See, fail: _Fail | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.see = see
-        spans = [(*_span(layer.matrices()), layer, layer.matrices()) for layer in layers]
-        self._spans = sorted(spans, key=lambda span: span[:2])
+        self.fail = fail or _refuse
+        spans = [(*span(w), layer, w) for layer in layers for w in [_operand(layer)]]
+        self._spans = sorted(spans, key=lambda entry: entry[:2])
         self._ends = [end for _, end, _, _ in self._spans]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,27 +67,30 @@ class Watch(TorchDispatchMode):
                 if isinstance(x, Tensor)
                 for layer, _, _ in self._touching(x)
             ]
-            if touched and func in _PRODUCTS:
-                first = _PRODUCTS[func]
+            if touched and func in PRODUCTS:
+                first = PRODUCTS[func]
                 self._product(*args[first : first + 2])
+            elif touched and func is CONVOLUTION:
+                self._convolution(*args)
             elif touched:
                 result: Any = NotImplemented
                 if isinstance(func, OpOverload):
                     with self:  # in inference mode, linear and matmul are not yet decomposed
                         result = func.decompose(*args, **kwargs)
-                if result is NotImplemented:
-                    raise _unobservable(touched[0], f"used by {func.name()}")
-                return result
+                if result is not NotImplemented:
+                    return result
+                for layer in dict.fromkeys(touched):
+                    self.fail(layer, f"used by {func.name()}")
         return func(*args, **kwargs)
 
-    def _touching(self, x: Tensor) -> Iterator[tuple[Matrix, Tensor, int]]:
-        """The watched weights whose memory overlaps that of ``x``: (layer, its matrices, the
-        address of ``x``)."""
-        start, end = _span(x)
+    def _touching(self, x: Tensor) -> Iterator[tuple[Layer, Tensor, int]]:
+        """The watched weights whose memory overlaps that of ``x``: (layer, its operand, the address
+        of ``x``)."""
+        start, end = span(x)
         i = bisect_right(self._ends, start)
         while start < end and i < len(self._spans) and self._spans[i][0] < end:
-            _, _, layer, matrices = self._spans[i]
-            yield layer, matrices, start
+            _, _, layer, operand = self._spans[i]
+            yield layer, operand, start
             i += 1
 
     def _product(self, left: Tensor, right: Tensor) -> None:
@@ -93,13 +106,42 @@ class Watch(TorchDispatchMode):
         """Report x (n, C) @ weight (C, r), whose r columns may be rows of several layers or
         groups."""
         for layer, matrices, start in self._touching(weight):
+            if not isinstance(layer, Matrix):
+                self.fail(layer, "used in a product, not in a convolution")
+                continue
             step = max(1, matrices.stride(0) * matrices.element_size())
             first = max(0, (start - matrices.data_ptr()) // step)
-            last = min(layer.groups - 1, (_span(weight)[1] - 1 - matrices.data_ptr()) // step)
+            last = min(layer.groups - 1, (span(weight)[1] - 1 - matrices.data_ptr()) // step)
             for g in range(first, last + 1):
                 if not _contains(weight, matrices[g]):
-                    raise _unobservable(layer, "used in parts, or in another orientation")
-                self.see(layer, g, x)
+                    self.fail(layer, "used in parts, or in another orientation")
+                else:
+                    self.see(layer, x, _of_group(g))
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
+        for layer, _, _ in [
+            *self._touching(x),
+            *(self._touching(bias) if bias is not None else ()),
+        ]:
+            self.fail(layer, "used by aten::convolution, not as its weight")
+        for layer, stored, _ in self._touching(weight):
+            if (
+                isinstance(layer, OwnConv)
+                and span(weight) == span(stored)
+                and layer.call == ConvCall.of(weight, arguments)
+            ):
+                self.see(layer, x, layer.columns)
+            else:
+                self.fail(layer, "used in a convolution of another form")
+
+
+def _of_group(g: int) -> Columns:
+    return lambda x: [(g, x)]
+
+
+def _operand(layer: Layer) -> Tensor:
+    """The weight as it enters products."""
+    return layer.matrices() if isinstance(layer, Matrix) else layer.stored(layer.weight_part)
 
 
 def _contains(weight: Tensor, matrix: Tensor) -> bool:
@@ -119,18 +161,23 @@ def _contains(weight: Tensor, matrix: Tensor) -> bool:
     )
 
 
-def _span(x: Tensor) -> tuple[int, int]:
+def span(x: Tensor) -> tuple[int, int]:
     """The address range [first, last) of a tensor's bytes; (0, 0) if it has no memory."""
     try:
         start = x.data_ptr()
         reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     except (RuntimeError, NotImplementedError):
         return 0, 0
-    return (start, start + (reach + 1) * x.element_size()) if x.numel() else (0, 0)
+    return (start, start + (reach + 1) * x.element_size()) if x.numel() and start else (0, 0)
 
 
-def _unobservable(layer: Matrix, use: str) -> ArgumentError:
+def unobservable(layer: Layer, use: str) -> ArgumentError:
+    """The error for a weight that is used in another way than in products."""
     return ArgumentError(
         f"layer {layer.name!r}: its weight is {use}, so its inputs cannot be observed; exclude it, "
         "or turn off autocast and compilation, which copy weights"
     )
+
+
+def _refuse(layer: Layer, use: str) -> None:
+    raise unobservable(layer, use)

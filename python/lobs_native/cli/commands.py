@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lobs_native
 from lobs_native.cli import demo, doctor, job
@@ -161,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prune(options: argparse.Namespace) -> int:
     text = {name: getattr(options, name) for name in TEXT}
     # Whatever the model's code prints must not get between the lines of a result.
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here():
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         if not options.plan:
             out = _check_out(options)
         task = job.find(options.model, options.calibration, text, planning=options.plan)
@@ -189,6 +191,23 @@ def _prune(options: argparse.Namespace) -> int:
         print(report_table(report))
         print(f"wrote {visible(out)}")
     return OK
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings of this package as one line each, without a line of source."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plain(message: Warning | str, *details: Any, **more: Any) -> None:
+            function, _, text = str(message).partition(": ")
+            if function.startswith("lobs_native."):
+                print(f"lobs-native: warning: {visible(text)}", file=sys.stderr)
+            else:
+                show(message, *details, **more)
+
+        warnings.showwarning = plain
+        yield
 
 
 def _resume(options: argparse.Namespace) -> int:

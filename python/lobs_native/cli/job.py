@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from lobs_native.huggingface.perplexity import perplexity
 from lobs_native.huggingface.spelling import same_bits
 from lobs_native.huggingface.text import text_batches
 from lobs_native.network import pruner
-from lobs_native.network.selection import jobs_of
+from lobs_native.network.pruning import Pruning
+from lobs_native.network.selection import candidates_of
 from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.network.stages import Stages
+from lobs_native.network.uses import without_data
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import TABLE
@@ -214,6 +216,12 @@ def _for_job(job: Job, settings: NetworkSettings) -> tuple[NetworkSettings, list
     return excluding, [Skipped(job.head, HEAD)]
 
 
+def _without(skipped: Sequence[Skipped], others: Sequence[Skipped]) -> tuple[Skipped, ...]:
+    """``others`` with the reasons of ``skipped`` in place of "excluded"."""
+    reasons = {layer.name: layer.reason for layer in skipped}
+    return tuple(dataclasses.replace(x, reason=reasons.get(x.name, x.reason)) for x in others)
+
+
 def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     """What would be pruned, as plain JSON values: layers in order, with the memory that its
     method takes for each, in bytes; and, where there is data, what the whole run will take in
@@ -222,7 +230,15 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     Raises as :func:`lobs_native.prune` does before it starts.
     """
     settings, skipped = _for_job(job, settings)
-    selected, tied = jobs_of(job.model, settings)
+    whole = None
+    if job.batches is None:
+        settled = without_data(candidates_of(job.model, settings), settings)
+        selected, others = settled.jobs, settled.skipped
+    else:
+        pruning = Pruning(job.model, job.batches, settings)
+        with pruning.session.evaluating():
+            whole = pruning.look()
+        selected, others = pruning.jobs, pruning.skipped
     layers = []
     for planned in selected:
         layer, target = planned.layer, planned.settings.target
@@ -238,14 +254,11 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
                 "bytes": method.memory(planned.extent, backend=settings.backend).total,
             }
         )
-    whole = None
-    if job.batches is not None:
-        whole = pruner.plan_prune(job.model, job.batches, settings=settings)
     return {
         "format": 1,
         "run": None if whole is None else {**whole.to_dict(), "text": str(whole)},
         "layers": layers,
-        "skipped": [dataclasses.asdict(layer) for layer in (*skipped, *tied)],
+        "skipped": [dataclasses.asdict(layer) for layer in _without(skipped, others)],
         "settings": job.settings,
     }
 
@@ -287,7 +300,7 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
         seconds = {"loading": job.loading, **report.settings["seconds"], **around}
         report = dataclasses.replace(
             report,
-            skipped=(*report.skipped, *skipped),
+            skipped=_without(skipped, report.skipped),
             seconds=sum(seconds.values()),
             settings={**report.settings, "seconds": seconds, **job.settings, **measured, **saved},
         )

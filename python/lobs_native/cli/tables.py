@@ -6,9 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
+from lobs_native.report.review import causes_of
 from lobs_native.report.text import visible
 from lobs_native.solvers.settings import TARGETS
+
+_NAMES = 4  # of layers that are left alone for the same reason
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -25,7 +29,7 @@ def plan_table(planned: dict[str, Any]) -> str:
         size = f"{layer['bytes'] / 1e6:,.1f} MB"
         shape = " x ".join(map(str, layer["shape"]))
         rows.append((visible(layer["name"]), layer["kind"], shape, layer["asked"], size))
-    skipped = [f"skipped {visible(s['name'])}: {s['reason']}" for s in planned["skipped"]]
+    skipped = _left_alone([Skipped(**entry) for entry in planned["skipped"]])
     weights = sum(layer["weights"] for layer in planned["layers"])
     last = [f"{len(planned['layers'])} layers with {weights:,} weights"]
     if planned["run"] is not None:
@@ -51,13 +55,30 @@ def _grouped(report: Report) -> list[str]:
     return lines
 
 
+def _left_alone(skipped: Sequence[Skipped]) -> list[str]:
+    """A line for each reason why layers were left alone."""
+    lines = []
+    for cause in causes_of(skipped):
+        some = ", ".join(map(visible, cause.names[:_NAMES]))
+        more = f" and {len(cause.names) - _NAMES} more" if len(cause.names) > _NAMES else ""
+        lines.append(f"skipped {some}{more}: {visible(cause.reason)}")
+    return lines
+
+
 def report_table(report: Report) -> str:
     rows = [("layer", "sparsity", "relative error", "damping")]
     for layer in report.layers:
         error, damping = f"{layer.relative_error:.4g}", f"{layer.damping:g}"
         rows.append((visible(layer.name), f"{layer.sparsity:.4f}", error, damping))
     notes = [visible(line) for line in _grouped(report)]
-    notes += [f"skipped {visible(s.name)}: {visible(s.reason)}" for s in report.skipped]
+    notes += _left_alone(report.skipped)
+    if (coverage := report.coverage) is not None:
+        notes.append(
+            f"of all {coverage.total:,} weights: {coverage.pruned:,} in the pruned layers, "
+            f"{coverage.on_purpose:,} left out on purpose, {coverage.not_understood:,} not "
+            f"understood or impossible to prune; sparsity of the whole network "
+            f"{coverage.sparsity:.4f}"
+        )
     if "perplexity after" in report.settings:
         before, after = (report.settings[f"perplexity {when}"] for when in ("before", "after"))
         count = report.settings["tokens held back"]

@@ -21,7 +21,7 @@ from lobs_native.files import regular, safefile, strict_json
 from lobs_native.files.atomic import writing
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
 from lobs_native.huggingface.spelling import restore, same_bits, spelled
-from lobs_native.layers import layers_for, layers_of
+from lobs_native.layers import layers_for, stored_weights
 
 __all__ = [
     "Checkpoint",
@@ -343,9 +343,9 @@ def _compare(
 
 def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Refuse a network whose weights are not zero where its masks are False."""
-    layers = {layer.name: layer for layer in layers_of(model)}
+    weights = stored_weights(model)
     for name, mask in masks.items():
-        weight = layers[name].stored(layers[name].weight_part)
+        weight = weights[name]
         nonzero = int((weight[~mask.to(weight.device)] != 0).sum())
         if nonzero:
             raise CheckpointError(

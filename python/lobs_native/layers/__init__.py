@@ -7,7 +7,7 @@ with :func:`register_layer`.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers.attention import Attention
@@ -29,6 +29,7 @@ __all__ = [
     "layers_of",
     "overwrite",
     "register_layer",
+    "stored_weights",
 ]
 
 LAYERS: list[type[Layer]] = [
@@ -65,6 +66,21 @@ def layers_of(model: nn.Module) -> list[Layer]:
             described.update(layer.module for layer in of_module)
             layers += of_module
     return layers
+
+
+def stored_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as stored, detached, by all names that a report may have for them: those of
+    layers, of modules with a weight, and of parameters."""
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for part, parameter in module._parameters.items():
+            if parameter is not None:
+                weights[f"{name}.{part}" if name else part] = parameter.detach()
+                if part == "weight":
+                    weights[name] = parameter.detach()
+    for layer in layers_of(model):  # these may own part of a parameter, or compute it
+        weights[layer.name] = layer.stored(layer.weight_part)
+    return weights
 
 
 def register_layer(layer: type[Layer]) -> type[Layer]:

@@ -61,7 +61,16 @@ class Layer(ABC):
     def check(self) -> None:
         """Raise if pruning would go wrong: an unknown forward, or a weight that is computed or has
         no values."""
-        self._check_forward()
+        if not self.forward_is_known():
+            raise ArgumentError(
+                f"layer {self.name!r}: {type(self.caller).__name__} has a forward of its own, so "
+                "how it uses the weight is unknown; exclude it, or describe it by a layer type "
+                "(lobs_native.register_layer)"
+            )
+        self.check_weight()
+
+    def check_weight(self) -> None:
+        """Raise if the weight is computed or has no values."""
         for part in (self.weight_part, self.bias_part):
             owned = self.module._parameters.get(part)
             if owned is None and getattr(self.module, part, None) is not None:
@@ -77,15 +86,11 @@ class Layer(ABC):
                     "accelerate.hooks.remove_hook_from_submodules(model) first, or exclude it"
                 )
 
-    def _check_forward(self) -> None:
+    def forward_is_known(self) -> bool:
+        """Whether the module's forward is that of the class that this type describes."""
         base = self.base_of(self.caller)
         replaced = "forward" in vars(self.caller) and not hasattr(self.caller, "_hf_hook")
-        if replaced or base is None or type(self.caller).forward is not base.forward:
-            raise ArgumentError(
-                f"layer {self.name!r}: {type(self.caller).__name__} has a forward of its own, so "
-                "how it uses the weight is unknown; exclude it, or describe it by a layer type "
-                "(lobs_native.register_layer)"
-            )
+        return not replaced and base is not None and type(self.caller).forward is base.forward
 
     def _check_computed(self, part: str) -> None:
         """Accept a parametrized weight if assigning to it works, as tried on a copy with half of

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,9 +19,47 @@ from torch.nn import functional
 from lobs_native.errors import ShapeError
 from lobs_native.layers.base import Layer
 
-__all__ = ["PATCH_BYTES", "Conv", "margins"]
+__all__ = ["PATCH_BYTES", "Conv", "ConvCall", "margins"]
 
 PATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """The arguments of a convolution besides its tensors, under the names of nn.Conv2d."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, weight: Tensor, arguments: Sequence[Any]) -> ConvCall:
+        """From the weight (out, in / groups, *kernel), or (in, out / groups, *kernel) if
+        transposed, and what follows the bias in a call of aten::convolution."""
+        stride, padding, dilation, transposed, output_padding, groups = arguments
+        first, second, *kernel = weight.shape
+
+        def each(value: Sequence[int]) -> tuple[int, ...]:
+            return tuple(value) * (len(kernel) if len(value) == 1 else 1)
+
+        return cls(
+            in_channels=first if transposed else second * groups,
+            out_channels=second * groups if transposed else first,
+            kernel_size=tuple(kernel),
+            stride=each(stride),
+            padding=each(padding),
+            dilation=each(dilation),
+            output_padding=each(output_padding),
+            groups=groups,
+            transposed=transposed,
+        )
 
 
 class Conv(Layer):
@@ -27,18 +67,18 @@ class Conv(Layer):
     (C_in, *sizes)."""
 
     module_type: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-    def __init__(self, name: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, name: str, module: nn.Module, call: ConvCall | None = None) -> None:
         super().__init__(name, module)
-        self.kernel = tuple(module.kernel_size)
-        self.groups = module.groups
-        self.rows = module.out_channels // module.groups
+        self.call = cast(ConvCall, module) if call is None else call
+        self.kernel = tuple(self.call.kernel_size)
+        self.groups = self.call.groups
+        self.rows = self.call.out_channels // self.groups
         self.width = self.neighbours * math.prod(self.kernel)
 
     @property
     def neighbours(self) -> int:
-        return self.module.in_channels // self.module.groups
+        return self.call.in_channels // self.call.groups
 
     def pack(self, stored: Tensor) -> Tensor:
         filters = stored.reshape(self.groups, self.rows, self.neighbours, -1)
@@ -50,22 +90,22 @@ class Conv(Layer):
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         images = self._batched(inputs)
-        module = self.module
-        if module.padding == "valid":
+        call = self.call
+        if call.padding == "valid":
             around = [(0, 0)] * len(self.kernel)
-        elif module.padding == "same":  # torch pads an odd total more at the end
-            total = [d * (k - 1) for k, d in zip(self.kernel, module.dilation, strict=True)]
+        elif call.padding == "same":  # torch pads an odd total more at the end
+            total = [d * (k - 1) for k, d in zip(self.kernel, call.dilation, strict=True)]
             around = [(t // 2, t - t // 2) for t in total]
         else:
-            around = [(int(p), int(p)) for p in module.padding]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            around = [(int(p), int(p)) for p in call.padding]
+        mode = "constant" if call.padding_mode == "zeros" else call.padding_mode
 
         def padded(piece: Tensor) -> Tensor:
             return functional.pad(piece, margins(around), mode=mode)
 
         sizes = [n + a + b for n, (a, b) in zip(images.shape[2:], around, strict=True)]
-        for piece in images.split(self._images_at_once(sizes, module.stride, images)):
-            yield from self._patches(padded(piece), module.stride)
+        for piece in images.split(self._images_at_once(sizes, call.stride, images)):
+            yield from self._patches(padded(piece), call.stride)
 
     def units(self, output: Tensor) -> Tensor:
         channels = output.ndim - len(self.kernel) - 1
@@ -74,11 +114,11 @@ class Conv(Layer):
     def _batched(self, inputs: Tensor) -> Tensor:
         dims = len(self.kernel) + 2
         images = inputs if inputs.ndim == dims else inputs[None]
-        if images.ndim != dims or images.shape[1] != self.module.in_channels:
+        if images.ndim != dims or images.shape[1] != self.call.in_channels:
             sizes = ", ".join("dhw"[-len(self.kernel) :])
             raise ShapeError(
                 f"layer {self.name!r}: input {tuple(inputs.shape)}, expected (B, "
-                f"{self.module.in_channels}, {sizes})"
+                f"{self.call.in_channels}, {sizes})"
             )
         return images
 
@@ -86,7 +126,7 @@ class Conv(Layer):
         """The number of patches along each dimension of padded images."""
         return [
             (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip(sizes, self.kernel, stride, self.module.dilation, strict=True)
+            for n, k, s, d in zip(sizes, self.kernel, stride, self.call.dilation, strict=True)
         ]
 
     def _lines_at_once(self, out: Sequence[int], like: Tensor) -> int:
@@ -104,7 +144,7 @@ class Conv(Layer):
         images = padded.movedim(1, -1).contiguous()  # (b, *sizes, C_in), to copy whole pixels
         first, *steps, channel = images.stride()
         out = self._windows(images.shape[1:-1], stride)
-        dilation = self.module.dilation
+        dilation = self.call.dilation
         windows = images.as_strided(
             (len(images), *out, *self.kernel, images.shape[-1]),
             (

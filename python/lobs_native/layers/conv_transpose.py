@@ -33,20 +33,20 @@ class ConvTranspose(Conv):
     def columns(
         self, inputs: Tensor, output_size: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        images, module = self._batched(inputs), self.module
+        images, call = self._batched(inputs), self.call
         spread = [
-            (n - 1) * s + 1 for n, s in zip(images.shape[2:], module.stride, strict=True)
+            (n - 1) * s + 1 for n, s in zip(images.shape[2:], call.stride, strict=True)
         ]  # sizes with the zeros between inputs
         around = []
         for i, (n, k) in enumerate(zip(spread, self.kernel, strict=True)):
-            reach, pad = module.dilation[i] * (k - 1), int(module.padding[i])
-            extra = module.output_padding[i]
+            reach, pad = call.dilation[i] * (k - 1), int(call.padding[i])
+            extra = call.output_padding[i]
             if output_size is not None:
                 extra = output_size[i - len(spread)] - (n - 2 * pad + reach)
             around.append((reach - pad, reach - pad + extra))
         sizes = [n + a + b for n, (a, b) in zip(spread, around, strict=True)]
         once = [1] * len(spread)
-        every = (..., *(slice(None, None, s) for s in module.stride))
+        every = (..., *(slice(None, None, s) for s in call.stride))
         for piece in images.split(self._images_at_once(sizes, once, images)):
             zeros = piece.new_zeros((*piece.shape[:2], *spread))
             zeros[every] = piece

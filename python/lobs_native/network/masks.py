@@ -293,9 +293,12 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
 def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
     if isinstance(owner, nn.Module):
         for name, module in owner.named_modules(remove_duplicate=False):
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None:
-                yield name, _Place(module, "weight", weight, weight.detach())
+            for part, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter.ndim < 2:
+                    continue
+                full = f"{name}.{part}" if name else part
+                place = _Place(module, part, parameter, parameter.detach())
+                yield name if part == "weight" else full, place
         for layer in layers_of(owner):  # these may own part of a parameter, or one of another name
             weight = layer.module._parameters.get(layer.weight_part)
             if weight is not None:
@@ -310,7 +313,8 @@ def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
                 )
             for full, parameter in zip(group["param_names"], group["params"], strict=True):
                 name, _, part = full.rpartition(".")
-                if part == "weight":
+                if parameter.ndim >= 2:
+                    name = name if part == "weight" else full
                     yield name, _Place(None, part, parameter, parameter.detach())
     else:
         raise DtypeError(

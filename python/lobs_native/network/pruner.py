@@ -39,6 +39,7 @@ def prune(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    strict: bool = False,
     inputs: str = "corrected",
     blocks: str | None = "auto",
     forward: Forward | None = None,
@@ -52,8 +53,8 @@ def prune(
     token_mask: str | None = "auto",
     settings: NetworkSettings | None = None,
 ) -> Report:
-    """Prune the linear and convolution layers, attention and experts of a network in place, one
-    after another, without retraining.
+    """Prune the linear, convolution and recurrent layers, attention and experts of a network in
+    place, one after another, without retraining.
 
     Parameters
     ----------
@@ -93,11 +94,21 @@ def prune(
     budget : "weights" or "flops"
         With scope "model", what ``sparsity`` is a share of: all weights, or all multiplications of
         one forward pass (a convolution's weight is used at every position).
-    include, exclude : glob or list of globs on module names
-        Default: every layer of a known type: nn.Linear, nn.Conv1d to 3d and their transposes,
-        nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``), Conv1D and
-        experts as transformers stores them (``<name>.gate_up_proj``, ``down_proj``), and those of
-        :func:`lobs_native.register_layer`. A glob that matches no layer is an error.
+    include, exclude : glob or list of globs on names of layers or modules
+        Default: everything that can be pruned. That is nn.Linear, nn.Conv1d to 3d and their
+        transposes, nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``),
+        Conv1D and experts as transformers stores them (``<name>.gate_up_proj``, ``down_proj``),
+        those of :func:`lobs_native.register_layer`, and every other parameter (its full name, or
+        its module's if it is called "weight") that the model multiplies activations by: in
+        functions, in modules with a forward of their own, in recurrent layers. Left alone are
+        routers of mixtures of experts, unless ``include`` names them (by a glob that does not end
+        in a star), adapters such as LoRA, and whatever is looked up or combined entry by entry. A
+        glob that matches nothing is an error.
+    strict : bool
+        What cannot be pruned, or is used in a way that is not understood, is left out, with the
+        reason in ``report.skipped``; a warning says so where that is more than 2 % of the weights
+        to be pruned. True makes it an error, before anything is changed. A layer that ``include``
+        names is always an error if it cannot be pruned.
     overrides : {glob: {argument: value}}
         Arguments for some layers only, for example ``{"classifier": {"sparsity": 0.3}}``; later
         entries win. Sparsity, threshold, max_error, method, pattern, scope, damping, prune_bias and
@@ -175,15 +186,15 @@ def prune(
     -------
     Report
         Each layer's incurred error, absolute and relative, the damping used, seconds, requested
-        and reached sparsity; the skipped layers and why; the bound of Theorem 3.2 where it holds,
-        beside the measured output error; the masks.
+        and reached sparsity; what became of all weights of the network (``coverage``), and why some
+        were left alone (``skipped``); the bound of Theorem 3.2 where it holds, beside the measured
+        output error; the masks.
 
     Raises
     ------
     ArgumentError, DtypeError, PatternError, BackendError
-        An argument does not fit, nothing matches, or a layer cannot be pruned correctly: it has a
-        forward of its own, or its weight is computed, offloaded, or used in ways that cannot be
-        observed. Nothing has been changed.
+        An argument does not fit, nothing matches, or no layer is left that can be pruned. Nothing
+        has been changed.
     NonFiniteError, NotPositiveDefiniteError
         The message names the layer; the model is as it was.
     MemoryError
@@ -220,6 +231,7 @@ def prune(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        strict=strict,
         inputs=inputs,
         blocks=blocks,
         forward=forward,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +23,16 @@ from lobs_native.layers import overwrite
 from lobs_native.network import bound
 from lobs_native.network.allocation import share_budget
 from lobs_native.network.bound import error_bound_of
+from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, keep_tight
 from lobs_native.network.resources import RunPlan, plan_run
-from lobs_native.network.selection import LayerJob, jobs_of
+from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
-from lobs_native.report.records import ErrorBound, plain
+from lobs_native.network.uses import settle
+from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
 from lobs_native.rundir.fingerprints import fingerprints
 from lobs_native.rundir.ledger import Ledger
@@ -50,14 +54,13 @@ class Pruning:
     def __init__(self, model: nn.Module, calibration: Any, settings: NetworkSettings) -> None:
         self.stages = Stages()
         self.settings = settings
-        self.selected, self.tied = jobs_of(model, settings)
-        self.sensitive = self._sensitive()
+        self.candidates = candidates_of(model, settings)
         batches = batches_of(calibration)
         if settings.device is not None:
             checks.zeros((1,), torch.float32, settings.device, "device")  # refuses unusable ones
             model.to(settings.device)
-        for job in self.selected:
-            ops.select_backend(settings.backend, job.layer.weight().device)
+        for device in {p.device for p in model.parameters() if not p.is_meta}:
+            ops.select_backend(settings.backend, device)
         self.session = Session(
             model,
             batches,
@@ -87,16 +90,14 @@ class Pruning:
             )
         return sensitive
 
-    def look(self, *, thorough: bool = False) -> RunPlan:
-        """Run the model to find the order of its layers, and plan the run. If ``thorough``, all
-        batches are looked at where the order matters."""
-        self.jobs, self.uncalled, flow = order_of(
-            self.selected,
-            self.session,
-            explicit=self.settings.include is not None,
-            thorough=thorough and self.settings.inputs != "dense",
-        )
+    def look(self) -> RunPlan:
+        """Run the model to see how it uses its weights and in which order, and plan the run."""
+        settled = settle(self.candidates, self.session, self.settings)
+        self.selected, self.skipped = settled.jobs, settled.skipped
+        self.sensitive = self._sensitive()
+        self.jobs, flow = order_of(self.selected, self.session)
         self.rows = flow.rows
+        self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
         self.structure = structure_of(self.jobs, flow, self.session, self.settings)
         work = workload(
             self.structure,
@@ -108,12 +109,18 @@ class Pruning:
         )
         return plan_run(self.jobs, work, self.settings)
 
+    def uncovered(self) -> str:
+        """What a warning says about weights that are not pruned; "" if these are few."""
+        return uncovered(self.coverage, self.skipped)
+
     def carry_out(self) -> Report:
         """Prune; on any exception, all weights get their old values back."""
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             with self.stages.stage("looking at the model"):
-                plan = self.look(thorough=True)
+                plan = self.look()
+            if line := self.uncovered():
+                warnings.warn(f"lobs_native.prune: {line}", stacklevel=3)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
@@ -265,7 +272,7 @@ class Pruning:
                 settings["resumed despite"] = ledger.differences
         return Report(
             layers=tuple(loop.done.values()),
-            skipped=(*self.tied, *self.uncalled),
+            skipped=tuple(self.skipped),
             error_bound=error_bound,
             sparsity=removed / weights,
             removed=removed,
@@ -273,6 +280,7 @@ class Pruning:
             seconds=seconds,
             settings=settings,
             versions=versions(),
+            coverage=dataclasses.replace(self.coverage, removed=removed),
             masks={job.layer.name: job.layer.unpack(masks[job.layer.name]) for job in self.jobs},
         )
 

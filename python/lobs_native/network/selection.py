@@ -4,23 +4,35 @@ runs."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lobs_native import checks
-from lobs_native.errors import ArgumentError, DtypeError, PatternError
+from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError
 from lobs_native.layers import Layer, layers_of
+from lobs_native.network.conventions import TABLE, Conventions
+from lobs_native.network.coverage import nothing_left
 from lobs_native.network.settings import NetworkSettings, globs_of
 from lobs_native.report.records import Skipped
 from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.settings import LayerSettings
 
-__all__ = ["LayerJob", "job_of", "jobs_of", "tie"]
+__all__ = [
+    "Candidates",
+    "LayerJob",
+    "Own",
+    "candidates_of",
+    "job_of",
+    "reason_of",
+    "tie",
+    "weights_of",
+]
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,44 @@ class LayerJob:
         return dataclasses.replace(self, settings=settings)
 
 
-def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list[Skipped]]:
-    """The layers to prune with their settings, in module order, everything checked; and those that
-    cannot be pruned."""
+@dataclass(frozen=True)
+class Own:
+    """A parameter that no layer type describes; how it is used is seen when the model runs."""
+
+    name: str  # the module's, if the parameter is called "weight"; otherwise the parameter's
+    prefix: str  # the module's
+    module: nn.Module
+    part: str
+    parameter: nn.Parameter
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What of a model may be pruned, before it has run."""
+
+    layers: list[Layer]
+    own: list[Own]
+    skipped: list[Skipped]
+    errors: list[LobsError]  # of layers that cannot be pruned
+    named: set[str]  # layers that ``include`` asks for by name: to leave one out is an error
+
+    def weights(self) -> int:
+        """The number of weights that may be pruned."""
+        layers = sum(weights_of(layer) for layer in self.layers)
+        return layers + sum(own.parameter.numel() for own in self.own)
+
+
+def weights_of(layer: Layer) -> int:
+    """The number of weights of a layer."""
+    return layer.groups * layer.rows * layer.width
+
+
+def candidates_of(model: Any, settings: NetworkSettings) -> Candidates:
+    """The layers of known types and all other parameters of two or more dimensions, divided into
+    those that may be pruned and those that are left alone, with the reasons; in module order.
+
+    A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
+    """
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -83,50 +130,109 @@ def jobs_of(model: Any, settings: NetworkSettings) -> tuple[list[LayerJob], list
             "the nn.Module from which it was made, and script or trace that afterwards"
         )
     known = layers_of(model)
-    names = [layer.name for layer in known]
-    wanted = set(names)
+    own = _own(model, known)
+    prefixes = {layer.name: layer.prefix for layer in known} | {x.name: x.prefix for x in own}
+    wanted, named, why = set(prefixes), set[str](), "not in include"
     if settings.include is not None:
-        wanted = _matching(globs_of(settings.include, "include"), names, "include")
+        wanted, named = _matching(globs_of(settings.include, "include"), prefixes, "include")
     if settings.exclude is not None:
-        wanted -= _matching(globs_of(settings.exclude, "exclude"), names, "exclude")
-    layers = [layer for layer in known if layer.name in wanted]
-    for layer in layers:
-        layer.check()
-    layers, skipped = tie(model, layers, explicit=settings.include is not None)
-    skipped += _scripted(model)
-    if not layers:
-        raise ArgumentError(
-            "model: no layer is left to prune (see include, exclude); linear and convolution "
-            "layers, attention and experts can be pruned"
-            + "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped)
-        )
+        excluded, _ = _matching(globs_of(settings.exclude, "exclude"), prefixes, "exclude")
+        wanted -= excluded
+        why = "excluded" if settings.include is None else "excluded, or not in include"
     for glob in settings.overrides or {}:
-        _matching([glob], names, "overrides")
-    return [job_of(layer, *settings.for_layer(layer.name)) for layer in layers], skipped
+        _matching([glob], prefixes, "overrides")
+    for name in wanted:
+        settings.for_layer(name)[0].check_target()
+    conventions = Conventions(model)
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    errors: list[LobsError] = []
+    for layer in known:
+        reason = "" if layer.name in wanted else why
+        if not reason and layer.name not in named:
+            reason = conventions.of(layer.name, layer.prefix, layer.rows)
+        if reason:
+            skipped.append(Skipped(layer.name, reason, weights_of(layer), on_purpose=True))
+            continue
+        for name, parameter in layer.parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                layer.check_weight()  # raises: running the model would give it a shape
+            if parameter.is_meta and not hasattr(layer.module, "_hf_hook"):
+                checks.tensor(parameter, name)  # raises
+        try:
+            layer.check_weight()
+        except (ArgumentError, DtypeError) as error:
+            if settings.strict or layer.name in named:
+                raise
+            skipped.append(Skipped(layer.name, reason_of(layer, error), weights_of(layer)))
+            errors.append(error)
+            continue
+        if conventions.under_adapter(layer.prefix):
+            layer.notes.append(
+                "an adapter is added to its output; merging that would fill the zeros"
+            )
+        layers.append(layer)
+    layers, tied = tie(model, layers, refuse=named)
+    chosen = []
+    for x in own:
+        reason = "" if x.name in wanted else why
+        rows = x.parameter.shape[0]
+        if x.name not in named or conventions.of(x.name, x.prefix, rows) == TABLE:
+            reason = reason or conventions.of(x.name, x.prefix, rows)
+        if reason and x.name in named:
+            raise ArgumentError(f"include: {x.name!r} cannot be pruned: {reason}")
+        if reason:
+            skipped.append(Skipped(x.name, reason, x.parameter.numel(), on_purpose=True))
+        else:
+            chosen.append(x)
+    skipped += tied
+    if not layers and not chosen:
+        raise errors[0] if errors else ArgumentError(nothing_left(skipped))
+    return Candidates(layers, chosen, skipped, errors, named)
 
 
-def _scripted(model: nn.Module) -> list[Skipped]:
-    """The parts of a model that are TorchScript and have weights."""
-    parts = {n: m for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
-    outer = (n for n in parts if not any(n.startswith(f"{other}.") for other in parts))
-    return [
-        Skipped(name, "TorchScript, whose steps cannot be observed")
-        for name in outer
-        if any(p.ndim > 1 for p in parts[name].parameters())
-    ]
+def _own(model: nn.Module, layers: Sequence[Layer]) -> list[Own]:
+    """The parameters of two or more dimensions that belong to none of these layers."""
+    taken = {id(p) for layer in layers for p in layer.parameters.values()}
+    own = []
+    for prefix, module in model.named_modules():
+        for part, parameter in module._parameters.items():
+            if (
+                parameter is None
+                or id(parameter) in taken
+                or isinstance(parameter, UninitializedParameter)
+            ):
+                continue
+            taken.add(id(parameter))
+            if parameter.ndim >= 2:
+                full = f"{prefix}.{part}" if prefix else part
+                name = prefix if part == "weight" and prefix else full
+                own.append(Own(name, prefix, module, part, parameter))
+    return own
 
 
-def _matching(globs: Sequence[str], names: Sequence[str], argument: str) -> set[str]:
-    matching: set[str] = set()
+def _matching(
+    globs: Sequence[str], prefixes: Mapping[str, str], argument: str
+) -> tuple[set[str], set[str]]:
+    """The names that some glob matches, or whose module it matches; and those among them that a
+    glob asks for by name, which does not end in a star."""
+    matching, named = set[str](), set[str]()
     for glob in globs:
-        hits = {name for name in names if fnmatchcase(name, glob)}
+        hits = {n for n, p in prefixes.items() if fnmatchcase(n, glob) or fnmatchcase(p, glob)}
         if not hits:
+            names = list(prefixes)
             some = ", ".join(repr(n) for n in names[:8]) + (", ..." if len(names) > 8 else "")
             raise ArgumentError(
                 f"{argument}: {glob!r} matches no prunable layer; there are {some or 'none'}"
             )
         matching |= hits
-    return matching
+        named |= hits if not glob.endswith("*") else set()
+    return matching, named
+
+
+def reason_of(layer: Layer, error: Exception) -> str:
+    """The message of an error about a layer, without the layer's name."""
+    return str(error).removeprefix(f"layer {layer.name!r}: ")
 
 
 def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> LayerJob:
@@ -154,11 +260,11 @@ def job_of(layer: Layer, settings: LayerSettings, shared: bool = False) -> Layer
 
 
 def tie(
-    model: nn.Module, layers: Sequence[Layer], explicit: bool
+    model: nn.Module, layers: Sequence[Layer], refuse: Container[str] = ()
 ) -> tuple[list[Layer], list[Skipped]]:
     """Merge layers that use one weight in the same way. A weight that something else uses too, for
-    example an embedding, must not change unnoticed: its layer is skipped, or refused if it is
-    ``explicit``."""
+    example an embedding, must not change unnoticed: its layer is skipped, which is an error for the
+    names in ``refuse``."""
     sharing = _overlapping(model)
     by_module = {layer.module: layer for layer in layers if not layer.watched}
     kept: list[Layer] = []
@@ -184,11 +290,11 @@ def tie(
                 f"{next(iter(others.values()))} is tied to {', '.join(others)}, which is not "
                 "pruned with it; pruning it would change both"
             )
-            if explicit:
+            if layer.name in refuse:
                 raise ArgumentError(
                     f"layer {layer.name!r}: {reason}. Leave it out, or give each its own copy"
                 )
-            skipped.append(Skipped(layer.name, reason))
+            skipped.append(Skipped(layer.name, reason, weights_of(layer), on_purpose=True))
             continue
         for partner in partners.values():
             layer.share(partner)

@@ -101,6 +101,13 @@ class NetworkSettings(LayerOptions):
         None, check=_globs, help="likewise, to leave layers out"
     )
     overrides: Mapping[str, Mapping[str, Any]] | None = option(None, check=_overrides)
+    strict: bool = option(
+        False,
+        check=checks.flag,
+        compared=False,  # it changes no result
+        help="end with an error, before anything is changed, where a layer that is not excluded "
+        "cannot be pruned; default: it is left out and named",
+    )
     spread: float = option(
         0.2,
         check=_spread,

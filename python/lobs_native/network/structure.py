@@ -4,7 +4,6 @@ stacks of blocks, and which layers share a second moment."""
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,10 @@ from torch import nn
 from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
 from lobs_native.calibration.session import Session
-from lobs_native.errors import ArgumentError
 from lobs_native.layers import Linear
 from lobs_native.network.resources import Workload
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.report.records import Skipped
 
 __all__ = [
     "Structure",
@@ -30,28 +27,11 @@ __all__ = [
 ]
 
 
-def order_of(
-    jobs: Sequence[LayerJob], session: Session, explicit: bool, *, thorough: bool
-) -> tuple[list[LayerJob], list[Skipped], Flow]:
-    """The jobs in the order in which the model calls their layers, the layers that it never calls
-    (an error if ``explicit``), and how it calls the others. It runs on all batches if ``thorough``,
-    otherwise until all layers have been called."""
-    flow = flow_of([job.layer for job in jobs], session, thorough=thorough)
+def order_of(jobs: Sequence[LayerJob], session: Session) -> tuple[list[LayerJob], Flow]:
+    """The jobs in the order in which the model calls their layers, and how it calls them."""
+    flow = flow_of([job.layer for job in jobs], session)
     by_name = {job.layer.name: job for job in jobs}
-    missing = [name for name in by_name if name not in flow.order]
-    if missing and (explicit or not flow.order):
-        raise ArgumentError(
-            f"include: the model never calls {', '.join(map(repr, missing))} on the "
-            "calibration data; leave it out"
-        )
-    skipped = [Skipped(name, "never called on the calibration data") for name in missing]
-    if missing:
-        warnings.warn(
-            "lobs_native.prune: not pruned, because the model never calls them: "
-            f"{', '.join(missing)}",
-            stacklevel=5,
-        )
-    return [by_name[name] for name in flow.order], skipped, flow
+    return [by_name[name] for name in flow.order], flow
 
 
 @dataclass(frozen=True)

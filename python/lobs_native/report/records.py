@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lobs_native.errors import CheckpointError
 
-__all__ = ["ErrorBound", "LayerReport", "ReportRecord", "Skipped", "plain", "report_of_layer"]
+__all__ = [
+    "Coverage",
+    "ErrorBound",
+    "LayerReport",
+    "ReportRecord",
+    "Skipped",
+    "plain",
+    "report_of_layer",
+]
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,53 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that matched but was left alone, and the reason."""
+    """Weights that were left alone, and the reason.
+
+    ``on_purpose``: by a rule or because the caller said so. Otherwise they could not be pruned, or
+    it is not understood how they are used.
+    """
 
     name: str
     reason: str
+    weights: int = 0
+    on_purpose: bool = False
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All weights of a network, its parameters of two or more dimensions, by what became of them;
+    and how many were removed.
+
+    A parameter that several layers share counts once.
+    """
+
+    pruned: int
+    on_purpose: int  # left out by a rule or by the caller
+    not_understood: int  # not pruned because that is impossible, or their use is not understood
+    removed: int = 0
+
+    @classmethod
+    def of(cls, pruned: int, skipped: Iterable[Skipped], removed: int = 0) -> Coverage:
+        """From the number of pruned weights, and all that were left alone."""
+        some = list(skipped)
+        left = sum(x.weights for x in some if x.on_purpose)
+        return cls(pruned, left, sum(x.weights for x in some) - left, removed)
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return self.pruned + self.on_purpose + self.not_understood
+
+    @property
+    def sparsity(self) -> float:
+        """The removed weights over all weights of the network."""
+        return self.removed / self.total if self.total else 0.0
+
+    @property
+    def missed(self) -> float:
+        """The share of those not understood among the weights that were to be pruned."""
+        prunable = self.pruned + self.not_understood
+        return self.not_understood / prunable if prunable else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +166,7 @@ class ReportRecord:
     masks: dict[str, Tensor] = field(
         repr=False, compare=False, default_factory=dict
     )  # True = kept; not saved
+    coverage: Coverage | None = None  # None: only the pruned layers are known
     missing: tuple[str, ...] = ()  # of an unfinished run: layers that are still to be pruned
 
 

@@ -37,6 +37,10 @@ class Report(ReportRecord):
         values["error_bound"] = dataclasses.asdict(bound) | {
             "relative": {k: bound.share(getattr(bound, k)) for k in _DISTANCES}
         }
+        if (coverage := self.coverage) is not None:
+            values["coverage"] = dataclasses.asdict(coverage) | {
+                name: getattr(coverage, name) for name in ("total", "sparsity", "missed")
+            }
         values["checks"] = review(self)
         values["runtimes"] = runtimes_for(self.layers, str(self.settings.get("pattern")))
         for name in ("layers", "skipped", "checks", "runtimes"):

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lobs_native.report.records import LayerReport, ReportRecord
+from lobs_native.report.records import LayerReport, ReportRecord, Skipped
+from lobs_native.report.text import percent
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.result import OPTIMAL
 
-__all__ = ["Check", "Note", "notes_of", "review"]
+__all__ = ["FEW_MISSED", "Cause", "Check", "Note", "causes_of", "notes_of", "review"]
 
+FEW_MISSED = 0.02  # of the weights to be pruned: so many may be left alone without a warning
 _SLACK = 1e-4  # of the predicted error, for rounding in float32
 
 
@@ -31,6 +33,28 @@ class Note:
 
     text: str
     layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why some weights were left alone, and which."""
+
+    reason: str
+    on_purpose: bool
+    weights: int
+    names: tuple[str, ...]
+
+
+def causes_of(skipped: Iterable[Skipped]) -> tuple[Cause, ...]:
+    """What was left alone, by its reason: first what was not on purpose, the most weights first."""
+    layers: dict[tuple[str, bool], list[Skipped]] = {}
+    for layer in skipped:
+        layers.setdefault((layer.reason, layer.on_purpose), []).append(layer)
+    causes = [
+        Cause(reason, on_purpose, sum(x.weights for x in some), tuple(x.name for x in some))
+        for (reason, on_purpose), some in layers.items()
+    ]
+    return tuple(sorted(causes, key=lambda cause: (cause.on_purpose, -cause.weights)))
 
 
 def notes_of(layers: Iterable[LayerReport]) -> tuple[Note, ...]:
@@ -102,9 +126,17 @@ def _completeness(report: ReportRecord) -> Check:
     if report.missing:
         total = count + len(report.missing)
         return Check("Layers", False, f"unfinished: {count} of {total} are done")
-    skipped = len(report.skipped)
-    left = f"; {skipped} left alone, see below" if skipped else ""
-    return Check("Layers", True, f"all {count} are pruned{left}")
+    purpose = sum(layer.on_purpose for layer in report.skipped)
+    others = len(report.skipped) - purpose
+    said = f"all {count} are pruned" if not others else f"{count} are pruned"
+    if others:
+        said += f"; {others} could not be, see below"
+    if purpose:
+        said += f"; {purpose} left alone on purpose, see below"
+    if (coverage := report.coverage) is None:
+        return Check("Layers", True, said)
+    said += f"; {percent(1 - coverage.missed)} of the weights that were to be pruned"
+    return Check("Layers", coverage.missed <= FEW_MISSED, said)
 
 
 def _check(

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from lobs_native.report import runtimes
 from lobs_native.report.charts import LayerCharts, layer_charts
 from lobs_native.report.layer_table import LayerTable, layer_table
-from lobs_native.report.records import ErrorBound, LayerReport, ReportRecord
-from lobs_native.report.review import Check, Note, notes_of, review
+from lobs_native.report.records import Coverage, ErrorBound, LayerReport, ReportRecord
+from lobs_native.report.review import Cause, Check, Note, causes_of, notes_of, review
 from lobs_native.report.text import DASH
 
 __all__ = ["Quantity", "ReportView", "report_view"]
@@ -40,6 +40,8 @@ class ReportView:
     charts: LayerCharts
     table: LayerTable
     notes: tuple[Note, ...]
+    causes: tuple[Cause, ...]  # why weights were left alone
+    weights: tuple[tuple[str, int, float], ...]  # of the network: what became of them, and shares
     runtimes: tuple[runtimes.Runtime, ...]
     runtimes_as_of: str
     requested: dict[str, Setting]
@@ -59,6 +61,8 @@ def report_view(report: ReportRecord) -> ReportView:
         charts=layer_charts(report.layers),
         table=layer_table(report.layers, notes, report.error_bound.parts),
         notes=notes,
+        causes=causes_of(report.skipped),
+        weights=_weights(report.coverage),
         runtimes=runtimes.runtimes_for(report.layers, str(report.settings.get("pattern"))),
         runtimes_as_of=runtimes.as_of(),
         requested=requested,
@@ -73,6 +77,18 @@ def _summary(settings: Mapping[str, Any]) -> tuple[str, ...]:
         *(str(settings[k]) for k in bare if settings.get(k) is not None),
         *(f"{k.replace('_', ' ')} {settings[k]}" for k in named if settings.get(k) is not None),
     )
+
+
+def _weights(coverage: Coverage | None) -> tuple[tuple[str, int, float], ...]:
+    if coverage is None or not coverage.total:
+        return ()
+    counts = {
+        "in the pruned layers": coverage.pruned,
+        "left out on purpose": coverage.on_purpose,
+        "not understood, or impossible to prune": coverage.not_understood,
+        "in all": coverage.total,
+    }
+    return tuple((what, count, count / coverage.total) for what, count in counts.items())
 
 
 def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
@@ -90,8 +106,8 @@ def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
 _ARGUMENTS = (
     *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity", "budget"),
-    *("include", "exclude", "overrides", "memory", "device", "backend", "blocks", "token_mask"),
-    "seed",
+    *("include", "exclude", "overrides", "strict", "memory", "device", "backend", "blocks"),
+    *("token_mask", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}
 

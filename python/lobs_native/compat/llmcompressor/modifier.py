@@ -182,7 +182,7 @@ class LOBSModifier(Modifier):
         model = state.model
         selected, hidden = layers_of_targets(model, self.targets, self.ignore)
         with disable_onloading():  # tied weights are one tensor in storage, but not when onloaded
-            layers, tied = tie(model, selected, explicit=False)
+            layers, tied = tie(model, selected)
         self._skipped = [*hidden, *tied]
         for skipped in self._skipped:
             logger.warning(f"LOBSModifier skips {skipped.name}: {skipped.reason}")

@@ -138,7 +138,7 @@ class LOBSSearcher(BaseSparseSearcher):
         ]
         for layer in candidates:
             layer.check()
-        layers, self.skipped = tie(self.model, candidates, explicit=False)
+        layers, self.skipped = tie(self.model, candidates)
         if not layers:
             raise ArgumentError("model: the mode's rules leave no layer to prune")
         for target in self.config["overrides"]:

@@ -1,0 +1,333 @@
+"""What a forward pass does with each parameter: which operations read it, and whether it is the
+plain operand of products or convolutions.
+
+Parameters are recognised by their memory, so that it does not matter which function or module uses
+them. Tensors that are computed from parameters and buffers alone are followed as well: a weight
+that is scaled, standardised or masked before it is multiplied is not a plain operand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
+from lobs_native.layers.conv import ConvCall
+
+__all__ = ["Block", "Survey", "Use"]
+
+_LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select"}
+_LOOKUPS |= {"gather", "take", "grid_sampler_2d", "_upsample_bicubic2d_aa", "upsample_bicubic2d"}
+_ENTRYWISE = {"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "cat", "stack"}
+_ENTRYWISE |= {"where", "copy_", "masked_fill", "index_put", "index_put_", "maximum", "minimum"}
+_ENTRYWISE |= {"native_layer_norm", "native_group_norm", "native_batch_norm", "addcmul", "lerp"}
+_ENTRYWISE |= {"cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_fused_rms_norm", "pow"}
+_ENTRYWISE |= {"scatter", "scatter_", "select_scatter", "slice_scatter", "_prelu_kernel", "atan2"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a parameter as it enters a product: rows x width, stored so or transposed."""
+
+    offset: int  # of its first entry, in entries of the parameter
+    rows: int
+    width: int
+    transposed: bool
+
+
+@dataclass
+class Use:
+    """How one parameter was used. Operations go by their names without "aten::"."""
+
+    blocks: dict[Block, int] = field(default_factory=dict)  # operands of products, with their rows
+    calls: dict[ConvCall, None] = field(default_factory=dict)  # convolutions with it as a filter
+    biases: dict[str | None, None] = field(default_factory=dict)  # what is added in these; or None
+    added: int = 0  # how often it was added in a product or convolution as a bias
+    changed: dict[str, None] = field(default_factory=dict)  # operations before it is multiplied
+    parts: bool = False  # multiplied in pieces that are no blocks
+    both: bool = False  # multiplied with another parameter, or made into a weight by inputs
+    looked_up: dict[str, None] = field(default_factory=dict)
+    entrywise: dict[str, None] = field(default_factory=dict)
+    inputs: bool = False  # a learned input of layers
+    others: dict[str, None] = field(default_factory=dict)
+    outside: set[str] = field(default_factory=set)  # which of these fields hold uses outside owners
+    callers: list[nn.Module] | None = None  # the modules whose calls include every use
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was done with it."""
+        return self.callers is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is nothing but an operand of products, or of convolutions."""
+        return bool(self.blocks) != bool(self.calls) and not (
+            self.changed or self.parts or self.both or self.looked_up or self.entrywise
+            or self.inputs or self.others or self.added
+        )  # fmt: skip
+
+
+class Survey(TorchDispatchMode):
+    """While active, records the uses of all parameters of ``model``.
+
+    ``owners`` has, for some parameters, the modules by whose calls they are meant to be used.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, model: nn.Module, owners: Mapping[nn.Parameter, Sequence[nn.Module]]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.owners = owners
+        self.uses: dict[nn.Parameter, Use] = {}
+        self._names: dict[nn.Parameter, str] = {}
+        self._stack: list[nn.Module] = [model]
+        self._derived: dict[int, tuple[StorageWeakRef, dict[nn.Parameter, dict[str, None]]]] = {}
+        self._mixed: dict[int, tuple[StorageWeakRef, list[nn.Parameter]]] = {}
+        spans: list[tuple[int, int, nn.Parameter | None]] = []
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                continue
+            self._names[parameter] = name
+            self.uses[parameter] = Use()
+            spans.append((*span(parameter), parameter))
+        for buffer in model.buffers():
+            spans.append((*span(buffer), None))
+        self._spans = sorted(spans, key=lambda entry: entry[:2])
+        self._reach: list[int] = []  # the furthest end up to each span, since spans may overlap
+        for _, end, _ in self._spans:
+            self._reach.append(max(end, self._reach[-1] if self._reach else 0))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The context in which the model is run. (The mode itself is entered again and again.)"""
+        inner = [m for m in self.model.modules() if m is not self.model]
+        inner = [m for m in inner if not isinstance(m, torch.jit.ScriptModule)]
+        enter = [m.register_forward_pre_hook(self._enter) for m in inner]
+        leave = [m.register_forward_hook(self._leave, always_call=True) for m in inner]
+        with attached([*enter, *leave]), self:
+            yield
+        self._derived.clear()
+        self._mixed.clear()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        while module in self._stack[1:] and self._stack.pop() is not module:
+            pass  # of modules that raised
+
+    # ---- operations ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "is_view", False):
+            return func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        direct = [self._direct(x) for x in tensors]
+        origins = [self._origins(x) for x in tensors]
+        filtering = func is CONVOLUTION and bool(self._mixed)
+        if not any(direct) and not any(origins) and not filtering:
+            return func(*args, **kwargs)
+        if func not in PRODUCTS and func is not CONVOLUTION and isinstance(func, OpOverload):
+            with self:  # in inference mode, linear and matmul are not yet decomposed
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if func in PRODUCTS:
+            first = PRODUCTS[func]
+            unscaled = kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1
+            left, right = args[first : first + 2]
+            self._product(left, right, args[0] if first and unscaled else None)
+            own = [p for ps in direct for p in ps if not self._owned(p)]
+            self._remember(self._mixed, result, own)
+        elif func is CONVOLUTION:
+            self._convolution(*args)
+        else:
+            self._other(name, tensors, direct, origins, result)
+        return result
+
+    def _other(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        direct: Sequence[list[nn.Parameter]],
+        origins: Sequence[dict[nn.Parameter, dict[str, None]]],
+        result: Any,
+    ) -> None:
+        """An operation that is no product."""
+        known = [
+            bool(d) or bool(o) or x.numel() == 1 or self._static(x)
+            for x, d, o in zip(tensors, direct, origins, strict=True)
+        ]
+        if all(known):  # computed from parameters and buffers alone
+            chains: dict[nn.Parameter, dict[str, None]] = {}
+            for of_tensor in origins:
+                for p, chain in of_tensor.items():
+                    chains.setdefault(p, {}).update(chain)
+            for p in (p for ps in direct for p in ps):
+                chains.setdefault(p, {})
+                self._place(p)
+            for chain in chains.values():
+                chain[name] = None
+            self._remember(self._derived, result, chains)
+            return
+        involved = [p for ps in (*direct, *origins) for p in ps]
+        for p in dict.fromkeys(involved):
+            if name in _LOOKUPS:
+                self._note(p, "looked_up", name)
+            else:
+                self._note(p, "entrywise" if name in _ENTRYWISE else "others", name)
+        self._remember(self._mixed, result, [p for p in involved if not self._owned(p)])
+
+    def _product(self, left: Tensor, right: Tensor, bias: Any) -> None:
+        if right.ndim == left.ndim - 1:  # a vector
+            right = right[..., None]
+        if left.ndim == 2:
+            left, right = left[None], right[None]
+        added = self._direct(bias) if isinstance(bias, Tensor) else []
+        for a, b in zip(left, right, strict=True):
+            self._pair(a, b, added)
+        for p in added:
+            self.uses[p].added += 1
+            self._place(p)
+
+    def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter]) -> None:
+        """a (n, C) @ b (C, m)."""
+        sides = ((b, a), (a.T, b.T))
+        parameters = [self._direct(weight) for weight, _ in sides]
+        for k, (weight, x) in enumerate(sides):
+            for p in parameters[k]:
+                if parameters[1 - k] and not self._owned(p):
+                    if self._owned(parameters[1 - k][0]):
+                        self._note(p, "inputs")
+                    else:
+                        self._note(p, "both")
+                else:
+                    self._operand(p, weight, len(x))
+                    self.uses[p].biases[self._names[added[0]] if len(added) == 1 else None] = None
+            for p, chain in self._origins(weight).items():
+                if parameters[1 - k]:
+                    self._note(p, "inputs")
+                else:
+                    self._note(p, "changed", *chain)
+
+    def _operand(self, p: nn.Parameter, weight: Tensor, rows: int) -> None:
+        """x (rows, C) @ weight (C, R), which lies in the memory of ``p``."""
+        C, R = weight.shape
+        offset = (weight.data_ptr() - p.data_ptr()) // p.element_size()
+        steps = (weight.stride(0) if C > 1 else None, weight.stride(1) if R > 1 else None)
+        if steps[0] in (1, None) and steps[1] in (C, None):
+            block = Block(offset, R, C, False)
+        elif steps[0] in (R, None) and steps[1] in (1, None):
+            block = Block(offset, R, C, True)
+        else:
+            self._note(p, "parts")
+            return
+        use = self.uses[p]
+        use.blocks[block] = use.blocks.get(block, 0) + rows
+        self._place(p, "blocks")
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
+        added = self._direct(bias) if isinstance(bias, Tensor) else []
+        for p in self._direct(weight):
+            whole = span(weight) == span(p) and weight.is_contiguous() and p.is_contiguous()
+            if self._direct(x):
+                self._note(p, "both")
+            elif not whole:
+                self._note(p, "parts")
+            else:
+                self.uses[p].calls[ConvCall.of(weight, arguments)] = None
+                self.uses[p].biases[self._names[added[0]] if len(added) == 1 else None] = None
+                self._place(p, "calls")
+        for p, chain in self._origins(weight).items():
+            self._note(p, "changed", *chain)
+        for p in self._known(self._mixed, weight) or ():
+            self._note(p, "both")
+        for p in [*self._direct(x), *self._origins(x)]:
+            self._note(p, "inputs")
+        for p in added:
+            self.uses[p].added += 1
+            self._place(p)
+
+    # ---- what is known of a tensor ---------------------------------------------------------------
+
+    def _overlapping(self, x: Tensor) -> Iterator[nn.Parameter | None]:
+        start, end = span(x)
+        i = bisect_right(self._reach, start)
+        while start < end and i < len(self._spans) and self._spans[i][0] < end:
+            if self._spans[i][1] > start:
+                yield self._spans[i][2]
+            i += 1
+
+    def _direct(self, x: Tensor) -> list[nn.Parameter]:
+        """The parameters in whose memory ``x`` lies."""
+        return [p for p in self._overlapping(x) if p is not None]
+
+    def _static(self, x: Tensor) -> bool:
+        """Whether ``x`` lies in the memory of a parameter or buffer."""
+        return next(self._overlapping(x), x) is not x
+
+    def _origins(self, x: Tensor) -> dict[nn.Parameter, dict[str, None]]:
+        """The parameters from which ``x`` was computed, with the operations on the way."""
+        return self._known(self._derived, x) or {}
+
+    def _known(self, kept: Mapping[int, tuple[StorageWeakRef, Any]], x: Tensor) -> Any:
+        if not kept or (entry := kept.get(_address(x))) is None:
+            return None
+        return None if entry[0].expired() else entry[1]
+
+    def _remember(self, kept: dict[int, tuple[StorageWeakRef, Any]], result: Any, of: Any) -> None:
+        for x in tree_leaves(result):
+            if of and isinstance(x, Tensor) and _address(x):
+                kept[_address(x)] = (StorageWeakRef(x.untyped_storage()), of)
+
+    def _owned(self, p: nn.Parameter) -> bool:
+        """Whether a module that it belongs to is being called."""
+        return any(owner in self._stack for owner in self.owners.get(p, ()))
+
+    def _note(self, p: nn.Parameter, which: str, *operations: str) -> None:
+        """Record a use under the name of a field of :class:`Use`."""
+        use = self.uses[p]
+        if operations:
+            getattr(use, which).update(dict.fromkeys(operations))
+        else:
+            setattr(use, which, True)
+        self._place(p, which)
+
+    def _place(self, p: nn.Parameter, which: str = "") -> None:
+        """Record in which modules' calls a use happens."""
+        use = self.uses[p]
+        if which and not self._owned(p):
+            use.outside.add(which)
+        if use.callers is None:
+            use.callers = list(self._stack)
+        else:
+            together = zip(use.callers, self._stack, strict=False)
+            common = next((i for i, (a, b) in enumerate(together) if a is not b), None)
+            shorter = min(len(use.callers), len(self._stack))
+            del use.callers[shorter if common is None else common :]
+
+
+def _address(x: Tensor) -> int:
+    """The address of a tensor's storage; 0 if it has none."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0

@@ -1,0 +1,286 @@
+"""From how a model uses its parameters to the layers that are pruned, and the reasons why others
+are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lobs_native.calibration.observe import Observation, observe
+from lobs_native.calibration.session import Session
+from lobs_native.calibration.survey import Use
+from lobs_native.calibration.watch import unobservable
+from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError, ShapeError
+from lobs_native.layers import Layer
+from lobs_native.layers.own import OwnConv, OwnConvTranspose, Product
+from lobs_native.network.coverage import nothing_left
+from lobs_native.network.selection import (
+    Candidates,
+    LayerJob,
+    Own,
+    job_of,
+    reason_of,
+    weights_of,
+)
+from lobs_native.network.settings import NetworkSettings
+from lobs_native.report.records import Skipped
+
+__all__ = ["Reason", "Settled", "settle", "without_data"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a weight is not pruned."""
+
+    text: str
+    on_purpose: bool = False
+    error: LobsError | None = None  # the one that says more
+
+    def as_error(self, name: str) -> LobsError:
+        """The error for the layer of this name."""
+        if self.error is not None:
+            return self.error
+        return ArgumentError(f"layer {name!r}: {self.text}; leave it out (exclude)")
+
+
+@dataclass
+class Settled:
+    """The layers to prune, and all that is left alone."""
+
+    jobs: list[LayerJob] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    errors: list[LobsError] = field(default_factory=list)
+
+    def add(self, made: LayerJob | Reason, name: str, weights: int) -> None:
+        """Add a layer, or the reason why it is left alone."""
+        if isinstance(made, LayerJob):
+            self.jobs.append(made)
+            return
+        self.skipped.append(Skipped(name, made.text, weights, made.on_purpose))
+        if made.error is not None:
+            self.errors.append(made.error)
+
+    def check(self) -> Settled:
+        """Raise if there is no layer: the first error, if one says more than the reasons."""
+        if not self.jobs:
+            raise self.errors[0] if self.errors else ArgumentError(nothing_left(self.skipped))
+        return self
+
+
+def is_settled(layer: Layer) -> bool:
+    """Whether the module is of the very class that the layer type describes."""
+    base = layer.base_of(layer.caller)
+    return layer.forward_is_known() and base is not None and type(layer.caller) is base
+
+
+def settle(candidates: Candidates, session: Session, settings: NetworkSettings) -> Settled:
+    """Run the model to see how it uses the candidates, and decide what is pruned and how.
+
+    A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
+    """
+    trials = {x.name for x in candidates.layers if not x.watched and not is_settled(x)}
+    seen = observe(session, candidates.layers, trials)
+    modules = dict(session.model.named_modules())
+    settled = Settled([], [*candidates.skipped], [*candidates.errors])
+    for layer in candidates.layers:
+        made = _job_or_reason(_of_layer(layer, seen, modules), settings)
+        _refuse(made, layer.name, settings, candidates)
+        settled.add(made, layer.name, weights_of(layer))
+    for own in candidates.own:
+        made = _job_or_reason(_of_own(own, seen.uses[own.parameter], seen, modules), settings)
+        _refuse(made, own.name, settings, candidates)
+        settled.add(made, own.name, own.parameter.numel())
+    return settled.check()
+
+
+def without_data(candidates: Candidates, settings: NetworkSettings) -> Settled:
+    """What can be said before the model has run: the layers of known types, in module order, and
+    all that is left alone or depends on how the model uses it."""
+    settled = Settled([], [*candidates.skipped], [*candidates.errors])
+    for layer in candidates.layers:
+        made = _job_or_reason(layer, settings)
+        _refuse(made, layer.name, settings, candidates)
+        settled.add(made, layer.name, weights_of(layer))
+    later = Reason("whether it can be pruned is seen when the model runs; pass data")
+    for own in candidates.own:
+        settled.add(later, own.name, own.parameter.numel())
+    return settled if candidates.own else settled.check()
+
+
+def _refuse(
+    made: LayerJob | Reason, name: str, settings: NetworkSettings, candidates: Candidates
+) -> None:
+    """Raise if a layer is left alone that must not be."""
+    if isinstance(made, Reason) and (
+        (settings.strict and not made.on_purpose) or name in candidates.named
+    ):
+        raise made.as_error(name)
+
+
+def _job_or_reason(made: Layer | Reason, settings: NetworkSettings) -> LayerJob | Reason:
+    """The job of a layer; or why its settings do not fit it."""
+    if isinstance(made, Reason):
+        return made
+    own, shared = settings.for_layer(made.name)
+    try:
+        return job_of(made, own, shared)
+    except (ArgumentError, DtypeError, PatternError, ShapeError) as error:
+        return Reason(reason_of(made, error), error=error)
+
+
+# ---- known types ---------------------------------------------------------------------------------
+
+
+def _of_layer(
+    layer: Layer,
+    seen: Observation,
+    modules: dict[str, nn.Module],
+) -> Layer | Reason:
+    """A layer of a known type, as it is to be pruned."""
+    if layer.watched:
+        if layer.name in seen.failed:
+            error = unobservable(layer, seen.failed[layer.name])
+            return Reason(reason_of(layer, error), error=error)
+        if layer.name not in seen.called:
+            return _never_called(layer)
+        if not layer.forward_is_known():
+            layer.bias_part = ""
+            layer.notes.append("its module has a forward of its own, so its bias was not updated")
+        return layer
+    parameter = layer.module._parameters.get(layer.weight_part)
+    use = None if parameter is None else seen.uses[parameter]
+    outside = set() if use is None else use.outside
+    as_described = layer.name in seen.called and layer.name not in seen.unlike
+    if as_described and not outside:
+        return layer
+    if parameter is None:
+        if layer.name not in seen.called:
+            return _never_called(layer)
+        return Reason("its module does not return what its weight and input alone would give")
+    assert use is not None
+    if not use.used:
+        return _never_called(layer)
+    if len(layer.sites) > 1:
+        return Reason("its weight is shared, and used by other means than calls of its modules")
+    own = Own(layer.name, layer.prefix, layer.module, layer.weight_part, parameter)
+    made = _of_own(own, use, seen, modules)
+    if isinstance(made, Reason):
+        if outside:
+            return Reason(f"outside the calls of its module, {made.text}", made.on_purpose)
+        text = f"in a forward of its own, {made.text}; a layer type can describe it"
+        return Reason(f"{text} (lobs_native.register_layer)")
+    made.notes[:] = [*layer.notes, *made.notes]
+    if made.bias() is None and layer.bias() is not None:
+        made.notes.append("its bias was not updated: it is not seen to be added in each product")
+    return made
+
+
+def _never_called(layer: Layer) -> Reason:
+    return Reason(
+        "never called on the calibration data",
+        error=ArgumentError(
+            f"include: the model never calls {layer.name!r} on the calibration data; leave it out"
+        ),
+    )
+
+
+# ---- parameters of any module --------------------------------------------------------------------
+
+
+def _of_own(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) -> Layer | Reason:
+    """A parameter as a layer, if it is the plain operand of products or convolutions."""
+    if own.parameter.is_meta:
+        return Reason("it has no values here (meta device)")
+    if not use.plain:
+        return _reason(use)
+    assert use.callers is not None
+    caller = use.callers[-1]
+    bias = _bias(own, use, seen, modules)
+    if use.calls:
+        if len(use.calls) > 1:
+            return Reason("it is used in convolutions of several forms")
+        (call,) = use.calls
+        kind = OwnConvTranspose if call.transposed else OwnConv
+        return kind(own.name, own.prefix, own.module, own.part, bias, call=call, caller=caller)
+    parameter = own.parameter
+    first = next(iter(use.blocks))
+    size = first.rows * first.width
+    alike = {(block.rows, block.width, block.transposed) for block in use.blocks}
+    if (
+        len(alike) > 1
+        or not parameter.is_contiguous()
+        or parameter.numel() % size
+        or any(block.offset % size for block in use.blocks)
+    ):
+        return Reason("it is multiplied in several ways: in parts, or in two orientations")
+    groups = parameter.numel() // size
+    inner = (first.width, first.rows) if first.transposed else (first.rows, first.width)
+    counts = [use.blocks.get(block, 0) for block in use.blocks]
+    return Product(
+        own.name,
+        own.prefix,
+        own.module,
+        own.part,
+        bias if groups == 1 else "",
+        blocks=(groups, *inner),
+        transposed=first.transposed,
+        caller=caller,
+        routed=groups > 1 and (len(counts) < groups or len(set(counts)) > 1),
+    )
+
+
+def _bias(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) -> str:
+    """The bias that is added in every product of a weight and nowhere else, if its module has it;
+    otherwise ""."""
+    if len(use.biases) != 1 or (name := next(iter(use.biases))) is None:
+        return ""
+    prefix, _, part = name.rpartition(".")
+    if prefix != own.prefix or modules[prefix] is not own.module:
+        return ""
+    bias = own.module._parameters[part]
+    assert bias is not None
+    of_bias = seen.uses[bias]
+    elsewhere = of_bias.blocks or of_bias.calls or of_bias.changed or of_bias.looked_up
+    elsewhere = elsewhere or of_bias.entrywise or of_bias.others
+    users = [u for u in seen.uses.values() if name in u.biases]
+    return part if bias.ndim == 1 and not elsewhere and len(users) == 1 else ""
+
+
+def _reason(use: Use) -> Reason:
+    """Why a parameter is no plain operand."""
+
+    def listed(operations: dict[str, None]) -> str:
+        return ", ".join(f"aten::{name}" for name in operations)
+
+    if not use.used:
+        return Reason("it is not used on the calibration data")
+    multiplied = bool(use.blocks or use.calls)
+    if use.both:
+        return Reason("it is multiplied with another weight, or made into one by activations")
+    if use.changed:
+        return Reason(
+            f"it is changed ({listed(use.changed)}) before it is multiplied, so that zeros in it "
+            "are no zeros of a product"
+        )
+    if use.others:
+        return Reason(f"it is used by {listed(use.others)}, which is no product with one input")
+    if use.parts:
+        return Reason("it is multiplied in parts that do not lie together in memory")
+    if multiplied and use.looked_up:
+        return Reason(f"it is looked up as well ({listed(use.looked_up)})", on_purpose=True)
+    if multiplied:
+        return Reason(f"it is multiplied, and used otherwise as well ({listed(use.entrywise)})")
+    if use.looked_up:
+        return Reason(
+            f"it is a table that is looked up ({listed(use.looked_up)}), not multiplied", True
+        )
+    if use.inputs:
+        return Reason("it is a learned input of layers, not a weight of one", True)
+    if use.entrywise:
+        return Reason(
+            f"it is combined with activations entry by entry ({listed(use.entrywise)}), not "
+            "multiplied as a matrix",
+            True,
+        )
+    return Reason("nothing is multiplied with it", True)
