@@ -4,6 +4,7 @@ users register, and padding."""
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -446,15 +447,55 @@ def test_an_interrupted_run_restores_the_parameters_of_a_parametrized_weight():
     assert same(states(model), before)
 
 
+class Directed(nn.Module):
+    """A parametrization that turns a row of zeros, which has no direction, into NaN."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        length = X.norm(dim=1, keepdim=True)
+        return X / length * length
+
+    def right_inverse(self, W: Tensor) -> Tensor:
+        return W
+
+
 def test_a_parametrization_that_cannot_hold_the_pruned_weight_is_refused_and_restored():
-    """A row of zeros has no direction, so weight_norm turns it into NaN."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 5)).double()
-    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Directed())
     before = states(model)
     with pytest.raises(ArgumentError, match=r"'0': its parametrization cannot hold the.*exclude"):
         lobs.prune(model, [torch.randn(60, 8).double()], sparsity=1.0, progress=False)
     assert same(states(model), before)
+
+
+def normalized(module: nn.Module, old: bool, dim: int | None) -> nn.Module:
+    """``module`` with weight normalization, in its older form as a hook or as a parametrization."""
+    if not old:
+        return nn.utils.parametrizations.weight_norm(module, dim=dim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(module, dim=dim)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (4, 1)])
+def test_weight_normalization_holds_any_zeros(old, dim, groups, kernel):
+    plain = nn.Conv1d(4, 8, kernel, groups=groups).double()
+    weak = plain.weight.detach()
+    weak[0] *= 1e-4  # this slice becomes empty, along dimension 0
+    weak[:, :, 1:2] *= 1e-4  # and this one along dimension 2
+    model = nn.Sequential(normalized(copy.deepcopy(plain), old, dim))
+    x = [torch.randn(4, 4, 20).double()]
+    report = lobs.prune(model, x, sparsity=0.5, progress=False)
+    expected = nn.Sequential(plain)
+    lobs.prune(expected, x, sparsity=0.5, progress=False)
+    now = model[0](x[0])  # the hook computes the weight in a forward
+    assert distance(now.detach(), expected(x[0]).detach()) < 1e-12
+    assert torch.equal(model[0].weight == 0, plain.weight == 0)
+    assert not bool(plain.weight[0].any())
+    assert torch.equal(report.masks["0"], plain.weight != 0)
+    assert "0.weight" not in dict(model.named_parameters())
 
 
 # ---- types that users register -------------------------------------------------------------------

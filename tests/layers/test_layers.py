@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 
 import pytest
 import torch
@@ -305,13 +306,19 @@ def test_the_conv1d_of_transformers_is_recognised_without_importing_it():
 
 def test_computed_weights_that_cannot_be_assigned_to_are_refused():
     spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
-    old = nn.Linear(3, 3)
-    with pytest.warns(FutureWarning):
-        torch.nn.utils.weight_norm(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        old = torch.nn.utils.spectral_norm(nn.Linear(3, 3))
     masked = nn.Linear(3, 3)
     torch_prune.l1_unstructured(masked, "weight", 0.5)
-    for module in (spectral, old, masked):
-        with pytest.raises(ArgumentError, match=r"layer 'deep\.one'.*parametrized.*prune\.remove"):
+    orthogonal = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+    for module, why in (
+        (spectral, "largest singular value"),
+        (old, "by a hook: SpectralNorm"),
+        (masked, r"masked by torch\.nn\.utils\.prune"),
+        (orthogonal, "parametrized by _Orthogonal"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"layer 'deep\.one'.*{why}.*prune\.remove"):
             layers_for("deep.one", module)[0].check()
 
 

@@ -3,7 +3,6 @@ rows."""
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from lobs_native.errors import ArgumentError, DtypeError, ShapeError
+from lobs_native.layers import computed
 
 __all__ = ["Layer", "overwrite"]
 
@@ -93,24 +92,13 @@ class Layer(ABC):
         return not replaced and base is not None and type(self.caller).forward is base.forward
 
     def _check_computed(self, part: str) -> None:
-        """Accept a parametrized weight if assigning to it works, as tried on a copy with half of
-        its entries zero."""
-        if parametrize.is_parametrized(self.module, part):
-            chain = copy.deepcopy(self._chain(part))
-            value = getattr(self.module, part).detach().clone()
-            value.view(-1)[::2] = 0
-            try:
-                with torch.no_grad():
-                    chain.right_inverse(value)
-                    if _same(chain(), value):
-                        return
-            except Exception:  # a user's parametrization may raise anything
-                pass
-        raise ArgumentError(
-            f"layer {self.name!r}: its {part} is computed from other parameters (parametrized, or "
-            "masked by torch.nn.utils.prune) and cannot hold a pruned value; make it permanent "
-            "first (remove_parametrizations, prune.remove) or exclude it"
-        )
+        """Accept a computed weight if assigning to it works."""
+        if not computed.holds(self.module, part):
+            raise ArgumentError(
+                f"layer {self.name!r}: its {part} is computed from other parameters "
+                f"({computed.why_not(self.module, part)}) and cannot hold a pruned value; make it "
+                "permanent first (remove_parametrizations, prune.remove) or exclude it"
+            )
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -123,17 +111,10 @@ class Layer(ABC):
             owned = self.module._parameters.get(part)
             if owned is not None:
                 changed[prefix + part] = owned
-            elif part and parametrize.is_parametrized(self.module, part):
-                for key, value in self._chain(part).named_parameters():
-                    changed[f"{prefix}parametrizations.{part}.{key}"] = value
+            elif part:
+                for name, value in computed.computing(self.module, part).items():
+                    changed[prefix + name] = value
         return changed
-
-    def _chain(self, part: str) -> parametrize.ParametrizationList:
-        chains = self.module.parametrizations
-        assert isinstance(chains, nn.ModuleDict)
-        chain = chains[part]
-        assert isinstance(chain, parametrize.ParametrizationList)
-        return chain
 
     @property
     def kind(self) -> str:
@@ -170,9 +151,7 @@ class Layer(ABC):
 
     def stored(self, part: str) -> Tensor:
         """This layer's share of the module's tensor ``part``: a detached view."""
-        value = getattr(self.module, part)
-        assert isinstance(value, Tensor)
-        return value.detach()
+        return computed.value_of(self.module, part)
 
     @torch.no_grad()
     def write_back(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -182,11 +161,11 @@ class Layer(ABC):
         if bias is not None and self.bias() is not None:
             new[self.bias_part] = bias.reshape(self.stored(self.bias_part).shape)
         for part, value in new.items():
-            if not parametrize.is_parametrized(self.module, part):
+            if self.module._parameters.get(part) is not None:
                 overwrite(self.stored(part), value)
                 continue
-            setattr(self.module, part, value.clone())
-            if not _same(self.stored(part), value):
+            computed.assign(self.module, part, value)
+            if not computed.same(self.stored(part), value):
                 raise ArgumentError(
                     f"layer {self.name!r}: its parametrization cannot hold the pruned {part}; "
                     "make it permanent first (remove_parametrizations) or exclude it"
@@ -254,11 +233,3 @@ def overwrite(target: Tensor, value: Tensor) -> None:
     be written outside it."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         target.copy_(value)
-
-
-def _same(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all zeros are exact and all other values are equal up to a few roundings."""
-    eps = torch.finfo(expected.dtype).eps
-    limit = 16 * eps * float(expected.abs().max()) if expected.numel() else 0
-    exact_zeros = bool((actual[expected == 0] == 0).all())
-    return exact_zeros and float((actual - expected).abs().max()) <= limit

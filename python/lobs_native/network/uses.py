@@ -260,8 +260,8 @@ def _reason(use: Use) -> Reason:
         return Reason("it is multiplied with another weight, or made into one by activations")
     if use.changed:
         return Reason(
-            f"it is changed ({listed(use.changed)}) before it is multiplied, so that zeros in it "
-            "are no zeros of a product"
+            f"it is copied or changed ({listed(use.changed)}) before it is multiplied, so that its "
+            "inputs are not seen"
         )
     if use.others:
         return Reason(f"it is used by {listed(use.others)}, which is no product with one input")
