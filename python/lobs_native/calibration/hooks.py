@@ -22,7 +22,6 @@ __all__ = [
     "ending",
     "hooked",
     "reader",
-    "unfused",
     "unfused_attention",
 ]
 
@@ -75,8 +74,10 @@ def _flat(layer: Layer, nested: Tensor) -> Tensor:
 def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
     """Call ``see(layer, inputs, columns)`` whenever a layer is called; ``columns(inputs)`` yields
     the inputs as pairs (group, X) with X (n, C)."""
-    with unfused(layers), contextlib.ExitStack() as scope:
+    with contextlib.ExitStack() as scope:
+        scope.enter_context(unfused_attention())
         for layer in layers:
+            scope.enter_context(layer.running())
             for site in layer.sites if not layer.watched else ():
                 hook = reader(layer, site, see)
                 handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -96,15 +97,6 @@ def unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def unfused(layers: Sequence[Layer]) -> Iterator[None]:
-    """Run what these layers need in separate steps, whose inputs can be observed."""
-    with unfused_attention(), contextlib.ExitStack() as scope:
-        for layer in layers:
-            scope.enter_context(layer.running())
-        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lobs_native.calibration.hooks import Columns, attached, reader, unfused
+from lobs_native.calibration.hooks import Columns, attached, reader, unfused_attention
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Survey, Use
 from lobs_native.calibration.watch import Watch
@@ -76,7 +76,9 @@ def observe(session: Session, layers: Sequence[Layer], trials: Container[str]) -
     handles = [*(enter(*pair) for pair in known), *(leave(*pair) for pair in plain)]
     with contextlib.ExitStack() as scope:
         scope.enter_context(attached(handles))
-        scope.enter_context(unfused(layers))
+        scope.enter_context(unfused_attention())
+        for layer in layers:
+            scope.enter_context(layer.running())
         scope.enter_context(recurrent_in_products(session.model))
         scope.enter_context(survey.running())
         scope.enter_context(Watch(watched, lambda layer, *_: seen.called.add(layer.name), fail))
@@ -90,13 +92,13 @@ def observe(session: Session, layers: Sequence[Layer], trials: Container[str]) -
 
 def _as_described(site: Layer, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether a call returned what the described class computes from the same first argument."""
-    module, base = site.module, site.base_of(site.module)
+    base = site.base_of(site.module)
     x = args[0] if args else next(iter(kwargs.values()), None)
     if base is None or not isinstance(x, Tensor) or not isinstance(output, Tensor):
         return False
     with _disable_current_modes():
         try:
-            expected = base.forward(module, x)
+            expected = base.forward(_as_base(site, base), x)
         except Exception:  # inputs that the described class does not take
             return False
         if expected.shape != output.shape:
@@ -104,3 +106,18 @@ def _as_described(site: Layer, args: Any, kwargs: Any, output: Any) -> bool:
         difference = float((expected.double() - output.double()).norm())
         eps = torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0
         return difference <= max(_CLOSE, 4 * eps) * float(expected.double().norm())
+
+
+def _as_base(site: Layer, base: type[nn.Module]) -> nn.Module:
+    """The module as an instance of ``base`` itself, with the same tensors."""
+    module, twin = site.module, base.__new__(base)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("forward", None)
+    for part in (site.weight_part, site.bias_part):
+        if (
+            part
+            and module._parameters.get(part) is None
+            and getattr(module, part, None) is not None
+        ):
+            twin.__dict__[part] = site.stored(part)  # it is computed
+    return twin

@@ -35,6 +35,7 @@ __all__ = ["main"]
 
 OK, FAILED, USAGE, IO_FAILED, STOPPED = 0, 1, 2, 74, 75
 INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
+_LISTED = 4  # files and tensors named on standard error; report.json has all of them
 
 
 _EPILOG = """exit codes:
@@ -184,7 +185,9 @@ def _prune(options: argparse.Namespace) -> int:
         return OK
     for what in ("tensors left out", "tensors pruned in another dtype", "files left out"):
         if some := report.settings.get(what):
-            print(f"lobs-native: {what}: {visible(', '.join(some))}", file=sys.stderr)
+            more = f", and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
+            listed = visible(", ".join(some[:_LISTED]))
+            print(f"lobs-native: {what}: {listed}{more}", file=sys.stderr)
     if options.json:
         print(json.dumps({**report.to_dict(), "out": str(out)}, indent=1, allow_nan=False))
     else:

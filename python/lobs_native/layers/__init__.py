@@ -43,8 +43,7 @@ LAYERS: list[type[Layer]] = [
 
 
 def layers_for(name: str, module: nn.Module) -> list[Layer]:
-    """The prunable weights of one module: none if its type is unknown, or if it is TorchScript,
-    whose steps cannot be observed.
+    """The prunable weights of one module: none if its type is unknown, or hidden by TorchScript.
 
     ``Layer.check`` tells whether a weight may be pruned.
     """

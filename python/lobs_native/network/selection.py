@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+_SCRIPTED = "it belongs to a TorchScript module; prune the module before it is scripted or traced"
+
+
 @dataclass(frozen=True)
 class LayerJob:
     """One layer and how it is to be pruned."""
@@ -117,8 +120,8 @@ def weights_of(layer: Layer) -> int:
 
 
 def candidates_of(model: Any, settings: NetworkSettings) -> Candidates:
-    """The layers of known types and all other parameters of two or more dimensions, divided into
-    those that may be pruned and those that are left alone, with the reasons; in module order.
+    """The layers of known types and all other parameters of two or more dimensions, each in module
+    order, divided into those that may be pruned and those that are left alone, with the reasons.
 
     A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
     """
@@ -179,6 +182,10 @@ def candidates_of(model: Any, settings: NetworkSettings) -> Candidates:
         rows = x.parameter.shape[0]
         if x.name not in named or conventions.of(x.name, x.prefix, rows) == TABLE:
             reason = reason or conventions.of(x.name, x.prefix, rows)
+        if not reason and isinstance(x.module, torch.jit.ScriptModule):
+            skipped.append(Skipped(x.name, _SCRIPTED, x.parameter.numel()))
+            errors.append(ArgumentError(f"layer {x.name!r}: {_SCRIPTED}"))
+            continue
         if reason and x.name in named:
             raise ArgumentError(f"include: {x.name!r} cannot be pruned: {reason}")
         if reason:
