@@ -31,7 +31,7 @@ from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
-from lobs_native.report.records import ErrorBound, LayerReport, Skipped
+from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped
 from lobs_native.report.report import Report
 from lobs_native.solvers.hessian import Hessian
 from lobs_native.solvers.memory import MemoryPlan, plan_memory
@@ -44,6 +44,7 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "Coverage",
     "DtypeError",
     "ErrorBound",
     "Hessian",

@@ -42,6 +42,17 @@ def shared():
     model.alias = model[2].bias
     return model, batches, lambda model, x: model[2](model[1](model[0](x)))
 
+class Bilinear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.product, self.last = torch.nn.Bilinear(6, 6, 5), torch.nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.last(self.product(x, x))
+
+def bilinear():
+    return Bilinear(), batches
+
 class makers:
     pair = pair
 
@@ -238,6 +249,28 @@ def test_the_plan_names_the_layers_that_prune_prunes(tmp_path):
     report = job.run(planned_job, settings, tmp_path / "out", overwrite=False, masks=False)
     assert [layer.name for layer in report.layers] == ["0"]
     assert [layer.name for layer in report.skipped] == ["2"]
+
+
+@pytest.mark.filterwarnings("default:lobs_native")
+def test_what_is_left_out_is_one_line_without_source_and_part_of_the_summary(here, capsys):
+    line = ["prune", "made_here:bilinear", "--sparsity", "0.5", "--no-progress", "--out", "out"]
+    assert cli.main(line) == cli.OK
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "lobs-native: warning: 180 of 200 weights (90 %) that were to be pruned are left as they "
+        "are: 180 in product: it is used by aten::_trilinear, which is no product with one input\n"
+    )
+    assert "skipped product: it is used by aten::_trilinear" in printed.out
+    assert (
+        "of all 200 weights: 20 in the pruned layers, 0 left out on purpose, 180 not understood or "
+        "impossible to prune; sparsity of the whole network 0.0500\n" in printed.out
+    )
+    assert cli.main([*line, "--overwrite", "--strict"]) == cli.USAGE
+    assert capsys.readouterr().err.startswith("lobs-native: layer 'product': it is used by")
+    assert cli.main([*line, "--plan", "--json"]) == cli.OK
+    planned = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in planned["layers"]] == ["last"]
+    assert planned["skipped"][0]["weights"] == 180
 
 
 def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -283,7 +284,10 @@ def plan_prune(
         chosen = dataclasses.replace(chosen, progress=False)
     pruning = Pruning(model, calibration, chosen)
     with pruning.session.evaluating():
-        return pruning.look()
+        plan = pruning.look()
+    if line := pruning.uncovered():
+        warnings.warn(f"lobs_native.plan_prune: {line}", stacklevel=2)
+    return plan
 
 
 def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
