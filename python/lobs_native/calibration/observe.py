@@ -34,8 +34,14 @@ class Observation:
     failed: dict[str, str] = field(default_factory=dict)  # watched layer: what it was used by
 
 
-def observe(session: Session, layers: Sequence[Layer], trials: Container[str]) -> Observation:
-    """Run the model to see how it uses its parameters.
+def observe(
+    session: Session,
+    layers: Sequence[Layer],
+    own: Sequence[nn.Parameter],
+    trials: Container[str],
+) -> Observation:
+    """Run the model to see how it uses its parameters, until all of these layers and parameters
+    have been used.
 
     For the layers whose names are in ``trials``, the module's output is compared with what the
     class that their type describes computes from the same input.
@@ -58,6 +64,10 @@ def observe(session: Session, layers: Sequence[Layer], trials: Container[str]) -
 
     def fail(layer: Layer, use: str) -> None:
         seen.failed.setdefault(layer.name, use)
+
+    def used(layer: Layer) -> bool:
+        parameters = (survey.uses.get(p) for p in layer.parameters.values())
+        return layer.name in seen.called or any(use is not None and use.used for use in parameters)
 
     watched = [layer for layer in layers if layer.watched]
     plain = [(layer, site) for layer in layers if not layer.watched for site in layer.sites]
@@ -84,8 +94,8 @@ def observe(session: Session, layers: Sequence[Layer], trials: Container[str]) -
         scope.enter_context(Watch(watched, lambda layer, *_: seen.called.add(layer.name), fail))
         for batch in session.each("survey"):
             session.call(session.model, batch)
-            idle = any(p.ndim > 1 and not use.used for p, use in survey.uses.items())
-            if not idle and all(layer.name in seen.called for layer in layers):
+            idle = any(not survey.uses[p].used for p in own if p.numel() > max(p.shape))
+            if not idle and all(map(used, layers)):
                 break
     return seen
 

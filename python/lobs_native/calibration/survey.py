@@ -247,7 +247,10 @@ class Survey(TorchDispatchMode):
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
         added = self._direct(bias) if isinstance(bias, Tensor) else []
         for p in self._direct(weight):
-            whole = span(weight) == span(p) and weight.is_contiguous() and p.is_contiguous()
+            whole = span(weight) == span(p) and (
+                (weight.is_contiguous() and p.is_contiguous())
+                or (weight.shape, weight.stride()) == (p.shape, p.stride())
+            )
             if self._direct(x):
                 self._note(p, "both")
             elif not whole:

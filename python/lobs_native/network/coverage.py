@@ -35,7 +35,11 @@ def uncovered(coverage: Coverage, skipped: Sequence[Skipped]) -> str:
 
 def nothing_left(skipped: Sequence[Skipped]) -> str:
     """The message of the error that there is no layer to prune."""
-    reasons = "".join(f"; {s.name!r} cannot: {s.reason}" for s in skipped[:8])
+    reasons = ""
+    for cause in causes_of(skipped)[:_CAUSES]:
+        some = ", ".join(map(repr, cause.names[:_NAMES]))
+        more = ", ..." if len(cause.names) > _NAMES else ""
+        reasons += f"; {some}{more} cannot: {cause.reason}"
     return (
         "model: no layer is left to prune (see include, exclude); linear and convolution layers, "
         "attention, experts, recurrent layers and parameters in matrix products can be pruned"

@@ -80,17 +80,18 @@ def settle(candidates: Candidates, session: Session, settings: NetworkSettings) 
     A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
     """
     trials = {x.name for x in candidates.layers if not x.watched and not is_settled(x)}
-    seen = observe(session, candidates.layers, trials)
+    own = [x.parameter for x in candidates.own]
+    seen = observe(session, candidates.layers, own, trials)
     modules = dict(session.model.named_modules())
     settled = Settled([], [*candidates.skipped], [*candidates.errors])
     for layer in candidates.layers:
         made = _job_or_reason(_of_layer(layer, seen, modules), settings)
         _refuse(made, layer.name, settings, candidates)
         settled.add(made, layer.name, weights_of(layer))
-    for own in candidates.own:
-        made = _job_or_reason(_of_own(own, seen.uses[own.parameter], seen, modules), settings)
-        _refuse(made, own.name, settings, candidates)
-        settled.add(made, own.name, own.parameter.numel())
+    for x in candidates.own:
+        made = _job_or_reason(_of_own(x, seen.uses[x.parameter], seen, modules), settings)
+        _refuse(made, x.name, settings, candidates)
+        settled.add(made, x.name, x.parameter.numel())
     return settled.check()
 
 
