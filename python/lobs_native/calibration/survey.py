@@ -135,9 +135,9 @@ class Survey(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "is_view", False):
-            return func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if getattr(func, "is_view", False) or any(x.is_nested for x in tensors):
+            return func(*args, **kwargs)  # nested tensors have no strides to recognise
         direct = [self._direct(x) for x in tensors]
         origins = [self._origins(x) for x in tensors]
         filtering = func is CONVOLUTION and bool(self._mixed)
@@ -149,6 +149,8 @@ class Survey(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
+        if not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            return result  # a comparison: nothing of the weights goes on
         name = func.name().removeprefix("aten::").partition(".")[0]
         if func in PRODUCTS:
             first = PRODUCTS[func]

@@ -60,13 +60,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not getattr(func, "is_view", False):
-            touched = [
-                layer
-                for x in tree_leaves((args, kwargs))
-                if isinstance(x, Tensor)
-                for layer, _, _ in self._touching(x)
-            ]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # Nested tensors have no strides to recognise.
+        if not (getattr(func, "is_view", False) or any(x.is_nested for x in tensors)):
+            touched = [layer for x in tensors for layer, _, _ in self._touching(x)]
             if touched and func in PRODUCTS:
                 first = PRODUCTS[func]
                 self._product(*args[first : first + 2])
