@@ -783,6 +783,26 @@ def test_a_layer_is_read_as_written_and_without_newer_fields(tmp_path):
                 records.report_of_layer({**info, name: wrong})
 
 
+def test_a_report_of_a_run_has_what_was_left_alone(tmp_path):
+    made = lobs.prune(
+        chain(), rows(), sparsity=0.5, exclude="4", run_dir=tmp_path / "run", progress=False
+    )
+    read = inspection.report_of(tmp_path / "run")
+    assert read.skipped == made.skipped != ()
+    assert read.coverage == made.coverage
+    entry = dataclasses.asdict(made.skipped[0])
+    for wrong in (
+        [],
+        {"pruned": 3},
+        {"pruned": 0.5, "skipped": []},
+        {"pruned": 3, "skipped": [3]},
+        {"pruned": 3, "skipped": [{**entry, "weights": "many"}]},
+        {"pruned": 3, "skipped": [{**entry, "other": 1}]},
+    ):
+        with pytest.raises(CheckpointError, match="what was left alone cannot be read"):
+            records.coverage_of(wrong)
+
+
 def test_a_report_of_a_run_names_the_layers_that_are_missing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         after(patched, 2)

@@ -231,6 +231,10 @@ class Pruning:
             return None
         header = {
             "config": plain(self.settings.arguments(compared=True)),
+            "coverage": {
+                "pruned": self.coverage.pruned,
+                "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
+            },
             "fingerprints": fingerprints(self.session.model, self.session.batches),
             "forward": _name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],

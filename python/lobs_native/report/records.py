@@ -18,6 +18,7 @@ __all__ = [
     "LayerReport",
     "ReportRecord",
     "Skipped",
+    "coverage_of",
     "plain",
     "report_of_layer",
 ]
@@ -168,6 +169,24 @@ class ReportRecord:
     )  # True = kept; not saved
     coverage: Coverage | None = None  # None: only the pruned layers are known
     missing: tuple[str, ...] = ()  # of an unfinished run: layers that are still to be pruned
+
+
+def coverage_of(info: Any) -> tuple[tuple[Skipped, ...], int]:
+    """What was left alone, and the number of weights to be pruned, as a run's header has them:
+    ``{"pruned": int, "skipped": [the fields of Skipped]}``.
+
+    Raises CheckpointError if it is something else.
+    """
+    try:
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(Skipped)}
+        skipped = tuple(
+            Skipped(**{name: _value(kinds[name], name, value) for name, value in entry.items()})
+            for entry in info["skipped"]
+        )
+        pruned: int = _value("int", "pruned", info["pruned"])
+        return skipped, pruned
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"run_dir: what was left alone cannot be read: {error}") from error
 
 
 def plain(value: Any) -> Any:

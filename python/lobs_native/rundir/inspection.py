@@ -7,7 +7,7 @@ import os
 from typing import Any, cast
 
 from lobs_native.errors import ArgumentError, CheckpointError
-from lobs_native.report.records import ErrorBound, plain, report_of_layer
+from lobs_native.report.records import Coverage, ErrorBound, coverage_of, plain, report_of_layer
 from lobs_native.report.report import Report
 from lobs_native.rundir.directory import RunDirectory
 
@@ -100,6 +100,8 @@ def report_of(path: str | os.PathLike[str]) -> Report:
     """A report of the committed layers of a run. Raises as :func:`inspect` does."""
     with RunDirectory.open(path, write=False) as run:
         names, config, versions = _header(run)
+        left = {"pruned": 0, "skipped": []}  # of an older run: unknown
+        skipped, pruned = coverage_of(run.header.get("coverage", left))
         layers = tuple(
             report_of_layer(record.info) for record in run.records if record.kind == "layer"
         )
@@ -112,7 +114,7 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         done = f"unfinished: {done}"
     return Report(
         layers=layers,
-        skipped=(),
+        skipped=skipped,
         error_bound=ErrorBound(covered=False, reason=f"read from a run directory: {done}"),
         sparsity=removed / sum(sizes) if sizes else 0.0,
         removed=removed,
@@ -121,4 +123,5 @@ def report_of(path: str | os.PathLike[str]) -> Report:
         settings={**config, "run_dir": str(run.path), "done": done},
         versions=versions,
         missing=missing,
+        coverage=Coverage.of(pruned, skipped, removed) if pruned else None,
     )
