@@ -157,6 +157,49 @@ def test_both_inputs_count_where_a_module_s_weight_is_used_by_a_function_too():
     assert report.layers[0].rows == 160
 
 
+class Attention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return self.out_proj(torch.softmax(q @ k.mT, -1) @ v)
+
+
+def test_attention_with_a_forward_of_its_own_is_pruned_but_for_its_biases():
+    net = Net(lambda m, x: m.attention(x)[..., :8], attention=Attention(16, 2, batch_first=True))
+    report = prune(net, sequences())
+    names = [f"attention.{which}_proj" for which in ("q", "k", "v", "out")]
+    assert [x.name for x in report.layers] == [*names, "last"]
+    assert all("bias was not updated" in x.notes[0] for x in report.layers[:4])
+
+
+class Reused(nn.Module):
+    """A stack whose blocks use a parameter of the network, or of the first block, as well."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3))
+        owner = self.blocks[0] if inside else self
+        owner.register_parameter("shared", nn.Parameter(torch.randn(16, 16) / 4))
+        for block in self.blocks:
+            block.register_forward_hook(lambda m, _, y: functional.linear(y, owner.shared))
+        self.owner = [owner]
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.owner[0].shared)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_blocks_that_use_a_parameter_of_another_module_are_not_run_one_by_one(inside):
+    report = prune(Reused(inside), sequences(1))
+    assert report.settings["blocks"] == []
+    assert len(report.layers) == 4
+    assert [x.rows for x in report.layers] == [160, 40, 40, 40]
+
+
 REASONS = {
     "scaled": (
         rows,

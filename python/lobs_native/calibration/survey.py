@@ -64,6 +64,7 @@ class Use:
     others: dict[str, None] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)  # which of these fields hold uses outside owners
     callers: list[nn.Module] | None = None  # the modules whose calls include every use
+    some: set[nn.Module] = field(default_factory=set)  # and those whose calls include some
 
     @property
     def used(self) -> bool:
@@ -321,6 +322,7 @@ class Survey(TorchDispatchMode):
         use = self.uses[p]
         if which and not self._owned(p):
             use.outside.add(which)
+        use.some.update(self._stack)
         if use.callers is None:
             use.callers = list(self._stack)
         else:

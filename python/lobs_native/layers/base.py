@@ -4,7 +4,7 @@ rows."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,6 +43,10 @@ class Layer(ABC):
         self.caller = module  # the module whose forward uses them
         self.sites: list[Layer] = [self]  # all uses of the weight, this one first
         self.notes: list[str] = []
+        # Of a weight that is known by its use: the modules whose calls include all of its uses, and
+        # those whose calls include some.
+        self.around_all: Sequence[nn.Module] = ()
+        self.around_some: Collection[nn.Module] = ()
 
     # ---- which modules, and whether they may be pruned -------------------------------------------
 

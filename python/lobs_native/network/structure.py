@@ -125,6 +125,13 @@ def _closed(stack: Stack, jobs: Sequence[LayerJob], model: nn.Module) -> bool:
         for site in job.layer.sites
         if job.layer.name in stack
     }
+    for job in jobs:
+        number = stack.block_of(job.layer.name)
+        if number is None and any(m in job.layer.around_some for m in stack.modules):
+            return False
+        around = job.layer.around_all
+        if number is not None and around and stack.modules[number] not in around:
+            return False
     names = model.named_modules(remove_duplicate=False)
     return all(stack.block_of(name) == block[m] for name, m in names if m in block)
 

@@ -195,6 +195,15 @@ def _of_own(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]
         return Reason("it has no values here (meta device)")
     if not use.plain:
         return _reason(use)
+    made = _made(own, use, seen, modules)
+    if isinstance(made, Layer):
+        assert use.callers is not None
+        made.around_all, made.around_some = tuple(use.callers), frozenset(use.some)
+    return made
+
+
+def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) -> Layer | Reason:
+    """The layer of a plain operand."""
     assert use.callers is not None
     caller = use.callers[-1]
     bias = _bias(own, use, seen, modules)
