@@ -112,6 +112,9 @@ def test_a_layer_that_the_pattern_does_not_fit_is_left_out_with_one_warning():
     text = str(warning.message)
     assert text.startswith("lobs_native.prune: 240 of 752 weights (32 %) that were to be pruned")
     assert "240 in 2: pattern: '2:4' does not divide rows of 30" in text
+    with pytest.warns(UserWarning, match="lobs_native.plan_prune: 240 of 752 weights") as caught:
+        lobs.plan_prune(odd(), rows(), pattern="2:4")
+    assert caught[0].filename == __file__
     for options in ({"strict": True}, {"include": ["0", "2"]}):
         with pytest.raises(PatternError, match="layer '2': pattern: '2:4'"):
             lobs.prune(odd(), rows(), pattern="2:4", progress=False, **options)

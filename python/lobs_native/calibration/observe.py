@@ -111,11 +111,11 @@ def _as_described(site: Layer, args: Any, kwargs: Any, output: Any) -> bool:
             expected = base.forward(_as_base(site, base), x)
         except Exception:  # inputs that the described class does not take
             return False
-        if expected.shape != output.shape:
+        if expected.shape != output.shape or not output.is_floating_point():
             return False
         difference = float((expected.double() - output.double()).norm())
-        eps = torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0
-        return difference <= max(_CLOSE, 4 * eps) * float(expected.double().norm())
+        close = max(_CLOSE, 4 * torch.finfo(output.dtype).eps)
+        return difference <= close * float(expected.double().norm())
 
 
 def _as_base(site: Layer, base: type[nn.Module]) -> nn.Module:

@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["ADAPTER", "ROUTER", "TABLE", "Conventions"]
+__all__ = ["TABLE", "Conventions"]
 
-ROUTER = (
+_ROUTER = (
     "it is the router of a mixture of experts: a small change of it sends rows to other experts; "
     "include it by name to prune it"
 )
-ADAPTER = (
+_ADAPTER = (
     "it is part of an adapter, and zeros in it are lost when it is merged: merge it first, or keep "
     "it and prune the weight under it"
 )
 TABLE = "it is a table that is looked up, not multiplied"
 
-_ROUTER_CLASS = re.compile(r"Router|TopKGat|MoE\w*Gate$|Gating$", re.IGNORECASE)
+_ROUTER_CLASS = re.compile(r"Router|TopK\w*Gat|MoE\w*Gat(?:e|ing)$", re.IGNORECASE)
 _ROUTER_NAME = {"gate", "router", "routing_fn", "gating", "wg"}
 _COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts", "moe_num_experts")
 _ADAPTER_NAME = re.compile(r"(?:^|\.)(?:lora|hada|lokr|oft|boft|vera|vblora|ia3)_\w")
@@ -39,10 +39,10 @@ class Conventions:
         ``name`` is the layer's or parameter's, ``prefix`` that of the module that owns it.
         """
         if _ADAPTER_NAME.search(name) or f"{prefix}.".startswith(self._adapting):
-            return ADAPTER
+            return _ADAPTER
         if isinstance(self._modules.get(prefix), (nn.Embedding, nn.EmbeddingBag)):
             return TABLE
-        return ROUTER if self._is_router(prefix, rows) else ""
+        return _ROUTER if self._is_router(prefix, rows) else ""
 
     def under_adapter(self, prefix: str) -> bool:
         """Whether an adapter is added to the output of the module of this name."""

@@ -108,11 +108,6 @@ class Candidates:
     errors: list[LobsError]  # of layers that cannot be pruned
     named: set[str]  # layers that ``include`` asks for by name: to leave one out is an error
 
-    def weights(self) -> int:
-        """The number of weights that may be pruned."""
-        layers = sum(weights_of(layer) for layer in self.layers)
-        return layers + sum(own.parameter.numel() for own in self.own)
-
 
 def weights_of(layer: Layer) -> int:
     """The number of weights of a layer."""

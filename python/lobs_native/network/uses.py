@@ -68,7 +68,7 @@ class Settled:
         return self
 
 
-def is_settled(layer: Layer) -> bool:
+def _is_settled(layer: Layer) -> bool:
     """Whether the module is of the very class that the layer type describes."""
     base = layer.base_of(layer.caller)
     return layer.forward_is_known() and base is not None and type(layer.caller) is base
@@ -79,7 +79,7 @@ def settle(candidates: Candidates, session: Session, settings: NetworkSettings) 
 
     A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
     """
-    trials = {x.name for x in candidates.layers if not x.watched and not is_settled(x)}
+    trials = {x.name for x in candidates.layers if not x.watched and not _is_settled(x)}
     own = [x.parameter for x in candidates.own]
     seen = observe(session, candidates.layers, own, trials)
     modules = dict(session.model.named_modules())
