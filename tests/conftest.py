@@ -13,6 +13,7 @@ from helpers import moved
 from helpers.emulated import build as build_emulated
 
 from lobs_native import ops
+from stress.forks import Forks
 
 _ROWS = {name: (ready, detail) for name, ready, detail, _ in ops._core.backends()}
 _BACKENDS = [
@@ -46,6 +47,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
     if built is None:
         pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the CPU")
     return ops._core.load_backend(str(built))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes that have imported the package, in milliseconds and not in seconds."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,12 @@
 A child process writes a run of small layers, resuming where the last one stopped, and prints a line
 after each commit. It is killed (SIGKILL) at a random moment. The report says how many acknowledged
 layers were lost, how many files were damaged, and whether each completed run has the bytes of an
-undisturbed one. Children are forked from one process that has imported torch, because the import
-takes far longer than their work.
+undisturbed one. The import of torch takes far longer than a child's work, so they are forked.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
 import os
 import random
@@ -28,11 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from lobs_native.errors import CheckpointError
 from lobs_native.files import fs
 from lobs_native.rundir.directory import LOCK, RunDirectory
+from stress.forks import Forks
 
 LAYERS = 12
 KILLED, FAILED = 137, 74  # exit codes: as by SIGKILL, and "input/output error" of sysexits.h
@@ -99,8 +100,14 @@ class ExitAt:
         return function(*args, **kw)
 
 
-def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
-    """Carry out one run in this process and return its exit code."""
+def child(task: dict[str, Any]) -> int:
+    """Carry out one run in this process and return its exit code. Prints a line for each message,
+    at once, so that a kill cannot tear it."""
+
+    def say(text: str) -> None:
+        os.write(1, (json.dumps(text) + "\n").encode())
+
+    torch.set_num_threads(1)
     if "exit_at" in task:
         fs.call = ExitAt(task["exit_at"])
     if "largest_file" in task:
@@ -109,102 +116,55 @@ def child(task: dict[str, Any], acknowledge: Callable[[str], None]) -> int:
     try:
         if "hold" in task:
             with RunDirectory.open(Path(task["path"]), write=True):
-                acknowledge("held")
+                say("held")
                 time.sleep(task["hold"])
         else:
-            work(Path(task["path"]), task.get("layers", LAYERS), acknowledge)
+            work(Path(task["path"]), task.get("layers", LAYERS), say)
     except CheckpointError as error:
-        acknowledge(f"error: {error}")
+        say(f"error: {error}")
         return FAILED
     return 0
 
 
-def serve() -> None:
-    """Fork a child for each line of standard input; report its pid, output and exit code."""
-    torch.set_num_threads(1)
-    gc.freeze()  # or a collection in a child copies the heap, for most of the child's life
-    for line in sys.stdin:
-        number = os.fork()
-        if number == 0:
-            code = 1
-            try:
-                code = child(json.loads(line), lambda text: say("says", text))
-            finally:
-                os._exit(code)
-        say("pid", number)
-        _, status = os.waitpid(number, 0)
-        say("end", os.waitstatus_to_exitcode(status))
+CHILD = (
+    "import json, os, sys; from stress import crash; os._exit(crash.child(json.loads(sys.argv[1])))"
+)
 
 
-def say(kind: str, value: Any) -> None:
-    """Write one line at once, so that a kill cannot tear it."""
-    os.write(1, (json.dumps([kind, value]) + "\n").encode())
+class Child:
+    """A started child. ``messages`` holds what it had said when it was last waited for."""
 
-
-class Server:
-    """Handle of the forking process; a context manager."""
-
-    def __enter__(self) -> Server:
-        environment = {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[2])}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            bufsize=1,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def start(self, **task: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**task, "path": str(task["path"])}) + "\n")
-        self.process.stdin.flush()
+    def __init__(self, forks: Forks, **task: Any) -> None:
+        task["path"] = str(task["path"])
+        self.process = forks.start(["-c", CHILD, json.dumps(task)], stdout=subprocess.PIPE)
+        self.pid = self.process.pid
         self.messages: list[str] = []
-        self.pid = 0
 
-    def next(self) -> tuple[str, Any]:
+    def hear(self) -> str:
+        """Wait for its next message."""
         assert self.process.stdout is not None
-        kind, value = json.loads(self.process.stdout.readline())
-        if kind == "says":
-            self.messages.append(value)
-        elif kind == "pid":
-            self.pid = value
-        return kind, value
+        self.messages.append(json.loads(self.process.stdout.readline()))
+        return self.messages[-1]
 
     def wait(self) -> int:
-        """Wait for the child's end and return its exit code, -9 after SIGKILL."""
-        while True:
-            kind, value = self.next()
-            if kind == "end":
-                return int(value)
+        """Wait for its end and return its exit code, -9 after SIGKILL."""
+        output, _ = self.process.communicate()
+        self.messages += map(json.loads, (output or "").splitlines())
+        return self.process.wait()
 
-    def run(self, **task: Any) -> int:
-        self.start(**task)
-        return self.wait()
-
-    def kill_after(self, seconds: float, **task: Any) -> int:
-        """Start a child and kill it after so many seconds, unless it ends first."""
-        self.start(**task)
-        while not self.pid:
-            self.next()
+    def kill_after(self, seconds: float) -> int:
+        """Kill it after so many seconds, unless it ends first."""
         time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         return self.wait()
 
 
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> dict[str, Any]:
+def kills(
+    count: int, folder: Path, forks: Forks, *, layers: int = LAYERS, seed: int = 0
+) -> dict[str, Any]:
     """Kill children at random moments until ``count`` have been killed, and count the losses.
 
     Each run is completed, by as many children as it takes.
@@ -221,32 +181,33 @@ def kills(count: int, folder: Path, *, layers: int = LAYERS, seed: int = 0) -> d
         "temporary files to clean": 0,
     }
     begin = time.perf_counter()
-    with Server() as server:
-        for name in ("undisturbed", "timed"):  # the first one waits for the server's imports
-            start = time.perf_counter()
-            if server.run(path=folder / name, layers=layers) != 0:
-                raise SystemExit(f"an undisturbed run failed: {server.messages[-1:]}")
-            whole = time.perf_counter() - start
-        right = files(folder / "undisturbed")
-        path, acknowledged = folder / "run", list[str]()
-        while counts["kills"] < count:
-            code = server.kill_after(generator.uniform(0, 0.6 * whole), path=path, layers=layers)
-            counts["children"] += 1
-            counts["acknowledged"] += len(server.messages)
-            acknowledged += server.messages
-            lost, damaged = acknowledged_are_there(path, acknowledged)
-            counts["lost"] += lost
-            counts["damaged"] += damaged
-            counts["temporary files to clean"] += len(list(path.rglob(".*.tmp")))
-            if code == -signal.SIGKILL:
-                counts["kills"] += 1
-            elif code == 0:
-                counts["runs completed"] += 1
-                counts["other bytes than undisturbed"] += files(path) != right
-                shutil.rmtree(path)
-                acknowledged.clear()
-            else:
-                raise SystemExit(f"a child ended with {code}: {server.messages[-1:]}")
+    for name in ("undisturbed", "timed"):  # the first one waits for the imports
+        start = time.perf_counter()
+        first = Child(forks, path=folder / name, layers=layers)
+        if first.wait() != 0:
+            raise SystemExit(f"an undisturbed run failed: {first.messages[-1:]}")
+        whole = time.perf_counter() - start
+    right = files(folder / "undisturbed")
+    path, acknowledged = folder / "run", list[str]()
+    while counts["kills"] < count:
+        started = Child(forks, path=path, layers=layers)
+        code = started.kill_after(generator.uniform(0, 0.6 * whole))
+        counts["children"] += 1
+        counts["acknowledged"] += len(started.messages)
+        acknowledged += started.messages
+        lost, damaged = acknowledged_are_there(path, acknowledged)
+        counts["lost"] += lost
+        counts["damaged"] += damaged
+        counts["temporary files to clean"] += len(list(path.rglob(".*.tmp")))
+        if code == -signal.SIGKILL:
+            counts["kills"] += 1
+        elif code == 0:
+            counts["runs completed"] += 1
+            counts["other bytes than undisturbed"] += files(path) != right
+            shutil.rmtree(path)
+            acknowledged.clear()
+        else:
+            raise SystemExit(f"a child ended with {code}: {started.messages[-1:]}")
     counts["seconds"] = round(time.perf_counter() - begin, 1)
     return counts
 
@@ -267,13 +228,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--out", type=Path, help="where to write the result, as JSON")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        serve()
-        return
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        counts = kills(arguments.kills, Path(folder), layers=arguments.layers)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, Forks() as forks:
+        counts = kills(arguments.kills, Path(folder), forks, layers=arguments.layers)
     finish(counts, ("lost", "damaged", "other bytes than undisturbed"), arguments.out)
 
 

@@ -11,7 +11,6 @@ MNIST, as in ``bench/quality/lenet.py``; "chain" needs no data.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -35,6 +34,7 @@ from lobs_native.network import pruning
 from lobs_native.rundir import ledger
 from quality import lenet
 from stress.crash import acknowledged_are_there, finish
+from stress.forks import Forks
 
 RESULT = "pruned.safetensors"
 
@@ -81,21 +81,25 @@ def child(network: str, folder: Path, kept: bool) -> None:
     save_file(model.state_dict(), folder / RESULT)
 
 
+CHILD = """
+import sys
+from pathlib import Path
+from stress import crash_prune
+network, folder, kept = sys.argv[1:]
+crash_prune.child(network, Path(folder), bool(kept))
+"""
+
+
 def run_child(
-    network: str, folder: Path, *, kept: bool = True, seconds: float | None = None
+    forks: Forks, network: str, folder: Path, *, kept: bool = True, seconds: float | None = None
 ) -> tuple[int, list[str], float]:
     """Start a child and kill it after so many seconds, unless it ends first.
 
     Returns its exit code, the layers it acknowledged, and its run time in seconds.
     """
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, "--child", str(folder), "--network", network]
-    process = subprocess.Popen(
-        command if kept else [*command, "--undisturbed"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(lobs.__file__).parents[1])},
-        text=True,
-    )
+    arguments = [network, str(folder), "kept" if kept else ""]
+    process = forks.start(["-c", CHILD, *arguments], stdout=subprocess.PIPE)
     assert process.stdout is not None
     first = process.stdout.readline()
     if first != "begun\n":
@@ -107,14 +111,14 @@ def run_child(
         process.kill()
     output, _ = process.communicate()
     # A kill may tear the last line.
-    names = [line[:-1] for line in output.splitlines(keepends=True) if line.endswith("\n")]
-    return process.returncode, names, time.perf_counter() - since
+    names = [line[:-1] for line in (output or "").splitlines(True) if line.endswith("\n")]
+    return process.wait(), names, time.perf_counter() - since
 
 
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str, Any]:
+def kills(count: int, folder: Path, network: str, forks: Forks, *, seed: int = 0) -> dict[str, Any]:
     """Kill children at random moments until ``count`` have been killed, and count the losses.
 
     The last run is completed.
@@ -131,7 +135,7 @@ def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str,
         "other bytes than undisturbed": 0,
     }
     begun = time.perf_counter()
-    code, _, whole = run_child(network, folder / "undisturbed", kept=False)
+    code, _, whole = run_child(forks, network, folder / "undisturbed", kept=False)
     if code != 0:
         raise SystemExit(f"the undisturbed run ended with {code}")
     right = (folder / "undisturbed" / RESULT).read_bytes()
@@ -139,7 +143,7 @@ def kills(count: int, folder: Path, network: str, *, seed: int = 0) -> dict[str,
     while counts["kills"] < count or path.exists():
         last = counts["kills"] >= count
         moment = None if last else generator.uniform(0, 0.8 * whole)
-        code, names, _ = run_child(network, path, seconds=moment)
+        code, names, _ = run_child(forks, network, path, seconds=moment)
         counts["children with layers to go on from"] += bool(acknowledged)
         counts["layers acknowledged"] += len(names)
         counts["layers pruned twice"] += len(set(names) & set(acknowledged))
@@ -166,14 +170,10 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="lenet")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--out", type=Path, help="where to write the result, as JSON")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--undisturbed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.network, arguments.child, not arguments.undisturbed)
-        return
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        counts = kills(arguments.kills, Path(folder), arguments.network)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, Forks() as forks:
+        forks.preload("stress.crash_prune")
+        counts = kills(arguments.kills, Path(folder), arguments.network, forks)
     losses = ("layers lost", "damaged files", "other bytes than undisturbed")
     finish(counts, losses, arguments.out)
 

@@ -6,7 +6,6 @@ import io
 import json
 import random
 import shutil
-import subprocess
 import sys
 import time
 
@@ -151,13 +150,13 @@ def test_a_folder_that_cannot_be_created_is_refused_before_any_training(monkeypa
 class Victim:
     """A demo in its own process, which is killed as soon as ``due(victim)`` is true."""
 
-    def __init__(self, command, out, due):
+    def __init__(self, forks, command, out, due):
         self.out, self.due = out, due
         out.mkdir(exist_ok=True)
         self.old = {path.name: path.stat().st_ino for path in out.iterdir()}
         self.begun = time.monotonic()
         arguments = ["demo", "--out", str(out), "--quiet"]
-        self.process = subprocess.Popen([sys.executable, *command, *arguments])
+        self.process = forks.start([*command, *arguments])
 
     def writes(self, name):
         """Whether the temporary file for this final name exists."""
@@ -187,7 +186,8 @@ def after(seconds):
     return lambda run: time.monotonic() - run.begun > seconds
 
 
-def test_kill_9_at_any_moment_leaves_only_complete_files(finished, tmp_path):
+def test_kill_9_at_any_moment_leaves_only_complete_files(finished, tmp_path, forks):
+    forks.preload("sklearn.datasets", "matplotlib.pyplot")
     chance = random.Random(0)
     moments = [
         (WHOLE, after(chance.uniform(0.1, 2))),
@@ -202,7 +202,7 @@ def test_kill_9_at_any_moment_leaves_only_complete_files(finished, tmp_path):
         out = tmp_path / str(k)
         if k % 2:  # every second one overwrites the files of an earlier run
             shutil.copytree(finished[0], out)
-        victims.append(Victim(command, out, due))
+        victims.append(Victim(forks, command, out, due))
     try:
         alive = victims
         while alive:

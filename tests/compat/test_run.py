@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -28,7 +26,6 @@ class SparseGPT:
 SCRIPT = """
 import json
 import os
-import sys
 
 import torch
 from sparsegpt import *
@@ -61,14 +58,13 @@ def script(tmp_path):
     return folder / "script.py"
 
 
-def run(script, *arguments, options=()):
-    return subprocess.run(
-        [sys.executable, "-m", "lobs_native.run", *options, str(script), *arguments],
-        cwd=script.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run(forks):
+    def run(script, *arguments, options=()):
+        command = ["-m", "lobs_native.run", *options, str(script), *arguments]
+        return forks.run(command, cwd=script.parent.parent)
+
+    return run
 
 
 def printed(result):
@@ -77,7 +73,7 @@ def printed(result):
 
 
 @pytest.mark.parametrize("options", [(), ("--hosts", "sparsegpt")], ids=["all", "named"])
-def test_the_script_runs_as_with_python_and_gets_ours(script, options):
+def test_the_script_runs_as_with_python_and_gets_ours(run, script, options):
     result = run(script, "3", "--verify", "x", "--", "-y", options=options)
     assert result.returncode == 3, result.stderr
     output = printed(result)
@@ -93,27 +89,27 @@ def test_the_script_runs_as_with_python_and_gets_ours(script, options):
     assert "replaced sparsegpt.SparseGPT" in result.stderr
 
 
-def test_verify_reports_differences(script):
+def test_verify_reports_differences(run, script):
     result = run(script, "0", options=("--verify", "1"))
     assert result.returncode == 0
     assert "SparseGPT.fasterprune" in result.stderr
     assert "BEYOND TOLERANCE" in result.stderr  # this host removes everything
 
 
-def test_our_numerics(script):
+def test_our_numerics(run, script):
     result = run(script, "0", options=("--numerics", "ours", "--method", "sweep"))
     assert result.returncode == 0, result.stderr
     assert printed(result)["zeros"] == 16
 
 
-def test_an_exception_of_the_script_propagates_with_the_record(script):
+def test_an_exception_of_the_script_propagates_with_the_record(run, script):
     result = run(script, "0", "--fail")
     assert result.returncode == 1
     assert 'KeyError: "the script\'s own"' in result.stderr
     assert "SparseGPT.fasterprune: 1 calls" in result.stderr
 
 
-def test_a_host_with_another_signature_stops_the_script(script):
+def test_a_host_with_another_signature_stops_the_script(run, script):
     host = script.parent / "sparsegpt.py"
     host.write_text(HOST_FILE.replace("percdamp=.01", "percdamp=.1"))
     result = run(script, "0")
@@ -130,14 +126,14 @@ def test_a_host_with_another_signature_stops_the_script(script):
         (("--verify", "1", "--numerics", "ours"), "leave one of them out"),
     ],
 )
-def test_wrong_options_are_refused(script, options, message):
+def test_wrong_options_are_refused(run, script, options, message):
     result = run(script, "0", options=options)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stdout == ""
 
 
-def test_a_missing_script_is_refused(script):
+def test_a_missing_script_is_refused(run, script):
     result = run(script.with_name("other.py"))
     assert result.returncode == 2
     assert "other.py" in result.stderr

@@ -21,14 +21,14 @@ from lobs_native.files import fs
 from lobs_native.rundir import directory as rundir
 from lobs_native.rundir.directory import RunDirectory
 from stress import crash
+from stress.forks import Forks
 
 LAYERS = 3
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[crash.Server]:
-    with crash.Server() as server:
-        yield server
+@pytest.fixture(autouse=True, scope="module")
+def _preloaded(forks: Forks) -> None:
+    forks.preload("stress.crash")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def finish(path: Path) -> list[str]:
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def test_kills_lose_nothing_that_was_acknowledged(in_memory, record_property):
+def test_kills_lose_nothing_that_was_acknowledged(in_memory, forks, record_property):
     count = int(os.environ.get("LOBS_KILLS", "200"))
-    counts = crash.kills(count, in_memory)
+    counts = crash.kills(count, in_memory, forks)
     record_property("found", counts)
     print(counts)
     assert counts["kills"] == count
@@ -61,14 +61,15 @@ def test_kills_lose_nothing_that_was_acknowledged(in_memory, record_property):
     assert counts["lost"] == counts["damaged"] == counts["other bytes than undisturbed"] == 0
 
 
-def test_a_process_that_ends_at_any_call_is_recovered_from(in_memory, server, right):
+def test_a_process_that_ends_at_any_call_is_recovered_from(in_memory, forks, right):
     for k in range(1, 1000):
         path = in_memory / f"run {k}"
-        code = server.run(path=path, layers=LAYERS, exit_at=k)
+        child = crash.Child(forks, path=path, layers=LAYERS, exit_at=k)
+        code = child.wait()
         assert code in {0, crash.KILLED}
-        assert crash.acknowledged_are_there(path, server.messages) == (0, 0)
+        assert crash.acknowledged_are_there(path, child.messages) == (0, 0)
         computed = finish(path)
-        assert set(server.messages) & set(computed) == set(), "nothing is computed twice"
+        assert set(child.messages) & set(computed) == set(), "nothing is computed twice"
         assert crash.files(path) == right
         if code == 0:
             break
@@ -186,11 +187,12 @@ def test_a_disk_that_is_mounted_read_only_can_be_read(small_disk):
         assert run.check() == []
 
 
-def test_exceeding_a_limit_on_file_size_is_a_clean_error(in_memory, server, right):
+def test_exceeding_a_limit_on_file_size_is_a_clean_error(in_memory, forks, right):
     path = in_memory / "run"
-    assert server.run(path=path, layers=LAYERS, largest_file=400) == crash.FAILED
-    assert "layers/00000" in server.messages[-1] or "state/" in server.messages[-1]
-    assert os.strerror(errno.EFBIG) in server.messages[-1]
+    child = crash.Child(forks, path=path, layers=LAYERS, largest_file=400)
+    assert child.wait() == crash.FAILED
+    assert "layers/00000" in child.messages[-1] or "state/" in child.messages[-1]
+    assert os.strerror(errno.EFBIG) in child.messages[-1]
     assert not list(path.rglob(".*.tmp"))
     finish(path)
     assert crash.files(path) == right
@@ -199,20 +201,19 @@ def test_exceeding_a_limit_on_file_size_is_a_clean_error(in_memory, server, righ
 # ---- another process -----------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(in_memory, server):
+def test_a_second_process_is_refused_until_the_first_is_dead(in_memory, forks):
     path = in_memory / "run"
     RunDirectory.create(path, {}).close()
-    server.start(path=path, hold=60)
-    while not (server.pid and "held" in server.messages):
-        server.next()
-    with pytest.raises(CheckpointError, match=f"process {server.pid} on {os.uname().nodename}"):
+    child = crash.Child(forks, path=path, hold=60)
+    assert child.hear() == "held"
+    with pytest.raises(CheckpointError, match=f"process {child.pid} on {os.uname().nodename}"):
         RunDirectory.open(path, write=True)
     RunDirectory.open(path, write=False).close()
-    os.kill(server.pid, 9)
-    assert server.wait() == -9
+    child.process.kill()
+    assert child.wait() == -9
     with RunDirectory.open(path, write=True) as run:
         (message,) = run.messages
-        assert f"process {server.pid} on {os.uname().nodename}" in message
+        assert f"process {child.pid} on {os.uname().nodename}" in message
         assert "taken over" in message
 
 

@@ -476,25 +476,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("made_here", None)
 
 
-def command(folder: Path, out: str, *more: str) -> list[str]:
+def command(out: str, *more: str) -> list[str]:
     line = f"-m lobs_native prune made_here:pair --sparsity 0.5 --out {out} --no-progress --json"
-    return [sys.executable, *line.split(), *more]
+    return [*line.split(), *more]
 
 
-def test_kills_and_terminations_lose_nothing(tmp_path):
+def test_kills_and_terminations_lose_nothing(tmp_path, forks):
     (tmp_path / "made_here.py").write_text(MODULE)
-    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
-    plain = subprocess.run(command(tmp_path, "plain"), timeout=120, **options)
+    # The whole command, in a fresh interpreter; those to be ended, which are many, are forked.
+    plain = subprocess.run(
+        [sys.executable, *command("plain")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert plain.returncode == 0, plain.stderr
     generator = random.Random(0)
     acknowledged = 0
     for attempt in range(30):
-        running = subprocess.Popen(
-            command(tmp_path, "out", "--run-dir", "run"),
+        running = forks.start(
+            command("out", "--run-dir", "run"),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
         manifest = tmp_path / "run" / "manifest.jsonl"
         limit = time.monotonic() + 60
@@ -525,8 +530,9 @@ def test_kills_and_terminations_lose_nothing(tmp_path):
     assert os.listdir(tmp_path / "run" / "state") == []
 
 
-def test_kills_at_random_moments_lose_no_layer_and_change_no_bit(tmp_path):
-    counts = crash_prune.kills(5, tmp_path, "chain")
+def test_kills_at_random_moments_lose_no_layer_and_change_no_bit(tmp_path, forks):
+    forks.preload("stress.crash_prune")
+    counts = crash_prune.kills(5, tmp_path, "chain", forks)
     assert counts["kills"] == 5
     assert counts["runs completed"] > 0
     assert 0 < counts["layers acknowledged"] <= 10 * counts["runs completed"]
@@ -559,18 +565,11 @@ def slow():
     ("number", "code"), [(signal.SIGTERM, cli.TERMINATED), (signal.SIGINT, cli.INTERRUPTED)]
 )
 def test_without_a_run_directory_a_signal_ends_it_at_once_and_nothing_is_written(
-    tmp_path, number, code
+    tmp_path, forks, number, code
 ):
     (tmp_path / "made_here.py").write_text(SLOW)
     line = "-m lobs_native prune made_here:slow --sparsity 0.5 --out out --no-progress"
-    running = subprocess.Popen(
-        [sys.executable, *line.split()],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Background processes of a shell ignore Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    running = forks.start(line.split(), cwd=tmp_path, stderr=subprocess.PIPE)
     assert running.stderr is not None
     assert running.stderr.readline() == "calibrating\n"
     running.send_signal(number)

@@ -16,22 +16,28 @@ import pytest
 import torch
 
 from lobs_native import ops
+from stress.forks import Forks
 
 
-def script(code: str, timeout: float = 60.0) -> dict[str, Any]:
+def script(code: str, forks: Forks | None = None, timeout: float = 60.0) -> dict[str, Any]:
     """Run Python code in its own process and return the JSON that its last line prints.
 
-    A test run in the background starts with SIGINT ignored. Children inherit that and Python keeps
-    it, so the handler of an interactive run is set here.
+    Without ``forks``, in a fresh interpreter. A test run in the background starts with SIGINT
+    ignored. Children inherit that and Python keeps it, so the handler of an interactive run is set
+    here.
     """
     setup = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", setup + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    arguments = ["-c", setup + textwrap.dedent(code)]
+    if forks is None:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    else:
+        done = forks.run(arguments, timeout=timeout)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -175,16 +181,16 @@ INTERRUPTED = """
 
 
 @pytest.mark.parametrize("name", LONG_CALLS)
-def test_ctrl_c_ends_a_long_call_with_keyboard_interrupt(name):
-    found = script(INTERRUPTED.format(setup=LONG_CALLS[name].strip()))
+def test_ctrl_c_ends_a_long_call_with_keyboard_interrupt(name, forks):
+    found = script(INTERRUPTED.format(setup=LONG_CALLS[name].strip()), forks)
     assert found["what"] == "KeyboardInterrupt"
     # In seconds of the processor, so that other work on the machine does not count.
     allowed = 1.0 if name.startswith(("trace", "solve")) else 3.0
     assert found["late"] < allowed, f"{found['late']:.1f} s after the signal"
 
 
-def test_a_hessian_whose_update_was_interrupted_refuses_further_use():
-    found = script("""
+def test_a_hessian_whose_update_was_interrupted_refuses_further_use(forks):
+    code = """
         import json, os, signal, threading
         import torch
         import lobs_native as lobs
@@ -201,5 +207,6 @@ def test_a_hessian_whose_update_was_interrupted_refuses_further_use():
             except lobs.LobsError as error:
                 outcomes.append("interrupted" in str(error))
         print(json.dumps(outcomes))
-    """)
+    """
+    found = script(code, forks)
     assert found == ["KeyboardInterrupt", True, True, True]
