@@ -98,9 +98,9 @@ def become(request: dict[str, Any], streams: list[int]) -> Callable[[], None]:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -181,13 +181,12 @@ class Process:
             return None if limit is None else max(0.0, limit - time.monotonic())
 
         texts: dict[IO[str], str] = {}
+
+        def read(pipe: IO[str]) -> None:
+            texts[pipe] = pipe.read()
+
         pipes = [pipe for pipe in (self.stdout, self.stderr) if pipe]
-        readers = [
-            threading.Thread(
-                target=lambda pipe=pipe: texts.update({pipe: pipe.read()}), daemon=True
-            )
-            for pipe in pipes
-        ]
+        readers = [threading.Thread(target=read, args=[pipe], daemon=True) for pipe in pipes]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -259,7 +258,7 @@ class Forks:
                 if stream == subprocess.PIPE:
                     read, write = os.pipe()
                     mine, stream = (write, read) if number == 0 else (read, write)
-                    pipes[number] = open(mine, "r" if number else "w")
+                    pipes[number] = os.fdopen(mine, "r" if number else "w")
                     stack.callback(os.close, stream)
                 elif stream == subprocess.DEVNULL:
                     stream = os.open(os.devnull, os.O_RDWR)
