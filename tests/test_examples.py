@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lobs_native as lobs
+
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {  # script -> what its output must hold
     "one_layer_and_its_curve.py": (r"4096 of 8192 are zero", r"50%  0\.\d{4} #"),
@@ -28,22 +30,34 @@ def test_every_script_is_known_here():
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_an_example_runs_and_shows_something(name, tmp_path):
+def test_an_example_runs_and_shows_something(name, tmp_path, forks):
+    """One of them in a fresh interpreter; it starts another one itself."""
     if name == "transformer_folder.py":
         pytest.importorskip("transformers")
+    script = str(ROOT / "examples" / name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    if name == "resume.py":
+        done = subprocess.run(
+            [sys.executable, script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        done = forks.run([script], cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     for pattern in SHOWN[name]:
         assert re.search(pattern, done.stdout), done.stdout
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_example_imports_what_it_uses(name):
+    """A process that has imported more would not notice."""
+    used = set(re.findall(r"\blobs\.(\w+)", (ROOT / "examples" / name).read_text()))
+    assert used <= set(lobs.__all__)
 
 
 @pytest.mark.parametrize("name", SHOWN)
