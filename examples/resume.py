@@ -22,7 +22,7 @@ import lobs_native as lobs
 def pruned(run_dir: Path) -> tuple[nn.Module, lobs.Report]:
     """The same network, pruned with the same data, whenever it is called."""
     torch.manual_seed(0)
-    sizes = (64, 512, 512, 512, 512, 512, 10)
+    sizes = (64, 320, 320, 320, 320, 320, 10)
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
     batches = [torch.rand(300, 64) for _ in range(4)]
     return model, lobs.prune(model, batches, sparsity=0.7, run_dir=run_dir, progress=False)

@@ -36,7 +36,9 @@ def build(folder: Path) -> Path | None:
     codes = [job.wait() for job in jobs]
     if any(codes):
         raise RuntimeError("the CUDA kernels do not compile for the host: see above")
-    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(built)], check=True)
+    linked = folder / f"linked-{os.getpid()}.so"  # whoever else builds sees all of it or nothing
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)
+    linked.replace(built)
     for o in objects:
         o.unlink()
     return built

@@ -321,9 +321,11 @@ def test_the_same_bytes_for_any_number_of_threads(backend, dtype, group):
     W, U = problem(5001, 60, dtype)
     codes = random_codes(5001, 60, stay=True)
     seen = set()
-    for threads in (1, 2, 3, 8):
+    # A device does not use them; its own threads run in other orders with LOBS_EMULATOR_ORDER.
+    repeats = 1 if ops.on_device(backend) else 5
+    for threads in (1, 8) if ops.on_device(backend) else (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        for _ in range(5):
+        for _ in range(repeats):
             seen.add(bits(*swept(W, U, codes, group, group // 2, backend)))
     assert len(seen) == 1
 

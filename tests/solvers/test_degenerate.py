@@ -343,7 +343,8 @@ def test_products_of_all_finite_16_bit_values_are_exact(dtype, order, backend):
         generator = torch.Generator().manual_seed(0)
         values = values[torch.randperm(len(values), generator=generator)]
     seen = 0
-    for x in values.split(512):
+    # Every value meets all others of its part. The emulation takes seconds for parts of 512.
+    for x in values.split(256 if backend == "emulated" else 512):
         H = torch.zeros(len(x), len(x), dtype=torch.float64)
         ops.hessian_accumulate_(H, x[None], backend=backend)
         exact = x.double()

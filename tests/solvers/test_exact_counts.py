@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,11 +34,18 @@ def bits(x: Tensor) -> bytes:
     return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@cache
 def moment(columns: int, seed: int = 0) -> Tensor:
     x = features(3 * columns, columns, seed)
     return x.T @ x / len(x)
 
 
+@cache
+def moment_with_ones() -> lobs.Hessian:
+    return lobs.Hessian(C, bias=True).update(features(40, C))
+
+
+@cache
 def weights(dtype: torch.dtype, columns: int = C) -> dict[str, Tensor]:
     """Weights as they occur in practice, and weights that are hard to count."""
     generator = torch.Generator().manual_seed(7)
@@ -133,7 +141,7 @@ def test_the_documented_number_is_removed(share, method, scope, dtype):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("share", SHARES)
 def test_the_documented_number_is_removed_with_a_bias(share, method, scope, prune_bias, dtype):
-    H = lobs.Hessian(C, bias=True).update(features(40, C))
+    H = moment_with_ones()
     bias = torch.linspace(-1, 1, R).to(dtype)  # holds no zero
     for W in weights(dtype).values():
         out = lobs.prune_weight(
@@ -258,7 +266,7 @@ def test_half_a_weight_is_not_removed(share, of, count, scope):
 @pytest.mark.parametrize("method", METHODS)
 def test_sparsity_0_leaves_a_bias_of_a_wider_dtype_unchanged(method, scope):
     """Half-precision weights often come with biases in full precision."""
-    H = lobs.Hessian(C, bias=True).update(features(40, C))
+    H = moment_with_ones()
     bias = torch.linspace(-1, 1, R, dtype=torch.float64).exp()
     for narrow in (torch.float16, torch.bfloat16, torch.float32):
         W = weights(narrow)["random"]
