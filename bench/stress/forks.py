@@ -34,7 +34,7 @@ import lobs_native
 
 __all__ = ["Forks", "Process"]
 
-MODULES = ("lobs_native.cli", "torch._dynamo")  # torch imports the second one when it is first used
+MODULES = ("lobs_native.cli",)
 LARGEST = 1 << 17  # bytes of a message: arguments and environment
 
 

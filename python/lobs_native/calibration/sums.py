@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lobs_native.calibration.mode import Mode
 
 __all__ = ["Sums"]
 
 _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
-class Sums(TorchDispatchMode):
+class Sums(Mode):
     """While active, collects in ``addends[name]`` a copy of what is added to the output of
     ``modules[name]`` at each call. ``elsewhere`` has the names whose outputs are used otherwise.
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.mode import Mode
 from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
 from lobs_native.layers.conv import ConvCall
 
@@ -80,7 +80,7 @@ class Use:
         )  # fmt: skip
 
 
-class Survey(TorchDispatchMode):
+class Survey(Mode):
     """While active, records the uses of all parameters of ``model``.
 
     ``owners`` has, for some parameters, the modules by whose calls they are meant to be used.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lobs_native.calibration.mode import Mode
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Matrix
 from lobs_native.layers.conv import ConvCall
@@ -40,7 +40,7 @@ CONVOLUTION = _aten.convolution.default
 _Fail = Callable[[Layer, str], None]
 
 
-class Watch(TorchDispatchMode):
+class Watch(Mode):
     """While active, calls ``see(layer, inputs, columns)`` at every product with a weight of
     ``layers``; see :func:`lobs_native.calibration.hooks.hooked`.
 
