@@ -25,7 +25,8 @@ from lobs_native.errors import (
 __all__ = ["Hessian", "few_rows", "needs_float64", "second_moment"]
 
 _PIECE = 512  # rows of a matrix in one temporary
-_AT_ONCE = 4096  # rows converted to float64, or looked at
+_AT_ONCE = 4096  # rows converted to float64
+_SAMPLE = 256  # rows that are looked at for their means
 _FAR = 1000.0  # squares of means over variances from which on float32 loses too much
 _SMALLEST = 1e-15  # entries of this size, or of its inverse, have squares that float32 can hold
 
@@ -339,14 +340,18 @@ def needs_float64(x: Tensor, weights: Tensor | None = None) -> bool:
     0 do not count; NaN and infinity do not matter here."""
     if x.dtype == torch.float64 or len(x) == 0:
         return False
-    if weights is not None:
+    if weights is not None and bool((weights <= 0).any()):
         x = x[weights > 0]
-    largest = float(x.abs().amax()) if x.numel() else 0.0
+        if len(x) == 0:
+            return False
+    low, high = torch.aminmax(x)  # the one pass over all of x: 2 percent of that of its products
+    largest = max(-float(low), float(high))
     if not 0 < largest < torch.inf:
         return False
     if not _SMALLEST < largest < 1 / _SMALLEST:
         return True
-    variances, means = torch.var_mean(x[:_AT_ONCE].float(), 0, correction=0)
+    some = x[:: -(-len(x) // _SAMPLE)].float()
+    variances, means = torch.var_mean(some, 0, correction=0)
     return float(means.square().sum()) > _FAR * float(variances.sum())
 
 
