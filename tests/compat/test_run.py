@@ -26,6 +26,7 @@ class SparseGPT:
 SCRIPT = """
 import json
 import os
+import sys
 
 import torch
 from sparsegpt import *

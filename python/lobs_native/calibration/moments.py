@@ -256,7 +256,7 @@ def calibrate(
     for layer in layers:
         if not moments[layer.name].rows:
             raise ArgumentError(
-                f"layer {layer.name!r}: it saw no rows on the calibration data (the batches are "
-                "empty, or all of it is padding); pass batches with rows, or exclude it"
+                f"layer {layer.name!r}: it saw no rows on the calibration data (it is not called, "
+                "batches are empty, or all of it is padding); pass batches with rows, or exclude it"
             )
     return moments

@@ -95,16 +95,18 @@ class Admm(Method):
 
     @classmethod
     def matrices(cls, extent: Extent) -> int:
-        """See :class:`Method`: H and what is added to it, or all that conjugate gradients hold."""
+        """See :class:`Method`: H and what is added to it while preparing, while iterating, or
+        during conjugate gradients."""
         size, several = extent.kernel.itemsize, extent.searched or extent.shared
         inverted = len(_schedule(extent.rows, extent.order).inverted)
         resolvents = inverted + 1 if several else 2  # one of them between two others
         preparing = (8 + size) * extent.squares + size * extent.weights  # the inverse is there
-        iterating = (1 + resolvents) * size * extent.squares
-        # Before, x, p, d, and the best so far; or before, x, z, g, h and a product of two.
-        iterating += (6 * size + 2) * extent.weights  # with removed and states
+        # Before, x, p, and d; at the end x, z, g, h, a product of two. With removed and states.
+        iterating = (1 + resolvents) * size * extent.squares + (4 * size + 2) * extent.weights
+        ending = (1 + several * resolvents) * size * extent.squares
+        ending += (6 * size + 2) * extent.weights
         costs = (8 + 8) * extent.weights * extent.shared  # also joined
-        return max(preparing, iterating + costs)
+        return max(preparing, iterating + costs, ending + costs)
 
     @classmethod
     def flops(cls, extent: Extent) -> Flops:
