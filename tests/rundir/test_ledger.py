@@ -638,8 +638,8 @@ def test_resume_repeats_the_command_of_the_run(here, monkeypatch, capsys):
     first, second = (Path(name) / "model.safetensors" for name in ("whole", "out"))
     assert first.read_bytes() == second.read_bytes()
 
-    assert cli.main(["resume", "moved"]) == cli.USAGE  # out exists by now
-    assert "overwrite" in capsys.readouterr().err
+    assert cli.main(["resume", "moved"]) == cli.OK  # out exists by now
+    assert "nothing is left to do" in capsys.readouterr().out
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     assert cli.main(["resume", "../moved"]) == cli.USAGE

@@ -11,12 +11,15 @@ from helpers.plain import damped, damped_error, least_squares
 from helpers.tolerances import distance
 
 import lobs_native as lobs
+from lobs_native import ops
 from lobs_native.solvers import admm, repair
 from lobs_native.solvers.conjugate import conjugate_gradients_
 from lobs_native.solvers.costs import costs_between
 from lobs_native.solvers.inversion import invert_
+from lobs_native.solvers.problem import Problem
 from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import prune_groups
+from lobs_native.solvers.workspace import Workspace
 
 F64, F32 = torch.float64, torch.float32
 TARGETS = (
@@ -225,5 +228,36 @@ def test_layers_share_a_budget_by_its_curve_as_by_exact_traces():
 
 
 def test_the_schedule_rises_and_begins_below_the_mean():
-    assert list(admm._PENALTIES) == sorted(admm._PENALTIES)
-    assert admm._PENALTIES[0] < 1 < admm._PENALTIES[-1]
+    for schedule in (admm._USUAL, admm._WIDE):
+        assert list(schedule.inverted) == sorted(schedule.inverted)
+        assert schedule.inverted[0] < 1 < schedule.inverted[-1]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("rows", "most"), [(40, 1.13), (8, 1.57)])  # usual, and wide layers
+def test_resolvents_between_two_inverses_are_as_if_h_were_a_little_larger(rows, most, several):
+    """By how much at most follows from the schedule; it is never smaller."""
+    x = features(200, 24)
+    problem = Problem.of(
+        torch.randn(1, rows, 24),
+        None,
+        [(x.T @ x / len(x)).double()],
+        damping=0.01,
+        inverted=True,
+        prune_bias=False,
+        mask=None,
+        workspace=Workspace(ops.select_backend(None, torch.device("cpu")), None),
+    )
+    chooser = admm.Admm(problem, LayerSettings(sparsity=0.5).resolved_pattern)
+    if several:
+        chooser.prepare()
+    values = chooser.schedule.values
+    low, high = chooser.schedule.inverted[0], chooser.schedule.inverted[-1]
+    eigenvalues, V = torch.linalg.eigh(chooser.H[0].double())
+    for i, M in enumerate(chooser._growing(values)):
+        rho = float(chooser.mean) * low * (high / low) ** (i / (values - 1))
+        found = torch.linalg.vecdot(V.T @ M[0].double(), V.T)  # rho / (rho + eigenvalue)
+        as_if = rho / found - rho
+        assert float((as_if / eigenvalues).min()) > 0.999
+        assert float((as_if / eigenvalues).max()) < most
+    assert i == values - 1

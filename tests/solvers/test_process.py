@@ -195,7 +195,8 @@ def test_a_hessian_whose_update_was_interrupted_refuses_further_use(forks):
         import torch
         import lobs_native as lobs
         h = lobs.Hessian(1024).update(torch.randn(10, 1024))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        # A look at the rows comes first, during which nothing is written.
+        threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         outcomes = []
         try:
             h.update(torch.randn(1, 1024).expand(400_000, 1024))
