@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lobs_native.calibration.hooks import Columns, attached, reader, unfused_attention
+from lobs_native.calibration.hooks import Columns, attached, reader
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Survey, Use
 from lobs_native.calibration.watch import Watch
@@ -41,7 +41,7 @@ def observe(
     trials: Container[str],
 ) -> Observation:
     """Run the model to see how it uses its parameters, until all of these layers and parameters
-    have been used.
+    have been used; inside :meth:`Session.evaluating`.
 
     For the layers whose names are in ``trials``, the module's output is compared with what the
     class that their type describes computes from the same input.
@@ -86,7 +86,6 @@ def observe(
     handles = [*(enter(*pair) for pair in known), *(leave(*pair) for pair in plain)]
     with contextlib.ExitStack() as scope:
         scope.enter_context(attached(handles))
-        scope.enter_context(unfused_attention())
         for layer in layers:
             scope.enter_context(layer.running())
         scope.enter_context(recurrent_in_products(session.model))

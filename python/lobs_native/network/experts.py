@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lobs_native.solvers.measurement import quadratic_form
 from lobs_native.solvers.problem import nearest_count
 from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
@@ -113,7 +114,7 @@ def error_of_each(
         if bias is not None and out.bias is not None:
             column = out.bias[g].double() - bias[g]
             change = torch.cat([change, column[:, None]], 1)
-        errors.append(max(0.0, float(torch.linalg.vecdot(change @ H, change).sum())))
+        errors.append(max(0.0, quadratic_form(change, H)))
     return tuple(errors)
 
 

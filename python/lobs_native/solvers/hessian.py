@@ -120,8 +120,7 @@ class Hessian:
         master type; 16-bit products are exact. Inputs whose means are far larger than their
         deviations, or whose squares leave the range of float32, are summed in float64 throughout:
         the covariance, which is what a bias leaves of the second moment, would otherwise be lost
-        in rounding. If Ctrl-C interrupts a call, the object refuses
-        further use.
+        in rounding. If Ctrl-C interrupts a call, the object refuses further use.
         """
         self._check_whole()
         x = checks.tensor(x, "x")

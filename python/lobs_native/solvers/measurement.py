@@ -19,6 +19,7 @@ __all__ = [
     "error_and_optimality",
     "error_of_nothing",
     "lost_in_rounding",
+    "quadratic_form",
 ]
 
 PIECE = 1 << 19  # elements of a float64 temporary
@@ -32,7 +33,7 @@ def energy(problem: Problem) -> float:
     total = 0.0
     for g, H in enumerate(problem.moments):
         for rows in _pieces(problem):
-            total += _form(problem.before[g, rows].to(torch.float64), H)
+            total += quadratic_form(problem.before[g, rows].to(torch.float64), H)
     return _finite(total)
 
 
@@ -43,7 +44,7 @@ def error(problem: Problem, weight: Tensor, bias: Tensor | None) -> float:
     for g, H in enumerate(problem.moments):
         for rows in _pieces(problem):
             dW = _change(problem, weight, bias, g, rows)
-            total += _form(dW, H) - _gained(problem, dW, g, rows)
+            total += quadratic_form(dW, H) - _gained(problem, dW, g, rows)
     return _finite(total)
 
 
@@ -133,7 +134,7 @@ def _gained(problem: Problem, dW: Tensor, g: int, rows: slice) -> float:
     return 2.0 * float((problem.drift.pull[g][:, rows].T * dW).sum())
 
 
-def _form(dW: Tensor, H: Tensor) -> float:
+def quadratic_form(dW: Tensor, H: Tensor) -> float:
     """tr(dW H dW^T) in float64, from the upper triangle of H: half of the product dW H."""
     total = 0.0
     for first in range(0, len(H), _COLUMNS):
