@@ -56,7 +56,7 @@ def fast(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests."""
     install(session, "-e.[test]")
-    session.run("pytest", "-q", "tests", *session.posargs)
+    session.run("pytest", "-q", "-n", "auto", "tests", *session.posargs)
 
 
 @nox.session

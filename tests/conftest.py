@@ -24,6 +24,12 @@ _BACKENDS = [
 ]
 
 
+def pytest_configure() -> None:
+    """Workers share the cores: more threads than cores wait for one another."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend by name. One that cannot run here is skipped with the reason."""
@@ -42,8 +48,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The CUDA kernels, compiled for the CPU against ``tests/emulator``, as a backend."""
-    folder = os.environ.get("LOBS_EMULATED_CACHE") or tmp_path_factory.getbasetemp()
-    built = build_emulated(Path(folder))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the workers share
+    built = build_emulated(Path(os.environ.get("LOBS_EMULATED_CACHE") or folder))
     if built is None:
         pytest.skip("emulated: there is no C++ compiler to build the CUDA kernels for the CPU")
     return ops._core.load_backend(str(built))

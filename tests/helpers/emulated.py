@@ -8,13 +8,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden"]
 _FLAGS += ["-DLOBS_EMULATE", "-Wno-unknown-pragmas", "-Icsrc", "-Itests/emulator"]
 
 
 def build(folder: Path) -> Path | None:
-    """Build the object in ``folder`` unless it is there already. None without a compiler."""
+    """Build the object in ``folder`` unless it is there already. None without a compiler.
+
+    Of several processes, one builds and the others wait.
+    """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
@@ -25,10 +30,15 @@ def build(folder: Path) -> Path | None:
     for path in sorted(inputs):
         digest.update(path.read_bytes())
     built = folder / f"emulated-{digest.hexdigest()[:16]}.so"
-    if built.is_file():
-        return built
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{s.stem}-{os.getpid()}.o" for s in sources]
+    with FileLock(built.with_suffix(".lock")):
+        if not built.is_file():
+            _compile(compiler, sources, built)
+    return built
+
+
+def _compile(compiler: str, sources: list[Path], built: Path) -> None:
+    objects = [built.with_name(f"{s.stem}.o") for s in sources]
     jobs = [
         subprocess.Popen([compiler, *_FLAGS, "-c", "-x", "c++", str(s), "-o", str(o)], cwd=ROOT)
         for s, o in zip(sources, objects, strict=True)
@@ -36,9 +46,8 @@ def build(folder: Path) -> Path | None:
     codes = [job.wait() for job in jobs]
     if any(codes):
         raise RuntimeError("the CUDA kernels do not compile for the host: see above")
-    linked = folder / f"linked-{os.getpid()}.so"  # whoever else builds sees all of it or nothing
+    linked = built.with_suffix(".linked")  # an interrupted link leaves nothing that looks built
     subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)
     linked.replace(built)
     for o in objects:
         o.unlink()
-    return built
