@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ __all__ = ["RunPlan", "Workload", "plan_run"]
 
 STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
 _REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
+_MEASURED = 512  # order of the products that are timed
+_SHORT, _BRIEFLY, _LONG = 2.0, 0.002, 0.2  # seconds: of a short job, and of measuring the speed
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,21 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
         products += flops.single
         doubles += flops.double
         removals += flops.removal
-    rate = _rate()
-    spent = products / rate + doubles / (_DOUBLE * rate) + removals / (_REMOVAL * rate)
+    in_products = products + doubles / _DOUBLE + removals / _REMOVAL
+    spent = in_products / _rate(_BRIEFLY)
+    if spent > _SHORT:
+        spent = in_products / _rate(_LONG)
     return spent + work.forward * work.passes
 
 
-def _rate() -> float:
-    """Floating-point operations per second of torch's float32 product here."""
-    x = torch.ones(384, 384)
-    best = float("inf")
-    for _ in range(3):
+def _rate(measuring: float) -> float:
+    """Floating-point operations per second of torch's float32 product here and now: the median over
+    so many seconds, since another program may have the cores for some of them."""
+    x = torch.ones(_MEASURED, _MEASURED)
+    x @ x  # its library starts its threads
+    seconds: list[float] = []
+    while sum(seconds) < measuring:
         begun = time.perf_counter()
         x @ x
-        best = min(best, time.perf_counter() - begun)
-    return 2 * 384**3 / best
+        seconds.append(time.perf_counter() - begun)
+    return 2.0 * _MEASURED**3 / median(seconds)
