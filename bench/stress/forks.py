@@ -312,10 +312,10 @@ class Forks:
             if not message:
                 raise RuntimeError(f"the process that forks ended with {self.process.wait()}")
             pid, code = json.loads(message)
-            if code is None:  # an answer
+            if code is None:  # an answer; the end of that child may follow, once it is known
                 self.answer = pid
-            else:
-                self.running.pop(pid).returncode = code
+                return
+            self.running.pop(pid).returncode = code
             timeout = 0
 
 

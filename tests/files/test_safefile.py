@@ -149,7 +149,7 @@ def test_a_seal_detects_every_flipped_bit_and_every_cut(indent):
         [float("inf")],
         {"a": 2**63},
         {1: 2, "1": 3},
-        {"a": object()},
+        {"a": object},
         {("a",): 1},
         "\udc80",
         [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[0]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
-
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden"]
@@ -31,7 +30,8 @@ def build(folder: Path) -> Path | None:
         digest.update(path.read_bytes())
     built = folder / f"emulated-{digest.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(built.with_suffix(".lock")):
+    with built.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.is_file():
             _compile(compiler, sources, built)
     return built

@@ -386,7 +386,6 @@ def test_too_little_memory_leaves_the_model_unchanged():
         ({"model": nn.Sequential(nn.Linear(20, 3, device="meta"))}, DtypeError),
         ({"model": nn.Sequential(emptied(nn.Linear(20, 1)))}, ArgumentError),
     ],
-    ids=str,
 )
 def test_wrong_types_are_refused(arguments, error):
     settings = {

@@ -191,15 +191,20 @@ def test_ctrl_c_ends_a_long_call_with_keyboard_interrupt(name, forks):
 
 def test_a_hessian_whose_update_was_interrupted_refuses_further_use(forks):
     code = """
-        import json, os, signal, threading
+        import json, os, signal, threading, time
         import torch
         import lobs_native as lobs
         h = lobs.Hessian(1024).update(torch.randn(10, 1024))
-        # A look at the rows comes first, during which nothing is written.
-        threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        first = float(h._sum[0, 0])
+        def interrupt():
+            # A look at the rows comes first, during which nothing is written.
+            while float(h._sum[0, 0]) == first:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
         outcomes = []
         try:
-            h.update(torch.randn(1, 1024).expand(400_000, 1024))
+            h.update(torch.randn(1, 1024).expand(200_000, 1024))
         except KeyboardInterrupt:
             outcomes.append("KeyboardInterrupt")
         for use in (h.matrix, h.state_dict, lambda: h.update(torch.randn(10, 1024))):

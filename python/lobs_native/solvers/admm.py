@@ -37,9 +37,9 @@ class _Schedule:
 
 
 # Chosen on layers of an encoder and of a language model (bench/quality/admm.py). A dual variable is
-# not rescaled when the penalty changes; that, momentum and relaxation all made it worse. An inverse
-# costs as much as 3 products where C = 4 R, so there the smaller schedule saves a tenth to a fifth
-# of the time and makes the error up to 1 percent larger.
+# not rescaled when the penalty changes; that, momentum, relaxation and Anderson acceleration all
+# made it worse. An inverse costs as much as 3 products where C = 4 R, so there the smaller schedule
+# saves a tenth to a fifth of the time and makes the error up to 1 percent larger.
 _USUAL, _WIDE = _Schedule((0.5, 1.0, 2.0), 18), _Schedule((0.5, 2.0), 10)
 _ITERATIONS = 2  # for each value
 _STILL = 2e-4  # share of the weights: with fewer newly removed, the mask stands still
