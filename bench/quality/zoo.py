@@ -1,273 +1,278 @@
-"""How much of the networks of transformers is pruned, and why not the rest?
+"""What is pruned of the networks of transformers and timm, what is not, and are the errors right?
 
-    pip install ".[hf]" && python bench/quality/zoo.py [WORD ...] [--out FILE]
+    pip install ".[hf]" timm
+    python bench/quality/zoo.py [WORD ...] [--library transformers|timm] [--seconds N] [--out FILE]
 
-Networks of different kinds with a few thousand random weights each: no weights and no data are
-downloaded. Each is pruned to one half with inputs "pruned" and method "magnitude"; WORD selects by
-name. For every network: the share of the prunable weights that was pruned, the share of all weights
-that was left out on purpose, and the reasons for the rest.
+A small network of every type of transformers for which one can be made from its default
+configuration (see ``small_models.py``), or the smallest of every module of timm, with random
+weights. Nothing is downloaded. WORD selects by name; each type runs in a process of its own with a
+limit on its time. Every network is pruned as users would call it, ``lobs_native.prune(model,
+batches, sparsity=0.5)``, with method "sweep", and every third with the default method as well. Of
+every third, the errors of up to eight layers are computed again in float64 from the inputs that
+hooks see, with inputs "dense".
+
+The table has a line for each network: layers, the share of the weights to be pruned that were
+pruned, the share of all that was left out on purpose, and why others were not understood.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import json
+import multiprocessing
+import os
+import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import lobs_native as lobs
+from quality import small_models, small_timm
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-TWO_HEADS = {**SMALL, "num_key_value_heads": 2}
-MIXTURE = {**TWO_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}
-IMAGE = {**{k: v for k, v in SMALL.items() if k != "vocab_size"}, "image_size": 32, "patch_size": 8}
+__all__ = ["checked", "pruned", "summary"]
 
-# name -> (model class, config class, arguments of the config)
-KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "beit": ("BeitModel", "BeitConfig", IMAGE),  # qkv as a function with another bias
-    "bert": ("BertModel", "BertConfig", SMALL),
-    "bit": (  # standardized convolutions
-        "BitModel",
-        "BitConfig",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4},
-    ),
-    "bloom": ("BloomModel", "BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_head": 4}),
-    "clip": (
-        "CLIPTextModelWithProjection",
-        "CLIPTextConfig",
-        {**SMALL, "projection_dim": 16, "bos_token_id": 1, "eos_token_id": 2},
-    ),
-    "dbrx": (  # experts in one matrix, in blocks
-        "DbrxModel",
-        "DbrxConfig",
-        {
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_seq_len": 32,
-            "vocab_size": 64,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        },
-    ),
-    "deberta": ("DebertaV2Model", "DebertaV2Config", {**SMALL, "relative_attention": True}),
-    "deepseek": (
-        "DeepseekV3Model",
-        "DeepseekV3Config",
-        {
-            **SMALL,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 24,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "first_k_dense_replace": 1,
-        },
-    ),
-    "falcon": ("FalconModel", "FalconConfig", {**SMALL}),  # a Linear of its own
-    "gpt_oss": ("GptOssModel", "GptOssConfig", {**MIXTURE, "head_dim": 8}),
-    "gpt2": (
-        "GPT2Model",
-        "GPT2Config",
-        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
-    ),
-    "ibert": ("IBertModel", "IBertConfig", SMALL),  # own parameters in F.linear
-    "jetmoe": (  # experts as slices of a parameter
-        "JetMoeModel",
-        "JetMoeConfig",
-        {**TWO_HEADS, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "llama": ("LlamaModel", "LlamaConfig", TWO_HEADS),
-    "llama4": (  # a router that is a Linear
-        "Llama4TextModel",
-        "Llama4TextConfig",
-        {**MIXTURE, "intermediate_size_mlp": 64, "head_dim": 8},
-    ),
-    "longformer": ("LongformerModel", "LongformerConfig", {**SMALL, "attention_window": 4}),
-    "mamba": ("MambaModel", "MambaConfig", {**SMALL, "state_size": 4}),
-    "mixtral": ("MixtralModel", "MixtralConfig", MIXTURE),
-    "mobilebert": (  # an empty weight
-        "MobileBertModel",
-        "MobileBertConfig",
-        {**SMALL, "intermediate_size": 32, "embedding_size": 16, "intra_bottleneck_size": 16},
-    ),
-    "perceiver": (  # learned inputs
-        "PerceiverModel",
-        "PerceiverConfig",
-        {
-            "num_latents": 8,
-            "d_latents": 32,
-            "d_model": 32,
-            "num_self_attends_per_block": 2,
-            "num_self_attention_heads": 4,
-            "num_cross_attention_heads": 4,
-        },
-    ),
-    "resnet": (
-        "ResNetModel",
-        "ResNetConfig",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
-    ),
-    "rwkv": ("RwkvModel", "RwkvConfig", {**SMALL, "attention_hidden_size": 32}),
-    "switch": (
-        "SwitchTransformersEncoderModel",
-        "SwitchTransformersConfig",
-        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 4},
-    ),
-    "swinv2": (
-        "Swinv2Model",
-        "Swinv2Config",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [2, 2],
-            "num_heads": [2, 4],
-            "window_size": 4,
-        },
-    ),
-    "wav2vec2": (  # weight normalization along the last dimension
-        "Wav2Vec2Model",
-        "Wav2Vec2Config",
-        {
-            **SMALL,
-            "conv_dim": (16, 16),
-            "conv_stride": (5, 2),
-            "conv_kernel": (10, 3),
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
-    ),
-    "xlnet": (  # weights that are rearranged in memory
-        "XLNetModel",
-        "XLNetConfig",
-        {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    ),
-}
+LIBRARIES: dict[str, Any] = {"transformers": small_models, "timm": small_timm}
+CHECKED = 8  # layers of a network whose errors are computed again
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Covered:
-    """What became of the weights of one network."""
-
-    name: str
-    layers: int
-    pruned: int
-    on_purpose: int
-    not_understood: int
-    seconds: float
-    reasons: dict[str, int]  # why some were not understood, with their weights
-
-
-def network(name: str) -> nn.Module:
-    """A network of this kind with random weights."""
-    import transformers
-
-    model, config, arguments = KINDS[name]
-    torch.manual_seed(0)
-    made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**arguments))
-    return made.eval()
-
-
-def batches(name: str) -> list[dict[str, Tensor]]:
-    """Two batches that fit a network of this kind."""
-    model = KINDS[name][0]
-    drawn = torch.Generator().manual_seed(1)
-
-    def batch() -> dict[str, Tensor]:
-        if model.startswith(("Beit", "Bit", "ResNet", "Swin")):
-            return {"pixel_values": torch.randn(2, 3, 32, 32, generator=drawn)}
-        if model.startswith("Wav2Vec2"):
-            return {"input_values": torch.randn(2, 800, generator=drawn)}
-        if model.startswith("Perceiver"):
-            return {"inputs": torch.randn(2, 12, 32, generator=drawn)}
-        return {"input_ids": torch.randint(3, 60, (4, 16), generator=drawn)}
-
-    return [batch() for _ in range(2)]
-
-
-def report_on(name: str) -> lobs.Report:
-    """The report of pruning a network of this kind."""
-    first: Callable[[nn.Module, Any], Any] = lambda model, batch: model(**batch)[0]  # noqa: E731
+def pruned(model: nn.Module, batches: list[Any], **options: Any) -> lobs.Report:
+    """Prune a network to one half."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lobs_native")
-        return lobs.prune(
-            network(name),
-            batches(name),
-            sparsity=0.5,
-            method="magnitude",
-            inputs="pruned",
-            forward=first,
-            progress=False,
-        )
+        return lobs.prune(model, batches, sparsity=0.5, progress=False, **options)
 
 
-def covered(name: str) -> Covered:
-    """Prune a network of this kind and count."""
-    begun = time.perf_counter()
-    report = report_on(name)
-    assert report.coverage is not None
+def _row(library: str, name: str, number: int) -> Row:
+    """What became of a type: "not made", "refused", "raised", "wrong" or "ok"."""
+    try:
+        model, batches = LIBRARIES[library].made(name)
+    except small_models.NotMadeError as error:
+        return {"outcome": "not made", "said": str(error)[:300]}
+    inputs = sorted(batches[0]) if isinstance(batches[0], dict) else ["pixel_values"]
+    row: Row = {"inputs": inputs, "mixture": _has_experts(model)}
+    for method in ("sweep", "auto") if number % 3 == 0 else ("sweep",):
+        tried = copy.deepcopy(model)
+        try:
+            report = pruned(tried, batches, method=method)
+        except lobs.LobsError as error:
+            return row | {"outcome": "refused", "method": method, "said": str(error)[:500]}
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"[:500]
+            return row | {"outcome": "raised", "method": method, "said": said}
+        if wrong := _wrong(tried, report):
+            return row | {"outcome": "wrong", "method": method, "said": wrong}
+        row[f"{method} seconds"] = report.seconds
+        if method == "sweep":
+            row |= _covered(report, model)
+    if number % 3 == 1:
+        row["errors"] = checked(model, batches)
+    return row | {"outcome": "ok"}
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any("experts" in name for name, _ in model.named_modules())
+
+
+def _wrong(model: nn.Module, report: lobs.Report) -> str:
+    """What is wrong with a pruned network; "" if nothing is."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        return "weights are not finite"
+    for layer in report.layers:
+        size = report.masks[layer.name].numel()
+        if abs(layer.sparsity - 0.5) * size > 1:
+            return f"{layer.name}: sparsity {layer.sparsity:.4f}"
+    with lobs.keep_masks(model, report.masks):  # raises where a removed weight is not zero
+        return ""
+
+
+def _covered(report: lobs.Report, model: nn.Module) -> Row:
+    coverage = report.coverage
+    assert coverage is not None
     reasons: dict[str, int] = {}
     for skipped in report.skipped:
         if skipped.weights and not skipped.on_purpose:
             reasons[skipped.reason] = reasons.get(skipped.reason, 0) + skipped.weights
-    return Covered(
-        name,
-        len(report.layers),
-        report.coverage.pruned,
-        report.coverage.on_purpose,
-        report.coverage.not_understood,
-        time.perf_counter() - begun,
-        reasons,
-    )
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    return {
+        "layers": len(report.layers),
+        "pruned": coverage.pruned,
+        "on purpose": coverage.on_purpose,
+        "not understood": coverage.not_understood,
+        "weights": weights,
+        "reasons": reasons,
+        "blocks": bool(report.settings["blocks"]),
+        "output measured": report.error_bound.measured is not None,
+    }
 
 
-def rows(words: list[str]) -> Iterator[Covered]:
-    for name in KINDS:
+# ---- errors, computed again ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def checked(model: nn.Module, batches: list[Any]) -> list[float]:
+    """The relative differences between reported errors and those computed here, in float64, from
+    the inputs of linear and convolution layers in the original network."""
+    after = copy.deepcopy(model)
+    report = pruned(after, batches, method="sweep", inputs="dense")
+    before, now = dict(model.named_modules()), dict(after.named_modules())
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    named = [x for x in report.layers if type(before.get(x.name)) in plain]
+    spread = named[:: max(1, len(named) // CHECKED)][:CHECKED]
+    differences = []
+    for layer in spread:
+        seen: list[tuple[float, float, float]] = []
+        call = _reading(before[layer.name], now[layer.name], seen)
+        handle = before[layer.name].register_forward_pre_hook(call, with_kwargs=True)
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+        handle.remove()
+        rows = sum(n for _, _, n in seen)
+        error, energy = (sum(x[i] for x in seen) / rows for i in (0, 1))
+        differences.append(abs(error - layer.error) / max(error, 1e-9 * energy, 1e-30))
+    return differences
+
+
+def _reading(
+    before: nn.Module, now: nn.Module, seen: list[tuple[float, float, float]]
+) -> Callable[..., None]:
+    """A hook that adds (squared change of the output, squared output, rows) of a call."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).double()
+        old, new = _output(before, x), _output(now, x)
+        linear = isinstance(module, nn.Linear)
+        rows = new.numel() / (module.out_features if linear else module.out_channels)
+        change = new - old
+        seen.append((float(change.square().sum()), float(old.square().sum()), rows))
+
+    return hook
+
+
+def _output(module: nn.Module, x: Tensor) -> Tensor:
+    weight, bias = module.weight.double(), module.bias  # type: ignore[union-attr, operator]
+    added = None if bias is None else bias.double()  # type: ignore[operator]
+    if isinstance(module, nn.Linear):
+        return functional.linear(x, weight, added)
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return module._conv_forward(x, weight, added)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def _work(library: str, name: str, number: int, answer: Connection) -> None:
+    os.nice(5)
+    warnings.simplefilter("ignore")  # of the libraries
+    answer.send(_row(library, name, number))
+    answer.close()
+
+
+def _in_a_process(library: str, name: str, number: int, seconds: float) -> Row:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_work, args=(library, name, number, theirs))
+    begun = time.monotonic()
+    process.start()
+    theirs.close()
+    try:
+        row: Row = ours.recv() if ours.poll(seconds) else {"outcome": "too slow"}
+    except EOFError:
+        row = {"outcome": "died"}
+    process.kill()
+    process.join()
+    return {"type": name, **row, "wall seconds": time.monotonic() - begun}
+
+
+def rows(library: str, words: list[str], seconds: float) -> Iterator[Row]:
+    """A row for every type that the words select."""
+    for number, name in enumerate(LIBRARIES[library].types()):
         if not words or any(word in name for word in words):
-            try:
-                yield covered(name)
-            except lobs.LobsError as error:
-                yield Covered(name, 0, 0, 0, 0, 0.0, {str(error): 0})
+            yield _in_a_process(library, name, number, seconds)
+
+
+def summary(found: list[Row]) -> Row:
+    """The figures over all networks."""
+    tried = [row for row in found if row["outcome"] != "not made"]
+    good = [row for row in tried if row["outcome"] == "ok"]
+    pruned_, left, missed = (
+        sum(row[key] for row in good) for key in ("pruned", "on purpose", "not understood")
+    )
+    errors = [x for row in good for x in row.get("errors", ())]
+    shares = [row["pruned"] / max(1, row["pruned"] + row["not understood"]) for row in good]
+    named = [row for row in good if row["pruned"] + row["on purpose"] + row["not understood"]]
+    return {
+        "types": len(found),
+        "made": len(tried),
+        "work as called": len(good),
+        "with the default method too": sum("auto seconds" in row for row in good),
+        "images or videos": sum(any("pixel" in x for x in row["inputs"]) for row in good),
+        "sound": sum(any("input_v" in x or "input_f" in x for x in row["inputs"]) for row in good),
+        "images or sound beside text": sum(
+            "input_ids" in row["inputs"] and len(row["inputs"]) > 1 for row in good
+        ),
+        "mixtures": sum(row["mixture"] for row in good),
+        "coverage": pruned_ / max(1, pruned_ + missed),
+        "coverage, mean of the networks": statistics.fmean(shares) if shares else None,
+        "left out on purpose": left / max(1, pruned_ + missed + left),
+        "covered or named": sum(
+            min(row["weights"], row["pruned"] + row["on purpose"] + row["not understood"])
+            for row in named
+        )
+        / max(1, sum(row["weights"] for row in named)),
+        "run block by block": sum(row["blocks"] for row in good),
+        "errors computed again": len(errors),
+        "largest difference": max(errors, default=None),
+    }
+
+
+def _line(row: Row) -> str:
+    if row["outcome"] != "ok":
+        return f"{row['type']:28} {row['outcome']}: {row.get('said', '')[:150]}"
+    prunable = max(1, row["pruned"] + row["not understood"])
+    total = prunable + row["on purpose"]
+    text = (
+        f"{row['type']:28} {row['layers']:3} layers, {100 * row['pruned'] / prunable:5.1f} % of "
+        f"those to be pruned, {100 * row['on purpose'] / total:4.1f} % left out on purpose"
+    )
+    return "\n".join([text, *(f"{'':28} {n}: {why}" for why, n in row["reasons"].items())])
 
 
 def main() -> None:
+    """Print the table as it goes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--library", choices=LIBRARIES, default="transformers")
+    parser.add_argument("--seconds", type=float, default=60, help="limit for a network; default 60")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    module = importlib.import_module(options.library)
+    if options.library == "transformers":
+        module.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
     found = []
-    for row in rows(options.words):
-        found.append(asdict(row))
-        prunable = max(1, row.pruned + row.not_understood)
-        total = max(1, prunable + row.on_purpose)
-        print(
-            f"{row.name:11} {row.layers:3} layers, {100 * row.pruned / prunable:5.1f} % of the "
-            f"prunable weights, {100 * row.on_purpose / total:4.1f} % left out on purpose"
-        )
-        for reason, weights in row.reasons.items():
-            print(f"            {weights}: {reason}")
-    if options.out is not None:
-        options.out.write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    for row in rows(options.library, options.words, options.seconds):
+        found.append(row)
+        print(_line(row), flush=True)
+        if options.out is not None:
+            about = {options.library: module.__version__, "torch": str(torch.__version__)}
+            text = json.dumps({"about": about, "all": summary(found), "rows": found}, indent=1)
+            options.out.write_text(text + "\n")
+    print(json.dumps(summary(found), indent=1))
 
 
 if __name__ == "__main__":

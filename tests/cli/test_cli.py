@@ -127,9 +127,49 @@ WRONG = {
     "missing folder": (
         "gone --sparsity 0.5 --out out",
         2,
-        "MODEL: 'gone' is not a folder here, and",
+        "MODEL: 'gone' is not a folder or GGUF file here, and",
     ),
-    "a file": ("text.txt --sparsity 0.5 --out out", 2, "MODEL: 'text.txt' is not a folder here"),
+    "a file": (
+        "text.txt --sparsity 0.5 --out out",
+        2,
+        "MODEL: 'text.txt' is not a folder or GGUF file here",
+    ),
+    "missing GGUF file": (
+        "gone.gguf --sparsity 0.5 --out out --calibration text.txt",
+        2,
+        "MODEL: there is no file gone.gguf",
+    ),
+    "override without settings": (f"{PAIR} --override 0", 2, "--override: '0' is not of the form"),
+    "override of nothing": (
+        f"{PAIR} --sparsity 0.5 --override x:sparsity=0.1",
+        2,
+        "--override: 'x' matches no prunable layer",
+    ),
+    "override of what a layer has not": (
+        f"{PAIR} --override 0:inputs=dense",
+        2,
+        "--override: '0:inputs=dense': a layer has no inputs; it has sparsity,",
+    ),
+    "override by no number": (
+        f"{PAIR} --override 0:sparsity=half",
+        2,
+        "--override: '0:sparsity=half': 'half' is not a number",
+    ),
+    "override out of range": (
+        f"{PAIR} --sparsity 0.5 --override 0:sparsity=2",
+        2,
+        "--override['0']: sparsity: 2",
+    ),
+    "override by neither true nor false": (
+        f"{PAIR} --sparsity 0.5 --override 0:prune-bias=1",
+        2,
+        "--override: '0:prune-bias=1': prune_bias is true or false, not '1'",
+    ),
+    "spread without a common budget": (
+        f"{PAIR} --sparsity 0.5 --spread 0.1",
+        2,
+        "--spread: 0.1 bounds how layers share a budget; use scope 'model' with it",
+    ),
     "no config": (
         f"{FOLDER} --sparsity 0.5 --calibration text.txt",
         2,

@@ -563,3 +563,17 @@ def test_an_old_transformers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.55.4")
     with pytest.raises(LobsError, match=r"4\.55\.4 is too old: pip install .transformers>=4\.56"):
         hf.load(hf.examine(source))
+
+
+def test_within_a_limit_files_are_small_and_the_network_is_given_up_before_it_is_read(tmp_path):
+    checkpoint = hf.examine(hf_folders.save(tmp_path / "in", "LlamaForCausalLM"))
+    model, out = hf.load(checkpoint), tmp_path / "out"
+    before = logits(model)
+    out.mkdir()
+    hf.save(model, checkpoint, out, {}, shard_bytes=10**9, memory=60_000)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    sizes = [path.stat().st_size for path in out.glob("model*.safetensors")]
+    assert len(sizes) > 2
+    assert max(sizes) < 32_000  # with the header
+    again = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(again), before)

@@ -151,6 +151,19 @@ def test_exclude_takes_names_of_whatever_is_left_out_and_silences_the_warning():
     assert [x.name for x in report.layers] == ["last"]
 
 
+@pytest.mark.parametrize("options", [{}, {"run_dir": "run"}, {"exclude": "later"}])
+def test_a_layer_without_values_is_left_out_and_named(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = Net(lambda m, x: m.a(x), a=nn.Linear(16, 8))
+    net.later = nn.Linear(16, 8, device="meta")
+    report = prune(net, rows(), **options)
+    assert [x.name for x in report.layers] == ["a", "last"]
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.weights) == ("later", 128)
+    assert skipped.on_purpose == ("exclude" in options)
+    assert "meta device" in skipped.reason or "exclude" in options
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_scripted_part_is_left_out_and_named():
     net = nn.Sequential(torch.jit.script(nn.Linear(16, 8)), nn.Linear(8, 4)).double()

@@ -49,6 +49,18 @@ def test_a_rare_expert_loses_its_share_and_no_more_than_by_magnitude(few, method
     assert any("fewer than 48 rows (8 for each input)" in n for n in report.layers[0].notes)
 
 
+@pytest.mark.parametrize("method", ["exact", "admm", "sweep"])
+def test_a_rare_expert_with_uncorrelated_inputs_loses_what_magnitude_loses(method):
+    dense, generator = Experts(False), torch.Generator().manual_seed(2)
+    x = torch.randn(220, 6, generator=generator).double()
+    chosen = torch.repeat_interleave(torch.arange(4), torch.tensor([40, 60, 60, 60]))[:, None]
+    model = copy.deepcopy(dense)
+    lobs.prune(model, [(x, chosen)], sparsity=0.5, method=method, progress=False)
+    before, now = dense.gate_up_proj[0].detach(), model.gate_up_proj[0].detach()
+    smallest = before.abs().flatten().sort().values[: before.numel() // 2]
+    assert float((now - before).square().sum()) <= 1.02 * float(smallest.square().sum())
+
+
 def test_the_report_has_rows_zeros_and_error_of_every_expert():
     model, (x, chosen) = Experts(True), inputs([5, 0, 90, 70])
     before = copy.deepcopy(model)

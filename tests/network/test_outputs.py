@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.calibration import outputs
 from lobs_native.calibration.outputs import measure_change
 from lobs_native.calibration.session import Session
 
@@ -153,3 +155,46 @@ def test_the_configuration_is_restored_after_a_failure():
     with pytest.raises(lobs.NonFiniteError):
         lobs.prune(model, [torch.full((4, 6), 3e38)], sparsity=0.5, progress=False)
     assert model.config.use_cache is True
+
+
+def test_the_outputs_of_a_batch_are_freed_before_the_model_runs_on_the_next():
+    made: list[weakref.ref[Tensor]] = []
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        assert len(made) % 2 or all(output() is None for output in made)
+        made.append(weakref.ref(output := model(x)))
+        return output
+
+    session = Session(network(), [torch.randn(5, 6)] * 3, forward, None, 0, False)
+    with session.evaluating():
+        assert measure_change(session).difference == 0
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize("masked", [None, "rows", "entries"])
+def test_large_rows_are_measured_in_pieces_alike(masked, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(6, 50).double()
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.a(x).sum(-1) if masked == "entries" else self.a(x).transpose(0, 1).mT.mT
+
+    x, mask = torch.randn(4, 4, 6).double(), torch.ones(4, 4)
+    mask[1, 2:] = 0
+    mask[2:, 1] = 0
+    batch = {"x": x, "attention_mask": mask} if masked else {"x": x}
+
+    def measured(limit: int | None = None) -> Any:
+        session = Session(Net(), [batch], None, None, 0, False, token_mask=True)
+        session.originals.put("a.weight", session.model.a.weight.detach() + 1)
+        session.changed.add("a.weight")
+        with session.evaluating():
+            return dataclasses.astuple(measure_change(session, limit))
+
+    whole = measured()
+    monkeypatch.setattr(outputs, "_PIECE", 64)
+    assert measured() == pytest.approx(whole)
+    assert measured(0) == pytest.approx(whole)

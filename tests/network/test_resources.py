@@ -90,6 +90,19 @@ def test_a_plan_of_admm_is_at_most_half_above_its_peak_and_can_be_the_limit():
     assert free["peak"] >= plan / 1.5
 
 
+def test_measuring_the_output_is_in_the_plan_and_within_the_limit():
+    model, rows = nn.Sequential(nn.Linear(4, 3000)), [torch.randn(500, 4) for _ in range(2)]
+    options = {"sparsity": 0.5, "method": "sweep"}
+    plan = lobs.plan_prune(model, rows, **options)
+    assert plan.output == 500 * 3000 * 4 + 4 * 8 * (1 << 18)
+    assert plan.memory == plan.output + plan.kept  # the layer takes less
+    bound = lobs.plan_prune(model, rows, **options, memory=12_000_000)
+    assert bound.memory <= 12_000_000
+    assert bound.output_limit == bound.output - 4 * 8 * (1 << 18) < 500 * 3000 * 4
+    with pytest.raises(MemoryError, match=r"measuring the output needs 8,388,608 .* smaller batch"):
+        lobs.plan_prune(model, rows, **options, memory=8_000_000)
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30))
@@ -194,7 +207,8 @@ def test_the_plan_can_be_read_as_text():
     text = str(lobs.plan_prune(network(), data(), sparsity=0.5, memory=10**9))
     assert re.fullmatch(
         r"plan: \d+ MB of 1,000 MB allowed besides the model, the data and a forward pass "
-        r"\(\d+ MB for 2, \d+ MB other second moments, \d+ MB states, \d+ MB weights and masks\); "
+        r"\(\d+ MB for 2, \d+ MB other second moments, \d+ MB states, \d+ MB weights and masks; "
+        r"then \d+ MB to measure the output\); "
         r"0 MB on disk; about \d+ s",
         text,
     )

@@ -7,11 +7,15 @@ import os
 
 import pytest
 import torch
+from helpers import reports
+from helpers.reports import layer
 from torch import nn
 
 import lobs_native as lobs
+from lobs_native.cli.tables import report_table
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files.atomic import write_file
+from lobs_native.report.review import notes_of
 from lobs_native.solvers.patterns import Unstructured
 
 
@@ -99,3 +103,18 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file"):
         write_file(tmp_path / "file" / "report.json", "{}")
+
+
+def test_notes_that_differ_in_numbers_alone_are_one_with_an_example():
+    first, second = (
+        "7 rows were padding and were left out",
+        "12 rows were padding and were left out",
+    )
+    layers = [layer("a", notes=(first, "odd")), layer("b", notes=(second,)), layer("c")]
+    assert [(x.text, x.layers) for x in notes_of(layers)] == [
+        (f"for example, {first}", ("a", "b")),
+        ("odd", ("a",)),
+    ]
+    alike = [layer("a", notes=(first,)), layer("b", notes=(first,))]
+    assert [(x.text, x.layers) for x in notes_of(alike)] == [(first, ("a", "b"))]
+    assert "2 layers (a to b): for example, 7 rows" in report_table(reports.report(*layers))

@@ -47,8 +47,9 @@ class Moments(list[Hessian]):
         """The second moments, computed at the first call, which releases the sums.
 
         Those of rare experts are mixed with a multiple of the identity that has the same mean
-        diagonal: with n rows for C inputs, ``1 - n / (8 C)`` of it. An expert that saw no rows gets
-        the mean of the other experts' diagonals, so that it is pruned by magnitude.
+        diagonal: with n rows for C inputs, ``1 - n / (8 C)`` of it, or more if :func:`_shrinkage`
+        is more. An expert that saw no rows gets the mean of the other experts' diagonals, so that
+        it is pruned by magnitude.
         """
         if self._matrices is None:
             some_rows = self.layer.routed and any(h.rows > 0 for h in self)
@@ -58,8 +59,9 @@ class Moments(list[Hessian]):
                 matrices.append(None if some_rows and h.rows == 0 else h.matrix())
                 h.release()
             mean = self._uncorrelated([H for H in matrices if H is not None])
-            for H, share in zip(matrices, shares, strict=True):
+            for H, rows, share in zip(matrices, [h.rows for h in self], shares, strict=True):
                 if H is not None and share > 0:
+                    share = max(share, _shrinkage(H[: self.layer.width, : self.layer.width], rows))
                     plain = self._uncorrelated([H]).mul_(share)
                     H.mul_(1 - share).add_(plain)
             self._matrices = [mean if H is None else H for H in matrices]
@@ -157,6 +159,18 @@ class Moments(list[Hessian]):
         elif difference and difference.summed:
             notes.append("corrected together with what is added to its output")
         return notes
+
+
+def _shrinkage(H: Tensor, rows: float) -> float:
+    """The share of the identity that brings a second moment (C, C) of so many rows closest to that
+    of all rows, if these are normal. 1 for inputs that seem uncorrelated.
+
+    Source: Chen, Wiesel, Eldar & Hero 2010, the oracle approximating shrinkage estimator.
+    """
+    C = len(H)
+    square, trace = float(H.square().sum()), float(H.diagonal().sum()) ** 2
+    spread = (rows + 1 - 2 / C) * (square - trace / C)
+    return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / C) * square + trace) / spread)
 
 
 class _Statistics:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor
 from lobs_native.calibration.session import Session
 from lobs_native.files.shelf import Shelf
 
-__all__ = ["Change", "floating_tensors", "measure_change", "tokens_in"]
+__all__ = ["MEASURING", "Change", "floating_tensors", "measure_change", "tokens_in"]
 
 _PIECE = 1 << 18  # elements converted to float64 at a time
+MEASURING = 4 * 8 * _PIECE  # bytes that measuring takes besides the outputs
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def tokens_in(x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _keep(shelf: Shelf, output: Any) -> None:
-    """Put the tensors of an output on a shelf, by number and shape."""
+    """Put the tensors of an output on a shelf, flat, by number and shape."""
     for i, x in enumerate(floating_tensors(output)):
-        shelf.put((i, x.shape), x.detach())
+        shelf.put((i, x.shape), x.detach().reshape(-1))
 
 
 @torch.no_grad()
@@ -69,26 +69,46 @@ def measure_change(session: Session, limit: int | None = None) -> Change | None:
     ``limit`` bounds the bytes of the original network's output that are in memory while the other
     network runs; the rest waits on disk.
     """
-    difference = size = rows = 0.0
+    changes: list[Change] = []
     for batch in session.each("measure"):
-        mask = session.output_mask(batch)
-        with Shelf(limit) as before:
-            _keep(before, session.call_original(batch))
-            now = list(floating_tensors(session.call(session.model, batch)))
-            if not now or [(i, x.shape) for i, x in enumerate(now)] != sorted(before):
-                return None
-            for i, x in enumerate(now):
-                step = max(1, _PIECE * len(x) // max(1, x.numel()))
-                fits = mask is not None and tokens_in(x, mask) is not None
-                now_parts, before_parts = x.split(step), before.parts((i, x.shape), step)
-                counted: Iterable[Tensor | None] = itertools.repeat(None, len(now_parts))
-                if mask is not None and fits:
-                    counted = mask.split(step)
-                for a, b, tokens in zip(now_parts, before_parts, counted, strict=True):
-                    if tokens is not None:
-                        a, b = a[tokens.to(a.device)], b[tokens.to(b.device)]
-                    wide = b.double()
-                    size += float(wide.square().sum())
-                    difference += float((wide - a).square().sum())
-                    rows += a.numel() / max(1, x.shape[-1])
+        change = _change_of(session, batch, limit)
+        if change is None:
+            return None
+        changes.append(change)
+    return Change(*map(sum, zip(*map(dataclasses.astuple, changes), strict=True)))
+
+
+def _change_of(session: Session, batch: Any, limit: int | None) -> Change | None:
+    """The change on one batch. It is a function of its own so that the outputs are freed before the
+    model runs on the next one."""
+    difference = size = rows = 0.0
+    mask = session.output_mask(batch)
+    with Shelf(limit) as before:
+        _keep(before, session.call_original(batch))
+        now = list(floating_tensors(session.call(session.model, batch)))
+        if not now or [(i, x.shape) for i, x in enumerate(now)] != sorted(before):
+            return None
+        for i, x in enumerate(now):
+            if not x.numel():
+                continue
+            tokens, width = _rows(x, mask)
+            step = max(1, _PIECE // width) * width
+            parts = zip(x.reshape(-1).split(step), before.parts((i, x.shape), step), strict=True)
+            for k, (a, b) in enumerate(parts):
+                if tokens is not None:
+                    counts = tokens[k * step // width :][: len(a) // width]
+                    a, b = a.view(-1, width)[counts], b.view(-1, width)[counts]
+                wide = b.double()
+                size += float(wide.square().sum())
+                difference += float((wide - a).square().sum())
+                rows += a.numel() / x.shape[-1]
     return Change(difference, size, rows)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, int]:
+    """Which rows of the flat ``x`` count, and how many entries each has; None if all do."""
+    tokens = tokens_in(x, mask)
+    if tokens is None:
+        return None, 1
+    shape = x.shape if tokens.shape == x.shape else torch.Size([*x.shape[:-1], 1])
+    return tokens.expand(shape).reshape(-1), x.numel() // shape.numel()

@@ -139,11 +139,11 @@ class Session:
         first = _numel(self.batches[0])
         return sum(map(_numel, self.batches)) / first if first else float(len(self.batches))
 
-    def pass_seconds(self) -> float:
-        """An estimate of the duration of one pass over the data.
+    def timed_pass(self) -> tuple[float, Any]:
+        """An estimate of the seconds of one pass over the data, and the output for one batch.
 
-        It is measured on the largest batch of a list, since small batches take longer than their
-        share, or else on the first batch.
+        It is the largest batch of a list, since small batches take longer than their share and have
+        the smaller outputs, or else the first batch.
         """
         batch = next(iter(self.batches))
         times = float(len(self.batches))
@@ -152,8 +152,8 @@ class Session:
             times = sum(map(_numel, self.batches)) / _numel(batch)
         torch.manual_seed(self.seed)
         begun = time.perf_counter()
-        self.call(self.model, batch)
-        return times * (time.perf_counter() - begun)
+        output = self.call(self.model, batch)
+        return times * (time.perf_counter() - begun), output
 
     def call_original(self, batch: Any) -> Any:
         """Run the original network, leaving the random state as it was."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from lobs_native.errors import ArgumentError
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
-from lobs_native.solvers.settings import TARGETS
+from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
 
 __all__ = ["TEXT", "add_prune", "by_option", "settings_of"]
 
@@ -22,8 +23,10 @@ TEXT = ("lines", "tokens", "min_words", "length", "batch_size", "shard_size")
 _PRUNE = """Prune a network and write it into a new folder.
 
 MODEL is a folder in the style of Hugging Face (config.json, *.safetensors, tokenizer), which needs
-pip install "lobs-native[hf]" and --calibration; or module:function, where the function returns
-(model, batches) or (model, batches, forward) and modules of the current folder can be imported.
+pip install "lobs-native[hf]" and --calibration; or a GGUF file of a causal language model, which
+needs pip install gguf as well, and is written as such a folder in float32; or module:function,
+where the function returns (model, batches) or (model, batches, forward) and modules of the current
+folder can be imported.
 The new folder holds the weights, dense with zeros in them, in the dtype they had; of a folder also
 everything else in it; and report.json and report.html. It is written atomically. Nothing is
 downloaded. For a folder, the layer that makes the logits is left alone unless --include names it.
@@ -39,7 +42,7 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("model", metavar="MODEL", help="a folder, or module:function")
+    add("model", metavar="MODEL", help="a folder, a GGUF file, or module:function")
     add("--out", type=Path, metavar="DIR", help="the folder to write; needed unless --plan")
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     add("--masks", action="store_true", help="write masks.safetensors too (True = kept)")
@@ -55,6 +58,14 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
         group = target if field.name in TARGETS else how
         flag = f"--{field.name.replace('_', '-')}"
         group.add_argument(flag, **_reading(field, kinds[field.name]), help=option_of(field).help)
+    how.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="GLOB:NAME=VALUE,...",
+        help="other settings for the layers of this name, for example '*.fc1:sparsity=0.3'; may be "
+        f"repeated, and the last that matches wins; NAME is one of {', '.join(LAYER_OPTIONS)}",
+    )
 
     add = command.add_argument_group("for folders").add_argument
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on")
@@ -71,12 +82,60 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
 def settings_of(options: argparse.Namespace) -> NetworkSettings:
     """The settings that the parsed options of the ``prune`` command make."""
     chosen = {field.name: getattr(options, field.name) for field in _offered()}
-    return NetworkSettings(**chosen, progress=not (options.plan or options.no_progress))
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in options.override:
+        glob, changes = _override(text)
+        overrides[glob] = overrides.pop(glob, {}) | changes
+    return NetworkSettings(
+        **chosen,
+        overrides=overrides or None,
+        progress=not (options.plan or options.no_progress),
+    )
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    """A glob and its settings from "GLOB:NAME=VALUE,...". ArgumentError if it is none."""
+    glob, _, rest = text.partition(":")
+    changes = {}
+    for part in rest.split(","):
+        name, equals, value = part.partition("=")
+        name = name.replace("-", "_")
+        if not glob or not equals:
+            raise ArgumentError(
+                f"--override: {text!r} is not of the form GLOB:NAME=VALUE,...; write for example "
+                "'*.fc1:sparsity=0.3,method=sweep'"
+            )
+        if name not in LAYER_OPTIONS:
+            raise ArgumentError(
+                f"--override: {text!r}: a layer has no {name}; it has {', '.join(LAYER_OPTIONS)}"
+            )
+        changes[name] = _value(name, value, text)
+    return glob, changes
+
+
+def _value(name: str, value: str, text: str) -> Any:
+    """The value of a layer's setting, as it is written in an override."""
+    kind = get_type_hints(NetworkSettings)[name]
+    kinds = set(get_args(kind)) or {kind}
+    if value == "none":
+        return None
+    if bool in kinds:
+        if value not in ("true", "false"):
+            raise ArgumentError(f"--override: {text!r}: {name} is true or false, not {value!r}")
+        return value == "true"
+    if float not in kinds:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ArgumentError(f"--override: {text!r}: {value!r} is not a number") from None
 
 
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the option in its place."""
     name, colon, rest = message.partition(": ")
+    if name.startswith("overrides"):
+        return f"--override{name.removeprefix('overrides')}{colon}{rest}"
     if name in {"out", *(field.name for field in _offered())}:
         return f"--{name.replace('_', '-')}{colon}{rest}"
     return message

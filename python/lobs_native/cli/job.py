@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file, save_model
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
+from lobs_native.files import safefile
 from lobs_native.files.atomic import new_folder, writing
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.perplexity import perplexity
@@ -52,7 +54,8 @@ class Job:
     batches: Any  # None if only planning
     forward: Forward | None
     head: str | None  # layer that is left alone unless it is included
-    save: Callable[[Path, Mapping[str, Tensor]], dict[str, Any]]  # returns entries of the report
+    # (folder, masks, limit on memory) -> entries of the report
+    save: Callable[[Path, Mapping[str, Tensor], int | None], dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
     measure: Callable[[], float | None] | None = None  # the perplexity of the network
     loading: float = 0.0  # seconds that it took to find the network and the data
@@ -69,8 +72,8 @@ def find(
     Parameters
     ----------
     source : str
-        A folder, or ``module:function``, which is called without arguments and returns (model,
-        batches) or (model, batches, forward).
+        A folder, a GGUF file, or ``module:function``, which is called without arguments and returns
+        (model, batches) or (model, batches, forward).
     calibration : Path or None
         A text file, for a folder.
     text : mapping
@@ -85,7 +88,7 @@ def find(
         Of the kind that fits, with the way out.
     """
     begun = time.perf_counter()
-    if Path(source).is_dir():
+    if Path(source).is_dir() or source.endswith(".gguf"):
         found = _folder(Path(source), calibration, dict(text), planning)
     else:
         found = _of_function(source, calibration, text)
@@ -95,7 +98,8 @@ def find(
 def _of_function(source: str, calibration: Path | None, text: Mapping[str, Any]) -> Job:
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
-            f"MODEL: {source!r} is not a folder here, and not of the form module:function"
+            f"MODEL: {source!r} is not a folder or GGUF file here, and not of the form "
+            "module:function"
         )
     options = {"calibration": calibration, **text}
     if extra := [name for name, value in options.items() if value is not None]:
@@ -114,6 +118,9 @@ def _of_function(source: str, calibration: Path | None, text: Mapping[str, Any])
 
 
 def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planning: bool) -> Job:
+    """The network in a folder, or in a GGUF file."""
+    if not folder.exists():
+        raise ArgumentError(f"MODEL: there is no file {folder}")
     shard_bytes = text.pop("shard_size", None) or SHARD_BYTES
     if calibration is None and not planning:
         raise ArgumentError("--calibration: it is missing; give a text file to calibrate on")
@@ -133,8 +140,8 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
         if calibrating.held_back:
             measure = functools.partial(perplexity, model, calibrating.held_back)
 
-    def save(out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
-        return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes)
+    def save(out: Path, masks: Mapping[str, Tensor], memory: int | None) -> dict[str, Any]:
+        return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes, memory=memory)
 
     head = hf.output_layer(model)
     return Job(model, batches, hf.first_output, head, save, settings, measure)
@@ -185,18 +192,23 @@ def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def _save_state(model: nn.Module, out: Path, masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state dict as one file; a tensor that has several names is in it once."""
+def _save_state(
+    model: nn.Module, out: Path, masks: Mapping[str, Tensor], memory: int | None
+) -> dict[str, Any]:
+    """The state dict as one file; a tensor that has several names is in it once. It is read back
+    tensor by tensor, whatever ``memory`` allows."""
     hf.check_zeros(model, masks)
     path = out / hf.WEIGHTS
     try:
         with writing(path):
             save_model(model, str(path), metadata={"format": "pt"})
-            again = load_file(path)
+            written = safefile.read_header(path)
     except RuntimeError as error:  # tensors that share a part of their memory
         raise CheckpointError(f"{path}: safetensors cannot write this model: {error}") from error
     state = model.state_dict()
-    for name, value in again.items():
+    for name in written:
+        with safe_open(path, "pt") as file:  # anew, so that a file that is mapped does not stay
+            value = file.get_tensor(name)
         if not same_bits(state[name].detach().cpu(), value):
             raise CheckpointError(f"{path}: {name} differs from what was written when read again")
     return {}
@@ -236,8 +248,7 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
         selected, others = settled.jobs, settled.skipped
     else:
         pruning = Pruning(job.model, job.batches, settings)
-        with pruning.session.evaluating():
-            whole = pruning.look()
+        whole = pruning.plan(stacklevel=2)
         selected, others = pruning.jobs, pruning.skipped
     layers = []
     for planned in selected:
@@ -293,7 +304,7 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
             with clock.stage("perplexity"):
                 measured["perplexity after"] = job.measure()
         with clock.stage("saving"):
-            saved = job.save(folder, report.masks)
+            saved = job.save(folder, report.masks, settings.memory)
         _, around = clock.total()
         del around["pruning"]
         around["other"] += report.settings["seconds"]["other"]

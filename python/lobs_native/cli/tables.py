@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
-from lobs_native.report.review import causes_of
+from lobs_native.report.review import causes_of, notes_of
 from lobs_native.report.text import visible
 from lobs_native.solvers.settings import TARGETS
 
@@ -38,20 +37,12 @@ def plan_table(planned: dict[str, Any]) -> str:
 
 
 def _grouped(report: Report) -> list[str]:
-    """A line for every note; notes that differ in numbers alone share one."""
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for layer in report.layers:
-        for note in layer.notes:
-            kinds.setdefault(re.sub(r"\d[\d.,e+-]*", "0", note), []).append((layer.name, note))
+    """A line for every kind of note."""
     lines = []
-    for of_kind in kinds.values():
-        (name, note), *others = of_kind
-        if not others:
-            lines.append(f"{name}: {note}")
-            continue
-        alike = all(other == note for _, other in others)
-        example = note if alike else f"for example, {note}"
-        lines.append(f"{len(of_kind)} layers ({name} to {others[-1][0]}): {example}")
+    for note in notes_of(report.layers):
+        first, *others = note.layers
+        where = f"{len(note.layers)} layers ({first} to {others[-1]})" if others else first
+        lines.append(f"{where}: {note.text}")
     return lines
 
 

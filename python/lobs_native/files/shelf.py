@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = ["Shelf"]
 
 
+@dataclass(frozen=True)
+class _OnDisk:
+    """A tensor in a file that holds its bytes alone. They are read, not mapped: pages of a mapped
+    file would count as memory of the process."""
+
+    path: Path
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def write(self, value: Tensor) -> None:
+        with self.path.open("wb") as file:
+            file.write(_memory(value.detach().contiguous().cpu()))
+
+    def read(self, first: int, shape: torch.Size) -> Tensor:
+        """The tensor of this shape that begins at entry ``first``."""
+        value = torch.empty(shape, dtype=self.dtype)
+        with self.path.open("rb") as file:
+            file.seek(first * self.dtype.itemsize)
+            file.readinto(_memory(value))
+        return value.to(self.device)
+
+
+def _memory(x: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    memory: memoryview = x.reshape(-1).view(torch.uint8).numpy().data
+    return memory
+
+
 class Shelf(Mapping[Any, Tensor]):
     """Tensors by key: in memory as long as they fit into ``limit`` bytes, then on disk.
 
-    The files are safetensors in a temporary folder, which is removed with the shelf. Tensors are
-    returned bit for bit, on the device that they came from.
+    The files lie in a temporary folder, which is removed with the shelf. Tensors are returned bit
+    for bit, on the device that they came from.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.in_memory = self.on_disk = 0  # bytes
         self._tensors: dict[Any, Tensor] = {}
-        self._files: dict[Any, tuple[Path, torch.device, int]] = {}  # path, device, bytes
+        self._files: dict[Any, _OnDisk] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._file_count = 0
 
@@ -47,19 +80,18 @@ class Shelf(Mapping[Any, Tensor]):
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="lobs-native-")
         self._file_count += 1
-        path = Path(self._folder.name) / f"{self._file_count}.safetensors"
-        save_file({"x": value.detach().contiguous().cpu()}, path)
-        self._files[key] = (path, value.device, size)
+        path = Path(self._folder.name) / str(self._file_count)
+        kept = _OnDisk(path, value.shape, value.dtype, value.device)
+        kept.write(value)
+        self._files[key] = kept
         self.on_disk += size
 
     def __getitem__(self, key: Hashable) -> Tensor:
         """The tensor under ``key``. Do not write to it."""
         if key in self._tensors:
             return self._tensors[key]
-        path, device, _ = self._files[key]
-        with safe_open(path, "pt") as file:
-            value: Tensor = file.get_tensor("x")
-        return value.to(device)
+        kept = self._files[key]
+        return kept.read(0, kept.shape)
 
     def parts(self, key: Hashable, rows: int) -> Iterator[Tensor]:
         """The tensor under ``key``, so many rows of its first dimension at a time. One on disk is
@@ -67,11 +99,11 @@ class Shelf(Mapping[Any, Tensor]):
         if key in self._tensors:
             yield from self._tensors[key].split(rows)
             return
-        path, device, _ = self._files[key]
-        with safe_open(path, "pt") as file:
-            whole = file.get_slice("x")
-            for first in range(0, whole.get_shape()[0], rows):
-                yield whole[first : first + rows].to(device)
+        kept = self._files[key]
+        length, *inner = kept.shape
+        each = torch.Size(inner).numel()
+        for first in range(0, length, rows):
+            yield kept.read(first * each, torch.Size([min(rows, length - first), *inner]))
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors or key in self._files
@@ -89,9 +121,9 @@ class Shelf(Mapping[Any, Tensor]):
             old = self._tensors.pop(key)
             self.in_memory -= old.numel() * old.element_size()
         if key in self._files:
-            path, _, size = self._files.pop(key)
-            path.unlink()
-            self.on_disk -= size
+            kept = self._files.pop(key)
+            kept.path.unlink()
+            self.on_disk -= kept.size
 
     def close(self) -> None:
         """Remove everything, the folder too."""

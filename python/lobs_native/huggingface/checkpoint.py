@@ -5,6 +5,7 @@ Nothing is downloaded, no code from a folder is run, and pickles are not opened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import regular, safefile, strict_json
 from lobs_native.files.atomic import writing
+from lobs_native.huggingface import gguf
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
-from lobs_native.huggingface.spelling import restore, same_bits, spelled
+from lobs_native.huggingface.spelling import restore, spelled
 from lobs_native.layers import layers_for, stored_weights
 
 __all__ = [
@@ -57,13 +59,14 @@ class Checkpoint:
     files: tuple[str, ...]  # the weight files
     dtypes: dict[str, str]  # tensor name -> dtype in the notation of safetensors
     dtype: torch.dtype  # the dtype of most weights
+    gguf: Path | None = None  # the file that holds everything
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def examine(folder: Path) -> Checkpoint:
-    """Read a folder's config and the headers of its weight files.
+    """Read a folder's config and the headers of its weight files; or a GGUF file, which has all.
 
     Raises
     ------
@@ -73,6 +76,9 @@ def examine(folder: Path) -> Checkpoint:
     CheckpointError
         A file is missing, truncated, or not what it claims to be.
     """
+    if folder.is_file():
+        gguf.check(folder)
+        return Checkpoint(folder.parent, {}, (folder.name,), {}, torch.float32, folder)
     if not (folder / "config.json").is_file():
         raise ArgumentError(
             f"MODEL: {folder} has no config.json; name a folder with config.json and {WEIGHTS}, as "
@@ -178,6 +184,8 @@ def load(checkpoint: Checkpoint) -> nn.Module:
     CheckpointError
         transformers cannot load it, or weights are missing, which would be random.
     """
+    if checkpoint.gguf is not None:
+        return gguf.load(checkpoint.gguf)
     transformers = transformers_library()
     kind: Any = transformers.AutoModel
     for name in checkpoint.config.get("architectures") or []:
@@ -255,6 +263,7 @@ def save(
     masks: Mapping[str, Tensor],
     *,
     shard_bytes: int,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Write the network into ``folder``, then read it back and compare.
 
@@ -270,6 +279,9 @@ def save(
         Weights must be zero in the files where the mask is False.
     shard_bytes : int
         Larger weights are divided into several files with an index.
+    memory : int, optional
+        Bytes that writing and reading back may take: files are at most half as large, and the
+        network in memory is given up before it is read back.
 
     Returns
     -------
@@ -283,21 +295,32 @@ def save(
         It could not be written, or the network read back differs from the one in memory.
     """
     transformers = transformers_library()
+    if memory is not None:
+        shard_bytes = min(shard_bytes, max(1, memory // 2))
+    prefix = getattr(model, "base_model_prefix", "")
     with writing(folder), quiet(transformers):
-        left_out = _copy_others(checkpoint, folder)
-        staging = folder / ".weights"  # save_pretrained also writes a config, unlike the original
-        model.save_pretrained(str(staging), max_shard_size=shard_bytes)  # type: ignore[operator]
-        prefix = getattr(model, "base_model_prefix", "")
-        rounded = restore(staging, INDEX, checkpoint.folder, checkpoint.files, prefix)
-        for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
-            path.rename(folder / path.name)
-        shutil.rmtree(staging)
+        if checkpoint.gguf is None:
+            left_out = _copy_others(checkpoint, folder)
+            staging = folder / ".weights"  # save_pretrained also writes another config
+            model.save_pretrained(str(staging), max_shard_size=shard_bytes)  # type: ignore[operator]
+            rounded = restore(staging, INDEX, checkpoint.folder, checkpoint.files, prefix)
+            for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
+                path.rename(folder / path.name)
+            shutil.rmtree(staging)
+        else:
+            left_out, rounded = [checkpoint.gguf.name], []
+            model.save_pretrained(str(folder), max_shard_size=shard_bytes)  # type: ignore[operator]
+            gguf.tokenizer(checkpoint.gguf).save_pretrained(str(folder))
     written = examine(folder)
     dtype = next(model.parameters()).dtype
-    read_back, _ = _from_pretrained(transformers, type(model), folder, dtype)
     names = {name: spelled(name, written.dtypes, prefix) for name in model.state_dict()}
     stored = {name: _FLOATS.get(written.dtypes.get(n, "")) for name, n in names.items()}
-    _compare(model, read_back, masks, stored)
+    expected = _digests(model, stored)
+    if memory is not None:
+        model.to("meta")
+    read_back, _ = _from_pretrained(transformers, type(model), folder, dtype)
+    _compare(expected, _digests(read_back, {}))
+    check_zeros(read_back, masks)
     return {
         "files left out": left_out,
         "tensors left out": sorted(set(checkpoint.dtypes) - set(written.dtypes)),
@@ -323,22 +346,28 @@ def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
     return left_out
 
 
-def _compare(
-    model: nn.Module, read_back: nn.Module, masks: Mapping[str, Tensor], stored: Mapping[str, Any]
-) -> None:
-    """Refuse a network read back that is not the same bit for bit, up to the rounding to the
-    ``stored`` dtypes, or not zero where masks are False."""
-    expected, actual = model.state_dict(), read_back.state_dict()
+def _digests(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, str]:
+    """For every tensor, a digest of its shape, dtype and bytes, after rounding to its ``stored``
+    dtype."""
+    digests = {}
+    for name, value in model.state_dict().items():
+        kept = value.detach().cpu()
+        if stored.get(name) not in (None, value.dtype):
+            kept = kept.to(stored[name]).to(value.dtype)
+        flat = kept.contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+        digests[name] = f"{tuple(value.shape)} {value.dtype} {digest}"
+    return digests
+
+
+def _compare(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    """Refuse a network read back whose tensors are not the expected ones."""
     if list(expected) != list(actual):
         different = sorted(set(expected) ^ set(actual)) or ["another order"]
         raise CheckpointError(f"MODEL: read back, the written weights differ: {_some(different)}")
-    for name, value in expected.items():
-        kept = value.detach().cpu()
-        if (dtype := stored.get(name)) is not None:
-            kept = kept.to(dtype).to(value.dtype)
-        if not same_bits(kept, actual[name].detach()):
+    for name, digest in expected.items():
+        if digest != actual[name]:
             raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
-    check_zeros(read_back, masks)
 
 
 def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

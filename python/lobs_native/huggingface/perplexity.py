@@ -13,6 +13,8 @@ from lobs_native.huggingface.checkpoint import first_output
 
 __all__ = ["perplexity"]
 
+_PIECE = 1 << 18  # logits whose logarithms are in memory at a time
+
 
 def perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float | None:
     """``exp`` of the mean negative log-likelihood of each token but the first of a sequence, given
@@ -25,8 +27,11 @@ def perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> flo
     with session.evaluating():
         for batch in batches:
             logits = session.call(model, batch)
+            step = max(1, _PIECE // logits.shape[-1])
             for row, ids in zip(logits, batch["input_ids"], strict=True):
-                loss = cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
-                total, count = total + float(loss), count + len(ids) - 1
+                parts = zip(row[:-1].split(step), ids[1:].to(row.device).split(step), strict=True)
+                for some, following in parts:
+                    total += float(cross_entropy(some.float(), following, reduction="sum"))
+                count += len(ids) - 1
     mean = total / count if count else math.inf
     return math.exp(mean) if mean < 700 else None  # NaN is not less

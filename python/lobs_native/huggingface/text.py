@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.huggingface import gguf
 from lobs_native.huggingface.checkpoint import Checkpoint
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
 
@@ -86,7 +87,11 @@ def text_batches(
     chosen, following = _running_text(
         file, lines, min_words, words=tokens if lines is None else None
     )
-    tokenizer = _tokenizer(checkpoint.folder)
+    tokenizer = (
+        _tokenizer(checkpoint.folder)
+        if checkpoint.gguf is None
+        else gguf.tokenizer(checkpoint.gguf)
+    )
     name = type(model).__name__
     blocks = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
     if blocks and tokens is not None and tokens < length:

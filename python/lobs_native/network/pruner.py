@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,8 +77,8 @@ def prune(
         the share ``sparsity`` of all of them. It needs method "auto", "exact" or "admm", pattern
         "unstructured", and one more pass over the data.
     spread : float
-        With scope "model", how far a layer's sparsity may be from the requested one. Every layer
-        also keeps at least half of the weights that it was to keep. 1 sets no bounds.
+        Only with scope "model": how far a layer's sparsity may be from the requested one. Every
+        layer also keeps at least half of the weights that it was to keep. 1 sets no bounds.
     sensitivity : "auto", "output", "bound" or None
         "output" multiplies the costs of removals from a row by how much the network's output
         depends on it: the mean square, over the data and random directions v, of the gradient of
@@ -109,7 +108,7 @@ def prune(
         What cannot be pruned, or is used in a way that is not understood, is left out, with the
         reason in ``report.skipped``; a warning says so where that is more than 2 % of the weights
         to be pruned. True makes it an error, before anything is changed. A layer that ``include``
-        names is always an error if it cannot be pruned.
+        names (by a glob that does not end in a star) is always an error if it cannot be pruned.
     overrides : {glob: {argument: value}}
         Arguments for some layers only, for example ``{"classifier": {"sparsity": 0.3}}``; later
         entries win. Sparsity, threshold, max_error, method, pattern, scope, damping, prune_bias and
@@ -282,12 +281,7 @@ def plan_prune(
     chosen = _chosen(settings, NetworkSettings(**arguments))
     if settings is None and "progress" not in arguments:
         chosen = dataclasses.replace(chosen, progress=False)
-    pruning = Pruning(model, calibration, chosen)
-    with pruning.session.evaluating():
-        plan = pruning.look()
-    if line := pruning.uncovered():
-        warnings.warn(f"lobs_native.plan_prune: {line}", stacklevel=2)
-    return plan
+    return Pruning(model, calibration, chosen).plan(stacklevel=2)
 
 
 def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:

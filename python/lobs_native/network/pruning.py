@@ -77,6 +77,11 @@ class Pruning:
         sharing = [job for job in self.selected if job.shared]
         if self.settings.budget == "flops" and not sharing:
             raise ArgumentError("budget: 'flops' is shared among layers; use scope 'model' with it")
+        if self.settings.spread != NetworkSettings.spread and not sharing:
+            raise ArgumentError(
+                f"spread: {self.settings.spread:g} bounds how layers share a budget; use scope "
+                "'model' with it"
+            )
         if sensitivity == "bound" and not sharing:
             raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
         if sensitivity != "output":
@@ -109,9 +114,17 @@ class Pruning:
         )
         return plan_run(self.jobs, work, self.settings)
 
-    def uncovered(self) -> str:
-        """What a warning says about weights that are not pruned; "" if these are few."""
-        return uncovered(self.coverage, self.skipped)
+    def plan(self, *, stacklevel: int) -> RunPlan:
+        """Look at the model and plan the run, with a warning about weights that are not pruned."""
+        with self.session.evaluating():
+            plan = self.look()
+        self._warn("plan_prune", stacklevel + 1)
+        return plan
+
+    def _warn(self, function: str, stacklevel: int) -> None:
+        """Warn about weights that are not pruned, unless they are few."""
+        if line := uncovered(self.coverage, self.skipped):
+            warnings.warn(f"lobs_native.{function}: {line}", stacklevel=stacklevel + 1)
 
     def carry_out(self) -> Report:
         """Prune; on any exception, all weights get their old values back."""
@@ -119,8 +132,7 @@ class Pruning:
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             with self.stages.stage("looking at the model"):
                 plan = self.look()
-            if line := self.uncovered():
-                warnings.warn(f"lobs_native.prune: {line}", stacklevel=3)
+            self._warn("prune", 3)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
@@ -162,8 +174,7 @@ class Pruning:
             loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
-        # What the largest layer took is free by now.
-        limit = None if plan.limit is None else plan.layer
+        limit = plan.output_limit
         model, inputs = self.session.model, self.settings.inputs
         with self.stages.stage("measuring the output"):
             return loop, error_bound_of(model, self.session, jobs, loop.done, inputs, limit)

@@ -35,6 +35,8 @@ class Workload:
     states: int = 0  # bytes of hidden states between blocks, of all batches
     others: int = 0  # bytes of everything else that blocks are called with
     passes: float = 0.0  # forward passes over all batches
+    output: int = 0  # bytes of the model's output for a batch
+    measuring: int = 0  # bytes that measuring it takes besides
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class RunPlan:
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # masks, original weights, and results that wait or weights that are swapped
+    output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states and weights that do not fit into memory
     seconds: float  # an estimate; expect half to twice of it
     limit: int | None
@@ -55,11 +58,12 @@ class RunPlan:
     states_limit: int | None
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
+    output_limit: int | None
 
     @property
     def memory(self) -> int:
-        """All bytes in memory."""
-        return self.layer + self.statistics + self.states + self.kept
+        """The most bytes in memory at a time."""
+        return max(self.layer + self.statistics + self.states, self.output) + self.kept
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for the report."""
@@ -75,8 +79,8 @@ class RunPlan:
         return (
             f"plan: {mb(self.memory)}{limit} besides the model, the data and a forward pass "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
-            f"{mb(self.states)} states, {mb(self.kept)} weights and masks); {mb(self.disk)} on "
-            f"disk; about {about}"
+            f"{mb(self.states)} states, {mb(self.kept)} weights and masks; then {mb(self.output)} "
+            f"to measure the output); {mb(self.disk)} on disk; about {about}"
         )
 
 
@@ -113,12 +117,15 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         p.numel() * p.element_size() for job in jobs for p in job.layer.parameters.values()
     )
     masks = sum(job.layer.groups * job.layer.rows * job.layer.width for job in jobs)
-    fixed = needs[largest] + masks + work.others
+    most = max(needs[largest], work.measuring)
+    fixed = most + masks + work.others
     if memory is not None and fixed > memory:
+        measured = most > needs[largest]
+        what = "measuring the output" if measured else f"layer {largest!r}"
         raise MemoryError(
-            f"memory: layer {largest!r} needs {needs[largest]:,} bytes, and masks and what blocks "
-            f"are called with {masks + work.others:,}: {fixed:,} together, more than the "
-            f"{memory:,} allowed; allow more, or exclude it"
+            f"memory: {what} needs {most:,} bytes, and masks and what blocks are called with "
+            f"{masks + work.others:,}: {fixed:,} together, more than the {memory:,} allowed; allow "
+            f"more, or {'pass smaller batches' if measured else 'exclude it'}"
             + (", or use inputs='pruned', which takes less" if corrected else "")
         )
     moments = {job.layer.name: job.moment_bytes for job in jobs}
@@ -129,8 +136,8 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         1 if settings.inputs == "pruned" else 2
     )  # results wait until the end, or weights are swapped
     keeping = weights * times
-    states_limit = kept_limit = swapped_limit = None
-    states, kept, statistics = work.states, keeping, more
+    states_limit = kept_limit = swapped_limit = output_limit = None
+    states, kept, statistics, output = work.states, keeping, more, work.output
     if memory is not None:
         left = memory - fixed
         statistics = min(more, left // 2)
@@ -139,12 +146,15 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         kept = min(keeping, left - states)
         kept_limit = kept // times
         swapped_limit = kept_limit if corrected else needs[largest]
+        output_limit = most - work.measuring
+        output = min(output, output_limit)
     return RunPlan(
         largest=largest,
         layer=needs[largest],
         statistics=statistics,
         states=states + work.others,
         kept=kept + masks,
+        output=output + work.measuring,
         disk=work.states + keeping - states - kept,
         seconds=_seconds(jobs, work, corrected),
         limit=memory,
@@ -153,6 +163,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         states_limit=states_limit,
         kept_limit=kept_limit,
         swapped_limit=swapped_limit,
+        output_limit=output_limit,
     )
 
 

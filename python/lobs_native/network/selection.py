@@ -152,12 +152,12 @@ def candidates_of(model: Any, settings: NetworkSettings) -> Candidates:
         if reason:
             skipped.append(Skipped(layer.name, reason, weights_of(layer), on_purpose=True))
             continue
-        for name, parameter in layer.parameters.items():
-            if isinstance(parameter, UninitializedParameter):
-                layer.check_weight()  # raises: running the model would give it a shape
-            if parameter.is_meta and not hasattr(layer.module, "_hf_hook"):
-                checks.tensor(parameter, name)  # raises
+        if any(isinstance(p, UninitializedParameter) for p in layer.parameters.values()):
+            layer.check_weight()  # raises: running the model would give it a shape
         try:
+            for name, parameter in layer.parameters.items():
+                if parameter.is_meta and not hasattr(layer.module, "_hf_hook"):
+                    checks.tensor(parameter, name)  # raises
             layer.check_weight()
         except (ArgumentError, DtypeError) as error:
             if settings.strict or layer.name in named:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
+from lobs_native.calibration.outputs import MEASURING, floating_tensors
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
 from lobs_native.network.resources import Workload
@@ -99,13 +100,17 @@ def workload(
         passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
+    forward, output = session.timed_pass()
+    outputs = list(floating_tensors(output))
     return Workload(
         batches=batches,
-        forward=session.pass_seconds(),
+        forward=forward,
         rows=dict(rows),
         states=round(states * batches * doubled),
         others=round(others * batches * doubled),
         passes=passes,
+        output=sum(x.numel() * x.element_size() for x in outputs),
+        measuring=min(MEASURING, sum(4 * 8 * x.numel() for x in outputs)),
     )
 
 

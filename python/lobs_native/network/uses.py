@@ -28,6 +28,10 @@ from lobs_native.report.records import Skipped
 
 __all__ = ["Reason", "Settled", "settle", "without_data"]
 
+# Operations that subtract a mean.
+_STANDARDIZING = {"native_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "var_mean"}
+_STANDARDIZING |= {"_native_batch_norm_legit_no_training", "cudnn_batch_norm", "mean", "std_mean"}
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -268,6 +272,12 @@ def _reason(use: Use) -> Reason:
     multiplied = bool(use.blocks or use.calls)
     if use.both:
         return Reason("it is multiplied with another weight, or made into one by activations")
+    if use.changed.keys() & _STANDARDIZING:
+        return Reason(
+            f"it is centered or standardized ({listed(use.changed)}) before it is multiplied, so "
+            "that zeros in it would not stay zeros; put a plain layer with the resulting weight in "
+            "its place"
+        )
     if use.changed:
         return Reason(
             f"it is copied or changed ({listed(use.changed)}) before it is multiplied, so that its "

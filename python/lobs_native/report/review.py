@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from lobs_native.solvers.result import OPTIMAL
 __all__ = ["FEW_MISSED", "Cause", "Check", "Note", "causes_of", "notes_of", "review"]
 
 FEW_MISSED = 0.02  # of the weights to be pruned: so many may be left alone without a warning
+_NUMBER = re.compile(r"\d[\d.,e+-]*")
 _SLACK = 1e-4  # of the predicted error, for rounding in float32
 
 
@@ -29,7 +31,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Note:
-    """A deviation from what was requested, or something worth knowing, and its layers."""
+    """A deviation from what was requested, or something worth knowing, and its layers. Where notes
+    of several layers differ in numbers alone, the text is that of one of them, as an example."""
 
     text: str
     layers: tuple[str, ...]
@@ -58,12 +61,17 @@ def causes_of(skipped: Iterable[Skipped]) -> tuple[Cause, ...]:
 
 
 def notes_of(layers: Iterable[LayerReport]) -> tuple[Note, ...]:
-    """The notes of all layers, each text once, in the order of their first occurrence."""
-    names: dict[str, list[str]] = {}
+    """The notes of all layers, in the order of their first occurrence. Notes that differ in numbers
+    alone are one."""
+    kinds: dict[str, dict[str, str]] = {}  # text without its numbers -> layer -> text
     for layer in layers:
-        for text in dict.fromkeys(layer.notes):
-            names.setdefault(text, []).append(layer.name)
-    return tuple(Note(text, tuple(of_text)) for text, of_text in names.items())
+        for text in layer.notes:
+            kinds.setdefault(_NUMBER.sub("0", text), {}).setdefault(layer.name, text)
+    notes = []
+    for of_kind in kinds.values():
+        first, *others = dict.fromkeys(of_kind.values())
+        notes.append(Note(f"for example, {first}" if others else first, tuple(of_kind)))
+    return tuple(notes)
 
 
 def review(report: ReportRecord) -> tuple[Check, ...]:

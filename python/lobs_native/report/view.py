@@ -109,7 +109,7 @@ _ARGUMENTS = (
     *("include", "exclude", "overrides", "strict", "memory", "device", "backend", "blocks"),
     *("token_mask", "seed"),
 )
-_BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}
+_BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch", "output"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:

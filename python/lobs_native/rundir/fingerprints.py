@@ -35,6 +35,8 @@ def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
 
 def _add(digest: Any, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    if value.is_meta:  # it has no values
+        return
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 

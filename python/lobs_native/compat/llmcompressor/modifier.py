@@ -339,6 +339,8 @@ class LOBSModifier(Modifier):
         self._result = report_of(
             list(self._done.values()),
             self._skipped,
+            model=state.model,
+            pruned=[job.layer for job in self._jobs],
             removed=self._removed,
             weights=sum(job.weights for job in self._jobs),
             seconds=time.perf_counter() - self._begun,

@@ -40,7 +40,8 @@ def layers_of_targets(
             continue
         if layer.watched:
             reason = "its inputs are internal to another module; use lobs_native.prune"
-            hidden.append(Skipped(layer.name, reason))
+            weights = layer.groups * layer.rows * layer.width
+            hidden.append(Skipped(layer.name, reason, weights))
             continue
         _check(layer)
         selected.append(layer)

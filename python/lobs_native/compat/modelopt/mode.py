@@ -237,6 +237,8 @@ class LOBSSearcher(BaseSparseSearcher):
         self.report = report_of(
             self.done,
             skipped,
+            model=self.model,
+            pruned=[job.layer for job in self.jobs],
             removed=self.removed,
             weights=sum(job.weights for job in self.jobs),
             seconds=time.perf_counter() - self.begun,
