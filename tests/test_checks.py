@@ -43,3 +43,15 @@ def test_rows_outside_where_may_hold_anything(monkeypatch, piece):
 def test_an_empty_tensor_is_finite():
     checks.check_finite(torch.empty(0, 3), "x")
     checks.check_finite(torch.empty(3, 0), "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_sum_that_overflows_does_not_make_finite_values_infinite(dtype):
+    most = torch.finfo(dtype).max
+    assert checks.is_finite(torch.full((9, 70_000), most, dtype=dtype))
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        x = torch.full((9, 70_000), 1e4, dtype=dtype)
+        x[5, 7] = wrong
+        assert not checks.is_finite(x)
+        x[6, 7] = -wrong
+        assert not checks.is_finite(x)

@@ -229,6 +229,13 @@ def real(value: Any, name: str) -> float:
     return number
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A sum with one of them is not finite, and takes a third of the time of looking at each value.
+    total = x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(x).all())
+
+
 def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
     """Raise NonFiniteError at the first NaN or infinity.
 
@@ -239,6 +246,8 @@ def check_finite(x: Tensor, name: str, where: Tensor | None = None) -> None:
     width = whole[:1].numel()
     rows = max(1, _PIECE // max(1, width))
     for first in range(0, len(whole), rows):
+        if is_finite(whole[first : first + rows]):
+            continue
         finite = torch.isfinite(whole[first : first + rows])
         if where is not None:
             finite |= ~where[first : first + rows, None]

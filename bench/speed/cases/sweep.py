@@ -22,11 +22,12 @@ CHECKED = 4  # rows are independent once the mask is chosen, so a few of them ch
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Half, and 2:4: from the same factor, and everything from H."""
+    """Half, and 2:4: from the same factor, and everything from H; and H of few samples."""
     layer = named_layer("opt-1.3b.attention", 0.5, small=quick)
     for pattern in (None, "2:4"):
         yield sweep_case(layer, pattern)
         yield whole_layer_case(layer, pattern)
+    yield few_samples_case(quick)
 
 
 def sweep_case(layer: Layer, pattern: str | None) -> Case:
@@ -55,17 +56,34 @@ def sweep_case(layer: Layer, pattern: str | None) -> Case:
     )
 
 
-def whole_layer_case(layer: Layer, pattern: str | None) -> Case:
-    """Everything from H: inversion, factor, sweep, and the error."""
+def few_samples_case(quick: bool) -> Case:
+    """A wide and low layer whose inputs had fewer samples than columns: its H has a low rank."""
+    shape = shapes.LayerShape("patch embedding", 64, 3072)
+    shape = shape.small() if quick else shape
+    h = lobs.Hessian(shape.columns).update(shapes.relu_features(shape.columns // 16, shape.columns))
+    H = h.matrix()
+    count = shape.rows * shape.columns // 2
+    layer = Layer(shape, shapes.weights(shape), H, shapes.inverse(H).to(torch.float32), count)
+    return whole_layer_case(layer, None, h)
+
+
+def whole_layer_case(
+    layer: Layer, pattern: str | None, hessian: lobs.Hessian | None = None
+) -> Case:
+    """Everything from H: inversion, factor, sweep, and the error. With a ``hessian``, ours starts
+    from that, which knows how many samples it has seen."""
     target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": layer.share}
 
+    samples = "" if hessian is None else f" of {hessian.rows:g} samples"
+
     def ours(W: Tensor, H: Tensor, *, backend: str | None = None) -> Tensor:
+        given = H if hessian is None else hessian
         return lobs.prune_weight(
-            W, H, method="sweep", damping=shapes.DAMPING, backend=backend, **target
+            W, given, method="sweep", damping=shapes.DAMPING, backend=backend, **target
         ).weight
 
     return _judged(
-        f"sweep {pattern or 'half'} from H, {layer}",
+        f"sweep {pattern or 'half'} from H{samples}, {layer}",
         layer,
         pattern,
         inputs=(layer.W, layer.H),

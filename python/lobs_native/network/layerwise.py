@@ -241,7 +241,11 @@ def prune_layer(
                 "not corrected, only calibrated on pruned inputs: its weights have zeros already, "
                 "which would be filled"
             )
-    prune = functools.partial(prune_experts, rare=moments.rare) if moments.rare else prune_groups
+    prune = functools.partial(
+        prune_groups, samples=() if layer.routed else [h.rows for h in moments]
+    )
+    if moments.rare:
+        prune = functools.partial(prune_experts, rare=moments.rare)
     try:
         out = prune(
             layer.weight(),

@@ -25,6 +25,7 @@ from lobs_native.errors import (
 __all__ = ["Hessian", "few_rows", "needs_float64", "second_moment"]
 
 _PIECE = 512  # rows of a matrix in one temporary
+_TILE = 256  # rows and columns of a tile that is compared with its mirror image, in cache
 _AT_ONCE = 4096  # rows converted to float64
 _SAMPLE = 256  # rows that are looked at for their means
 _FAR = 1000.0  # squares of means over variances from which on float32 loses too much
@@ -298,8 +299,8 @@ def second_moment(H: Any, name: str) -> Tensor:
     if matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ShapeError(f"{name}: shape {tuple(matrix.shape)}; it must be square and not empty")
     moment = matrix.to(torch.float64)
-    pieces = range(0, len(moment), _PIECE)  # so that temporaries stay small
-    apart = torch.tensor([_skew(moment, i).amax() for i in pieces])
+    pieces = range(0, len(moment), _TILE)  # so that temporaries stay small
+    apart = torch.tensor([_skewest(moment, i) for i in pieces], dtype=torch.float64)
     worst = float(apart.max())
     if not math.isfinite(worst):  # as is the difference from whatever is not finite
         checks.check_finite(matrix, name)
@@ -324,9 +325,20 @@ def second_moment(H: Any, name: str) -> Tensor:
     return (moment + moment.T).div_(2).contiguous()
 
 
-def _skew(moment: Tensor, first: int, rows: int = _PIECE) -> Tensor:
+def _skew(moment: Tensor, first: int, rows: int = _TILE) -> Tensor:
     """|M - M^T| for some rows of M, from the diagonal's first column on."""
     return (moment[first : first + rows, first:] - moment[first:, first : first + rows].T).abs()
+
+
+def _skewest(moment: Tensor, first: int) -> float:
+    """The largest entry of :func:`_skew`; not finite if one is not finite."""
+    tile = slice(first, first + _TILE)
+    worst = moment.new_zeros(())
+    for other in range(first, len(moment), _TILE):
+        mirrored = moment[other : other + _TILE, tile].T
+        apart = (moment[tile, other : other + _TILE] - mirrored).abs_().amax()
+        worst = torch.maximum(worst, apart)
+    return float(worst)
 
 
 def _slices(rows: int) -> list[slice]:
@@ -350,8 +362,9 @@ def needs_float64(x: Tensor, weights: Tensor | None = None) -> bool:
     if not _SMALLEST < largest < 1 / _SMALLEST:
         return True
     some = x[:: -(-len(x) // _SAMPLE)].float()
-    variances, means = torch.var_mean(some, 0, correction=0)
-    return float(means.square().sum()) > _FAR * float(variances.sum())
+    means = float(some.mean(0).square().sum())
+    squares = float(torch.linalg.vector_norm(some)) ** 2 / len(some)
+    return means > _FAR * (squares - means)  # the difference of which is the variances' sum
 
 
 def few_rows(rows: float, columns: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ from torch import Tensor
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
 from lobs_native.solvers.inversion import Inverse, invert
+from lobs_native.solvers.low_rank import few_samples
 from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["Drift", "Problem", "in_errors", "nearest_count", "scaled_", "spectral_norm"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
+_WIDE = 512  # columns from which on a factor in float32 saves more than a millisecond
+_CONDITION = 1.5e5  # up to which it has three digits
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
+_NORM_GAIN = 1e-3  # of a step, below which it ends
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,16 @@ class Problem:
         *,
         damping: float,
         inverted: bool,
+        factor_alone: bool = False,
+        samples: Sequence[float] = (),
         prune_bias: bool,
         mask: Tensor | None,
         workspace: Workspace,
         drift: Drift | None = None,
     ) -> Problem:
         """Check that the parts fit together, and invert the second moments where ``inverted`` or a
-        drift requires it."""
+        drift requires it. Where the ``factor_alone`` is used, that is done in float32 if it
+        suffices, or by low ranks if second moments have few ``samples``, as far as known."""
         _check_layer(W, moments, bias, mask, prune_bias)
         double = torch.float64 in (W.dtype, None if bias is None else bias.dtype)
         before = W.to(torch.float64 if double else torch.float32)
@@ -80,9 +88,20 @@ class Problem:
             before = torch.cat([before, bias[:, :, None].to(before.dtype)], 2)
         original = before
         inverses: list[Inverse] = []
+        norms: dict[int, float] = {}
         if inverted or drift is not None:
             name = "hessian" if len(moments) == 1 else "hessian of group {}"
-            inverses = [invert(H, damping, name.format(g)) for g, H in enumerate(moments)]
+            narrow = factor_alone and not double and damping >= _FLOAT64_BELOW
+            for g, H in enumerate(moments):
+                inverse: Inverse | None = None
+                dtype = torch.float64
+                if narrow and len(H) >= _WIDE:
+                    inverse = few_samples(H, damping, samples[g]) if samples else None
+                    if inverse is None and drift is None:
+                        norms[g] = spectral_norm(H)
+                        if norms[g] <= _CONDITION * damping * float(H.diagonal().mean()):
+                            dtype = torch.float32
+                inverses.append(inverse or invert(H, damping, name.format(g), dtype=dtype))
         if drift is not None:
             before = original.clone()
             for w, inverse, pull in zip(before, inverses, drift.pull, strict=True):
@@ -102,6 +121,7 @@ class Problem:
             precise=double or little,
             workspace=workspace,
             drift=drift,
+            _norms=norms,
         )
         if problem.damping_raised:
             workspace.note(
@@ -201,7 +221,7 @@ class Problem:
 
     # ---- the weights in the kernels' units -------------------------------------------------------
 
-    @property
+    @cached_property
     def exponent(self) -> int:
         """A power of two that brings the weights near one, so that their squares keep in range."""
         largest = max(float(self.before.max()), -float(self.before.min()))
@@ -214,17 +234,20 @@ class Problem:
         zero on dead inputs."""
         before = self.before[g] if rows is None else self.before[g][rows.to(self.before.device)]
         w = scaled_(before.to(dtype or self.dtype, copy=True), -self.exponent)
-        w[:, : len(self.dead[g])][:, self.dead[g]] = 0.0
+        if bool(self.dead[g].any()):
+            w[:, : len(self.dead[g])][:, self.dead[g]] = 0.0
         return w.contiguous()
 
-    def restored(self, after: Tensor, removed: Tensor) -> Tensor:
-        """Working weights (G, R, D) after a removal, brought back to the original unit in place."""
+    def restored(self, after: Tensor, removed: Tensor, *, zeroed: bool = False) -> Tensor:
+        """Working weights (G, R, D) after a removal, brought back to the original unit in place.
+        ``zeroed``: they are zero where they are removed."""
         out = scaled_(after, self.exponent)
         for g, dead in enumerate(self.dead):  # a kept weight of a dead input keeps its value
             if bool(dead.any()):
                 columns = dead.nonzero()[:, 0]
-                out[g][:, columns] = self.before[g][:, columns].to(out.dtype)
-        return out.masked_fill_(removed, 0.0)
+                kept = self.before[g][:, columns].to(out.dtype)
+                out[g][:, columns] = kept.masked_fill_(removed[g][:, columns], 0.0)
+        return out if zeroed else out.masked_fill_(removed, 0.0)
 
     def rounded(self, after: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights (G, R, C) and biases (G, R) in their own types."""
@@ -233,7 +256,7 @@ class Problem:
         bias = None
         if self.bias_dtype is not None:
             bias = after[:, :, C].to(self.bias_dtype, copy=True).contiguous()
-        if not all(bool(torch.isfinite(x).all()) for x in (weight, bias) if x is not None):
+        if not all(checks.is_finite(x) for x in (weight, bias) if x is not None):
             kind = str(self.weight_dtype).removeprefix("torch.")
             raise NonFiniteError(
                 f"weight: a kept weight outgrew {kind} when it was compensated; convert the layer "
@@ -249,7 +272,9 @@ def nearest_count(share: float, of: int) -> int:
 
 
 def scaled_(x: Tensor, exponent: int) -> Tensor:
-    """x times a power of two, in place, in two steps that both fit into x's type."""
+    """x times a power of two, in place; a large one in two steps that both fit into x's type."""
+    if abs(exponent) <= 100:
+        return x if exponent == 0 else x.mul_(math.ldexp(1.0, exponent))
     half = exponent // 2
     return x.mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
 
@@ -271,8 +296,11 @@ def spectral_norm(H: Tensor) -> float:
     v = (H.diagonal() / scale).sqrt()
     norm = 0.0
     for _ in range(_NORM_STEPS):
+        before = norm
         v = H @ (v / v.norm()) / scale
         norm = float(v.norm())
+        if norm <= before * (1 + _NORM_GAIN):
+            break
     return norm * scale
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.ops import reference
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern
 from lobs_native.solvers.problem import Problem, nearest_count, scaled_
@@ -34,10 +33,11 @@ class Ranked(Method):
         super().__init__(problem, pattern, importance)
         before = problem.before
         near_one = scaled_(before.to(torch.float64, copy=True), -problem.exponent)
-        score = torch.empty_like(before, dtype=torch.float64)
-        for g, w in enumerate(near_one):
-            score[g] = self.scored(g, w)
-        score[before == 0] = ZERO
+        scores = [self.scored(g, w) for g, w in enumerate(near_one)]
+        score = scores[0][None] if len(scores) == 1 else torch.stack(scores)
+        zero = before == 0
+        if bool(zero.any()):
+            score.masked_fill_(zero, ZERO)
         if problem.bias_stays:
             score[:, :, -1] = torch.inf
         if problem.mask is not None:
@@ -46,7 +46,8 @@ class Ranked(Method):
 
     @abstractmethod
     def scored(self, g: int, w: Tensor) -> Tensor:
-        """Scores (R, D) >= 0 of group g's weights w (R, D) float64, which are near one."""
+        """Scores (R, D) >= 0 of group g's weights w (R, D) float64, which are near one and may be
+        overwritten."""
 
     def left(self, removed: Tensor) -> Tensor | None:
         """The weights (G, R, D) that a removal leaves; None for the best ones for its mask."""
@@ -88,7 +89,7 @@ class Magnitude(Ranked):
 
     def scored(self, g: int, w: Tensor) -> Tensor:
         """See :class:`Ranked`."""
-        return w.abs()
+        return w.abs_()
 
 
 class Wanda(Ranked):
@@ -96,7 +97,7 @@ class Wanda(Ranked):
 
     def scored(self, g: int, w: Tensor) -> Tensor:
         """See :class:`Ranked`."""
-        return w.abs() * self.problem.moments[g].diagonal().sqrt()
+        return w.abs_() * self.problem.moments[g].diagonal().sqrt()
 
 
 class Lobs(Ranked):
@@ -121,8 +122,10 @@ class Lobs(Ranked):
     def scored(self, g: int, w: Tensor) -> Tensor:
         """See :class:`Ranked`."""
         inverse, dead = self.problem.inverses[g], self.problem.dead[g]
-        score = reference.saliency(w, inverse.A.diagonal()) * (inverse.scale / self.common)
-        score[:, : len(dead)][:, dead] = 0.0
+        # saliency(), without temporaries; scales are powers of two
+        score = w.square_().div_(inverse.A.diagonal() * (self.common / inverse.scale))
+        if bool(dead.any()):
+            score[:, : len(dead)][:, dead] = 0.0
         return score
 
     def choose_below(self, threshold: float) -> Choice:

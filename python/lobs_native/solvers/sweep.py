@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.solvers.costs import Costs
+from lobs_native.solvers.low_rank import FewSamples, LowRankSweep
 from lobs_native.solvers.measurement import error_of_nothing
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
@@ -26,12 +27,12 @@ class Sweep(Method):
     """
 
     optimal = False
+    factor_alone = True
 
     def __init__(
         self, problem: Problem, pattern: Pattern, importance: Tensor | None = None
     ) -> None:
         super().__init__(problem, pattern, importance)
-        self.upper = [i.U.to(problem.dtype) for i in problem.inverses]
         self.cuts = pattern.cuts(problem.in_features, problem.order, _WIDTH)
         self._spent: dict[int, float] = {}  # number of removals -> what they cost
 
@@ -40,25 +41,26 @@ class Sweep(Method):
         "row") in each row."""
         problem, pattern = self.problem, self.pattern
         G, R, _ = problem.before.shape
-        removed = torch.zeros_like(problem.before, dtype=torch.bool)
-        after = torch.empty_like(problem.before, dtype=problem.dtype)
         units = problem.candidates // pattern.unit
         total = nearest_count(share, G * R * units)
         per_row = nearest_count(share, units)
         if not pattern.is_grouped and (per_row if scope == "row" else total) == 0:
+            removed = torch.zeros_like(problem.before, dtype=torch.bool)
             return Choice(removed, problem.before.clone())
         if scope == "row":
             budgets = torch.full((G, R), per_row)
         else:
             budgets = self._budgets(total, R * units)[:, None]
-        spent = 0.0
+        spent, weights, gone = 0.0, [], []
         for g, budget in enumerate(budgets):
             W = problem.working(g)
-            removed[g], cost = self._sweep(g, W, budget)
-            after[g] = W
+            removed, cost = self._sweep(g, W, budget)
+            weights.append(W)
+            gone.append(removed)
             spent += cost * problem.inverses[g].scale
-        self._spent[int(removed.sum())] = in_errors(spent, problem.exponent)
-        return Choice(removed, problem.restored(after, removed))
+        after, removed = _together(weights), _together(gone)
+        self._spent[int(torch.count_nonzero(removed))] = in_errors(spent, problem.exponent)
+        return Choice(removed, problem.restored(after, removed, zeroed=True))
 
     def choose_masked(self) -> Choice:
         """See :class:`Method`."""
@@ -66,7 +68,7 @@ class Sweep(Method):
 
     def costs(self, removed: Tensor, scope: str) -> Costs | None:
         """See :class:`Method`. There is no curve: the mask is chosen for one number of removals."""
-        spent = self._spent.get(int(removed.sum()))
+        spent = self._spent.get(int(torch.count_nonzero(removed)))
         return None if spent is None else Costs(error_of_nothing(self.problem) + spent)
 
     def _budgets(self, total: int, units: int) -> Tensor:
@@ -86,36 +88,47 @@ class Sweep(Method):
     def _sweep(self, g: int, W: Tensor, budget: Tensor) -> tuple[Tensor, float]:
         """Sweep W (R, D) in place; what is removed, and what that cost in units of W. ``budget`` is
         the number of removals: one for all rows together, or one for each."""
-        problem, U, pattern = self.problem, self.upper[g], self.pattern
+        problem, pattern = self.problem, self.pattern
         (R, D), C = W.shape, problem.candidates
-        zero = problem.before[g][:, :C] == 0
+        before = problem.before[g][:, :C]
+        zero = before == 0
         some_zero = bool(zero.any())
-        forced = torch.zeros_like(zero)
-        some_forced = problem.mask is not None
+        forced = None
         if problem.mask is not None:
+            forced = torch.zeros_like(before, dtype=torch.bool)
             forced[:, : problem.in_features] = ~problem.mask[g]
-        removed = torch.zeros(R, D, dtype=torch.bool, device=W.device)
-        spread = _Spread(budget.to(W.device), forced[:, :: pattern.unit])
+        spread = _Spread(budget.to(W.device), R, C, forced, pattern.unit)
         if bool((spread.spare < 0).any()):
             raise problem.over_masked()
+        removed = torch.empty(R, D, dtype=torch.bool, device=W.device)
         spent = torch.zeros((), dtype=torch.float64, device=W.device)
+        inverse = problem.inverses[g]
+        factor: LowRankSweep | _Sweep
+        if isinstance(inverse, FewSamples):
+            factor = LowRankSweep(inverse, W)
+        else:
+            factor = _Sweep(inverse.U.to(W.dtype), W)
         for begin, end in itertools.pairwise(self.cuts):
             block, inside = slice(begin, end), slice(begin, min(end, C))
-            part, u = W[:, block], U[block, block]
+            part, u = W[:, block], factor.enter(block)
             E = torch.empty(R, end - begin, dtype=W.dtype, device=W.device)
             code = torch.zeros(R, end - begin, dtype=torch.uint8, device=W.device)
+            first = None if forced is None else forced[:, inside]
+            empty = zero[:, inside] if some_zero and bool(zero[:, inside].any()) else None
             group, per_group = 0, 0
             if begin < C and pattern.is_grouped:
                 group, per_group = pattern.group, pattern.per_group
-                if some_zero or some_forced:
-                    code.copy_(goes_first(forced[:, inside], zero[:, inside], group, per_group))
+                if first is not None or empty is not None:
+                    none = torch.zeros_like(code, dtype=torch.bool)
+                    first, empty = (none if x is None else x for x in (first, empty))
+                    code.copy_(goes_first(first, empty, group, per_group))
             elif begin < C:
                 width = min(end, C) - begin
                 score = (part[:, :width] / u.diagonal()[:width]).to(torch.float64).square_()
-                if some_zero:
-                    score.masked_fill_(zero[:, inside], ZERO)
-                if some_forced:
-                    score.masked_fill_(forced[:, inside], FORCED)
+                if empty is not None:
+                    score.masked_fill_(empty, ZERO)
+                if first is not None:
+                    score.masked_fill_(first, FORCED)
                 count = spread.take(slice(begin // pattern.unit, min(end, C) // pattern.unit))
                 code[:, :width] = self._lowest(score, count)
             ops.sweep_block_(
@@ -127,10 +140,10 @@ class Sweep(Method):
                 per_group=per_group,
                 backend=problem.workspace.backend,
             )
-            removed[:, block] = code == 1
-            spent += E.to(torch.float64).square().sum()
+            torch.eq(code, 1, out=removed[:, block])
+            spent += torch.linalg.vector_norm(E, dtype=torch.float64).square()
             if end < D:
-                W[:, end:].addmm_(E, U[block, end:], alpha=-1)
+                factor.leave(E, block)
         return removed, float(spent)
 
     def _lowest(self, score: Tensor, count: Tensor) -> Tensor:
@@ -146,17 +159,42 @@ class Sweep(Method):
         return self.pattern.expand(chosen.view_as(score))
 
 
+class _Sweep:
+    """The factor U, block by block, as a sweep of W (R, D) needs it."""
+
+    def __init__(self, U: Tensor, W: Tensor) -> None:
+        self.U, self.W = U, W
+
+    def enter(self, block: slice) -> Tensor:
+        """The part (B, B) of U that belongs to a block."""
+        return self.U[block, block]
+
+    def leave(self, E: Tensor, block: slice) -> None:
+        """Repair the columns right of a block for its scaled errors E (R, B)."""
+        right = slice(block.stop, None)
+        self.W[:, right].addmm_(E, self.U[block, right], alpha=-1)
+
+
 class _Spread:
     """Divides a number of removals among blocks of columns, in proportion to the free units of
     each, so that they add up exactly; what the mask removes comes first and counts."""
 
-    def __init__(self, budget: Tensor, forced: Tensor) -> None:
-        demanded = forced.to(torch.int64) if len(budget) > 1 else forced.sum(0, keepdim=True)
-        each = 1 if len(budget) > 1 else len(forced)
-        self.demanded = torch.nn.functional.pad(demanded.cumsum(1), (1, 0))  # (R or 1, units + 1)
-        self.each = each  # weights that a unit stands for
+    def __init__(
+        self, budget: Tensor, rows: int, columns: int, forced: Tensor | None, unit: int
+    ) -> None:
+        by_row = len(budget) > 1
+        units = columns // unit
+        if forced is None:
+            demanded = torch.zeros(1, units, dtype=torch.int64, device=budget.device)
+        elif by_row:
+            demanded = forced[:, ::unit].to(torch.int64)
+        else:
+            demanded = forced[:, ::unit].sum(0, keepdim=True)
+        # (R or 1, units + 1): what the mask removes before each unit
+        self.demanded = torch.nn.functional.pad(demanded.cumsum(1), (1, 0))
+        self.each = 1 if by_row else rows  # weights that a unit stands for
         self.spare = budget - self.demanded[:, -1]  # negative: the mask removes more
-        self.free = (forced.shape[1] * each - self.demanded[:, -1]).clamp_min(1)
+        self.free = (units * self.each - self.demanded[:, -1]).clamp_min(1)
 
     def take(self, units: slice) -> Tensor:
         """Removals among these columns (units): one number, or one per row."""
@@ -167,3 +205,8 @@ class _Spread:
             return demanded + (2 * self.spare * seen + self.free) // (2 * self.free)
 
         return until(units.stop) - until(units.start)
+
+
+def _together(groups: list[Tensor]) -> Tensor:
+    """(G, R, D) of G times (R, D), without a copy where there is one."""
+    return groups[0][None] if len(groups) == 1 else torch.stack(groups)

@@ -124,7 +124,8 @@ def prune_weight(
     nothing, so their weights are removed first under ``"lobs"`` and ``"wanda"``. With a damping
     below 1e-4 the removal runs in float64 whatever the weight's type. ``optimality`` of the result
     says how far the kept weights are from the best for their mask and the damped H, in units of
-    rounding: below about 30, they are the best.
+    rounding: below about 30, they are the best. For methods that do not aim at the best, it is that
+    of 32 rows.
 
     Sources: Dong, Chen & Pan 2017, algorithm 1, for "lobs"; Hassibi & Stork 1993 and Frantar, Singh
     & Alistarh 2022 for "exact"; Boza 2024 and Meng et al. 2024 (ALPS) for "admm", whose scaling is
@@ -143,7 +144,15 @@ def prune_weight(
         refine=refine,
     )
     out = prune_groups(
-        W, [H], settings, bias=b, mask=allowed, memory=memory, backend=backend, notes=notes
+        W,
+        [H],
+        settings,
+        samples=[hessian.rows] if isinstance(hessian, Hessian) else (),
+        bias=b,
+        mask=allowed,
+        memory=memory,
+        backend=backend,
+        notes=notes,
     )
     return first_group(out)
 
@@ -174,6 +183,7 @@ def prune_groups(
     moments: Sequence[Tensor],
     settings: LayerSettings,
     *,
+    samples: Sequence[float] = (),
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     memory: int | None = None,
@@ -185,7 +195,8 @@ def prune_groups(
     """:func:`prune_weight` for a layer of G groups, each with its own second moment, ranked as one
     layer.
 
-    W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). With a
+    W (G, R, C), moments G times (C, C) or (C + 1, C + 1), bias (G, R), mask (G, R, C). ``samples``
+    says how many each second moment is of, where that is known: few make it cheaper. With a
     drift, the weights that make up for it are pruned instead of W, whatever the method, and errors
     are relative to the desired outputs. ``importance`` (G, R) multiplies the costs of a row where
     "exact" compares rows. Returns a PrunedWeight whose tensors have a leading G.
@@ -204,6 +215,8 @@ def prune_groups(
         moments,
         damping=settings.damping,
         inverted=chosen.inverts or refine is not None,
+        factor_alone=chosen.factor_alone and refine is None,
+        samples=samples,
         prune_bias=prune_bias,
         mask=mask,
         workspace=Workspace(ops.select_backend(backend, W.device), memory),
