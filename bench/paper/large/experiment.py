@@ -285,12 +285,13 @@ class _Watch:
         self.layer = job.layer.name
         return original(job, *args, **kwargs)
 
-    def _invert(self, original: Any, *args: Any) -> Any:
+    def _invert(self, original: Any, *args: Any, dtype: torch.dtype) -> Any:
         H = id(args[0])
         if H not in self.inverses:  # a layer that is sampled first has it already
             with self.stages(f"inverse:{self.layer}"):
-                self.inverses[H] = original(*args)
-                _ = self.inverses[H].A  # computed at the first access, which is here
+                self.inverses[H] = original(*args, dtype=dtype)
+                if dtype == torch.float64:  # else its factor is used alone
+                    _ = self.inverses[H].A  # computed at the first access, which is here
         return self.inverses[H]
 
     def _prune_groups(

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
+from lobs_native.ops import reference
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern
 from lobs_native.solvers.problem import Problem, nearest_count, scaled_
 
 __all__ = ["Lobs", "Magnitude", "Ranked", "Wanda"]
+
+_ROWS = 64  # in one temporary
 
 
 class Ranked(Method):
@@ -122,11 +125,12 @@ class Lobs(Ranked):
     def scored(self, g: int, w: Tensor) -> Tensor:
         """See :class:`Ranked`."""
         inverse, dead = self.problem.inverses[g], self.problem.dead[g]
-        # saliency(), without temporaries; scales are powers of two
-        score = w.square_().div_(inverse.A.diagonal() * (self.common / inverse.scale))
+        diag = inverse.A.diagonal() * (self.common / inverse.scale)  # scales are powers of two
+        for rows in w.split(_ROWS):  # temporaries stay in the cache
+            rows.copy_(reference.saliency(rows, diag))
         if bool(dead.any()):
-            score[:, : len(dead)][:, dead] = 0.0
-        return score
+            w[:, : len(dead)][:, dead] = 0.0
+        return w
 
     def choose_below(self, threshold: float) -> Choice:
         """Remove everything with sqrt(L_q) <= threshold. The paper's L_q has a factor 1/2."""
