@@ -363,7 +363,7 @@ def needs_float64(x: Tensor, weights: Tensor | None = None) -> bool:
         return True
     some = x[:: -(-len(x) // _SAMPLE)].float()
     means = float(some.mean(0).square().sum())
-    squares = float(torch.linalg.vector_norm(some)) ** 2 / len(some)
+    squares = float(some.square().mean(0).sum())
     return means > _FAR * (squares - means)  # the difference of which is the variances' sum
 
 
