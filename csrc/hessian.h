@@ -18,9 +18,12 @@
 //           or t * x * x above 2^112, or all below 2^-100). The order of summation depends on N and
 //           D alone, not on threads or strides.
 // Cost      N * D * (D + 1) useful flops, half of those of a matrix product of the same shape.
-//           Reads X once per 192 columns of H (on a device: 128), from cache where 256 rows fit.
-// Memory    On the host, scratch per thread: 2 * 192 * 256 elements (float32: 384 KiB). For D <=
-//           576 and more than 4096 rows also up to 16 partial sums of D * D doubles.
+//           The host reads X twice: to see that all is finite, and to pack it. A device reads it
+//           once per 128 columns of H, from cache where 256 rows fit.
+// Memory    On the host, scratch that all threads share: X twice, its columns rounded up to a
+//           multiple of 192, but no more than fits into 16 MiB or, if that is more, 256 rows of it.
+//           For D <= 576 and more than 4096 rows X is cut into up to 16 segments: 256 rows of each,
+//           and for each a partial sum of D * D doubles.
 // Source    Dong, Chen & Pan 2017, eq. 9 (their Psi, before the division by n).
 #pragma once
 

@@ -17,7 +17,10 @@
 // Cost      Per block and 16 samples: 4 * 16 * B^2 + 3 * 16^2 * B flops. F is read and written once
 //           per call, whatever r is; a published rank-1 update reads it twice and writes it once
 //           for each sample.
-// Memory    Scratch per thread: B rounded up to a multiple of the tile, times B + 32.
+//           The host leaves out up to 16 * B^2 of them, because F is symmetric.
+// Memory    Scratch per thread: about B * (B + 16) elements for each block that it works on at a
+//           time. These are as many as fit into 192 KB (384 KB with 32 registers), but at least one
+//           and at most the lanes of a vector.
 // Source    Dong, Chen & Pan 2017, section 3.4.1 (r = 1, one block); Singh & Alistarh 2020
 //           (WoodFisher) and Kurtic et al. 2022 (oBERT) for blocks; the matrix inversion lemma for
 //           r at once.

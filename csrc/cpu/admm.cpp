@@ -110,17 +110,25 @@ void keys_of_weights(Key* keys, const T* y, const unsigned char* state, Index co
         keys[q] = state == nullptr ? cost_key(y[q]) : coded(cost_key(y[q]), state[q]);
 }
 
-// Keys of units of several columns.
-template <typename T>
+// Keys of units of several columns, some units at a time, so that their sums are independent. kUnit
+// is the number of columns, or 0 for any number.
+template <int kUnit, typename T>
 void keys_of_units(std::int64_t* keys, const T* y, const unsigned char* state, Index units,
-                   Index unit) {
-    for (Index u = 0; u < units; ++u) {
-        double cost = 0;
-        for (Index i = 0; i < unit; ++i) {
-            const double value = static_cast<double>(y[u * unit + i]);
-            cost += value * value;
-        }
-        keys[u] = state == nullptr ? cost_key(cost) : coded(cost_key(cost), state[u * unit]);
+                   Index any) {
+    constexpr Index kSome = 16;
+    const Index unit = kUnit > 0 ? kUnit : any;
+    double cost[kSome];
+    for (Index u = 0; u < units; u += kSome) {
+        const Index some = least(units - u, kSome);
+        for (Index k = 0; k < kSome; ++k) cost[k] = 0;
+        for (Index i = 0; i < unit; ++i)
+            for (Index k = 0; k < some; ++k) {
+                const double value = static_cast<double>(y[(u + k) * unit + i]);
+                cost[k] += value * value;
+            }
+        for (Index k = 0; k < some; ++k)
+            keys[u + k] = state == nullptr ? cost_key(cost[k])
+                                           : coded(cost_key(cost[k]), state[(u + k) * unit]);
     }
 }
 
@@ -285,17 +293,42 @@ void mark_in_small_groups(unsigned char* goes, const Key* keys, Index count, Ind
     }
 }
 
-// In each group, the lowest `per_group` go, by comparing all with all.
+// In each group, the lowest `per_group` go, by comparing all with all, a group in each lane.
+// `turned` has room for a vector per column of a group.
 template <typename Key>
 void mark_in_groups(unsigned char* goes, const Key* keys, Index groups, Index group,
-                    Index per_group) {
-    for (Index g = 0; g < groups; ++g, keys += group, goes += group)
+                    Index per_group, Key* turned) {
+    constexpr int lanes = kWidth<Key>;
+    for (Index g = 0; g < groups; g += lanes, keys += lanes * group, goes += lanes * group) {
+        const Index count = least(groups - g, lanes);
+        for (Index lane = 0; lane < lanes; ++lane)
+            for (Index i = 0; i < group; ++i)
+                turned[i * lanes + lane] = lane < count ? keys[lane * group + i] : Key{0};
         for (Index i = 0; i < group; ++i) {
-            Index rank = 0;
-            for (Index k = 0; k < i; ++k) rank += keys[k] <= keys[i] ? 1 : 0;
-            for (Index k = i + 1; k < group; ++k) rank += keys[k] < keys[i] ? 1 : 0;
-            goes[i] = (rank < per_group || keys[i] == 0) && keys[i] != kStays<Key> ? 1 : 0;
+            const Integers<Key> key = load_keys(turned + i * lanes);
+            Integers<Key> rank = {};
+            for (Index k = 0; k < i; ++k) rank -= load_keys(turned + k * lanes) <= key;
+            for (Index k = i + 1; k < group; ++k) rank -= load_keys(turned + k * lanes) < key;
+            const auto gone =
+                ((rank < static_cast<Key>(per_group)) | (key == 0)) & (key < kStays<Key>);
+            unsigned char gone_in[lanes];
+            narrow<typename KeyOf<sizeof(Key)>::lane>(gone_in, gone);
+            for (Index lane = 0; lane < count; ++lane) goes[lane * group + i] = gone_in[lane];
         }
+    }
+}
+
+// A byte per unit becomes a byte per column. `spare` has room for the units. May write up to 8 bytes
+// beyond the columns. (A call of memset for each narrow unit would cost more than all else.)
+LOBS_INLINE void widen_units(unsigned char* goes, unsigned char* spare, Index units, Index unit) {
+    std::memcpy(spare, goes, static_cast<std::size_t>(units));
+    for (Index u = 0; u < units; ++u) {
+        const std::uint64_t eight = spare[u] * std::uint64_t{0x0101010101010101};
+        if (unit <= 8)
+            std::memcpy(goes + u * unit, &eight, sizeof eight);
+        else
+            std::memset(goes + u * unit, spare[u], static_cast<std::size_t>(unit));
+    }
 }
 
 // The cut that removes `count` of a run of keys. `scale` is what costs are in proportion to, and
@@ -429,8 +462,16 @@ class Step {
     Index find_keys(Index first, Index count, Key* keys) const {
         const unsigned char* state = state_ == nullptr ? nullptr : state_ + first;
         if constexpr (kWide) {
-            keys_of_units(keys, d_ + first, state, count / plan_.unit, plan_.unit);
-            return count / plan_.unit;
+            const Index unit = plan_.unit, units = count / unit;
+            if (unit == 2)
+                keys_of_units<2>(keys, d_ + first, state, units, unit);
+            else if (unit == 4)
+                keys_of_units<4>(keys, d_ + first, state, units, unit);
+            else if (unit == 8)
+                keys_of_units<8>(keys, d_ + first, state, units, unit);
+            else
+                keys_of_units<0>(keys, d_ + first, state, units, unit);
+            return units;
         } else {
             keys_of_weights(keys, d_ + first, state, count);
             return count;
@@ -442,9 +483,7 @@ class Step {
         Index whole = units;
         if constexpr (kWide) {
             whole *= plan_.unit;
-            for (Index u = units - 1; u >= 0; --u)
-                std::memset(work.goes + u * plan_.unit, work.goes[u],
-                            static_cast<std::size_t>(plan_.unit));
+            widen_units(work.goes, reinterpret_cast<unsigned char*>(work.keys), units, plan_.unit);
         }
         std::memset(work.goes + whole, 0, static_cast<std::size_t>(count - whole));
         work.changed += apply(d_ + first, x_ + first, removed_ + first, work.goes, count);
@@ -470,7 +509,7 @@ class Step {
                 else if (kWidth<Key> % 8 == 0 && group == 8)
                     mark_in_small_groups<8>(own.goes, own.keys, groups * 8, per_group);
                 else if (group <= kSmallGroup)
-                    mark_in_groups(own.goes, own.keys, groups, group, per_group);
+                    mark_in_groups(own.goes, own.keys, groups, group, per_group, own.gathered);
                 else
                     for (Index at = 0; at < groups * group; at += group) {
                         const Cut<Key> cut = cut_of_run(own.keys + at, group, per_group,

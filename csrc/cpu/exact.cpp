@@ -14,8 +14,12 @@
 //
 // The argmin is always over all eligible columns, with exact values. If it is not in the cache, a
 // refill comes first. So prefetching changes when columns are computed, but never which one is
-// removed. At the start of a panel, if at least an eighth of the tiles could be given up, dead
-// slots are squeezed out of V and of all vectors.
+// removed. At the start of a panel and before a refill, if at least an eighth of the tiles could be
+// given up, dead slots are squeezed out of V and of all vectors.
+//
+// What took time with AVX2 (half of 2048 columns, one core): V in the order of its panels, so that
+// it is read as one stream; groups of like size in a refill; eight chains of sums in a removal;
+// eight steps squeezed at a time, because tiles are 8 KB apart. Together 61 became 71 GFLOP/s.
 #include "exact.h"
 
 #include <limits>
@@ -33,6 +37,8 @@ constexpr int kVectors = kManyRegisters ? 4 : 2;
 constexpr int kRows = 6;  // 24 accumulators in 32 registers, or 12 in 16
 template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
+constexpr Index kLines = 8;  // steps of a tile that are squeezed together; they are contiguous
+constexpr int kTogether = kManyRegisters ? 2 : 4;  // tiles of a removal: 8 chains of sums
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -49,6 +55,37 @@ struct IntegersOf<double> {
 };
 template <typename T>
 using Integers = typename IntegersOf<T>::type;  // as many lanes as Vector<T>
+
+// The lanes of one vector that are kept when many rows are squeezed alike, and where the first of
+// them goes. Counting lanes and looking up permutations once, and not for every row, took a third of
+// the time of squeezing with AVX2.
+template <typename T>
+struct Kept {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i lane;
+#endif
+    unsigned lanes;
+    std::int32_t from, to;
+
+    LOBS_INLINE void set(unsigned keep, Index source, Index place) {
+        lanes = keep;
+        from = static_cast<std::int32_t>(source);
+        to = static_cast<std::int32_t>(place);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        lane = kept_lanes<T>(keep);
+#endif
+    }
+    // May write a whole vector.
+    LOBS_INLINE void move(T* out, const T* in) const {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + to),
+                            _mm256_permutevar8x32_epi32(values, lane));
+#else
+        compress(out + to, in, lanes);
+#endif
+    }
+};
 
 // Numbers of elements in a worker's buffers.
 template <typename T>
@@ -74,11 +111,15 @@ struct Sizes {
         }
     }
 
+    static Index vectors(Index C) { return up(C, kLanes<T>) / kLanes<T>; }
+
     Index bytes(Index C, const ExactPlan& plan) const {
-        const Index values = factor + rows * stride + 5 * slots + coefficients + blocks + stride;
+        const Index values =
+            factor + rows * stride + 5 * slots + coefficients + blocks + kLines * stride;
         const Index integers =
             4 * slots + C + 2 * rows + 2 * ahead + kBins + (plan.group > 0 ? C / plan.group : 0);
-        return values * static_cast<Index>(sizeof(T)) + integers * 4 + slots + 64 * 24;
+        const Index squeezing = (slots / kLanes<T> + vectors(C)) * Index{sizeof(Kept<T>)};
+        return values * static_cast<Index>(sizeof(T)) + integers * 4 + squeezing + slots + 64 * 24;
     }
 };
 
@@ -106,9 +147,9 @@ class Row {
         carve.take(members_, size_.ahead);
         carve.take(bins_, kBins);
         carve.take(taken_, plan.group > 0 ? C / plan.group : 0);
-        carve.take(present_, size_.slots / kLanes<T>);
+        carve.take(present_, Sizes<T>::vectors(C));
         carve.take(keep_, size_.slots / kLanes<T>);
-        carve.take(line_, size_.stride);
+        carve.take(line_, kLines * size_.stride);
         carve.take(kind_, size_.slots);
     }
 
@@ -121,9 +162,12 @@ class Row {
         while (best >= 0 && j_ + plan_.block <= plan_.limit) {
             if (first_left_ == 0 && static_cast<double>(lowest_) > plan_.stop) break;
             const Index panel = panel_of(j_, plan_.block);
-            if (panel != panel_) squeeze(&best);  // before the first step of a new panel
+            const bool stale = !ready(best);
+            if ((panel != panel_ || stale) &&
+                worth_squeezing(up(live_, kTile<T>) / kTile<T>, tiles_))
+                squeeze(&best);
             panel_ = panel;
-            if (!ready(best)) {
+            if (stale) {
                 if (interrupt.asked(worker)) return 0;
                 refill(best);
             }
@@ -262,49 +306,74 @@ class Row {
             coefficient[i - from] = -factor(q / kTile<T>, i)[q % kTile<T>];
         const T scale = 1 / root(diag_[q]);
         const T z = w_[q] * scale;
-        Vector<T> lowest = Vector<T>{} + kInfinity<T>;
-        Integers<T> where = Integers<T>{} - 1;
-        Integers<T> lane;
-        for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
-        for (Index t = 0; t < tiles_; ++t) {
-            const Index s = t * kTile<T>;
-            Vector<T> v[kVectors];
-#pragma GCC unroll 4
-            for (int k = 0; k < kVectors; ++k) v[k] = load(column + s + k * kLanes<T>);
-            for (Index i = from; i < j_;) {
-                const Index end = least(j_, (i / kPanel + 1) * kPanel);
-                const T* V = factor(t, i);
-                for (; i < end; ++i, V += kTile<T>) {
-                    const T c = coefficient[i - from];
-#pragma GCC unroll 4
-                    for (int k = 0; k < kVectors; ++k) v[k] += c * load(V + k * kLanes<T>);
-                }
-            }
-            T* out = factor(t, j_);
-#pragma GCC unroll 4
-            for (int k = 0; k < kVectors; ++k) {
-                const Index at = s + k * kLanes<T>;
-                const Vector<T> step = v[k] * scale;
-                const Vector<T> w = load(w_ + at) - z * step;
-                const Vector<T> d = load(diag_ + at) - step * step;
-                store(out + k * kLanes<T>, step);
-                store(w_ + at, w);
-                store(diag_ + at, d);
-                const Vector<T> cost = barred(saliency(w, d), load(bar_ + at));
-                const Integers<T> better = cost < lowest;
-                lowest = better ? cost : lowest;
-                where = better ? lane : where;
-                lane += kLanes<T>;
-            }
-        }
+        Cheapest cheap{Vector<T>{} + kInfinity<T>, Integers<T>{} - 1, {}};
+        for (int l = 0; l < kLanes<T>; ++l) cheap.lane[l] = l;
+        const Steps steps{column, coefficient, from, scale, z};
+        Index t = 0;
+        for (; t + kTogether <= tiles_; t += kTogether) finish<kTogether>(steps, t, &cheap);
+        for (; t < tiles_; ++t) finish<1>(steps, t, &cheap);
         cached_[q] = -1;
         if (plan_.block > 1) update_blocks();
         Index best = -1;
         lowest_ = kInfinity<T>;
         for (int l = 0; l < kLanes<T>; ++l)
-            if (where[l] >= 0 && (lowest[l] < lowest_ || (lowest[l] == lowest_ && where[l] < best)))
-                lowest_ = lowest[l], best = where[l];
+            if (cheap.where[l] >= 0 && (cheap.lowest[l] < lowest_ ||
+                                        (cheap.lowest[l] == lowest_ && cheap.where[l] < best)))
+                lowest_ = cheap.lowest[l], best = cheap.where[l];
         return best;
+    }
+
+    struct Steps {
+        const T *column, *coefficient;
+        Index from;  // the step that the column is at
+        T scale, z;
+    };
+    struct Cheapest {  // in each lane, so far
+        Vector<T> lowest;
+        Integers<T> where, lane;
+    };
+
+    // The part of remove() for kTiles tiles. One tile alone would wait for its sums: they are only
+    // kVectors chains.
+    template <int kTiles>
+    LOBS_INLINE void finish(const Steps& steps, Index t, Cheapest* cheap) {
+        Vector<T> v[kTiles][kVectors];
+#pragma GCC unroll 8
+        for (int q = 0; q < kTiles; ++q)
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k)
+                v[q][k] = load(steps.column + (t + q) * kTile<T> + k * kLanes<T>);
+        for (Index i = steps.from; i < j_;) {
+            const Index end = least(j_, (i / kPanel + 1) * kPanel);
+            const T* V = factor(t, i);
+            for (; i < end; ++i, V += kTile<T>) {
+                const T c = steps.coefficient[i - steps.from];
+#pragma GCC unroll 8
+                for (int q = 0; q < kTiles; ++q)
+#pragma GCC unroll 4
+                    for (int k = 0; k < kVectors; ++k)
+                        v[q][k] += c * load(V + q * kPanel * kTile<T> + k * kLanes<T>);
+            }
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < kTiles; ++q) {
+            T* out = factor(t + q, j_);
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k) {
+                const Index at = (t + q) * kTile<T> + k * kLanes<T>;
+                const Vector<T> step = v[q][k] * steps.scale;
+                const Vector<T> w = load(w_ + at) - steps.z * step;
+                const Vector<T> d = load(diag_ + at) - step * step;
+                store(out + k * kLanes<T>, step);
+                store(w_ + at, w);
+                store(diag_ + at, d);
+                const Vector<T> cost = barred(saliency(w, d), load(bar_ + at));
+                const Integers<T> better = cost < cheap->lowest;
+                cheap->lowest = better ? cost : cheap->lowest;
+                cheap->where = better ? cheap->lane : cheap->where;
+                cheap->lane += kLanes<T>;
+            }
+        }
     }
 
     void refill(Index best) {
@@ -350,20 +419,23 @@ class Row {
     // out = A[:, column of s], at the columns that have slots.
     void fetch(Index s, T* out) const {
         const T* a = A_ + static_cast<Index>(column_[s]) * C_;
-        T* const end = out + tiles_ * kTile<T>;
-        Index i = 0;
-        for (; i + kLanes<T> <= C_; i += kLanes<T>)
-            if (const unsigned keep = present_[i / kLanes<T>]) out = compress(out, a + i, keep);
-        for (; i < C_; ++i)
-            if (present_[i / kLanes<T>] >> i % kLanes<T> & 1) *out++ = a[i];
-        while (out < end) *out++ = 0;
+        for (Index v = 0; v < vectors_; ++v) present_[v].move(out, a + present_[v].from);
+        Index slot = slots_;
+        while (slot > 0 && column_[slot - 1] >= C_ / kLanes<T> * kLanes<T>) --slot;
+        for (; slot < slots_; ++slot) out[slot] = a[column_[slot]];
+        for (; slot < tiles_ * kTile<T>; ++slot) out[slot] = 0;
     }
 
-    // Notes in present_ which columns have a slot.
+    // Notes in present_ which columns have a slot, except those behind the last whole vector.
     void note_present() {
-        for (Index i = 0; i < C_; i += kLanes<T>) present_[i / kLanes<T>] = 0;
-        for (Index s = 0; s < slots_; ++s)
-            present_[column_[s] / kLanes<T>] |= 1u << column_[s] % kLanes<T>;
+        vectors_ = 0;
+        for (Index s = 0; s < slots_;) {
+            const Index first = column_[s] / kLanes<T> * kLanes<T>, place = s;
+            unsigned lanes = 0;
+            for (; s < slots_ && column_[s] < first + kLanes<T>; ++s)
+                lanes |= 1u << (column_[s] - first);
+            if (first + kLanes<T> <= C_) present_[vectors_++].set(lanes, first, place);
+        }
     }
 
     // Brings all members to step j. members_[0 .. fresh) are at step 0, the others at later steps.
@@ -372,7 +444,9 @@ class Row {
         Group group[kMostAhead / kRows + 4];
         T* coefficient = coefficient_;
         for (Index m = 0; m < count;) {
-            const Index end = least(m + kRows, m < fresh ? fresh : count);
+            // Groups of like size: the last one alone would be too small to hide latencies.
+            const Index left = (m < fresh ? fresh : count) - m;
+            const Index end = m + (left + up(left, kRows) / kRows - 1) / (up(left, kRows) / kRows);
             Group& g = group[groups++];
             g.size = static_cast<int>(end - m);
             g.from = row_stamp_[cached_[members_[m]]];
@@ -385,8 +459,10 @@ class Row {
             coefficient += (j_ - g.from) * g.size;
             m = end;
         }
-        for (Index t = 0; t < tiles_; ++t)
-            for (Index p = 0; p < j_; p += kPanel)
+        // Tile after tile of a panel: V is read as one stream, and the coefficients of the panel
+        // stay in cache.
+        for (Index p = 0; p < j_; p += kPanel)
+            for (Index t = 0; t < tiles_; ++t)
                 for (Index g = 0; g < groups; ++g) {
                     const Index from = group[g].from > p ? group[g].from : p;
                     const Index to = least(j_, p + kPanel);
@@ -481,51 +557,58 @@ class Row {
     // ---- squeezing ------------------------------------------------------------------------------
 
     void squeeze(Index* best) {
-        const Index after = up(live_, kTile<T>) / kTile<T>;
-        if (!worth_squeezing(after, tiles_)) return;
-        for (Index s = 0; s < tiles_ * kTile<T>; s += kLanes<T>) keep_[s / kLanes<T>] = 0;
-        Index n = 0;
-        for (Index s = 0; s < slots_; ++s) {
-            if (kind_[s] == kGone) continue;
-            keep_[s / kLanes<T>] |= 1u << s % kLanes<T>;
-            if (s == *best) *best = n;
-            slot_[column_[s]] = static_cast<std::int32_t>(n);
-            w_[n] = w_[s], diag_[n] = diag_[s], bar_[n] = bar_[s], cost_[n] = cost_[s];
-            first_diag_[n] = first_diag_[s];
-            column_[n] = column_[s], kind_[n] = kind_[s], cached_[n] = cached_[s];
-            if (cached_[n] >= 0) row_slot_[cached_[n]] = static_cast<std::int32_t>(n);
-            ++n;
+        const Index padded = up(live_, kTile<T>), after = padded / kTile<T>, before = tiles_;
+        Index n = 0, vectors = 0;
+        for (Index s = 0; s < slots_;) {
+            const Index first = s, place = n;
+            unsigned lanes = 0;
+            for (; s < least(first + kLanes<T>, slots_); ++s) {
+                if (kind_[s] == kGone) continue;
+                lanes |= 1u << (s - first);
+                if (s == *best) *best = n;
+                slot_[column_[s]] = static_cast<std::int32_t>(n);
+                w_[n] = w_[s], diag_[n] = diag_[s], bar_[n] = bar_[s], cost_[n] = cost_[s];
+                first_diag_[n] = first_diag_[s];
+                column_[n] = column_[s], kind_[n] = kind_[s], cached_[n] = cached_[s];
+                if (cached_[n] >= 0) row_slot_[cached_[n]] = static_cast<std::int32_t>(n);
+                ++n;
+            }
+            if (lanes != 0) keep_[vectors++].set(lanes, first, place);
         }
-        const Index padded = after * kTile<T>, before = tiles_;
         slots_ = n;
         for (; n < padded; ++n) {
             w_[n] = 0, diag_[n] = first_diag_[n] = 1, bar_[n] = cost_[n] = kInfinity<T>;
             column_[n] = 0, kind_[n] = kGone, cached_[n] = -1;
         }
         note_present();
-        for (Index s = slots_; s < padded; ++s) line_[s] = 0;
         for (Index r = 0; r < size_.rows; ++r) {
             if (row_slot_[r] < 0) continue;
-            T* out = line_;
-            for (Index s = 0; s < before * kTile<T>; s += kLanes<T>)
-                out = compress(out, row(r) + s, keep_[s / kLanes<T>]);
+            for (Index v = 0; v < vectors; ++v) keep_[v].move(line_, row(r) + keep_[v].from);
             for (Index s = slots_; s < padded; ++s) line_[s] = 0;
             std::memcpy(row(r), line_, static_cast<std::size_t>(padded) * sizeof(T));
         }
-        // In place: all lines of a step are read before one is written, and lines of different
-        // steps never overlap.
-        for (Index p = 0; p * kPanel < j_; ++p)
-            for (Index i = 0; i < kPanel; ++i) {
-                const T* in = V_ + (p * before * kPanel + i) * kTile<T>;
-                T* out = line_;
-                for (Index t = 0; t < before; ++t, in += kPanel * kTile<T>)
-                    for (Index k = 0; k < kVectors; ++k)
-                        out = compress(out, in + k * kLanes<T>, keep_[t * kVectors + k]);
-                for (Index s = slots_; s < padded; ++s) line_[s] = 0;
-                T* to = V_ + (p * after * kPanel + i) * kTile<T>;
-                for (Index t = 0; t < after; ++t, to += kPanel * kTile<T>)
-                    std::memcpy(to, line_ + t * kTile<T>, sizeof(T) * kTile<T>);
-            }
+        // In place: all lines of kLines steps are read before one is written, and lines of different
+        // steps never overlap. Offsets are relative to the first tile.
+        for (Index v = 0; v < vectors; ++v) {
+            const Index from = keep_[v].from;
+            keep_[v].from =
+                static_cast<std::int32_t>(from / kTile<T> * kPanel * kTile<T> + from % kTile<T>);
+        }
+        for (Index i = 0; i < j_; i += kLines) {
+            const Index count = least(j_ - i, kLines), panel = i / kPanel * kPanel;
+            const T* in = V_ + (panel * before + i - panel) * kTile<T>;
+            T* out = V_ + (panel * after + i - panel) * kTile<T>;
+            for (Index v = 0; v < vectors; ++v)
+                for (Index r = 0; r < count; ++r)
+                    keep_[v].move(line_ + r * size_.stride, in + keep_[v].from + r * kTile<T>);
+            // The last vectors may have written behind the slots.
+            for (Index r = 0; r < count; ++r)
+                for (Index s = slots_; s < padded; ++s) line_[r * size_.stride + s] = 0;
+            for (Index t = 0; t < after; ++t, out += kPanel * kTile<T>)
+                for (Index r = 0; r < count; ++r)
+                    std::memcpy(out + r * kTile<T>, line_ + r * size_.stride + t * kTile<T>,
+                                sizeof(T) * kTile<T>);
+        }
         tiles_ = after;
     }
 
@@ -603,7 +686,8 @@ class Row {
     T *V_, *cache_, *w_, *diag_, *bar_, *cost_, *coefficient_, *block_, *first_diag_;
     std::int32_t *column_, *cached_, *slot_, *row_slot_, *row_stamp_, *chosen_, *members_, *bins_,
         *taken_;
-    unsigned *present_, *keep_;
+    Kept<T>*present_, *keep_;
+    Index vectors_ = 0;  // of present_
     T* line_;
     unsigned char* kind_;
 

@@ -106,24 +106,10 @@ bool factor(double* U, double* scale) {
     return true;
 }
 
-// Z <- U^-T Z for a tile Z, four rows at a time.
+// Z <- U^-T Z for a tile Z.
 void forward(const double* U, const double* scale, double* Z) {
     for (Index j = 0; j < kTile; j += kWide)
-        for (Index s = 0; s < kTile; s += kRows) {
-            Vector<double> z[kRows][kVectors] = {};
-            multiply<double, kRows, kVectors>(z, s, U + s, kTile, 1, Z + j, kTile);
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) {
-                    double* at = Z + (s + i) * kTile + j + v * kLane;
-                    Vector<double> sum = load(at) - z[i][v];
-#pragma GCC unroll 4
-                    for (int k = 0; k < i; ++k) sum -= U[(s + k) * kTile + s + i] * z[k][v];
-                    z[i][v] = sum * scale[s + i];
-                    store(at, z[i][v]);
-                }
-        }
+        substitute<double, kVectors>(Z + j, kTile, kTile, U, kTile, 1, scale, 1);
 }
 
 // Z <- U^-1 Z for a tile Z, four rows at a time, from the last ones up.

@@ -1,10 +1,10 @@
 // hessian.cpp: contract in hessian.h.
 //
 // H is divided into tiles of kTile x kTile. A tile on or below the diagonal is one item of work, so
-// no two threads write the same number and no sum depends on the thread that computes it. A tile
-// packs its own two panels of X: with 192 columns to a side, packing moves one number for every 96
-// multiply-adds, which costs less than a barrier would. Within a tile, micro-tiles that lie
-// entirely above the diagonal are skipped.
+// no two threads write the same number and no sum depends on the thread that computes it. Before
+// that, a stretch of the rows of X is packed once for all tiles, in two forms: as the left operand,
+// in groups of kRows columns with the weights applied, and as the right one, in groups of kWidth.
+// Within a tile, micro-tiles that lie entirely above the diagonal are skipped.
 #include "hessian.h"
 
 #include "parallel.h"
@@ -13,13 +13,12 @@
 namespace lobs::LOBS_LEVEL {
 namespace {
 
-// Micro-tile: kRows broadcast values times kVectors vectors: 24 accumulators if there are 32
-// registers.
-constexpr int kRows = kManyRegisters ? 8 : 4;
+// Micro-tile: kRows broadcast values times kVectors vectors: 24 accumulators in 32 registers, or 12
+// in 16. There 6 x 2 leaves 16 KB of the right operand in L1, where 4 x 3 would take 24 KB.
+constexpr int kRows = kManyRegisters ? 8 : 6;
+constexpr int kVectors = kManyRegisters ? 3 : 2;
 template <typename T>
-constexpr int kVectors = kManyRegisters || kVectorBytes == 32 ? 3 : 2;
-template <typename T>
-constexpr int kWidth = kVectors<T> * kLanes<T>;
+constexpr int kWidth = kVectors * kLanes<T>;
 constexpr Index kTile = 192;  // a multiple of every kRows and kWidth
 static_assert(kTile % kRows == 0 && kTile % kWidth<float> == 0 && kTile % kWidth<double> == 0);
 
@@ -69,42 +68,67 @@ Magnitude<S> look(const Chunk<S>& x, Index first, Index last) {
     return seen;
 }
 
-// A tile reads up to 768 bytes of each row of X, and rows are a page or more apart: the hardware
-// does not recognise the pattern. Prefetching eight rows ahead took 8192 x 1024 float32 from 68 to
-// 65 ms.
-constexpr Index kAhead = 8;
-
 // ---- packing ------------------------------------------------------------------------------------
 
-// Columns first .. first + kTile - 1 of rows n .. n + depth - 1, as groups of kGroup columns:
-// out[group][k][kGroup].
-template <int kGroup, typename T, typename S>
-void pack(T* out, const Chunk<S>& x, Index n, Index depth, Index first, bool weighted) {
-    const Index columns = x.columns - first < kTile ? x.columns - first : kTile;
-    alignas(64) T row[kTile];
-    for (Index i = columns < 0 ? 0 : columns; i < kTile; ++i) row[i] = 0;
-    const bool has_ones = x.ones && columns >= 0 && columns < kTile;
-    for (Index k = 0; k < depth; ++k) {
-        const double t = x.weight != nullptr ? x.weight[n + k] : 1.0;
-        if (t == 0) {
-            for (Index i = 0; i < kTile; ++i) row[i] = 0;
-        } else {
-            const S* source = x.data + (n + k) * x.row_stride + first * x.column_stride;
-            if (x.column_stride == 1) {
-                const char* ahead = reinterpret_cast<const char*>(source + kAhead * x.row_stride);
-                for (Index line = 0; line < columns * static_cast<Index>(sizeof(S)); line += 64)
-                    __builtin_prefetch(ahead + line);
-                for (Index i = 0; i < columns; ++i) row[i] = static_cast<T>(to_float(source[i]));
-            } else {
-                for (Index i = 0; i < columns; ++i)
-                    row[i] = static_cast<T>(to_float(source[i * x.column_stride]));
-            }
-            if (has_ones) row[columns] = 1;
-            if (weighted && t != 1)
-                for (Index i = 0; i < kTile; ++i) row[i] *= static_cast<T>(t);
+// A panel has up to 768 bytes of each row of X, and rows are a page or more apart: the hardware does
+// not recognise the pattern.
+constexpr Index kAhead = 8;
+
+// Rows that are converted before they are spread over the groups of a panel. Groups are often a
+// multiple of 4 KB apart, and lines at such distances fall out of L1. So a group is given all the
+// lines of kBlock rows at a time.
+constexpr Index kBlock = 8;
+
+constexpr Index kPanel = kTile * kHessianRows;  // elements of a packed panel
+
+template <typename T, typename S>
+LOBS_INLINE void read_row(T* row, const Chunk<S>& x, Index n, Index first, Index columns) {
+    const S* source = x.data + n * x.row_stride + first * x.column_stride;
+    if (x.column_stride == 1) {
+        const char* ahead = reinterpret_cast<const char*>(source + kAhead * x.row_stride);
+        for (Index line = 0; line < columns * static_cast<Index>(sizeof(S)); line += 64)
+            __builtin_prefetch(ahead + line);
+        for (Index i = 0; i < columns; ++i) row[i] = static_cast<T>(to_float(source[i]));
+    } else {
+        for (Index i = 0; i < columns; ++i)
+            row[i] = static_cast<T>(to_float(source[i * x.column_stride]));
+    }
+}
+
+// out[group][row][kGroup], with `depth` rows to a group.
+template <int kGroup, typename T>
+LOBS_INLINE void spread(T* out, const T (&rows)[kBlock][kTile], Index count, Index width,
+                        Index depth) {
+    for (Index g = 0; g * kGroup < width; ++g)
+        for (Index r = 0; r < count; ++r)
+            std::memcpy(out + (g * depth + r) * kGroup, rows[r] + g * kGroup, kGroup * sizeof(T));
+}
+
+// Columns first .. first + kTile - 1 of rows n .. n + depth - 1, as both operands.
+template <typename T, typename S>
+void pack(T* left, T* right, const Chunk<S>& x, Index n, Index depth, Index first) {
+    const Index columns = least(x.columns - first, kTile);
+    const bool has_ones = x.ones && columns < kTile;
+    const Index width = columns + (has_ones ? 1 : 0);
+    alignas(64) T rows[kBlock][kTile];
+    for (Index r = 0; r < kBlock; ++r)
+        for (Index i = columns; i < kTile; ++i) rows[r][i] = has_ones && i == columns ? T(1) : T(0);
+    for (Index k = 0; k < depth; k += kBlock) {
+        const Index count = least(depth - k, kBlock);
+        const double* t = x.weight == nullptr ? nullptr : x.weight + n + k;
+        for (Index r = 0; r < count; ++r) {
+            if (t != nullptr && t[r] == 0)  // may hold anything
+                for (Index i = 0; i < columns; ++i) rows[r][i] = 0;
+            else
+                read_row(rows[r], x, n + k + r, first, columns);
         }
-        for (Index g = 0; g < kTile / kGroup; ++g)
-            std::memcpy(out + (g * depth + k) * kGroup, row + g * kGroup, kGroup * sizeof(T));
+        spread<kWidth<T>>(right + k * kWidth<T>, rows, count, width, depth);
+        for (Index r = 0; r < count && t != nullptr; ++r)
+            if (t[r] != 1)
+                for (Index i = 0; i < width; ++i) rows[r][i] *= static_cast<T>(t[r]);
+        spread<kRows>(left + k * kRows, rows, count, width, depth);
+        if (t != nullptr && has_ones)
+            for (Index r = 0; r < count; ++r) rows[r][columns] = 1;
     }
 }
 
@@ -113,14 +137,20 @@ void pack(T* out, const Chunk<S>& x, Index n, Index depth, Index first, bool wei
 template <typename T, typename M>
 void add_micro_tile(M* H, Index stride, Index i0, Index j0, Index size, Index depth, const T* a,
                     const T* b) {
-    Vector<T> accumulator[kRows][kVectors<T>] = {};
-    multiply<T, kRows, kVectors<T>>(accumulator, depth, a, kRows, 1, b, kWidth<T>);
+    const bool whole =
+        i0 + kRows <= size && j0 + kWidth<T> - 1 <= i0;  // inside, below the diagonal
+    if (whole)                                           // H is needed once the sums are there
+        for (int i = 0; i < kRows; ++i)
+            for (Index line = 0; line < kWidth<T>; line += 64 / static_cast<Index>(sizeof(M)))
+                __builtin_prefetch(H + (i0 + i) * stride + j0 + line, 1);
+    Vector<T> accumulator[kRows][kVectors] = {};
+    multiply<T, kRows, kVectors>(accumulator, depth, a, kRows, 1, b, kWidth<T>);
     alignas(64) T sum[kRows][kWidth<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors<T>; ++v) store(&sum[i][v * kLanes<T>], accumulator[i][v]);
-    if (i0 + kRows <= size && j0 + kWidth<T> - 1 <= i0) {  // entirely inside and below the diagonal
+        for (int v = 0; v < kVectors; ++v) store(&sum[i][v * kLanes<T>], accumulator[i][v]);
+    if (whole) {
         for (int i = 0; i < kRows; ++i) {
             M* row = H + (i0 + i) * stride + j0;
             for (int j = 0; j < kWidth<T>; ++j) row[j] += static_cast<M>(sum[i][j]);
@@ -132,26 +162,19 @@ void add_micro_tile(M* H, Index stride, Index i0, Index j0, Index size, Index de
             H[(i0 + i) * stride + j0 + j] += static_cast<M>(sum[i][j]);
 }
 
-template <typename T, typename S, typename M>
-void add_tile(M* H, Index stride, const Chunk<S>& x, Index row_tile, Index column_tile,
-              T* scratch) {
-    const Index size = x.columns + (x.ones ? 1 : 0);
-    T* left = scratch;
-    T* right = scratch + kTile * kHessianRows;
-    for (Index n = 0; n < x.rows; n += kHessianRows) {
-        const Index depth = x.rows - n < kHessianRows ? x.rows - n : kHessianRows;
-        pack<kRows>(left, x, n, depth, row_tile * kTile, true);
-        pack<kWidth<T>>(right, x, n, depth, column_tile * kTile, false);
-        for (Index j = 0; j < kTile; j += kWidth<T>) {
-            const Index j0 = column_tile * kTile + j;
-            if (j0 >= size) break;
-            for (Index i = 0; i < kTile; i += kRows) {
-                const Index i0 = row_tile * kTile + i;
-                if (i0 >= size) break;
-                if (i0 + kRows <= j0) continue;  // entirely above the diagonal
-                add_micro_tile<T, M>(H, stride, i0, j0, size, depth, left + i * depth,
-                                     right + j * depth);
-            }
+// Adds `depth` rows. A micro-panel of the right operand stays in L1 while the left ones pass.
+template <typename T, typename M>
+void add_tile(M* H, Index stride, Index size, Index row_tile, Index column_tile, Index depth,
+              const T* left, const T* right) {
+    for (Index j = 0; j < kTile; j += kWidth<T>) {
+        const Index j0 = column_tile * kTile + j;
+        if (j0 >= size) break;
+        for (Index i = 0; i < kTile; i += kRows) {
+            const Index i0 = row_tile * kTile + i;
+            if (i0 >= size) break;
+            if (i0 + kRows <= j0) continue;  // entirely above the diagonal
+            add_micro_tile<T, M>(H, stride, i0, j0, size, depth, left + i * depth,
+                                 right + j * depth);
         }
     }
 }
@@ -169,16 +192,7 @@ Index segments_of(Index tile_items, Index rows) {
     return wanted < kSegments ? wanted : kSegments;
 }
 
-template <typename S>
-Chunk<S> segment_of(const Chunk<S>& x, Index segment, Index rows) {
-    const Index first = segment * rows;
-    const Index left = x.rows - first;
-    Chunk<S> part = x;
-    part.data += first * x.row_stride;
-    part.rows = left < 0 ? 0 : (left < rows ? left : rows);
-    if (x.weight != nullptr) part.weight += first;
-    return part;
-}
+constexpr Index kPacked = Index{1} << 24;  // bytes of packed panels that are worth their sharing
 
 void clear_tile(double* part, Index size, Index row_tile, Index column_tile) {
     for (Index i = row_tile * kTile; i < size && i < (row_tile + 1) * kTile; ++i)
@@ -192,27 +206,51 @@ Info accumulate(M* H, Index stride, const Chunk<S>& x, const Context& context) {
     const Index tiles = (size + kTile - 1) / kTile;
     const Index tile_items = tiles * (tiles + 1) / 2;
     const Index segments = segments_of(tile_items, x.rows);
-    const Index rows =
-        ((x.rows + segments - 1) / segments + kHessianRows - 1) / kHessianRows * kHessianRows;
-    Scratch scratch(context.threads, static_cast<Index>(sizeof(T)) * 2 * kTile * kHessianRows);
+    const Index rows = up((x.rows + segments - 1) / segments, kHessianRows);  // of a segment
+    // Chunks of kHessianRows rows of every segment that are packed at a time.
+    const Index bytes = 2 * kPanel * tiles * segments * static_cast<Index>(sizeof(T));
+    const Index together = least(rows / kHessianRows, bytes < kPacked ? kPacked / bytes : 1);
+    Scratch packed(1, together * bytes);
     Scratch parts(segments, segments > 1 ? size * size * static_cast<Index>(sizeof(double)) : 64);
-    if (!scratch.ok() || !parts.ok()) return {Status::out_of_memory, 0};
-    auto body = [&](Index item, int worker) {
-        const Index segment = item / tile_items;
-        const Index tile = item % tile_items;
-        Index row_tile = 0;
-        while ((row_tile + 1) * (row_tile + 2) / 2 <= tile) ++row_tile;
-        const Index column_tile = tile - row_tile * (row_tile + 1) / 2;
-        T* panels = scratch.of<T>(worker);
-        if (segments == 1) {
-            add_tile<T>(H, stride, x, row_tile, column_tile, panels);
-            return;
-        }
-        double* part = parts.of<double>(static_cast<int>(segment));
-        clear_tile(part, size, row_tile, column_tile);
-        add_tile<T>(part, size, segment_of(x, segment, rows), row_tile, column_tile, panels);
+    if (!packed.ok() || !parts.ok()) return {Status::out_of_memory, 0};
+    const auto left = [&](Index segment, Index chunk, Index tile) {
+        return packed.of<T>(0) + ((segment * together + chunk) * tiles + tile) * 2 * kPanel;
     };
-    if (!parallel_items(segments * tile_items, context, body)) return {Status::interrupted, 0};
+    for (Index from = 0; from < rows; from += together * kHessianRows) {
+        const auto first_row = [&](Index segment, Index chunk) {
+            return segment * rows + from + chunk * kHessianRows;
+        };
+        const auto depth_at = [&](Index n) { return least(x.rows - n, kHessianRows); };
+        const Index chunks = least(together, (rows - from) / kHessianRows);
+        auto pack_one = [&](Index item, int) {
+            const Index tile = item % tiles, chunk = item / tiles % chunks;
+            const Index segment = item / tiles / chunks, n = first_row(segment, chunk);
+            T* const to = left(segment, chunk, tile);
+            if (n < x.rows) pack(to, to + kPanel, x, n, depth_at(n), tile * kTile);
+        };
+        if (!parallel_items(segments * chunks * tiles, context, pack_one))
+            return {Status::interrupted, 0};
+        auto add_one = [&](Index item, int) {
+            const Index segment = item / tile_items, tile = item % tile_items;
+            Index row_tile = 0;
+            while ((row_tile + 1) * (row_tile + 2) / 2 <= tile) ++row_tile;
+            const Index column_tile = tile - row_tile * (row_tile + 1) / 2;
+            double* const part = parts.of<double>(static_cast<int>(segment));
+            if (segments > 1 && from == 0) clear_tile(part, size, row_tile, column_tile);
+            for (Index chunk = 0; chunk < chunks; ++chunk) {
+                const Index n = first_row(segment, chunk);
+                if (n >= x.rows) return;
+                const T* const a = left(segment, chunk, row_tile);
+                const T* const b = left(segment, chunk, column_tile) + kPanel;
+                if (segments > 1)
+                    add_tile(part, size, size, row_tile, column_tile, depth_at(n), a, b);
+                else
+                    add_tile(H, stride, size, row_tile, column_tile, depth_at(n), a, b);
+            }
+        };
+        if (!parallel_items(segments * tile_items, context, add_one))
+            return {Status::interrupted, 0};
+    }
     if (segments == 1) return {Status::ok, 0};
     for (Index i = 0; i < size; ++i)
         for (Index j = 0; j <= i; ++j) {

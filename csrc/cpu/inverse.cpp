@@ -1,10 +1,14 @@
 // inverse.cpp: contract in inverse.h.
 //
-// A run of blocks is one item of work. A block is copied once into a padded local square (in L1 for
-// B = 50, in L2 for B = 128), takes all r samples there in groups of kGroup, and is copied back. So
-// F is read and written once, whatever the number of samples. Per group, with Y = G F and S = m I +
-// Y G^T = U^T U:   Z = U^-T Y,   F -= Z^T Z. With groups of 16, a row of S is one AVX-512 vector in
-// float32, and its Cholesky takes 120 vector operations instead of 1,365 scalar ones.
+// A run of blocks is one item of work: as many as fit into the second-level cache together, at most
+// one per lane. A block is copied once into a padded local square, takes all r samples there in
+// groups of kGroup, and is copied back. So F is read and written once, whatever the number of
+// samples. Per group and block, with Y = G F and S = m I + Y G^T = U^T U:   Z = U^-T Y,
+// F -= Z^T Z.
+//
+// The small factorisations are chains of square roots and divisions, which wait on one another. So
+// those of all blocks of a run are done together, one block to a lane. Of Z^T Z only the tiles on
+// and below the diagonal are computed; the others are their mirror images.
 #include "inverse.h"
 
 #include "parallel.h"
@@ -14,123 +18,198 @@ namespace lobs::LOBS_LEVEL {
 namespace {
 
 constexpr int kGroup = 16;
-constexpr Index kRun = 8;  // neighbouring blocks for one worker, which prefetches for itself
-constexpr int kRows =
-    4;  // 16 accumulators in 32 registers, or 8 in 16: enough to hide the latency of an FMA
-constexpr int kVectors = kManyRegisters ? 4 : 2;
-template <typename T>
-constexpr int kWidth = kVectors * kLanes<T>;
+// A tile in registers: 16 accumulators in 32 registers; 12 in 16, or 8 where products need one more.
+constexpr int kRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kVectors = kVectorBytes == 64 ? 2 : kVectorBytes == 32 ? 3 : kManyRegisters ? 4 : 2;
+constexpr Index kRunBytes = kManyRegisters ? 384 << 10 : 192 << 10;  // of a run's local blocks
 
 template <typename T>
 constexpr int kGroupVectors = kGroup / kLanes<T> > 0 ? kGroup / kLanes<T> : 1;
 
+// Sizes of a local block, in elements.
 template <typename T>
-struct Local {  // one worker's scratch
-    T* F;       // (B rounded up to kRows, padded)
-    T* Y;       // (kGroup, padded): G F, then Z
-    T* G;       // (B, kGroup): the group's samples, transposed; zero beyond samples and columns
+struct Shape {
+    Index B, rows, columns, stride;  // columns: whole vectors, and not fewer than rows
+
+    explicit Shape(Index size) : B(size), rows(up(size, kRows)), columns(up(rows, kLanes<T>)) {
+        // Rows at multiples of 512 bytes would share an eighth of L1.
+        constexpr Index line = 64 / static_cast<Index>(sizeof(T));
+        stride = columns % (8 * line) == 0 ? columns + line : columns;
+    }
+    Index own() const { return (rows + kGroup) * stride; }
+    Index run() const {
+        const Index most = kRunBytes / (own() * static_cast<Index>(sizeof(T)));
+        return most < 1 ? 1 : least(most, kLanes<T>);
+    }
+    Index shared() const { return B * kGroup + (kGroup + 1) * kGroup * kLanes<T>; }
 };
 
 template <typename T>
-Index padded(Index B) {
-    return (B + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+struct Local {  // one worker's scratch
+    T* G;       // (B, kGroup): the group's samples, transposed; zero beyond samples and columns
+    T* U;       // (kGroup, kGroup, kLanes): S of every block of the run, then its factor
+    T* scale;   // (kGroup, kLanes): 1 / U_jj
+    T* blocks;  // of each block F (rows, stride), then Y (kGroup, stride)
+
+    Local(T* memory, const Shape<T>& shape) {
+        G = memory;
+        U = G + shape.B * kGroup;
+        scale = U + kGroup * kGroup * kLanes<T>;
+        blocks = scale + kGroup * kLanes<T>;
+    }
+};
+
+template <int count>
+struct Count {
+    static constexpr int value = count;
+};
+
+// Calls body(first column, Count of vectors) for tiles that cover the columns.
+template <typename T, typename Body>
+LOBS_INLINE void each_tile(Index columns, Body&& body) {
+    Index j = 0;
+    while (j < columns) {
+        const Index left = (columns - j) / kLanes<T>;
+        const Index take = left == 4 && kVectors == 3 ? 2 : least(left, kVectors);
+        if (kVectors >= 4 && take == 4)
+            body(j, Count<4>{});
+        else if (kVectors >= 3 && take == 3)
+            body(j, Count<3>{});
+        else if (take == 2)
+            body(j, Count<2>{});
+        else
+            body(j, Count<1>{});
+        j += take * kLanes<T>;
+    }
 }
 
-// out (kGroup, padded) = G (kGroup, B) @ F (B, padded)
+// Y = G F.
 template <typename T>
-void project(const Local<T>& local, Index B, Index stride) {
-    for (Index j = 0; j < stride; j += kWidth<T>)
+void project(T* Y, const T* G, const T* F, const Shape<T>& shape) {
+    each_tile<T>(shape.columns, [&](Index j, auto count) {
+        constexpr int vectors = decltype(count)::value;
         for (int s = 0; s < kGroup; s += kRows) {
-            Vector<T> sum[kRows][kVectors] = {};
-            multiply<T, kRows, kVectors>(sum, B, local.G + s, kGroup, 1, local.F + j, stride);
+            Vector<T> sum[kRows][vectors] = {};
+            multiply<T, kRows, vectors>(sum, shape.B, G + s, kGroup, 1, F + j, shape.stride);
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-                for (int v = 0; v < kVectors; ++v)
-                    store(local.Y + (s + i) * stride + j + v * kLanes<T>, sum[i][v]);
+                for (int v = 0; v < vectors; ++v)
+                    store(Y + (s + i) * shape.stride + j + v * kLanes<T>, sum[i][v]);
         }
+    });
 }
 
-// S = m I + Y G^T (kGroup, kGroup).
+// S[first ..] = Y[first ..] G^T for kCount rows and vectors from .. from + kVectors - 1.
+template <int kCount, int kVectors, typename T>
+LOBS_INLINE void gram_rows(T (&S)[kGroup][kGroup], int first, int from, const T* Y, const T* G,
+                           const Shape<T>& shape) {
+    Vector<T> sum[kCount][kVectors] = {};
+    multiply<T, kCount, kVectors>(sum, shape.B, Y + first * shape.stride, 1, shape.stride,
+                                  G + from * kLanes<T>, kGroup);
+    for (int i = 0; i < kCount; ++i)
+        for (int v = 0; v < kVectors; ++v) store(&S[first + i][(from + v) * kLanes<T>], sum[i][v]);
+}
+
+// S = m I + Y G^T, the upper triangle, into a lane of U.
 template <typename T>
-void gram(T (&S)[kGroup][kGroup], const Local<T>& local, Index B, Index stride, T m) {
+void gram(T* U, const T* Y, const T* G, const Shape<T>& shape, T m) {
     constexpr int vectors = kGroupVectors<T>;
-    constexpr int rows = kManyRegisters ? 8 : (vectors > 4 ? 1 : 4);
-    for (int s = 0; s < kGroup; s += rows) {
-        Vector<T> sum[rows][vectors] = {};
-        multiply<T, rows, vectors>(sum, B, local.Y + s * stride, 1, stride, local.G, kGroup);
-        for (int i = 0; i < rows; ++i)
-            for (int v = 0; v < vectors; ++v) store(&S[s + i][v * kLanes<T>], sum[i][v]);
+    alignas(64) T S[kGroup][kGroup];
+    if constexpr (vectors == 2) {  // of rows 8 .. 15, the first half is below the diagonal
+        constexpr int rows = kManyRegisters ? 8 : 4;
+        for (int s = 0; s < 8; s += rows) gram_rows<rows, 2>(S, s, 0, Y, G, shape);
+        gram_rows<8, 1>(S, 8, 1, Y, G, shape);
+    } else {
+        constexpr int rows = kManyRegisters ? 8 : vectors > 4 ? 1 : vectors > 2 ? 2 : 4;
+        for (int s = 0; s < kGroup; s += rows) gram_rows<rows, vectors>(S, s, 0, Y, G, shape);
     }
-    for (int i = 0; i < kGroup; ++i) S[i][i] += m;
+    for (int i = 0; i < kGroup; ++i)
+        for (int k = i; k < kGroup; ++k)
+            U[(i * kGroup + k) * kLanes<T>] = i == k ? S[i][k] + m : S[i][k];
 }
 
-// S <- U with U^T U = S, in the upper triangle. False if a pivot is not positive. If a row is one
-// vector, the whole matrix stays in registers: latency bounds the chain of 16 pivots. Without
-// accesses to memory, this and gram went from a fifth to an eighth of the time for B = 50.
+// U <- the upper factor of every lane. Returns the lanes whose pivots are all positive and finite.
 template <typename T>
-bool factor(T (&S)[kGroup][kGroup]) {
-    if constexpr (kLanes<T> == kGroup) {
-        Vector<T> row[kGroup];
-        bool good = true;
-#pragma GCC unroll 16
-        for (int i = 0; i < kGroup; ++i) row[i] = load(&S[i][0]);
-#pragma GCC unroll 16
-        for (int j = 0; j < kGroup; ++j) {
-            const T pivot = row[j][j];
-            good = good && pivot > 0 && finite_bits(magnitude_bits(pivot));
-            row[j] *= 1 / root(pivot);
-#pragma GCC unroll 16
-            for (int k = j + 1; k < kGroup; ++k) row[k] -= row[j][k] * row[j];
-            store(&S[j][0], row[j]);
-        }
-        return good;
-    }
+unsigned factor(T* U, T* scale) {
+    constexpr Index row = kGroup * kLanes<T>;
+    constexpr T kInfinity = static_cast<T>(__builtin_inf());
+    Mask<T> good = Vector<T>{} == Vector<T>{};
     for (int j = 0; j < kGroup; ++j) {
-        const T pivot = S[j][j];
-        if (!(pivot > 0) || !finite_bits(magnitude_bits(pivot))) return false;
-        const T scale = 1 / root(pivot);
-        for (int i = 0; i < kGroup; ++i) S[j][i] *= scale;
-        for (int k = j + 1; k < kGroup; ++k) {
-            const T u = S[j][k];
-            for (int i = 0; i < kGroup; ++i) S[k][i] -= u * S[j][i];
+        T* const u = U + j * row;
+        T* const own = scale + j * kLanes<T>;
+        const Vector<T> pivot = load(u + j * kLanes<T>);
+        good &= (pivot > 0) & (pivot < kInfinity);
+        for (int l = 0; l < kLanes<T>; ++l) own[l] = 1 / root(u[j * kLanes<T> + l]);
+        const Vector<T> by = load(own);
+        for (int k = j; k < kGroup; ++k) store(u + k * kLanes<T>, load(u + k * kLanes<T>) * by);
+        for (int i = j + 1; i < kGroup; ++i) {
+            const Vector<T> f = load(u + i * kLanes<T>);
+            for (int k = i; k < kGroup; ++k) {
+                T* const at = U + i * row + k * kLanes<T>;
+                store(at, load(at) - f * load(u + k * kLanes<T>));
+            }
         }
     }
-    return true;
+    return bits_of(good);
 }
 
-// Y <- U^-T Y, row by row.
+// Y <- U^-T Y, for the factor in a lane of U.
 template <typename T>
-void solve(const T (&U)[kGroup][kGroup], T* Y, Index stride) {
-    for (Index j = 0; j < stride; j += kLanes<T>) {
-        Vector<T> z[kGroup];
-#pragma GCC unroll 16
-        for (int s = 0; s < kGroup; ++s) {
-            Vector<T> sum = load(Y + s * stride + j);
-#pragma GCC unroll 16
-            for (int i = 0; i < s; ++i) sum -= U[i][s] * z[i];
-            z[s] = sum / U[s][s];
-            store(Y + s * stride + j, z[s]);
-        }
-    }
+void solve(T* Y, const T* U, const T* scale, const Shape<T>& shape) {
+    each_tile<T>(shape.columns, [&](Index j, auto count) {
+        substitute<T, decltype(count)::value>(Y + j, shape.stride, kGroup, U, kGroup * kLanes<T>,
+                                              kLanes<T>, scale, kLanes<T>);
+    });
 }
 
-// F -= Z^T Z. Entries (i, j) and (j, i) sum the same products in the same order, so F stays exactly
-// symmetric.
+// out (4 x 4) = the transpose of in.
 template <typename T>
-void subtract(const Local<T>& local, Index rows, Index stride) {
-    for (Index j = 0; j < stride; j += kWidth<T>)
-        for (Index i = 0; i < rows; i += kRows) {
-            Vector<T> sum[kRows][kVectors] = {};
-            multiply<T, kRows, kVectors>(sum, kGroup, local.Y + i, stride, 1, local.Y + j, stride);
+LOBS_INLINE void transpose_four(T* out, Index out_stride, const T* in, Index in_stride) {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    const Four a = *reinterpret_cast<const Four*>(in);
+    const Four b = *reinterpret_cast<const Four*>(in + in_stride);
+    const Four c = *reinterpret_cast<const Four*>(in + 2 * in_stride);
+    const Four d = *reinterpret_cast<const Four*>(in + 3 * in_stride);
+    const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *reinterpret_cast<Four*>(out) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + out_stride) =
+        __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+    *reinterpret_cast<Four*>(out + 2 * out_stride) =
+        __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + 3 * out_stride) =
+        __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// F -= Z^T Z. Columns are cut into tiles and rows at the same places. Squares on the diagonal are
+// computed whole: entries (i, j) and (j, i) sum the same products in the same order. So F stays
+// exactly symmetric.
+template <typename T>
+void subtract(T* F, const T* Z, const Shape<T>& shape) {
+    const Index stride = shape.stride;
+    each_tile<T>(shape.columns, [&](Index j, auto count) {
+        constexpr int vectors = decltype(count)::value;
+        for (Index i = j; i < shape.rows; i += kRows) {
+            Vector<T> sum[kRows][vectors] = {};
+            multiply<T, kRows, vectors>(sum, kGroup, Z + i, stride, 1, Z + j, stride);
+            T* const f = F + i * stride + j;
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-                for (int v = 0; v < kVectors; ++v) {
-                    T* f = local.F + (i + r) * stride + j + v * kLanes<T>;
-                    store(f, load(f) - sum[r][v]);
+                for (int v = 0; v < vectors; ++v) {
+                    T* const at = f + r * stride + v * kLanes<T>;
+                    store(at, load(at) - sum[r][v]);
                 }
+            if (i < j + vectors * kLanes<T>) continue;
+            for (int r = 0; r < kRows; r += 4)
+                for (int k = 0; k < vectors * kLanes<T>; k += 4)
+                    transpose_four(F + (j + k) * stride + i + r, stride, f + r * stride + k,
+                                   stride);
         }
+    });
 }
 
 // A block needs a short segment of each sample, which is a long row: the hardware does not prefetch
@@ -154,29 +233,12 @@ LOBS_INLINE void copy_row(T* out, const T* in, Index count) {
 // cores.
 template <typename T>
 void take_samples(T* out, const T* rows, Index row_stride, Index group, Index columns) {
-    typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
     Index s = 0;
     for (; s + 4 <= group; s += 4) {
         const T* row = rows + s * row_stride;
         Index i = 0;
-        for (; i + 4 <= columns; i += 4) {
-            const Four a = *reinterpret_cast<const Four*>(row + i);
-            const Four b = *reinterpret_cast<const Four*>(row + row_stride + i);
-            const Four c = *reinterpret_cast<const Four*>(row + 2 * row_stride + i);
-            const Four d = *reinterpret_cast<const Four*>(row + 3 * row_stride + i);
-            const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-            const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-            const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-            const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-            T* to = out + i * kGroup + s;
-            *reinterpret_cast<Four*>(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-            *reinterpret_cast<Four*>(to + kGroup) =
-                __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-            *reinterpret_cast<Four*>(to + 2 * kGroup) =
-                __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-            *reinterpret_cast<Four*>(to + 3 * kGroup) =
-                __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-        }
+        for (; i + 4 <= columns; i += 4)
+            transpose_four(out + i * kGroup + s, kGroup, row + i, row_stride);
         for (; i < columns; ++i)
             for (Index r = 0; r < 4; ++r) out[i * kGroup + s + r] = row[r * row_stride + i];
     }
@@ -185,31 +247,46 @@ void take_samples(T* out, const T* rows, Index row_stride, Index group, Index co
             out[i * kGroup + s] = s < group ? rows[s * row_stride + i] : T(0);
 }
 
-// The padding of local.F and local.G is zero on entry and stays zero, because zero columns of G and
-// F give zero columns of Z.
+// Updates blocks first .. first + count - 1. Returns those whose pivots stayed positive, a bit for
+// each; the others are untouched. The padding of the local blocks is zero on entry and stays zero,
+// because zero columns of G and F give zero columns of Z.
 template <typename T>
-bool update_block(T* F, const Matrix<const T>& G, Index b, Index B, T m, const Local<T>& local) {
-    const Index stride = padded<T>(B);
-    const Index rows = (B + kRows - 1) / kRows * kRows;
-    for (Index i = 0; i < B; ++i) copy_row(local.F + i * stride, F + i * B, B);
-    const Index left = G.columns - b * B;
-    const Index columns = left < B ? left : B;
-    for (Index i = columns; i < B; ++i)
-        for (int s = 0; s < kGroup; ++s) local.G[i * kGroup + s] = 0;
-    alignas(64) T S[kGroup][kGroup];
-    for (Index n = 0; n < G.rows; n += kGroup) {
-        const Index group = G.rows - n < kGroup ? G.rows - n : kGroup;
-        take_samples(local.G, G.data + n * G.row_stride + b * B, G.row_stride, group, columns);
-        for (Index s = 0; s < group; ++s)
-            prefetch(G.data + (n + s) * G.row_stride + (b + 1) * B, B);
-        project(local, B, stride);
-        gram(S, local, B, stride, m);
-        if (!factor(S)) return false;
-        solve(S, local.Y, stride);
-        subtract(local, rows, stride);
+unsigned update_run(T* F, const Matrix<const T>& G, Index first, Index count, T m,
+                    const Shape<T>& shape, const Local<T>& local) {
+    const Index B = shape.B;
+    unsigned good = (1u << count) - 1;
+    for (Index lane = 0; lane < count; ++lane)
+        for (Index i = 0; i < B; ++i)
+            copy_row(local.blocks + lane * shape.own() + i * shape.stride,
+                     F + ((first + lane) * B + i) * B, B);
+    for (Index n = 0; n < G.rows && good != 0; n += kGroup) {
+        const Index group = least(G.rows - n, kGroup);
+        for (Index lane = 0; lane < count; ++lane) {
+            const Index from = (first + lane) * B;
+            const Index columns = least(G.columns - from, B);
+            const T* const rows = G.data + n * G.row_stride + from;
+            take_samples(local.G, rows, G.row_stride, group, columns);
+            for (Index i = columns * kGroup; i < B * kGroup; ++i) local.G[i] = 0;
+            for (Index s = 0; s < group; ++s) prefetch(rows + s * G.row_stride + B, B);
+            T* const f = local.blocks + lane * shape.own();
+            T* const y = f + shape.rows * shape.stride;
+            project(y, local.G, f, shape);
+            gram(local.U + lane, y, local.G, shape, m);
+        }
+        good &= factor(local.U, local.scale);
+        for (Index lane = 0; lane < count; ++lane) {
+            if ((good >> lane & 1) == 0) continue;
+            T* const f = local.blocks + lane * shape.own();
+            T* const y = f + shape.rows * shape.stride;
+            solve(y, local.U + lane, local.scale + lane, shape);
+            subtract(f, y, shape);
+        }
     }
-    for (Index i = 0; i < B; ++i) copy_row(F + i * B, local.F + i * stride, B);
-    return true;
+    for (Index lane = 0; lane < count; ++lane)
+        for (Index i = 0; i < B && (good >> lane & 1) != 0; ++i)
+            copy_row(F + ((first + lane) * B + i) * B,
+                     local.blocks + lane * shape.own() + i * shape.stride, B);
+    return good;
 }
 
 // Position of the first NaN or infinity in the rows of G, or their number of elements if there is
@@ -242,30 +319,29 @@ template <typename T>
 Info launch(T* F, Index blocks, Index B, AnyMatrix any, double m, const Context& context) {
     const Matrix<const T> G{static_cast<const T*>(any.data), any.rows, any.columns, any.row_stride,
                             1};
-    const Index stride = padded<T>(B);
-    const Index rows = (B + kRows - 1) / kRows * kRows;
-    Index elements = 0;
-    if (__builtin_mul_overflow(rows + 2 * kGroup, stride, &elements))
-        return {Status::out_of_memory, 0};
-    Scratch scratch(context.threads, elements * static_cast<Index>(sizeof(T)));
+    const Shape<T> shape(B);
+    const Index run = least(shape.run(), blocks);
+    Scratch scratch(context.threads,
+                    (shape.shared() + run * shape.own()) * static_cast<Index>(sizeof(T)));
     const Index none = G.rows * G.columns;
     Lowest found(context.threads, none), failed(context.threads, blocks);
     if (!scratch.ok() || !found.ok() || !failed.ok()) return {Status::out_of_memory, 0};
     const Index bad = look(G, found, context);
     if (bad < none) return {Status::not_finite, bad};
-    const auto bytes = static_cast<std::size_t>(elements) * sizeof(T);
-    for (int w = 0; w < context.threads; ++w) std::memset(scratch.of<T>(w), 0, bytes);
-    auto body = [&](Index item, int worker) {
-        T* base = scratch.of<T>(worker);
-        const Local<T> local{base, base + rows * stride, base + (rows + kGroup) * stride};
-        const Index end = (item + 1) * kRun < blocks ? (item + 1) * kRun : blocks;
-        for (Index b = item * kRun; b < end; ++b)
-            if (!update_block(F + b * B * B, G, b, B, static_cast<T>(m), local)) {
-                failed.note(worker, b);
-                std::memset(base, 0, bytes);  // the failure must not reach the next block
-            }
+    const auto clear = [&](int worker) {
+        std::memset(scratch.of<T>(worker), 0,
+                    static_cast<std::size_t>(shape.shared() + run * shape.own()) * sizeof(T));
     };
-    if (!parallel_items((blocks + kRun - 1) / kRun, context, body)) return {Status::interrupted, 0};
+    for (int w = 0; w < context.threads; ++w) clear(w);
+    auto body = [&](Index item, int worker) {
+        const Local<T> local(scratch.of<T>(worker), shape);
+        const Index first = item * run, count = least(run, blocks - first);
+        const unsigned good = update_run(F, G, first, count, static_cast<T>(m), shape, local);
+        if (good == (1u << count) - 1) return;
+        failed.note(worker, first + __builtin_ctz(~good));
+        clear(worker);  // the failure must not reach the padding of the next run
+    };
+    if (!parallel_items((blocks + run - 1) / run, context, body)) return {Status::interrupted, 0};
     const Index lowest = failed.item();
     return {lowest < blocks ? Status::not_positive : Status::ok, lowest < blocks ? lowest : 0};
 }

@@ -37,17 +37,14 @@ struct Seen {  // of one strip
 // with vectors).
 template <typename T>
 Seen<T> price(const Row<T>& row, Index count, T* cost) {
-    typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
-    typedef unsigned char Bytes __attribute__((vector_size(kLanes<T>), aligned(1), may_alias));
     constexpr T kInfinity = static_cast<T>(__builtin_inf());
     const Vector<T> infinity = Vector<T>{} + kInfinity;
     Vector<T> smallest = infinity;
-    Mask fault = {}, alive = {};
+    Mask<T> fault = {}, alive = {};
     Index q = 0;
     for (; q + kLanes<T> <= count; q += kLanes<T>) {
         const Vector<T> w = load(row.w + q), d = load(row.d + q);
-        const Mask live =
-            __builtin_convertvector(*reinterpret_cast<const Bytes*>(row.live + q), Mask) != 0;
+        const Mask<T> live = widen<T>(row.live + q) != 0;
         const Vector<T> s = saliency(w, d);
         const Vector<T> c = live ? s : infinity;
         store(cost + q, c);

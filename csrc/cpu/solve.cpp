@@ -12,8 +12,9 @@
 namespace lobs::LOBS_LEVEL {
 namespace {
 
-constexpr int kVectors = kManyRegisters ? 4 : 2;
-constexpr int kRows = 4;  // divides a tile; 16 accumulators in 32 registers, or 8 in 16
+// kRows divides a tile. 16 accumulators in 32 registers; 12 in 16, or 8 where products need one more.
+constexpr int kVectors = kManyRegisters ? 4 : kVectorBytes == 32 ? 3 : 2;
+constexpr int kRows = 4;
 template <typename T>
 constexpr Index kTile = kVectors * kLanes<T>;
 constexpr Index kDepth =
@@ -57,10 +58,8 @@ void cut(const System<T>& s, const T* M, Index C, const T* b, const unsigned cha
         const T* m = M + q * C;
         Index i = 0;
         for (; i + kLanes<T> <= C; i += kLanes<T>) {
-            unsigned keep = 0;
-            for (int l = 0; l < kLanes<T>; ++l)
-                keep |= static_cast<unsigned>(chosen[i + l] != 0) << l;
-            if (keep) out = compress(out, m + i, keep);
+            if (const unsigned keep = bits_of(widen<T>(chosen + i) != 0))
+                out = compress(out, m + i, keep);
         }
         for (; i < C; ++i)
             if (chosen[i]) *out++ = m[i];
@@ -127,21 +126,9 @@ bool factor_diagonal(const System<T>& s, Index b) {
 // Multiplies rows of block b in tile t > b by U_bb^-T.
 template <typename T>
 void solve_tile(const System<T>& s, Index b, Index t) {
-    const T* const a = s.tile(b) + b * kTile<T> * kTile<T>;
-    T* const x = s.tile(t) + b * kTile<T> * kTile<T>;
-    for (Index j = 0; j < kTile<T>; ++j) {
-        Vector<T> sum[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[v] = load(x + j * kTile<T> + v * kLanes<T>);
-        for (Index m = 0; m < j; ++m) {
-            const T u = a[m * kTile<T> + j];
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sum[v] -= u * load(x + m * kTile<T> + v * kLanes<T>);
-        }
-        const T scale = s.inverse[b * kTile<T> + j];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store(x + j * kTile<T> + v * kLanes<T>, sum[v] * scale);
-    }
+    const Index rows = b * kTile<T>;
+    substitute<T, kVectors>(s.tile(t) + rows * kTile<T>, kTile<T>, kTile<T>,
+                            s.tile(b) + rows * kTile<T>, kTile<T>, 1, s.inverse + rows, 1);
 }
 
 // x <- U^-T x

@@ -1,5 +1,5 @@
-// vector.h: the SIMD type of the level that a file is compiled for, and the micro-kernel of all
-// products.
+// vector.h: the SIMD type of the level that a file is compiled for, and the micro-kernels of all
+// products and triangular solves.
 //
 // Every kernel file is compiled once per level (see CMakeLists.txt), into a namespace of the
 // level's name. It uses portable vector extensions, not intrinsics: gcc and clang keep the
@@ -191,6 +191,15 @@ struct LaneSets {
     }
 };
 constexpr LaneSets kLaneSets;
+
+// The permutation that puts the lanes in `keep` first.
+template <typename T>
+LOBS_INLINE __m256i kept_lanes(unsigned keep) {
+    unsigned halves = keep;  // a set of lanes of 4 bytes
+    if constexpr (sizeof(T) == 8) halves = 3 * _pdep_u32(keep, 0x55);
+    return _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneSets.lane[halves])));
+}
 #endif
 
 // Writes the lanes of `in` whose bit in `keep` is set next to each other. Returns the end of what
@@ -206,12 +215,9 @@ LOBS_INLINE T* compress(T* out, const T* in, unsigned keep) {
             out, _mm512_maskz_compress_pd(static_cast<__mmask8>(keep), _mm512_loadu_pd(in)));
     return out + __builtin_popcount(keep);
 #elif defined(__AVX2__)
-    unsigned halves = keep;  // a set of lanes of 4 bytes
-    if constexpr (sizeof(T) == 8) halves = 3 * _pdep_u32(keep, 0x55);
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneSets.lane[halves]));
     const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm256_permutevar8x32_epi32(values, _mm256_cvtepu8_epi32(bytes)));
+                        _mm256_permutevar8x32_epi32(values, kept_lanes<T>(keep)));
     return out + __builtin_popcount(keep);
 #else
     for (int l = 0; l < kLanes<T>; ++l) {
@@ -237,6 +243,28 @@ LOBS_INLINE void multiply(Vector<T> (&accumulator)[kRows][kVectors], Index depth
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) accumulator[i][v] += a * b[v];
         }
+    }
+}
+
+// Z <- U^-T Z for kVectors vectors of each of `size` rows of Z, a multiple of 4, by forward
+// substitution of four rows at a time. inverse[i * inverse_i] = 1 / U_ii.
+template <typename T, int kVectors>
+LOBS_INLINE void substitute(T* Z, Index z_i, Index size, const T* U, Index u_i, Index u_k,
+                            const T* inverse, Index inverse_i) {
+    for (Index s = 0; s < size; s += 4) {
+        Vector<T> z[4][kVectors] = {};
+        multiply<T, 4, kVectors>(z, s, U + s * u_k, u_i, u_k, Z, z_i);
+#pragma GCC unroll 4
+        for (Index i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                T* const at = Z + (s + i) * z_i + v * kLanes<T>;
+                Vector<T> sum = load(at) - z[i][v];
+#pragma GCC unroll 4
+                for (Index k = 0; k < i; ++k) sum -= U[(s + k) * u_i + (s + i) * u_k] * z[k][v];
+                z[i][v] = sum * inverse[(s + i) * inverse_i];
+                store(at, z[i][v]);
+            }
     }
 }
 

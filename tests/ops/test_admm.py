@@ -23,9 +23,12 @@ PLANS: list[dict[str, Any]] = [
     {"share": 0.5, "by_row": True},
     {"share": 0.3, "unit": 4},
     {"share": 0.7, "unit": 4, "by_row": True},
+    {"share": 0.5, "unit": 3},
+    {"share": 0.4, "unit": 20, "by_row": True},
     {"group": 4, "per_group": 2},
     {"group": 3, "per_group": 1},
     {"group": 8, "per_group": 3},
+    {"group": 16, "per_group": 8},
     {"group": 100, "per_group": 40},
 ]
 

@@ -131,6 +131,22 @@ def test_long_sums_in_one_call_stay_accurate(backend, dtype):
     assert distance(full(H), x.T @ x) < (1e-12 if dtype == torch.float64 else 5e-7)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_are_packed_in_several_stretches_all_count(backend, threads):
+    """16 MiB of packed rows are 1792 rows of 1100 columns."""
+    if not backend.startswith("cpu_"):
+        pytest.skip("other backends pack nothing")
+    X = features(1900, 1100)
+    H = torch.zeros(1100, 1100, dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ops.hessian_accumulate_(H, X, backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    assert distance(full(H), X.double().T @ X.double()) < 1e-6
+
+
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_a_kernel_must_copy_first_give_the_same_bits(emulated, dtype, ones):
