@@ -7,6 +7,7 @@ Nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NotMadeError", "made", "types"]
+__all__ = ["NotMadeError", "made", "types", "without_caches"]
 
 LARGEST = 2_000_000  # parameters
 VOCABULARY, HIDDEN, TOKENS, IMAGE = 160, 32, 16, 32
@@ -46,7 +47,7 @@ _RULES: list[tuple[str, int | Callable[[int], int]]] = [
     (r"image_size|input_size|img_size", IMAGE),
     (r"temporal_patch|tubelet", lambda n: n),
     (r"patch_size|patch_stride", lambda n: 4 if n <= 4 else 8),
-    (r"intermediate|ffn|d_ff|d_inner|mlp_dim|inner_dim|feedforward|expand_dim", 48),
+    (r"intermediate|ffn|d_ff|dff|d_inner|mlp_dim|inner_dim|feedforward|expand_dim", 48),
     (
         r"hidden_(size|dim)|d_model|n_embd|embed_dim|embedding_(size|dim)|^dim$|model_dim|emb_dim",
         32,
@@ -252,11 +253,19 @@ def made(name: str) -> tuple[nn.Module, list[Batch]]:
         raise NotMadeError(
             f"made: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
-    caching = [config for config in _configs(model) if getattr(config, "use_cache", None) is True]
-    for config in caching:  # as it will be while the network is pruned
+    with without_caches(model):  # as it will be while the network is pruned
+        return model, _taken(model)
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Turn off caches of keys and values, if the model has a configuration for them."""
+    configs = _configs(model) if hasattr(model, "config") else ()
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in caching:
         config.use_cache = False
     try:
-        return model, _taken(model)
+        yield
     finally:
         for config in caching:
             config.use_cache = True

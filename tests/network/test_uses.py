@@ -296,6 +296,17 @@ def test_tables_positions_and_learned_inputs_are_left_alone_on_purpose():
     assert report.coverage.missed == 0
 
 
+def test_a_learned_query_of_attention_is_left_alone_on_purpose():
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        query, x = m.query.expand(len(x), -1, -1, -1), x[:, None]  # one head
+        return m.layer(functional.scaled_dot_product_attention(query, x, x))
+
+    net = Net(attend, query=torch.randn(1, 1, 3, 16), layer=nn.Linear(16, 8)).float()
+    report = prune(net, [x.float() for x in sequences()])
+    assert [(x.name, x.on_purpose) for x in report.skipped] == [("query", True)]
+    assert "learned input" in report.skipped[0].reason
+
+
 # ---- recurrent layers ----------------------------------------------------------------------------
 
 

@@ -195,6 +195,8 @@ class Survey(Mode):
         for p in dict.fromkeys(involved):
             if name in _LOOKUPS:
                 self._note(p, "looked_up", name)
+            elif name.startswith("_scaled_dot_product"):
+                self._note(p, "inputs")
             else:
                 self._note(p, "entrywise" if name in _ENTRYWISE else "others", name)
         self._remember(self._mixed, result, [p for p in involved if not self._owned(p)])

@@ -99,8 +99,10 @@ def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings)
     work = method.memory(extent, limit=scratch, backend=settings.backend).total
     corrected = settings.inputs == "corrected"
     pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
-    measuring = 5 * 8 * min(extent.weights, PIECE)
-    return job.moment_bytes + work + pull + measuring
+    # At the end, when scratch is free again: beside the result, and the inverse.
+    measuring = 5 * 8 * min(extent.weights, PIECE) + (extent.kernel.itemsize + 1) * extent.weights
+    measuring += 8 * extent.squares if method.inverts else 0
+    return job.moment_bytes + max(work, measuring) + pull
 
 
 def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
