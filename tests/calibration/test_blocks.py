@@ -79,16 +79,21 @@ class Derived(Model):
         return {"scale": float(x.abs().mean())}
 
 
-def test_a_replay_that_differs_from_the_model_is_an_error_and_changes_nothing():
+def test_where_a_replay_differs_from_the_model_all_is_done_again_with_the_whole_model(tmp_path):
+    options = {"sparsity": 0.9, "method": "magnitude"}
     model = made(Derived)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    with pytest.raises(
-        LobsError, match=r"'layers' do not return what they return in the model; pass blocks="
-    ):
-        pruned(model, batches(), sparsity=0.9, method="magnitude")
+    message = "'layers' do not return what they return in the model"
+    with pytest.raises(LobsError, match=rf"{message}; pass blocks="):
+        pruned(model, batches(), run_dir=tmp_path / "run", **options)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    check_other_way = pruned(model, batches(), sparsity=0.9, method="magnitude", blocks=None)[0]
-    assert check_other_way.sparsity == pytest.approx(0.9, abs=0.01)
+    once = iter(batches())  # an iterator can be read only once
+    report, weights = pruned(model, once, **options)
+    assert report.settings["blocks"] == []
+    assert report.settings["no blocks"][0].endswith(message)
+    whole, plain = pruned(made(Derived), batches(), blocks=None, **options)
+    assert all(torch.equal(weights[name], value) for name, value in plain.items())
+    assert [x.error for x in report.layers] == [x.error for x in whole.layers]
 
 
 class Cached(Model):

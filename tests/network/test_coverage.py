@@ -151,6 +151,22 @@ def test_exclude_takes_names_of_whatever_is_left_out_and_silences_the_warning():
     assert [x.name for x in report.layers] == ["last"]
 
 
+@pytest.mark.parametrize("inputs", ["corrected", "pruned", "dense"])
+def test_a_layer_that_is_called_without_rows_is_left_out_and_named(inputs):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        some = m.sometimes(x[x[:, 0] > 3])
+        return m.always(x) + m.never(x[:0]).sum() + some.sum(0)
+
+    layers = {name: nn.Linear(16, 8) for name in ("always", "sometimes", "never")}
+    data = [rows(1)[0].clamp(-2, 2) for _ in range(3)]
+    data[2][:5, 0] = 4.0  # only this batch reaches one of them
+    report = prune(Net(forward, **layers), data, inputs=inputs)
+    assert {x.name for x in report.layers} == {"always", "sometimes", "last"}
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.on_purpose) == ("never", False)
+    assert "never called on the calibration data" in skipped.reason
+
+
 @pytest.mark.parametrize("options", [{}, {"run_dir": "run"}, {"exclude": "later"}])
 def test_a_layer_without_values_is_left_out_and_named(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

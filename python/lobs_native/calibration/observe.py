@@ -56,6 +56,8 @@ def observe(
 
     def leave(layer: Layer, site: Layer) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.numel():
+                return  # a call with no rows
             seen.called.add(layer.name)
             if layer.name in trials and not _as_described(site, args, kwargs, output):
                 seen.unlike.add(layer.name)

@@ -18,7 +18,11 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
 from lobs_native.layers import Layer
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "UnlikeError"]
+
+
+class UnlikeError(LobsError):
+    """The blocks of a stack do not return what they return in the model."""
 
 
 class _Inputs:
@@ -210,8 +214,8 @@ class Replay:
     def finish(self) -> None:
         """Run the remaining blocks, and compare the result with the model's own on the first batch.
 
-        Raises LobsError if they differ: layers would then have been calibrated on inputs other than
-        the network's.
+        Raises UnlikeError if they differ: layers would then have been calibrated on inputs other
+        than the network's.
         """
         while self.block < len(self.stack.modules):
             self.advance()
@@ -236,7 +240,7 @@ class Replay:
         ):
             run_first(self.session)
         if not results or not same(replayed.hidden[0], results[0]):
-            raise LobsError(
+            raise UnlikeError(
                 f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "
                 "they return in the model; pass blocks=None"
             )

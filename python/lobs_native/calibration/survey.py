@@ -150,8 +150,8 @@ class Survey(Mode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if not any(isinstance(x, Tensor) for x in tree_leaves(result)):
-            return result  # a comparison: nothing of the weights goes on
+        if not any(isinstance(x, Tensor) and x.numel() for x in tree_leaves(result)):
+            return result  # a comparison, or of no rows: nothing of the weights goes on
         name = func.name().removeprefix("aten::").partition(".")[0]
         if func in PRODUCTS:
             first = PRODUCTS[func]

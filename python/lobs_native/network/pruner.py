@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lobs_native.calibration.replay import UnlikeError
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.pruning import Pruning
@@ -138,7 +139,9 @@ def prune(
         "auto" does so where the modules of a list are called one after another, each on what the
         one before returned, and a replay of the first batch reproduces the model's output;
         ``report.settings`` lists these stacks ("blocks") and the reasons against others ("no
-        blocks").
+        blocks"). If the last block then does not return what it returns in the pruned model,
+        because the model computes more than hidden states on the way, all is done again without
+        blocks; with ``run_dir``, that is an error.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional
@@ -244,7 +247,16 @@ def prune(
         seed=seed,
         token_mask=token_mask,
     )
-    return Pruning(model, calibration, _chosen(settings, arguments)).carry_out()
+    pruning = Pruning(model, calibration, _chosen(settings, arguments))
+    try:
+        return pruning.carry_out()
+    except UnlikeError as error:  # seen at the end: what flows between blocks has changed
+        if pruning.settings.run_dir is not None:
+            raise
+        reason = str(error).removesuffix("; pass blocks=None")
+    whole = dataclasses.replace(pruning.settings, blocks=None)
+    report = Pruning(model, pruning.session.batches, whole).carry_out()
+    return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
 
 
 def plan_prune(
