@@ -3,13 +3,14 @@
 It is computed in place of one copy of the matrix, by blocks of columns: a matrix of 25,000 columns
 takes 5 GB in float64. Torch's Cholesky factorisation and solve hold three more. They also take
 about twice the time (``bench/speed/paired.py --only inversion``): here nearly all of it goes into
-matrix products, none of them with zeros. A method that asks for nothing but the factor can have it
-in float32, in half of the time (2048 columns, one AVX-512 core: 0.11 instead of 0.22 s).
+matrix products, none of them with zeros.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,15 @@ from lobs_native import checks
 from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.ops import one_thread
 
-__all__ = ["LADDER", "Inverse", "invert", "invert_", "power_of_two"]
+__all__ = [
+    "LADDER",
+    "Inverse",
+    "climb",
+    "invert",
+    "invert_",
+    "power_of_two",
+    "upper_factor",
+]
 
 LADDER = (1.0, 10.0, 100.0)  # factors on the requested damping, tried in turn
 _NORM_STEPS = 4  # of the power method
@@ -37,8 +46,6 @@ class Inverse:
         The fraction that was used.
     raised : bool
         Whether that is more than was requested.
-
-    U may be float32; everything else is float64, for which such a U is computed again.
     """
 
     def __init__(
@@ -67,16 +74,15 @@ class Inverse:
             self._norm = self.norm()
             self._U = self._A = None
 
-    def _again(self, *, wide: bool = True) -> None:
-        """Compute U, if it was released, or is not ``wide``: in float64."""
-        narrow = self._U is not None and self._U.dtype != self._H.dtype
-        if (self._U is None and self._A is None) or (narrow and wide):
+    def _again(self) -> None:
+        """Compute U, if it was released or never there."""
+        if self._U is None and self._A is None:
             self._U, self._lent = _upper(self._H, self.scale, self._shift), False
 
     @property
     def U(self) -> Tensor:
-        """(C, C) float64 (or as ``invert`` was asked), upper, U^T U = A."""
-        self._again(wide=False)
+        """(C, C) float64, upper, U^T U = A."""
+        self._again()
         if self._U is None:
             assert self._A is not None
             L = self._A.clone()
@@ -84,6 +90,12 @@ class Inverse:
             self._U = L.tril_().T.contiguous()
         self._lent = True
         return self._U
+
+    def factor(self) -> Tensor:
+        """(C, C), upper, the inverse of U: ``G G^T = H / scale``, damped. Computed from H."""
+        G = upper_factor(self._H, self.scale, self._shift, self._H.dtype)
+        assert G is not None  # as U was found
+        return G
 
     def times(self, b: Tensor) -> Tensor:
         """A @ b for b (C, N) float64, by U as long as A has not been computed."""
@@ -111,7 +123,7 @@ class Inverse:
         if matrix is None:
             return self._norm
         # Any start that favours no column will do; a sine needs no random numbers.
-        v = torch.arange(1.0, len(matrix) + 1, dtype=matrix.dtype, device=matrix.device).sin_()
+        v = torch.arange(1.0, len(matrix) + 1, dtype=torch.float64, device=matrix.device).sin_()
         norm = v.norm()
         for _ in range(_NORM_STEPS):
             v = v / norm
@@ -138,28 +150,44 @@ def power_of_two(mean: float) -> float:
     return math.ldexp(1.0, math.frexp(mean)[1])
 
 
-def invert(H: Tensor, damping: float, what: str, *, dtype: torch.dtype = torch.float64) -> Inverse:
+def invert(H: Tensor, damping: float, what: str) -> Inverse:
     """Invert a second moment (C, C) float64 with damping; where Cholesky fails, with 10 and then
     100 times as much. H is not modified. Besides it there is one matrix of its size at any time.
 
-    With ``dtype=torch.float32``, U is float32 if Cholesky does not fail there.
     ``what`` names the matrix in the error that is raised when the ladder ends. A power of two is
     taken out of H first, so that nothing over- or underflows and the result scales exactly with H.
     Where H is zero throughout, A = I.
     """
-    mean = float(H.diagonal().mean())
-    if mean == 0:
+    if not bool(H.diagonal().any()):
         U = torch.eye(len(H), dtype=H.dtype, device=H.device)
         return Inverse(U, H, 1.0, 1.0, damping, raised=False)
+    step = climb(H, damping, what, lambda scale, shift: _upper(H, scale, shift))
+    return Inverse(step.found, H, step.shift, step.scale, step.damping, raised=step.raised)
+
+
+class Step(NamedTuple):
+    """What was found with which damping."""
+
+    found: Tensor
+    shift: float  # what damping adds to the diagonal of H / scale
+    scale: float
+    damping: float
+    raised: bool
+
+
+def climb(
+    H: Tensor, damping: float, what: str, attempt: Callable[[float, float], Tensor | None]
+) -> Step:
+    """The first of ``attempt(scale, shift)`` that is not None, with rising damping; see
+    :func:`invert`."""
+    mean = float(H.diagonal().mean())
     scale = power_of_two(mean)
     mean /= scale
     for factor in LADDER:
         used = damping * factor
-        found = _upper(H, scale, used * mean, dtype)
-        if found is None and dtype != H.dtype:
-            found = _upper(H, scale, used * mean)
+        found = attempt(scale, used * mean)
         if found is not None:
-            return Inverse(found, H, used * mean, scale, used, raised=factor > 1)
+            return Step(found, used * mean, scale, used, factor > 1)
         if damping == 0:
             break
     tried = "0" if damping == 0 else ", ".join(f"{damping * factor:g}" for factor in LADDER)
@@ -170,22 +198,39 @@ def invert(H: Tensor, damping: float, what: str, *, dtype: torch.dtype = torch.f
     )
 
 
-def _upper(
-    H: Tensor, scale: float, shift: float, dtype: torch.dtype = torch.float64
-) -> Tensor | None:
+def _upper(H: Tensor, scale: float, shift: float) -> Tensor | None:
     """(C, C) upper U with ``U^T U = (H / scale + shift * I)^-1``; None if that is not positive
     definite."""
     # Turned around, L^-1 is the upper factor of the inverse: one factorisation for both.
-    U = torch.empty_like(H, dtype=dtype)
-    for rows in _blocks(H):
-        U[len(H) - rows.stop : len(H) - rows.start] = H[rows].flip(0, 1).div_(scale)
-    U.diagonal().add_(shift)
+    U = _turned(H, scale, shift, H.dtype)
     if not _factor_(U):
         return None
     _invert_lower_(U)
-    U.tril_()
-    _turn_(U)
-    return U if _is_finite(U) and bool((U.diagonal() > 0).all()) else None
+    return _turned_back(U)
+
+
+def upper_factor(H: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor | None:
+    """(C, C) upper G with ``G G^T = H / scale + shift * I``, in ``dtype``; None if that is not
+    positive definite. It is the inverse of U, at half of its cost."""
+    G = _turned(H, scale, shift, dtype)
+    return _turned_back(G) if _factor_(G) else None
+
+
+def _turned(H: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+    """H / scale + shift * I in ``dtype``, rows and columns in reversed order."""
+    M = torch.empty_like(H, dtype=dtype)
+    for rows in _blocks(H):
+        M[len(H) - rows.stop : len(H) - rows.start] = H[rows].flip(0, 1).div_(scale)
+    M.diagonal().add_(shift)
+    return M
+
+
+def _turned_back(L: Tensor) -> Tensor | None:
+    """The lower triangle of L in reversed order, in place; None if something in it is not finite,
+    or not positive on the diagonal."""
+    L.tril_()
+    _turn_(L)
+    return L if _is_finite(L) and bool((L.diagonal() > 0).all()) else None
 
 
 def invert_(M: Tensor) -> bool:

@@ -48,7 +48,7 @@ class Method(ABC):
     """
 
     inverts: ClassVar[bool] = True  # needs the inverse of the second moment
-    factor_alone: ClassVar[bool] = False  # of that it needs U, in the type of its kernels
+    factor_alone: ClassVar[bool] = False  # a factor of the second moment serves as well
     optimal: ClassVar[bool] = True  # its kept weights are the best for their mask; this is checked
     thresholds: ClassVar[bool] = False  # implements choose_below
     compares_layers: ClassVar[bool] = False  # implements cheapest: layers can share one budget

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
+from lobs_native.solvers.factor import factor
 from lobs_native.solvers.inversion import Inverse, invert
 from lobs_native.solvers.low_rank import few_samples
 from lobs_native.solvers.workspace import Workspace
@@ -72,6 +73,7 @@ class Problem:
         damping: float,
         inverted: bool,
         factor_alone: bool = False,
+        narrow: bool = False,
         samples: Sequence[float] = (),
         prune_bias: bool,
         mask: Tensor | None,
@@ -79,8 +81,8 @@ class Problem:
         drift: Drift | None = None,
     ) -> Problem:
         """Check that the parts fit together, and invert the second moments where ``inverted`` or a
-        drift requires it. Where the ``factor_alone`` is used, that is done in float32 if it
-        suffices, or by low ranks if second moments have few ``samples``, as far as known."""
+        drift requires it. ``factor_alone``: a factor will do, by a low rank if the second moments
+        have few ``samples``, as far as known; ``narrow``: and in float32 where that suffices."""
         _check_layer(W, moments, bias, mask, prune_bias)
         double = torch.float64 in (W.dtype, None if bias is None else bias.dtype)
         before = W.to(torch.float64 if double else torch.float32)
@@ -91,17 +93,19 @@ class Problem:
         norms: dict[int, float] = {}
         if inverted or drift is not None:
             name = "hessian" if len(moments) == 1 else "hessian of group {}"
-            narrow = factor_alone and not double and damping >= _FLOAT64_BELOW
+            rough = factor_alone and not double and damping >= _FLOAT64_BELOW
             for g, H in enumerate(moments):
                 inverse: Inverse | None = None
                 dtype = torch.float64
-                if narrow and len(H) >= _WIDE:
+                if rough and len(H) >= _WIDE:
                     inverse = few_samples(H, damping, samples[g]) if samples else None
-                    if inverse is None and drift is None:
+                    if inverse is None and narrow and drift is None:
                         norms[g] = spectral_norm(H)
                         if norms[g] <= _CONDITION * damping * float(H.diagonal().mean()):
                             dtype = torch.float32
-                inverses.append(inverse or invert(H, damping, name.format(g), dtype=dtype))
+                if inverse is None and factor_alone:
+                    inverse = factor(H, damping, name.format(g), dtype=dtype)
+                inverses.append(inverse or invert(H, damping, name.format(g)))
         if drift is not None:
             before = original.clone()
             for w, inverse, pull in zip(before, inverses, drift.pull, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.solvers.costs import Costs
+from lobs_native.solvers.factor import FactorSweep
 from lobs_native.solvers.low_rank import FewSamples, LowRankSweep
 from lobs_native.solvers.measurement import error_of_nothing
 from lobs_native.solvers.method import Choice, Method
@@ -103,11 +104,11 @@ class Sweep(Method):
         removed = torch.empty(R, D, dtype=torch.bool, device=W.device)
         spent = torch.zeros((), dtype=torch.float64, device=W.device)
         inverse = problem.inverses[g]
-        factor: LowRankSweep | _Sweep
+        factor: LowRankSweep | FactorSweep
         if isinstance(inverse, FewSamples):
             factor = LowRankSweep(inverse, W)
         else:
-            factor = _Sweep(inverse.U.to(W.dtype), W)
+            factor = FactorSweep(inverse.factor(), W)
         for begin, end in itertools.pairwise(self.cuts):
             block, inside = slice(begin, end), slice(begin, min(end, C))
             part, u = W[:, block], factor.enter(block)
@@ -157,22 +158,6 @@ class Sweep(Method):
         else:
             chosen = score.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
         return self.pattern.expand(chosen.view_as(score))
-
-
-class _Sweep:
-    """The factor U, block by block, as a sweep of W (R, D) needs it."""
-
-    def __init__(self, U: Tensor, W: Tensor) -> None:
-        self.U, self.W = U, W
-
-    def enter(self, block: slice) -> Tensor:
-        """The part (B, B) of U that belongs to a block."""
-        return self.U[block, block]
-
-    def leave(self, E: Tensor, block: slice) -> None:
-        """Repair the columns right of a block for its scaled errors E (R, B)."""
-        right = slice(block.stop, None)
-        self.W[:, right].addmm_(E, self.U[block, right], alpha=-1)
 
 
 class _Spread:

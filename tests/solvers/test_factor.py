@@ -1,4 +1,4 @@
-"""Factors of inverse second moments in float32: where they are used, and what they lose."""
+"""Factors of second moments, which serve sweeps: where float32 is used, and what it loses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from helpers.tolerances import distance
 from torch import Tensor
 
 import lobs_native as lobs
-from lobs_native.solvers.inversion import Inverse, invert
+from lobs_native.solvers.factor import Factored, factor
+from lobs_native.solvers.inversion import invert
 from lobs_native.solvers.problem import Drift, Problem
 from lobs_native.solvers.workspace import Workspace
 
@@ -26,52 +27,71 @@ def moment(x: Tensor) -> Tensor:
     return x.T @ x / len(x)
 
 
-def identity_of(inverse: Inverse, H: Tensor) -> Tensor:
-    """U (H / scale + shift) U^T in float64."""
-    U = inverse.U.double()
+def identity_of(inverse: Factored, H: Tensor) -> Tensor:
+    """G^-1 (H / scale + shift) G^-T in float64."""
+    U = torch.linalg.inv(inverse.G.double())
     identity: Tensor = U @ (damped(H, inverse.damping) / inverse.scale) @ U.T
     return identity
 
 
-@pytest.mark.parametrize(
-    "H",
-    [
-        moment(features(700, C)),
-        moment(features(60, C)),
-        moment(features(700, C) + 3),
-        conditioned(C, 1e5),
-    ],
-    ids=["features", "few samples", "means", "1e5"],
-)
-def test_a_factor_in_float32_has_three_digits(H):
-    inverse = invert(H, 0.01, "H", dtype=F32)
-    assert inverse.U.dtype == F32
-    assert torch.equal(inverse.U, inverse.U.triu())
+MOMENTS = {
+    "features": moment(features(700, C)),
+    "few samples": moment(features(60, C)),
+    "means": moment(features(700, C) + 3),
+    "1e5": conditioned(C, 1e5),
+}
+
+
+@pytest.mark.parametrize("H", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize(("dtype", "bound"), [(F64, 1e-9), (F32, 1e-3)], ids=str)
+def test_a_factor_belongs_to_the_damped_moment(H, dtype, bound):
+    """In float32 it has three digits; whatever else is asked for is computed in float64."""
+    inverse, wide = factor(H, 0.01, "H", dtype=dtype), invert(H, 0.01, "H")
+    assert inverse.G.dtype == dtype
+    assert torch.equal(inverse.G, inverse.G.triu())
+    assert (inverse.scale, inverse.damping, inverse.raised) == (wide.scale, 0.01, False)
     identity = torch.eye(C, dtype=F64)
-    assert float((identity_of(inverse, H) - identity).norm()) / C**0.5 < 1e-3
-    wide = invert(H, 0.01, "H")
+    assert float((identity_of(inverse, H) - identity).norm()) / C**0.5 < bound
     assert inverse.norm() == pytest.approx(wide.norm(), rel=1e-2)
-    pull = torch.randn(C, 3, dtype=F64)
-    for narrow in (inverse, invert(H, 0.01, "H", dtype=F32)):  # what is asked for first
-        assert distance(narrow.times(pull), wide.times(pull)) < 1e-12
-        assert distance(narrow.diagonal(), wide.diagonal()) < 1e-12
-    assert distance(invert(H, 0.01, "H", dtype=F32).A, wide.A) < 1e-12
+    b = torch.randn(C, 3, dtype=F64)
+    given = b.clone()
+    assert distance(inverse.times(b), wide.times(b)) < 1e-10
+    assert torch.equal(b, given)
+    assert distance(inverse.U, wide.U) < 1e-12
+    assert distance(inverse.diagonal(), wide.diagonal()) < 1e-12
+    assert distance(inverse.A, wide.A) < 1e-12
+    assert distance(wide.factor(), factor(H, 0.01, "H").G) == 0
+    assert distance(inverse.factor(), inverse.G) == 0
+
+
+@pytest.mark.parametrize("columns", [1, 2, 255, 256, 257, 511, 600])
+def test_factors_of_any_order_solve_what_torch_solves(columns):
+    x = features(columns + 50, columns)
+    H = moment(x)
+    found = factor(H, 0.01, "H")
+    A = torch.linalg.inv(damped(H, 0.01) / found.scale)
+    b = torch.randn(columns, 3, dtype=F64)
+    assert distance(found.times(b), A @ b) < 1e-10
+    assert distance(found.G @ found.G.T, damped(H, 0.01) / found.scale) < 1e-12
 
 
 def test_where_cholesky_fails_in_float32_the_same_damping_is_tried_in_float64():
     H = conditioned(64, 1e12)
-    inverse = invert(H, 0.0, "H", dtype=F32)
-    assert inverse.U.dtype == F64
+    inverse = factor(H, 0.0, "H", dtype=F32)
+    assert inverse.G.dtype == F64
     assert not inverse.raised
 
 
-def test_a_float32_factor_that_was_released_is_computed_again():
-    inverse = invert(moment(features(700, C)), 0.01, "H", dtype=F32)
-    norm = inverse.norm()
-    kept = inverse.U.clone()
-    inverse.release()
-    assert inverse.norm() == norm
-    assert distance(inverse.U, kept) < 1e-3
+def test_factors_climb_the_ladder_as_inverses_do():
+    H = torch.eye(300, dtype=F64)
+    H[270, 270] = -0.05
+    found = factor(H, 0.01, "H")
+    assert (found.damping, found.raised) == (0.1, True)
+    with pytest.raises(lobs.NotPositiveDefiniteError, match="damping 0;"):
+        factor(H, 0.0, "H")
+    nothing = factor(0 * H, 0.01, "H")
+    assert torch.equal(nothing.G, torch.eye(300, dtype=F64))
+    assert nothing.norm() == pytest.approx(1.0)
 
 
 def problem(W: Tensor, H: Tensor, **changes: Any) -> Problem:
@@ -79,6 +99,7 @@ def problem(W: Tensor, H: Tensor, **changes: Any) -> Problem:
         "damping": 0.01,
         "inverted": True,
         "factor_alone": True,
+        "narrow": True,
         "prune_bias": False,
         "mask": None,
         "workspace": Workspace("cpu"),
@@ -93,11 +114,12 @@ def test_float32_is_taken_only_where_it_suffices():
     far = moment(features(700, C) + 100)
 
     def kind(*arguments: Tensor, **changes: Any) -> torch.dtype:
-        return problem(*arguments, **changes).inverses[0].U.dtype
+        return problem(*arguments, **changes).inverses[0].factor().dtype
 
     assert kind(W, H) == F32
     assert kind(W.double(), H) == F64
     assert kind(W, H, factor_alone=False) == F64
+    assert kind(W, H, narrow=False) == F64
     assert kind(W, H, damping=1e-5) == F64
     assert kind(W, H, drift=drift) == F64
     assert kind(W, far, damping=1e-3) == F64  # the condition
