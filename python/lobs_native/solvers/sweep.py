@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.solvers.costs import Costs
+from lobs_native.solvers.extent import Extent, Flops
 from lobs_native.solvers.factor import FactorSweep
 from lobs_native.solvers.low_rank import FewSamples, LowRankSweep
 from lobs_native.solvers.measurement import error_of_nothing
@@ -36,6 +37,14 @@ class Sweep(Method):
         super().__init__(problem, pattern, importance)
         self.cuts = pattern.cuts(problem.in_features, problem.order, _WIDTH)
         self._spent: dict[int, float] = {}  # number of removals -> what they cost
+
+    @classmethod
+    def flops(cls, extent: Extent) -> Flops:
+        """See :class:`Method`: a factor, the repair of everything right of a block, the error, and
+        what it is relative to."""
+        work = extent.order * (extent.squares / 3 + 3.0 * extent.weights)
+        narrow = extent.kernel == torch.float32
+        return Flops(single=work) if narrow else Flops(double=work)
 
     def choose(self, share: float, scope: str) -> Choice:
         """See :class:`Method`. Every block removes its part of the count: over all rows, or (scope
