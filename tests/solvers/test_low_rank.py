@@ -55,6 +55,20 @@ def test_the_inverse_is_that_of_a_factorisation(dtype, scale):
     assert distance(found.diagonal(), expected.diagonal()) < 1e-12
 
 
+@pytest.mark.parametrize("samples", [1, 2, 50, 64])
+@pytest.mark.parametrize("mean", [0.0, 0.4, 2.0])
+def test_the_rounding_of_a_float32_moment_does_not_hide_its_rank(samples, mean):
+    generator = torch.Generator().manual_seed(samples)
+    x = torch.randn(samples, 20, generator=generator) @ torch.randn(20, C, generator=generator)
+    x = (x + torch.randn(samples, C, generator=generator)).relu() + mean
+    h = lobs.Hessian(C).update(x)
+    found, expected = few_samples(h.matrix(), 0.01, h.rows), invert(h.matrix(), 0.01, "H")
+    assert found is not None
+    assert len(found.V) <= samples + 2
+    b = torch.randn(C, 3, dtype=F64)
+    assert distance(found.times(b), expected.times(b)) < 1e-3
+
+
 def test_a_moment_that_does_not_have_so_few_samples_has_no_such_inverse():
     H = moment(inputs())
     assert few_samples(H, 0.01, C / 8) is None  # enough of them

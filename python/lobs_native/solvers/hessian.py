@@ -24,7 +24,6 @@ from lobs_native.errors import (
 
 __all__ = ["Hessian", "few_rows", "needs_float64", "second_moment"]
 
-_PIECE = 512  # rows of a matrix in one temporary
 _TILE = 256  # rows and columns of a tile that is compared with its mirror image, in cache
 _AT_ONCE = 4096  # rows converted to float64
 _SAMPLE = 256  # rows that are looked at for their means
@@ -213,14 +212,18 @@ class Hessian:
             raise LobsError(
                 "hessian: it has seen no rows (or only rows of weight 0); call update first"
             )
-        mean = self._sum.to(torch.float64) / self._rows
+        mean = torch.empty_like(self._sum, dtype=torch.float64)
         finite = True
-        for first in range(0, len(mean), _PIECE):  # in place: one more copy may be gigabytes
-            rows, rest = slice(first, first + _PIECE), slice(first + _PIECE, None)
-            square = mean[rows, rows].tril()
+        for first in range(0, len(mean), _TILE):  # one more copy may be gigabytes
+            rows = slice(first, first + _TILE)
+            low = self._sum[rows, : rows.stop].to(torch.float64) / self._rows
+            square = low[:, first:].tril_()
+            mean[rows, :first] = low[:, :first]
             mean[rows, rows] = square + square.tril(-1).T
-            mean[rows, rest] = mean[rest, rows].T
-            finite = finite and bool(torch.isfinite(mean[rows]).all())
+            for other in range(0, first, _TILE):
+                columns = slice(other, other + _TILE)
+                mean[columns, rows] = low[:, columns].T
+            finite = finite and checks.is_finite(low)
         if not finite:
             raise NonFiniteError(
                 f"hessian: the sum overflowed {str(self.dtype).removeprefix('torch.')}; scale the "

@@ -18,6 +18,7 @@ __all__ = ["FewSamples", "LowRankSweep", "few_samples"]
 
 _TOGETHER = 64  # columns that are eliminated at once
 _PART = 8  # samples for fewer than a part of the columns: above, factorisations take no longer
+_SMALL = 0.02  # pivots relative to the largest, which are left for later
 _REST = 1e-3  # of the damping: what V^T V may lack of a diagonal entry of H
 _APART = 3.0  # times that, relative to a vector, is what it may be off in a product
 
@@ -110,7 +111,9 @@ def _root(H: Tensor, scale: float, rest: float, most: int) -> Tensor | None:
         rows = torch.addmm(H[pick] / scale, V[:rank, pick].T, V[:rank], alpha=-1)
         with one_thread():
             values, vectors = torch.linalg.eigh(rows[:, pick])
-        large = values > rest  # at least one is: the largest is above the diagonal's entries
+        # At least one is large: the last is above all entries of the diagonal. Dividing by small
+        # ones would blow up the rounding of H.
+        large = values > max(rest, _SMALL * float(values[-1]))
         new = (vectors[:, large] / values[large].sqrt()).T @ rows
         if rank + len(new) > most:
             return None
