@@ -257,6 +257,7 @@ class _Watch:
             (layerwise, "prune_layer", self._prune_layer),
             (layerwise, "prune_groups", self._prune_groups),
             (problem, "invert", self._invert),
+            (problem, "factor", self._factor),
             (bound, "measure_change", self._measure_change),
         )
 
@@ -285,14 +286,17 @@ class _Watch:
         self.layer = job.layer.name
         return original(job, *args, **kwargs)
 
-    def _invert(self, original: Any, *args: Any, dtype: torch.dtype) -> Any:
+    def _invert(self, original: Any, *args: Any) -> Any:
         H = id(args[0])
         if H not in self.inverses:  # a layer that is sampled first has it already
             with self.stages(f"inverse:{self.layer}"):
-                self.inverses[H] = original(*args, dtype=dtype)
-                if dtype == torch.float64:  # else its factor is used alone
-                    _ = self.inverses[H].A  # computed at the first access, which is here
+                self.inverses[H] = original(*args)
+                _ = self.inverses[H].A  # computed at the first access, which is here
         return self.inverses[H]
+
+    def _factor(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.stages(f"inverse:{self.layer}"):
+            return original(*args, **kwargs)
 
     def _prune_groups(
         self, original: Any, W: Tensor, moments: Any, settings: Any, **kwargs: Any
