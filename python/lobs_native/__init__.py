@@ -29,6 +29,7 @@ from lobs_native.network.masks import KeptMasks, apply_masks, as_torch_prune, ke
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shrink import ShrinkReport, Shrunk, shrink
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped
@@ -62,6 +63,8 @@ __all__ = [
     "Report",
     "RunPlan",
     "ShapeError",
+    "ShrinkReport",
+    "Shrunk",
     "Skipped",
     "StreamingInverse",
     "WeightTrace",
@@ -77,5 +80,6 @@ __all__ = [
     "prune_weight",
     "reestimate_batch_norm",
     "register_layer",
+    "shrink",
     "trace_weight",
 ]

@@ -10,6 +10,7 @@ from lobs_native.ops import MAX_BLOCK
 from lobs_native.solvers.patterns import (
     PATTERNS,
     Blocks,
+    Columns,
     GroupsOf,
     Unstructured,
     pattern_of,
@@ -24,6 +25,8 @@ KNOWN = {
     "1x1": Blocks(1),
     "1x4": Blocks(4),
     f"1x{MAX_BLOCK}": Blocks(MAX_BLOCK),
+    "columns": Columns(),
+    "64 columns": Columns(64),
 }
 
 
@@ -57,7 +60,7 @@ def test_patterns_do_not_change():
     [
         *("banded", "", "Unstructured", "unstructured ", "2 : 4", "2:4 ", "-1:4", "2:-4", "2:4:8"),
         *("2/4", "4x1", "2x4", "1X4", "1x", "x4", ":4", "2:", "1x4x4", "2.0:4", "1x-4", "1:1e3"),
-        *("2:4\n", "1x4\n", "1234567:12345678"),
+        *("2:4\n", "1x4\n", "1234567:12345678", "column", "x columns", "2  columns"),
     ],
 )
 def test_other_names_are_refused(name):
@@ -65,7 +68,7 @@ def test_other_names_are_refused(name):
         pattern_of(name)
 
 
-@pytest.mark.parametrize("name", ["5:4", "1:0", "0:0", f"1x{MAX_BLOCK + 1}", "1x0"])
+@pytest.mark.parametrize("name", ["5:4", "1:0", "0:0", f"1x{MAX_BLOCK + 1}", "1x0", "0 columns"])
 def test_an_impossible_pattern_name_is_refused(name):
     with pytest.raises(PatternError, match=f"pattern: '{name}'"):
         pattern_of(name)
@@ -79,6 +82,7 @@ def test_an_impossible_pattern_object_is_refused():
         lambda: Blocks(0),
         lambda: Blocks(-4),
         lambda: Blocks(MAX_BLOCK + 1),
+        lambda: Columns(0),
     ):
         with pytest.raises(PatternError, match="pattern"):
             make()

@@ -37,7 +37,7 @@ from lobs_native.network.stages import Stages
 from lobs_native.network.uses import without_data
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
-from lobs_native.solvers.methods import TABLE
+from lobs_native.solvers.methods import method_of
 
 __all__ = ["Job", "find", "importable_here", "plan", "run"]
 
@@ -253,7 +253,7 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     layers = []
     for planned in selected:
         layer, target = planned.layer, planned.settings.target
-        method = TABLE[planned.settings.method]
+        method = method_of(planned.settings.method, planned.settings.resolved_pattern)
         layers.append(
             {
                 "name": layer.name,

@@ -232,6 +232,8 @@ def prune_layer(
         notes.append(
             f"it already has more zeros ({int(zeros.sum())}) than were asked for; all of them stay"
         )
+    elif settings.resolved_pattern.whole_inputs:
+        pass  # zeros of inputs that stay may be filled: what is left is dense
     elif drift is not None and bool(zeros.any()):
         if _within(zeros, job):
             mask = ~zeros
@@ -330,7 +332,8 @@ def _more_zeros(zeros: Tensor, job: LayerJob) -> float | None:
     requested for a whole layer."""
     settings, pattern = job.settings, job.settings.resolved_pattern
     share, count = settings.target.sparsity, int(zeros.sum())
-    single = not pattern.is_grouped and pattern.unit == 1 and not job.layer.routed
+    single = not pattern.is_grouped and pattern.unit == 1 and not pattern.whole_inputs
+    single = single and not job.layer.routed
     if not single or share is None or settings.scope == "row":
         return None
     return count / job.weights if count > nearest_count(share, job.weights) else None

@@ -15,7 +15,8 @@ import torch
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import PIECE
-from lobs_native.solvers.methods import TABLE
+from lobs_native.solvers.method import Method
+from lobs_native.solvers.methods import method_of
 
 __all__ = ["RunPlan", "Workload", "plan_run"]
 
@@ -84,18 +85,22 @@ class RunPlan:
         )
 
 
+def _method(job: LayerJob) -> type[Method]:
+    return method_of(job.settings.method, job.settings.resolved_pattern)
+
+
 def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int | None:
     """The part of the memory that kernels may take for one layer: a quarter, but at least what one
     thread needs."""
     if settings.memory is None:
         return None
-    least = [TABLE[job.settings.method].least_scratch(job.extent, settings.backend) for job in jobs]
+    least = [_method(job).least_scratch(job.extent, settings.backend) for job in jobs]
     return max([settings.memory // 4, *least])
 
 
 def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings) -> int:
     """Bytes that pruning one layer takes: its second moments, and all that its method needs."""
-    method, extent = TABLE[job.settings.method], job.extent
+    method, extent = _method(job), job.extent
     work = method.memory(extent, limit=scratch, backend=settings.backend).total
     corrected = settings.inputs == "corrected"
     pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
@@ -175,7 +180,7 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
     for job in jobs:
         extent, N = job.extent, work.rows.get(job.layer.name, 0.0) * work.batches
         products += N * extent.squares
-        method = TABLE[job.settings.method]
+        method = _method(job)
         if corrected:
             products += 6 * N * extent.weights
             doubles += 0.0 if method.inverts else 2.0 * extent.order * extent.squares

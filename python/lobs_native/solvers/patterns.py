@@ -17,6 +17,7 @@ __all__ = [
     "PATTERNS",
     "ZERO",
     "Blocks",
+    "Columns",
     "GroupsOf",
     "Pattern",
     "Unstructured",
@@ -68,6 +69,11 @@ class Pattern(ABC):
     def exchanges(self) -> bool:
         """Whether single weights can be swapped: a kept one for a removed one."""
         return True
+
+    @property
+    def whole_inputs(self) -> bool:
+        """Whether a unit is removed from all rows, so that the layer no longer reads an input."""
+        return False
 
     @property
     def sparsity(self) -> float | None:
@@ -225,10 +231,49 @@ class Blocks(_Neighbours):
             raise ArgumentError(f"mask: it does not consist of whole {self.name} blocks")
 
 
-PATTERNS: tuple[type[Pattern], ...] = (Unstructured, GroupsOf, Blocks)
-_WRITTEN: dict[str, Callable[[int, int], Pattern]] = {
+@dataclass(frozen=True)
+class Columns(_Neighbours):
+    """``size`` neighbouring inputs are kept or removed together, by all rows: columns of the weight
+    matrix. A layer without them is a smaller dense layer."""
+
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise PatternError(f"pattern: '{self.size} columns'; at least 1 is removed together")
+
+    @property
+    def name(self) -> str:
+        """The pattern as users write it."""
+        return "columns" if self.size == 1 else f"{self.size} columns"
+
+    @property
+    def exchanges(self) -> bool:
+        """See :class:`Pattern`."""
+        return False
+
+    @property
+    def unit(self) -> int:
+        """See :class:`Pattern`."""
+        return self.size
+
+    @property
+    def whole_inputs(self) -> bool:
+        """See :class:`Pattern`."""
+        return True
+
+    def _check_mask(self, mask: Tensor) -> None:
+        if not bool((mask == mask[..., :1, :, :1]).all()):
+            raise ArgumentError(f"mask: it does not consist of {self.name} of all rows")
+
+
+PATTERNS: tuple[type[Pattern], ...] = (Unstructured, GroupsOf, Blocks, Columns)
+_WRITTEN: dict[str, Callable[..., Pattern]] = {
+    "unstructured": Unstructured,
     r"(\d{1,6}):(\d{1,6})": GroupsOf,
-    r"(1)x(\d{1,6})": lambda _, size: Blocks(size),
+    r"1x(\d{1,6})": Blocks,
+    "columns": Columns,
+    r"(\d{1,6}) columns": Columns,
 }
 
 
@@ -241,14 +286,12 @@ def pattern_of(pattern: object) -> Pattern:
         raise DtypeError(
             f"pattern: expected a name or a pattern object, got {type(pattern).__name__}"
         )
-    if pattern == "unstructured":
-        return Unstructured()
     for written, make in _WRITTEN.items():
         if match := re.fullmatch(written, pattern):
-            return make(int(match[1]), int(match[2]))
+            return make(*map(int, match.groups()))
     raise PatternError(
-        f"pattern: {pattern!r} is not a pattern; use 'unstructured', 'N:M' (keep N of M, as '2:4') "
-        "or '1xB' (as '1x4')"
+        f"pattern: {pattern!r} is not a pattern; use 'unstructured', 'N:M' (keep N of M, as "
+        "'2:4'), '1xB' (as '1x4'), 'columns', or 'B columns' (as '64 columns')"
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.solvers.conjugate import conjugate_gradients_
+from lobs_native.solvers.inversion import invert_
 from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem
 
@@ -26,7 +27,7 @@ def solve(
     are fewer: ``w - A[:, P] A[P, P]^-1 w[P]``, or ``w[S] + H[S, S]^-1 H[S, P] w[P]``. ``from_kept``
     takes the second, whose error does not grow with the condition of H. ``precise`` computes in
     float64. Where rows keep so many weights that it is faster, the second is solved by conjugate
-    gradients, for all rows at once.
+    gradients, for all rows at once. One inverse, in float64, serves rows that all lose the same.
     """
     precise = problem.precise if precise is None else precise
     dtype = torch.float64 if precise else torch.float32
@@ -34,6 +35,9 @@ def solve(
     parts = []
     for g, inverse in enumerate(problem.inverses):
         w, P = problem.working(g, dtype), removed[g].contiguous()
+        if len(P) > 1 and bool(P[0].any()) and bool((P[0] == P).all()):
+            parts.append(_solve_alike(problem, g, P[0]).to(dtype))
+            continue
         count = P.sum(1, dtype=torch.float64)
         lost = torch.where(P, w, 0.0)
         fewer = float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum())
@@ -55,6 +59,21 @@ def solve(
             parts.append(w.add_(change))
     after = parts[0][None] if len(parts) == 1 else torch.stack(parts)
     return problem.restored(after, removed)
+
+
+def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
+    """(R, D) float64: the best weights of group g where all rows lose the same, (D,) bool. One
+    inverse serves them."""
+    w, kept = problem.working(g, torch.float64), ~removed
+    H = problem.damped(g)
+    pull = w[:, removed] @ H[removed][:, kept]
+    H = H[kept][:, kept]
+    if not invert_(H):
+        raise NotPositiveDefiniteError(
+            "hessian: what is kept of it is not positive definite; pass a larger damping"
+        )
+    w[:, kept] += pull @ H
+    return w
 
 
 def _approached(w: Tensor, H: Tensor, removed: Tensor, backend: str) -> bool:

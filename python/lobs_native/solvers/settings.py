@@ -12,7 +12,7 @@ from typing import Any
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, PatternError
-from lobs_native.solvers.methods import TABLE
+from lobs_native.solvers.methods import COLUMNS, TABLE
 from lobs_native.solvers.options import Options, number, option
 from lobs_native.solvers.patterns import Pattern, pattern_of
 
@@ -91,7 +91,9 @@ class LayerOptions(Options):
         help=f"default: %(default)s, which is exact up to {NARROW} inputs, and admm beyond",
     )
     pattern: Pattern | str = option(
-        "unstructured", check=_pattern, help='"N:M", "1xB" or (default) %(default)s'
+        "unstructured",
+        check=_pattern,
+        help='"N:M", "1xB", "columns", "B columns" or (default) %(default)s',
     )
     scope: str = option("layer", choices=SCOPES, help="default: %(default)s")
     damping: float = option(0.01, check=_damping, help="default: %(default)s")
@@ -136,6 +138,11 @@ class LayerSettings(LayerOptions):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
         _ = self.target  # raises if the targets do not fit
+        if self.resolved_pattern.whole_inputs and self.method not in (AUTO, *COLUMNS):
+            raise PatternError(
+                f"pattern: {self.resolved_pattern.name!r} works with the methods "
+                f"{', '.join(map(repr, COLUMNS))}, not {self.method!r}"
+            )
         if self.refine == "exchange" and not self.resolved_pattern.exchanges:
             raise PatternError(
                 f"refine: 'exchange' swaps single weights, pattern is "
@@ -152,7 +159,8 @@ class LayerSettings(LayerOptions):
         """The same for a second moment of this order: with a method in the place of "auto"."""
         if self.method != AUTO:
             return self
-        return dataclasses.replace(self, method="exact" if order <= NARROW else "admm")
+        exact = order <= NARROW or self.resolved_pattern.whole_inputs
+        return dataclasses.replace(self, method="exact" if exact else "admm")
 
     @cached_property
     def resolved_pattern(self) -> Pattern:

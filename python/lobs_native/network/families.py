@@ -1,0 +1,214 @@
+"""Families: parts of a network whose outputs one linear layer reads, and which can be removed unit
+by unit.
+
+A unit is a neuron of a feed-forward layer (with its gate), or a group of attention heads that share
+keys and values. It is found by the names that libraries give to the layers, and by sizes that fit;
+:mod:`lobs_native.network.shrink` checks by running the network that nothing else depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+__all__ = ["KINDS", "Family", "Producer", "families_of", "linear_shape"]
+
+KINDS = ("heads", "neurons")
+
+# Layers that make what the last one reads, below one module.
+_NEURONS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
+    (("lin1",), "lin2"),
+    (("linear1",), "linear2"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+)
+_HEADS: tuple[tuple[tuple[str, str, str], str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),
+    (("q_proj", "k_proj", "v_proj"), "out_proj"),
+    (("q_lin", "k_lin", "v_lin"), "out_lin"),
+    (("self.query", "self.key", "self.value"), "output.dense"),
+)
+# Names under which configurations, and modules, know the number of units.
+_NEURON_FIELDS = (
+    *("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "n_inner", "dim_feedforward"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"),
+)
+_DERIVED = "n_inner"  # GPT-2's None stands for 4 times the width
+_HEAD_FIELDS = (
+    *("num_attention_heads", "num_heads", "n_heads", "n_head"),
+    *("encoder_attention_heads", "decoder_attention_heads"),
+)
+_KV_FIELDS = ("num_key_value_heads",)
+_WIDTH_FIELDS = ("all_head_size",)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A layer some of whose outputs are a unit's: ``rows`` neighbouring ones in each of ``parts``
+    equal parts."""
+
+    name: str
+    rows: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """``units`` of one kind; ``counts`` are attributes of modules and fields of configurations that
+    hold their number times a factor."""
+
+    kind: str
+    consumer: str  # the layer that reads them, ``columns`` neighbouring inputs for each
+    producers: tuple[Producer, ...]
+    units: int
+    columns: int
+    counts: tuple[tuple[Any, str, int], ...] = field(repr=False)  # (object, name, factor)
+
+    @property
+    def label(self) -> str:
+        """As the report names it."""
+        return f"{self.units} {self.kind} before {self.consumer}"
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, or of transformers' Conv1D; else None."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if module is not None and type(module).__name__ == "Conv1D":
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def families_of(model: nn.Module, kinds: tuple[str, ...] = KINDS) -> Iterator[Family]:
+    """The families of a model in the order of its modules, each consumer once."""
+    seen: set[str] = set()
+    for name, module in model.named_modules():
+        for find, kind in ((_heads, "heads"), (_neurons, "neurons")):
+            if kind not in kinds:
+                continue
+            family = find(model, name, module)
+            if family is not None and family.consumer not in seen:
+                seen.add(family.consumer)
+                yield family
+
+
+def _below(module: nn.Module, path: str) -> nn.Module | None:
+    """The module of that path, or None."""
+    for part in path.split("."):
+        found = getattr(module, part, None)
+        if not isinstance(found, nn.Module):
+            return None
+        module = found
+    return module
+
+
+def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
+    for producers, consumer in _NEURONS:
+        shapes = [linear_shape(_below(module, path)) for path in producers]
+        reads = linear_shape(_below(module, consumer))
+        if reads is None or None in shapes:
+            continue
+        units, outs = reads[1], [shape[0] for shape in shapes if shape is not None]
+        if all(out == units for out in outs):
+            parts = 1
+        elif outs == [2 * units]:
+            parts = 2  # gate and up in one matrix
+        else:
+            continue
+        return Family(
+            kind="neurons",
+            consumer=_joined(name, consumer),
+            producers=tuple(Producer(_joined(name, path), 1, parts) for path in producers),
+            units=units,
+            columns=1,
+            counts=tuple(_counts(model, name, dict.fromkeys(_NEURON_FIELDS, units), units)),
+        )
+    return None
+
+
+def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
+    for producers, consumer in _HEADS:
+        shapes = [linear_shape(_below(module, path)) for path in producers]
+        reads = linear_shape(_below(module, consumer))
+        if reads is None or None in shapes:
+            continue
+        q, k, v = (shape[0] for shape in shapes if shape is not None)
+        inner = _joined(name, producers[0]).rpartition(".")[0]
+        heads = _number(model, inner, _HEAD_FIELDS)
+        if heads is None or q % heads or reads[1] != q or k != v:
+            continue
+        size = q // heads
+        if k % size or heads % (k // size):
+            continue
+        groups, each = k // size, heads // (k // size)  # heads that share keys and values
+        rows = (each * size, size, size)
+        expected = dict.fromkeys(_HEAD_FIELDS, heads) | dict.fromkeys(_KV_FIELDS, groups)
+        expected |= dict.fromkeys(_WIDTH_FIELDS, q)
+        return Family(
+            kind="heads",
+            consumer=_joined(name, consumer),
+            producers=tuple(
+                Producer(_joined(name, path), n) for path, n in zip(producers, rows, strict=True)
+            ),
+            units=groups,
+            columns=each * size,
+            counts=tuple(_counts(model, inner, expected, groups)),
+        )
+    return None
+
+
+def _joined(name: str, path: str) -> str:
+    return f"{name}.{path}" if name else path
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[Any]:
+    """The module of that name, and the configurations of it and of all around it, inmost first."""
+    yield model.get_submodule(name)
+    while True:
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            yield config
+        if not name:
+            return
+        name = name.rpartition(".")[0]
+
+
+def _number(model: nn.Module, name: str, fields: tuple[str, ...]) -> int | None:
+    """The first of the fields that has a number, from the inside out."""
+    for owner in _owners(model, name):
+        for each in fields:
+            value = getattr(owner, each, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def _counts(
+    model: nn.Module, name: str, expected: dict[str, int], units: int
+) -> Iterator[tuple[Any, str, int]]:
+    """The fields that hold the expected numbers, with their factors: of the module, and of the
+    inmost configuration that has any of them."""
+    for owner in _owners(model, name):
+        found = [
+            (owner, each, number // units)
+            for each, number in expected.items()
+            if getattr(owner, each, None) == number
+            or (each == _DERIVED and hasattr(owner, each) and getattr(owner, each) is None)
+        ]
+        yield from found
+        if found and not isinstance(owner, nn.Module):
+            return

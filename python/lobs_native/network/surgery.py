@@ -1,0 +1,68 @@
+"""Taking units out of the layers of a family: smaller tensors in the place of the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.network.families import Family, Producer
+
+__all__ = ["Undo", "take_out"]
+
+
+class Undo:
+    """Remembers what it changes, and changes it back."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[object, str, object]] = []
+
+    def set(self, owner: object, name: str, value: object) -> None:
+        """``setattr`` that can be undone."""
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put back everything, the latest first."""
+        while self._before:
+            owner, name, value = self._before.pop()
+            setattr(owner, name, value)
+
+
+def take_out(model: nn.Module, family: Family, kept: Tensor, undo: Undo) -> None:
+    """Leave only the units ``kept`` (sorted int64 indices) in the layers of a family.
+
+    Parameters are replaced by new ones; nothing is written into the old ones.
+    """
+    for producer in family.producers:
+        rows = _rows(producer, family.units, kept)
+        _slice(model.get_submodule(producer.name), rows, 0, undo)
+    inside = torch.arange(family.columns)
+    columns = (kept[:, None] * family.columns + inside).view(-1)
+    _slice(model.get_submodule(family.consumer), columns, 1, undo)
+
+
+def _rows(producer: Producer, units: int, kept: Tensor) -> Tensor:
+    """The outputs of a producer that stay."""
+    inside = torch.arange(producer.rows)
+    one = (kept[:, None] * producer.rows + inside).view(-1)
+    parts = torch.arange(producer.parts) * (units * producer.rows)
+    return (parts[:, None] + one).view(-1)
+
+
+def _slice(module: nn.Module, which: Tensor, side: int, undo: Undo) -> None:
+    """Keep some outputs (side 0) or inputs (side 1) of a linear layer."""
+    linear = isinstance(module, nn.Linear)
+    axis = side if linear else 1 - side  # transformers' Conv1D is stored the other way round
+    names: Sequence[str] = ("weight", "bias") if side == 0 else ("weight",)
+    for name in names:
+        old = getattr(module, name, None)
+        if not isinstance(old, nn.Parameter):
+            continue
+        at = axis if old.ndim > 1 else 0
+        new = old.detach().index_select(at, which.to(old.device)).contiguous()
+        undo.set(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    for name in ("out_features", "nf") if side == 0 else ("in_features", "nx"):
+        if hasattr(module, name):
+            undo.set(module, name, len(which))

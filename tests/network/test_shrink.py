@@ -1,0 +1,260 @@
+"""Networks that get smaller."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.network.families import families_of
+
+transformers = pytest.importorskip("transformers")
+SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def llama(**other: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 64, "num_attention_heads": 4, **other}
+    config = transformers.LlamaConfig(**{"num_key_value_heads": 2, **sizes})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, intermediate_size=64, num_attention_heads=4)
+    return transformers.BertModel(config).eval()
+
+
+def tokens(batches: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(60, (4, 16), generator=generator) for _ in range(batches)]
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.to_tuple()[0]
+
+
+def states(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_llama_keeps_half_of_its_neurons_and_heads_and_its_class_loads_it(tmp_path):
+    model = llama()
+    report = lobs.shrink(model, tokens(), keep=0.5, progress=False)
+    for block in model.model.layers:
+        assert block.mlp.gate_proj.weight.shape == block.mlp.up_proj.weight.shape == (32, 32)
+        assert block.mlp.down_proj.weight.shape == (32, 32)
+        assert block.self_attn.q_proj.weight.shape == (16, 32)
+        assert block.self_attn.k_proj.weight.shape == block.self_attn.v_proj.weight.shape == (8, 32)
+        assert block.self_attn.o_proj.weight.shape == (32, 16)
+    config = model.config
+    assert (config.intermediate_size, config.num_attention_heads) == (32, 2)
+    assert (config.num_key_value_heads, config.head_dim) == (1, 8)
+    assert report.configured
+    assert report.parameters[1] == sum(p.numel() for p in model.parameters()) < report.parameters[0]
+    assert report.multiplications[1] * 2 == report.multiplications[0]
+    assert [(x.kind, x.units, len(x.kept)) for x in report.layers] == [
+        ("heads", 2, 1),
+        ("neurons", 64, 32),
+    ] * 2
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for batch in tokens():
+        assert torch.equal(first(loaded(batch)), first(model(batch)))
+    generated = model.generate(tokens(1)[0][:1], max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 19)  # with its cache of keys and values
+
+
+def test_it_computes_what_the_repaired_network_with_zeros_does():
+    small, zeroed, data = llama(), llama(), tokens()
+    report = lobs.shrink(small, data, keep=0.5, progress=False)
+    lobs.prune(
+        zeroed,
+        data,
+        include=[x.consumer for x in report.layers],
+        overrides={"*o_proj": {"pattern": "16 columns"}},
+        pattern="columns",
+        sparsity=0.5,
+        progress=False,
+    )
+    for batch in data:
+        assert torch.allclose(first(small(batch)), first(zeroed(batch)), atol=1e-6)
+    for layer in report.layers:
+        weight = zeroed.get_submodule(layer.consumer).weight
+        size = weight.shape[1] // layer.units
+        kept = (weight != 0).any(0).view(-1, size).any(1).nonzero()[:, 0].tolist()
+        assert kept == list(layer.kept)
+
+
+@torch.no_grad()
+def test_repair_lowers_the_change_of_the_output():
+    data, change = tokens(8), {}
+    for method in ("exact", "wanda", "magnitude"):
+        model = llama()
+        before = [first(model(batch)) for batch in data]
+        lobs.shrink(model, data, keep={"neurons": 0.5}, method=method, progress=False)
+        after = [first(model(batch)) for batch in data]
+        change[method] = sum(float((a - b).norm()) for a, b in zip(before, after, strict=True))
+    assert change["exact"] < 0.8 * min(change["wanda"], change["magnitude"])
+
+
+def test_heads_stay_where_the_configuration_cannot_say_how_many_there_are(tmp_path):
+    model = bert()
+    report = lobs.shrink(model, tokens(), keep=0.5, progress=False)
+    assert {x.kind for x in report.layers} == {"neurons"}
+    assert len(report.notes) == 1
+    assert "heads stay: a BertModel" in report.notes[0]
+    assert report.configured
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(first(loaded(tokens()[0])), first(model(tokens()[0])))
+    model = bert()
+    report = lobs.shrink(model, tokens(), keep=0.5, configured=False, progress=False)
+    assert {x.kind for x in report.layers} == {"neurons", "heads"}
+    assert not report.configured
+    assert model.encoder.layer[0].attention.self.query.weight.shape == (16, 32)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def phi3() -> nn.Module:
+    sizes = {**SIZES, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes))
+
+
+def opt() -> nn.Module:
+    sizes = {**SIZES, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes))
+
+
+def qwen3() -> nn.Module:
+    sizes = {**SIZES, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, head_dim=16))
+
+
+def distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(
+        vocab_size=60, dim=32, hidden_dim=64, n_layers=2, n_heads=4
+    )
+    return transformers.DistilBertModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "kinds"),
+    [
+        (gpt2, {"neurons"}),
+        (phi3, {"neurons"}),
+        (opt, {"neurons"}),
+        (qwen3, {"neurons", "heads"}),
+        (distilbert, {"neurons"}),
+    ],
+)
+def test_families_of_other_models(make, kinds):
+    torch.manual_seed(0)
+    model = make().eval()
+    report = lobs.shrink(model, tokens(), keep=0.5, progress=False)
+    assert {x.kind for x in report.layers} == kinds
+    assert report.configured
+    assert len(report.layers) == 2 * len(kinds)
+
+
+def test_a_model_without_a_configuration():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    data = [torch.randn(4, 8, 32) for _ in range(3)]
+    report = lobs.shrink(model, data, keep=0.25, progress=False)
+    assert model.layers[1].linear1.weight.shape == (16, 32)
+    assert not report.configured
+    assert model(data[0]).shape == (4, 8, 32)
+
+
+def test_a_share_of_the_parameters_is_the_target():
+    model = llama()
+    report = lobs.shrink(model, tokens(), parameters=0.7, multiple=4, progress=False)
+    before, after = report.multiplications
+    assert 0.65 * before < after <= 0.7 * before
+
+
+def test_numbers_of_neurons_are_multiples():
+    model = llama()
+    report = lobs.shrink(model, tokens(), keep={"neurons": 0.4}, multiple=16, progress=False)
+    assert [len(x.kept) for x in report.layers] == [32, 32]
+
+
+class Watched(nn.Module):
+    """Something reads a neuron beside the layer that is meant to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x).relu()
+        return self.fc2(hidden) + hidden.mean(1, keepdim=True)
+
+
+def test_what_something_else_depends_on_is_refused_and_nothing_is_changed():
+    torch.manual_seed(0)
+    model = Watched()
+    before, parameters = states(model), list(model.parameters())
+    with pytest.raises(ArgumentError, match="something else depends on them"):
+        lobs.shrink(model, [torch.randn(32, 8)], keep=0.5, progress=False)
+    assert same(states(model), before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert (model.fc1.out_features, model.fc2.in_features) == (16, 16)
+
+
+def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
+    model = llama()
+    before, config = states(model), copy.deepcopy(model.config.to_dict())
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lobs_native.network.shrink._check_same", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lobs.shrink(model, tokens(), keep=0.5, progress=False)
+    assert same(states(model), before)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ArgumentError, "keep, parameters: give exactly one"),
+        ({"keep": 0.5, "parameters": 0.5}, ArgumentError, "keep, parameters: give exactly one"),
+        ({"keep": 0.0}, ArgumentError, "keep: 0.0; something has to stay"),
+        ({"keep": 1.0}, ArgumentError, "all units stay"),
+        ({"keep": 1.5}, ArgumentError, "keep"),
+        ({"keep": "half"}, DtypeError, "keep"),
+        ({"keep": {"layers": 0.5}}, ArgumentError, "keep"),
+        ({"keep": 0.5, "kinds": ("channels",)}, ArgumentError, "kinds"),
+        ({"keep": 0.5, "multiple": 0}, ArgumentError, "multiple"),
+        ({"keep": 0.5, "method": "admm"}, ArgumentError, "method"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_changed(arguments, error, message):
+    model = llama()
+    before = states(model)
+    with pytest.raises(error, match=message):
+        lobs.shrink(model, tokens(), progress=False, **arguments)
+    assert same(states(model), before)
+
+
+def test_a_model_without_units_is_refused():
+    assert list(families_of(nn.Sequential(nn.Linear(4, 4)))) == []
+    with pytest.raises(ArgumentError, match="model: it has no feed-forward layers or attention"):
+        lobs.shrink(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)], keep=0.5)
