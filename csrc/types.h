@@ -74,6 +74,9 @@ struct Context {
     int threads;                     // on a device: rows that exact removal has in flight, at most
     bool (*interrupted)();           // may be null
     const Device* device = nullptr;  // null for backends that run on the host
+    // When it was asked last, in ms of a steady clock; 0 before the first loop of the call. It is
+    // kept here because a call may be many loops that are short.
+    mutable std::int64_t asked = 0;
 };
 
 LOBS_HD LOBS_INLINE Index least(Index a, Index b) { return a < b ? a : b; }

@@ -19,6 +19,19 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::int64_t kOften = 100;  // ms
+
+// Whether the calling thread should ask whether the call was interrupted, and if so, notes the time.
+bool is_time(const Context& context) {
+    if (context.interrupted == nullptr) return false;
+    const auto since = Clock::now().time_since_epoch();
+    const std::int64_t now = std::chrono::duration_cast<std::chrono::milliseconds>(since).count();
+    if (context.asked == 0) context.asked = now;
+    if (now - context.asked < kOften) return false;
+    context.asked = now;
+    return true;
+}
+
 struct Loop {
     Index items;
     const Context* context;
@@ -28,16 +41,14 @@ struct Loop {
     std::atomic<bool> stop{false};
 
     void work(int worker) {
-        auto asked = Clock::now();
         while (!stop.load(std::memory_order_relaxed)) {
+            if (worker == 0 && is_time(*context) && context->interrupted()) {
+                stop.store(true, std::memory_order_relaxed);
+                return;
+            }
             const Index item = next.fetch_add(1, std::memory_order_relaxed);
             if (item >= items) return;
             task(arg, item, worker);
-            if (worker != 0 || context->interrupted == nullptr) continue;
-            const auto now = Clock::now();
-            if (now - asked < std::chrono::milliseconds(100)) continue;
-            asked = now;
-            if (context->interrupted()) stop.store(true, std::memory_order_relaxed);
         }
     }
 };
@@ -68,24 +79,17 @@ bool parallel_for(Index items, const Context& context,
 
 struct Interrupt::State {
     const Context* context;
-    Clock::time_point last;
     std::atomic<bool> raised{false};
 };
 
-Interrupt::Interrupt(const Context& context)
-    : state_(new (std::nothrow) State{&context, Clock::now()}) {}
+Interrupt::Interrupt(const Context& context) : state_(new (std::nothrow) State{&context}) {}
 
 Interrupt::~Interrupt() { delete state_; }
 
 bool Interrupt::asked(int worker) {
     if (state_ == nullptr) return false;
-    if (worker == 0 && state_->context->interrupted != nullptr) {
-        const auto now = Clock::now();
-        if (now - state_->last >= std::chrono::milliseconds(100)) {
-            state_->last = now;
-            if (state_->context->interrupted()) state_->raised.store(true);
-        }
-    }
+    if (worker == 0 && is_time(*state_->context) && state_->context->interrupted())
+        state_->raised.store(true);
     return raised();
 }
 
