@@ -111,6 +111,61 @@ def test_outputs_that_wait_on_disk_are_measured_alike(limit, shape):
     assert change.rows == pytest.approx(4 * torch.Size(shape).numel() / shape[-1])
 
 
+def change_of(count: int, each: int, **options: Any) -> tuple[lobs.Report, list[int], float]:
+    """Prune on so many batches; the report, the batches on which the output was measured, and the
+    distance on those."""
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(each, 6, generator=generator) for _ in range(count)]
+    ran: list[int] = []
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        ran.append(next(i for i, y in enumerate(data) if y is x))
+        return model(x)
+
+    model, before = network(), network()
+    report = lobs.prune(model, data, sparsity=0.5, forward=forward, progress=False, **options)
+    last = ran[-2 * (report.error_bound.batches or 0) :]
+    assert last[::2] == last[1::2]  # both networks on each
+    x = torch.cat([data[i] for i in last[::2]])
+    with torch.no_grad():
+        distance = float((model(x) - before(x)).double().norm()) / len(x) ** 0.5
+    return report, last[::2], distance
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "chosen"),
+    [
+        (4, 128, [0, 1, 2, 3]),
+        (5, 128, [0, 1, 2, 3]),
+        (8, 128, [0, 2, 4, 6]),
+        (3, 2000, [0]),
+        (7, 300, [0, 3]),
+        (6, 20, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_change_of_the_output_is_measured_on_a_sample(count, each, chosen):
+    report, measured, distance = change_of(count, each)
+    assert measured == chosen
+    bound = report.error_bound
+    assert (bound.rows, bound.batches) == (each * len(chosen), len(chosen))
+    assert bound.measured == pytest.approx(distance, rel=1e-5)
+
+
+def test_the_change_of_the_output_is_measured_on_all_batches_if_asked():
+    report, measured, distance = change_of(5, 1200, measure="all")
+    assert measured == list(range(5))
+    assert report.error_bound.rows == 6000
+    assert report.error_bound.measured == pytest.approx(distance, rel=1e-5)
+
+
+def test_where_the_theorem_holds_its_bound_is_compared_with_the_change_on_all_batches():
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(1200, 6, generator=generator) for _ in range(3)]
+    bound = lobs.prune(network(), data, sparsity=0.5, progress=False).error_bound
+    assert bound.covered
+    assert (bound.rows, bound.batches) == (3600, 3)
+
+
 class Caching(nn.Module):
     """A stack of blocks, each of which is passed a cache if the configuration says so."""
 
@@ -147,6 +202,25 @@ def test_models_run_without_the_cache_of_their_configuration(use_cache):
     assert report.settings["blocks"] == ["blocks"]
     assert model.cached == 0
     assert model.config.use_cache is use_cache
+
+
+def test_models_run_without_the_caches_of_configurations_inside_others():
+    model = Caching(False)
+    inner = model.config
+    model.config = SimpleNamespace(text_config=SimpleNamespace(use_cache=True, parent=inner))
+    seen: list[bool] = []
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(model.config.text_config.use_cache)
+        model.config, before = inner, model.config
+        try:
+            return model(x)
+        finally:
+            model.config = before
+
+    pruned(model, forward=forward)
+    assert set(seen) == {False}
+    assert model.config.text_config.use_cache is True
 
 
 def test_the_configuration_is_restored_after_a_failure():

@@ -358,7 +358,7 @@ def test_too_little_memory_leaves_the_model_unchanged():
     model = network()
     before = states(model)
     with pytest.raises(
-        MemoryError, match=r"memory: layer '2' needs .* together, more than the 60,000 allowed"
+        MemoryError, match=r"memory: layer '0' needs .* together, more than the 60,000 allowed"
     ):
         lobs.prune(model, batches(), sparsity=0.5, memory=60_000, progress=False)
     assert same(states(model), before)

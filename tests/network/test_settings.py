@@ -141,6 +141,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "memory": (0, ArgumentError),
     "seed": (0.5, DtypeError),
     "token_mask": ("no", ArgumentError),
+    "measure": ("none", ArgumentError),
     "forward": ("model", DtypeError),
     "resume": ("yes", ArgumentError),
 }
@@ -260,7 +261,7 @@ def test_reports_repeat_and_resumed_runs_compare_all_that_changes_the_result():
         "forward", "run_dir", "resume", "progress",
     }  # fmt: skip
     compared = settings.arguments(compared=True)
-    assert set(arguments) - set(compared) == {"memory", "strict"}
+    assert set(arguments) - set(compared) == {"memory", "strict", "measure"}
     assert arguments["pattern"] == compared["pattern"] == "GroupsOf(keep=2, size=4)"
     assert arguments["device"] == "cpu"
 

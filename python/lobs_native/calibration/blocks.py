@@ -9,18 +9,21 @@ by the tensors that modules pass on, not by names, and a replay is checked again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native.calibration.calls import BlockCall
+from lobs_native.calibration.finished import with_forward
 from lobs_native.calibration.flow import version_of
-from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.hooks import Enough, attached
 from lobs_native.calibration.session import Session
 
-__all__ = ["NotAStackError", "Stack", "find_stacks", "hidden_of", "run_first", "same"]
+__all__ = ["NotAStackError", "Sightings", "Stack", "find_stacks", "hidden_of", "run_first", "same"]
 
 _CLOSE = 1e-3  # relative distance below which a replay counts as equal to the model's own result
 
@@ -60,8 +63,104 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def find_stacks(session: Session, layers: Mapping[str, nn.Module]) -> tuple[list[Stack], list[str]]:
-    """Find the stacks of blocks that contain some of ``layers`` (name -> module).
+def _containers(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[str, nn.Module]]]:
+    """The lists of modules that may be stacks around some of ``layers``: name -> its children, up
+    to the last that holds one of them. None is inside another."""
+    names = list(layers)
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        children = [
+            (f"{name}.{key}" if name else key, child) for key, child in module.named_children()
+        ]
+        holding = [
+            i
+            for i, (path, _) in enumerate(children)
+            if any(layer == path or layer.startswith(path + ".") for layer in names)
+        ]
+        deep = all(next(child.children(), None) is not None for _, child in children)
+        inside = any(name.startswith(other + ".") for other in found)
+        if len(holding) >= 2 and deep and not inside:
+            found[name] = children[: holding[-1] + 1]
+    return found
+
+
+@dataclass
+class _Sighting:
+    """How the modules of a list were called on a batch."""
+
+    before: int = 0  # module calls before its first
+    calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+class Sightings:
+    """Watches the lists of modules that may be stacks around some layers while the model runs on
+    its first batch."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self.model = model
+        self.containers = _containers(model, layers)
+        self.seen = {name: _Sighting() for name in self.containers}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """The context in which the model is run on the batch."""
+        handles = []
+        for name, children in self.containers.items():
+            seen = self.seen[name]
+            for i, (_, module) in enumerate(children):
+                hook = _entering(seen, i)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(module.register_forward_hook(_leaving(seen)))
+        if self.containers:
+            handles += [m.register_forward_pre_hook(self._count) for m in self.model.modules()]
+        with attached(handles):
+            yield
+
+    def _count(self, *_: Any) -> None:
+        for seen in self.seen.values():
+            seen.before += not seen.calls
+
+    def stacks(self, session: Session) -> tuple[list[Stack], list[str]]:
+        """See :func:`find_stacks`. Call it once: it drops what was seen."""
+        stacks: list[tuple[int, Stack]] = []
+        reasons = []
+        for name, children in self.containers.items():
+            stack = Stack(name, [path for path, _ in children], [child for _, child in children])
+            stack.all_blocks = len(list(self.model.get_submodule(name).children()))
+            seen = self.seen.pop(name)
+            try:
+                stack.verify(seen)
+                stack.verify_hollow(session, seen)
+                stacks.append((seen.before, stack))
+            except NotAStackError as reason:
+                reasons.append(f"{name}: {reason}")
+        return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0])], reasons
+
+
+def _entering(seen: _Sighting, i: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls.append((i, args, kwargs))
+
+    return hook
+
+
+def _leaving(seen: _Sighting) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen.outputs.append(output)
+
+    return hook
+
+
+def find_stacks(
+    session: Session, layers: Iterable[str], seen: Sightings | None = None
+) -> tuple[list[Stack], list[str]]:
+    """Find the stacks of blocks that contain some of ``layers`` (names), each up to the last block
+    that does.
+
+    ``seen`` on the first batch spares a run of the model, if it was for the same layers.
 
     Returns
     -------
@@ -70,31 +169,12 @@ def find_stacks(session: Session, layers: Mapping[str, nn.Module]) -> tuple[list
     reasons : list of str
         For each container that looked like a stack but is not one, a line that tells why.
     """
-    candidates: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in session.model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        children = [
-            (f"{name}.{key}" if name else key, child) for key, child in module.named_children()
-        ]
-        holding = [
-            child
-            for path, child in children
-            if any(layer == path or layer.startswith(path + ".") for layer in layers)
-        ]
-        deep = all(next(child.children(), None) is not None for _, child in children)
-        inside = any(name.startswith(other + ".") for other in candidates)
-        if len(holding) >= 2 and deep and not inside:
-            candidates[name] = children
-    stacks: list[tuple[int, Stack]] = []
-    reasons = []
-    for name, children in candidates.items():
-        stack = Stack(name, [path for path, _ in children], [child for _, child in children])
-        try:
-            stacks.append((stack.verify(session), stack))
-        except NotAStackError as reason:
-            reasons.append(f"{name}: {reason}")
-    return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0])], reasons
+    fresh = Sightings(session.model, layers)
+    if seen is None or seen.containers != fresh.containers:
+        seen = fresh
+        with seen.watching():
+            run_first(session)
+    return seen.stacks(session)
 
 
 class NotAStackError(Exception):
@@ -108,9 +188,13 @@ class Stack:
         self.name = name
         self.names = names
         self.modules = modules
+        self.all_blocks = len(modules)  # with those after the last one that is pruned
         self.slot: int | str = 0  # the hidden state's position or keyword in a block's arguments
         self.hidden_bytes = 0  # size of a block's hidden state, for the first batch
         self.other_bytes = 0  # size of all other arguments of the blocks, for the first batch
+        # What each block returns: None for a tensor, or the type and length of a sequence. Empty if
+        # the blocks have to compute for all of them to be called as they are.
+        self._forms: list[tuple[type, int] | None] = []
 
     def __contains__(self, layer: str) -> bool:
         return self.block_of(layer) is not None
@@ -122,34 +206,10 @@ class Stack:
                 return i
         return None
 
-    def verify(self, session: Session) -> int:
-        """Run the first batch to check that the modules can be replayed as a stack.
-
-        Returns the number of module calls before the stack's first one. Raises NotAStackError.
-        """
-        seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
-        outputs: list[Any] = []
-        before = 0
-
-        def count(*_: Any) -> None:
-            nonlocal before
-            before += not seen
-
-        def see(i: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.append((i, args, kwargs))
-
-            return hook
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(output)
-
-        handles = [m.register_forward_pre_hook(count) for m in session.model.modules()]
-        for i, module in enumerate(self.modules):
-            handles.append(module.register_forward_pre_hook(see(i), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
-        with attached(handles):
-            run_first(session)
+    def verify(self, sighting: _Sighting) -> None:
+        """Check that the modules can be replayed as a stack, as they were called on the first
+        batch. Raises NotAStackError."""
+        seen, outputs = sighting.calls, sighting.outputs
         if [i for i, _, _ in seen] != list(range(len(self.modules))):
             raise NotAStackError("its modules are not called once each, in their order")
         if len(outputs) != len(seen):
@@ -192,7 +252,67 @@ class Stack:
             hidden = hidden_of(self.run_block(k, call, hidden))
             if not same(hidden, hidden_of(outputs[k])):
                 raise NotAStackError(f"{self.names[k]} returns something else when run again")
-        return before
+
+    def verify_hollow(self, session: Session, sighting: _Sighting) -> None:
+        """Find out whether all blocks are called in the same way if none of them computes anything:
+        what they are called with is then known without running them."""
+        calls = [BlockCall(args, kwargs, self.slot) for _, args, kwargs in sighting.calls]
+        for call, output in zip(calls, sighting.outputs, strict=True):
+            before, after = call.hidden, hidden_of(output)
+            alike = (before.shape, before.dtype, before.device) == (
+                after.shape,
+                after.dtype,
+                after.device,
+            )
+            if not alike or type(output) not in (torch.Tensor, tuple, list):
+                return
+        self._forms = [
+            None if isinstance(output, Tensor) else (type(output), len(output))
+            for output in sighting.outputs
+        ]
+        hollow = None
+        for batch in session.each("look"):
+            hollow = self.calls_without_computing(session, batch)
+            break
+        if hollow is None or not all(map(_equal_calls, hollow, calls)):
+            self._forms = []
+
+    @property
+    def hollow(self) -> bool:
+        """Whether it is known how the blocks are called without running them."""
+        return bool(self._forms)
+
+    def calls_without_computing(self, session: Session, batch: Any) -> list[BlockCall] | None:
+        """How the model calls the blocks on a batch, found while each of them returns what it is
+        passed; None if that is not known to work."""
+        if not self.hollow:
+            return None
+        seen: list[BlockCall] = []
+        last = len(self.modules) - 1
+
+        def replaced(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                call = BlockCall(args, kwargs, self.slot)
+                seen.append(call)
+                if i == last:
+                    raise Enough
+                form = self._forms[i]
+                if form is None:
+                    return call.hidden
+                return form[0]([call.hidden, *[None] * (form[1] - 1)])
+
+            return forward
+
+        with contextlib.ExitStack() as scope:
+            for i, module in enumerate(self.modules):
+                scope.enter_context(with_forward(module, replaced(i)))
+            try:
+                session.call(session.model, batch)
+            except Enough:
+                pass
+            except Exception:  # the model may compute something from what a block returns
+                return None
+        return seen if len(seen) == len(self.modules) else None
 
     def _slot(self, second: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> int | str:
         args, kwargs = second
@@ -211,6 +331,20 @@ class Stack:
         if [version_of(t) for t in others] != versions:
             raise NotAStackError(f"{self.names[i]} writes to its arguments")
         return out
+
+
+def _equal_calls(a: BlockCall, b: BlockCall) -> bool:
+    """Whether two calls have the same arguments, apart from the hidden state."""
+    a, b = a.with_hidden(None), b.with_hidden(None)
+    return _equal(a.args, b.args) and _equal([*a.kwargs.items()], [*b.kwargs.items()])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b) and bool(a == b)
 
 
 def same(a: Any, b: Any) -> bool:

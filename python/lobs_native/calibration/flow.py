@@ -3,9 +3,10 @@ all batches, where a batch may take another way through the model than the first
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from lobs_native.calibration.hooks import Columns, attached, hooked
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Layer
 
-__all__ = ["Flow", "flow_of", "version_of"]
+__all__ = ["Flow", "Look", "flow_of", "version_of"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,21 @@ class Flow:
 def flow_of(layers: Sequence[Layer], session: Session) -> Flow:
     """Run the model to see how it calls ``layers``: on the first batch if that reaches them all,
     otherwise on every batch. Layers that are never called are not in the result."""
-    look = _Look(layers)
-    modules = {layer.name: layer.caller for layer in layers}
-    handles = (
-        module.register_forward_pre_hook(look.entering(name), with_kwargs=True)
-        for name, module in modules.items()
-    )
-    with attached(handles), hooked(layers, look.see):
+    look = Look(layers)
+    with look.entered(), hooked(layers, look.see):
         for batch in session.each("order"):
             session.call(session.model, batch)
             look.end_batch()
-            if look.batches == 1 and len(look.found) == len(layers):
+            if look.batches == 1 and look.complete:
                 break
-    return Flow(look.order(), look.groups(), look.once(), look.rows)
+    return look.flow()
 
 
-class _Look:
+class Look:
+    """Notes the calls of ``layers`` while the model runs, batch by batch."""
+
     def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
         self.names = [layer.name for layer in layers]
         self.found: dict[str, int] = {}  # layer -> its place among those called first
         self.rows: dict[str, float] = {}
@@ -56,16 +55,43 @@ class _Look:
         self._after: dict[str, set[str]] = {}  # layer -> those called next in some batch
         self._class = dict.fromkeys(self.names, 0)  # equal for layers that read the same tensors
         self._seen: dict[str, None] = {}  # layers of this batch in the order of their inputs
-        self._calls: list[tuple[str, Any, int | None]] = []  # of this batch: tensor, version
+        # Of this batch: each call's layer, and a number that is that of the call before if both are
+        # on the same tensor; None if it is on none. Tensors themselves would take memory.
+        self._calls: list[tuple[str, int | None]] = []
+        self._last: tuple[Tensor, int] | None = None  # the last call's tensor, and its version
 
-    def entering(self, name: str) -> Callable[..., None]:
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have been called."""
+        return len(self.found) == len(self.names)
+
+    def flow(self) -> Flow:
+        """What was seen."""
+        return Flow(self.order(), self.groups(), self.once(), self.rows)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The context in which the model is run."""
+        with attached(
+            layer.caller.register_forward_pre_hook(self._entering(layer.name), with_kwargs=True)
+            for layer in self.layers
+        ):
+            yield
+
+    def _entering(self, name: str) -> Callable[..., None]:
         """A hook for the module that uses a layer's weight."""
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            self._calls.append(
-                (name, first, version_of(first) if isinstance(first, Tensor) else None)
-            )
+            if not isinstance(first, Tensor):
+                self._calls.append((name, None))
+                self._last = None
+                return
+            last, version = self._last, version_of(first)
+            again = last is not None and last[0] is first and last[1] == version
+            number = self._calls[-1][1] if again else len(self._calls)
+            self._calls.append((name, number))
+            self._last = first, version
 
         return enter
 
@@ -85,26 +111,27 @@ class _Look:
         self._divide(self._groups_of_batch())
         self._seen.clear()
         self._calls.clear()
+        self._last = None
         self.batches += 1
 
     def _groups_of_batch(self) -> dict[str, int]:
         """Layer -> the number of its group in this batch."""
         count: dict[str, int] = {}
-        for name, _, _ in self._calls:
+        for name, _ in self._calls:
             count[name] = count.get(name, 0) + 1
         self._twice |= {name for name, times in count.items() if times > 1}
         groups: dict[str, int] = {}
         number = -1
-        last: tuple[Any, int | None] = (None, None)
-        for name, tensor, version in self._calls:
+        last: int | None = None
+        for name, tensor in self._calls:
             if name in groups:
-                last = (None, None)
+                last = None
                 continue
-            alone = count[name] > 1 or not isinstance(tensor, Tensor)
-            if alone or tensor is not last[0] or version != last[1]:
+            alone = count[name] > 1 or tensor is None
+            if alone or tensor != last:
                 number += 1
             groups[name] = number
-            last = (None, None) if alone else (tensor, version)
+            last = None if alone else tensor
         return groups
 
     def _divide(self, groups: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobs_native.calibration.watch import Columns, See, Watch
+from lobs_native.calibration.watch import Columns, Fail, See, Watch
 from lobs_native.errors import DtypeError
 from lobs_native.layers import Layer
 
@@ -71,9 +71,9 @@ def _flat(layer: Layer, nested: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
+def hooked(layers: Sequence[Layer], see: See, fail: Fail | None = None) -> Iterator[None]:
     """Call ``see(layer, inputs, columns)`` whenever a layer is called; ``columns(inputs)`` yields
-    the inputs as pairs (group, X) with X (n, C)."""
+    the inputs as pairs (group, X) with X (n, C). For ``fail`` see :class:`Watch`."""
     with contextlib.ExitStack() as scope:
         scope.enter_context(unfused_attention())
         for layer in layers:
@@ -83,7 +83,7 @@ def hooked(layers: Sequence[Layer], see: See) -> Iterator[None]:
                 handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
                 scope.callback(handle.remove)
         if watched := [layer for layer in layers if layer.watched]:
-            scope.enter_context(Watch(watched, see))
+            scope.enter_context(Watch(watched, see, fail))
         yield
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lobs_native.calibration.differences import Differences
 from lobs_native.calibration.hooks import Columns, Enough, ending, hooked
-from lobs_native.calibration.pairs import Differences, Pairs
+from lobs_native.calibration.pairs import Pairs
 from lobs_native.calibration.partial import Kept, States, below, resumable
 from lobs_native.calibration.session import Source
 from lobs_native.errors import ArgumentError, NonFiniteError
@@ -186,7 +187,7 @@ class _Statistics:
     def size(self) -> int:
         differences = [d for m in self.moments.values() for d in m.differences.values()]
         moments = sum(h.columns**2 * h.dtype.itemsize for m in self.moments.values() for h in m)
-        return moments + sum(p.numel() * p.element_size() for d in differences for p in d.pull)
+        return moments + sum(d.size for d in differences)
 
     def kept(self) -> Kept:
         tensors: dict[str, Tensor] = {}
@@ -220,7 +221,9 @@ def calibrate(
     label : str
         The pass's name in the progress bar.
     until : nn.Module, optional
-        End each forward as soon as this module has returned (and its output has been summed).
+        End each forward early: as soon as the inputs of this module, the one of ``layers``, have
+        been seen; or as soon as its output has been summed, if that is compared; or, of a module
+        that multiplies several weights, as soon as it has returned.
     corrected : {name: layers}, optional
         For each of ``layers``, the layers that read its inputs. :meth:`Moments.drift` then tells
         what those should compensate.
@@ -234,10 +237,15 @@ def calibrate(
     pairs = Pairs(layers, source, corrected) if corrected else None
     for name, differences in pairs.differences.items() if pairs is not None else ():
         moments[name].differences = {d.layer.name: d for d in differences}
+    entering = until is not None and not any(layer.watched for layer in layers)
+    if pairs is not None and pairs.compares_sums:
+        entering = False
 
     def see(layer: Layer, x: Tensor, columns: Columns) -> None:
         if pairs is not None and pairs.running_original:
             pairs.keep(layer, x, columns)
+            if entering:
+                raise Enough
             return
         of_layer = moments[layer.name]
         of_module = source.tokens(layer)
@@ -254,6 +262,8 @@ def calibrate(
             raise NonFiniteError(
                 f"layer {layer.name!r}: its input on the calibration data: {error}"
             ) from error
+        if entering:
+            raise Enough
 
     with hooked(layers, see):
         for batch in resumable(source, label, purpose, _Statistics(moments), states):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+import operator
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,8 +15,17 @@ from torch import Tensor
 from lobs_native.calibration.session import Session
 from lobs_native.files.shelf import Shelf
 
-__all__ = ["MEASURING", "Change", "floating_tensors", "measure_change", "tokens_in"]
+__all__ = [
+    "MEASURING",
+    "SAMPLE",
+    "Change",
+    "floating_tensors",
+    "measure_change",
+    "sizes_of",
+    "tokens_in",
+]
 
+SAMPLE = 512  # rows of output in a sample
 _PIECE = 1 << 18  # elements converted to float64 at a time
 MEASURING = 4 * 8 * _PIECE  # bytes that measuring takes besides the outputs
 
@@ -26,6 +37,7 @@ class Change:
     difference: float  # ||output - original||_F^2
     size: float  # ||original||_F^2
     rows: float
+    batches: int
 
 
 def floating_tensors(output: Any) -> Iterator[Tensor]:
@@ -47,6 +59,11 @@ def floating_tensors(output: Any) -> Iterator[Tensor]:
             yield from floating_tensors(getattr(output, field.name))
 
 
+def sizes_of(output: Any) -> list[tuple[int, int]]:
+    """The entries of each floating-point tensor in an output, and the bytes of one."""
+    return [(x.numel(), x.element_size()) for x in floating_tensors(output)]
+
+
 def tokens_in(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """``mask`` (B, T) with a 1 for every further dimension of ``x`` (B, T, ...), on its device;
     None if it does not fit."""
@@ -62,20 +79,34 @@ def _keep(shelf: Shelf, output: Any) -> None:
 
 
 @torch.no_grad()
-def measure_change(session: Session, limit: int | None = None) -> Change | None:
+def measure_change(
+    session: Session, limit: int | None = None, rows: int | None = None
+) -> Change | None:
     """How far the outputs are from the original network's; padding does not count. None if there
     are no floating-point tensors, or others than the original network returns.
 
     ``limit`` bounds the bytes of the original network's output that are in memory while the other
-    network runs; the rest waits on disk.
+    network runs; the rest waits on disk. ``rows`` is the size of a sample of batches, evenly
+    spaced, with as many as would be enough if all were like the first.
     """
-    changes: list[Change] = []
-    for batch in session.each("measure"):
+    total = Change(0.0, 0.0, 0.0, 0)
+    chosen: Container[int] = range(len(session.batches))
+    for number, batch in enumerate(session.each("measure")):
+        if number not in chosen:
+            continue
         change = _change_of(session, batch, limit)
         if change is None:
             return None
-        changes.append(change)
-    return Change(*map(sum, zip(*map(dataclasses.astuple, changes), strict=True)))
+        total = Change(*map(operator.add, astuple(total), astuple(change)))
+        if number == 0 and rows is not None and change.rows:
+            chosen = _evenly(math.ceil(rows / change.rows), len(session.batches))
+    return total
+
+
+def _evenly(count: int, total: int) -> set[int]:
+    """``count`` of ``total`` numbers from 0, evenly spaced, or all of them."""
+    count = min(count, total)
+    return {i * total // count for i in range(count)}
 
 
 def _change_of(session: Session, batch: Any, limit: int | None) -> Change | None:
@@ -102,7 +133,7 @@ def _change_of(session: Session, batch: Any, limit: int | None) -> Change | None
                 size += float(wide.square().sum())
                 difference += float((wide - a).square().sum())
                 rows += a.numel() / x.shape[-1]
-    return Change(difference, size, rows)
+    return Change(difference, size, rows, 1)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, int]:

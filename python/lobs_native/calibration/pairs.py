@@ -11,105 +11,15 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lobs_native import ops
+from lobs_native.calibration.differences import Differences, Gap
 from lobs_native.calibration.hooks import Columns, Enough, ending
-from lobs_native.calibration.partial import Kept
 from lobs_native.calibration.session import Source
 from lobs_native.calibration.sums import Sums
-from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
-from lobs_native.solvers.hessian import needs_float64
-from lobs_native.solvers.problem import Drift
 
-__all__ = ["Differences", "Pairs"]
-
-_AT_ONCE = 4096  # rows in one float32 product
-
-
-class Differences:
-    """How far a layer's outputs on the pruned network's inputs are from its outputs in the original
-    network, before the layer itself is pruned: sums over rows.
-
-    ``unlike`` tells why the two networks could not be compared row by row; "" if they could.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        wide = layer.weight().dtype == torch.float64
-        self.dtype = torch.float64 if wide else torch.float32
-        self.W = layer.weight().to(self.dtype)  # (G, R, C)
-        bias = layer.bias()
-        self.bias = None if bias is None else bias.to(self.dtype)
-        D = layer.width + (bias is not None)
-        self.pull = [
-            torch.zeros(D, layer.rows, dtype=torch.float64, device=self.W.device)
-            for _ in range(layer.groups)
-        ]
-        self.inherited = [0.0] * layer.groups
-        self.energy = [0.0] * layer.groups
-        self.summed = False
-        self.unlike = ""
-        if layer.routed:
-            self.unlike = "its experts are not sent the same rows as in the original network"
-
-    @ops.full_precision()
-    def update(
-        self, g: int, x: Tensor, x0: Tensor, extra: Tensor | None, weights: Tensor | None
-    ) -> None:
-        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network. ``extra`` (n, R)
-        is what is added to the layer's output in the original network, less what is in this one."""
-        C, W, dtype = self.layer.width, self.W[g], self.dtype
-        if needs_float64(x, weights) or needs_float64(x0, weights):
-            dtype, W = torch.float64, W.double()
-        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
-            if weights is not None:
-                at = at[weights[at] > 0]
-            a, b = x[at].to(dtype), x0[at].to(dtype)
-            missing = (b - a) @ W.T
-            if extra is not None:
-                missing += extra[at].to(dtype)
-            target = b @ W.T
-            if self.bias is not None:
-                target += self.bias[g]
-            w = None if weights is None else weights[at, None].to(dtype)
-            weighted = missing if w is None else missing * w
-            self.pull[g][:C] += (a.T @ weighted).double()
-            if len(self.pull[g]) > C:
-                self.pull[g][C] += weighted.sum(0).double()
-            self.inherited[g] += float((missing * weighted).sum(dtype=torch.float64))
-            self.energy[g] += float(
-                (target.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
-            )
-
-    def kept(self) -> Kept:
-        """The sums, from which :meth:`restore` resumes."""
-        tensors = {f"pull.{g}": p for g, p in enumerate(self.pull)}
-        each = torch.tensor([self.inherited, self.energy], dtype=torch.float64)
-        info = {"summed": self.summed, "unlike": self.unlike}
-        return {**tensors, "inherited and energy": each}, info
-
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over the sums that :meth:`kept` returned."""
-        for g, pull in enumerate(self.pull):
-            pull.copy_(tensors[f"pull.{g}"])
-        self.inherited, self.energy = tensors["inherited and energy"].tolist()
-        self.summed, self.unlike = bool(info["summed"]), str(info["unlike"])
-
-    def drift(self, rows: Sequence[float]) -> Drift:
-        """The means over the rows that each group saw. Call it once: it overwrites the sums."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.pull):
-            raise NonFiniteError(
-                f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
-            )
-        each = [n or 1.0 for n in rows]
-        return Drift(
-            pull=[p.div_(n) for p, n in zip(self.pull, each, strict=True)],
-            inherited=sum(e / n for e, n in zip(self.inherited, each, strict=True)),
-            energy=sum(e / n for e, n in zip(self.energy, each, strict=True)),
-        )
+__all__ = ["Pairs"]
 
 
 class Pairs:
@@ -123,22 +33,35 @@ class Pairs:
         readers: Mapping[str, Sequence[Layer]],
     ) -> None:
         self.layers, self.source = layers, source
-        self.differences = {
-            name: [Differences(reader) for reader in of_name] for name, of_name in readers.items()
-        }
         self.running_original = False
         self._inputs: dict[str, list[tuple[Tensor, Columns]]] = {}  # of the original network
         self._addends: dict[str, list[Tensor]] = {}  # of the original network
         self._pending: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
-        self._summed = self._find_sums()
+        self._summed = self._find_sums(readers)
+        self.differences = {
+            name: self._differences_of(of_name) for name, of_name in readers.items()
+        }
 
-    def _find_sums(self) -> dict[str, nn.Module]:
+    def _differences_of(self, readers: Sequence[Layer]) -> list[Differences]:
+        """The differences of layers that read one tensor."""
+        alone = [layer for layer in readers if layer.name not in self._summed]
+        gap = Gap(alone[0]) if Gap.pays(alone) else None
+        return [
+            Differences(layer, None if layer.name in self._summed else gap) for layer in readers
+        ]
+
+    @property
+    def compares_sums(self) -> bool:
+        """Whether some layer's output goes straight into a sum, and the sums are compared."""
+        return bool(self._summed)
+
+    def _find_sums(self, readers: Mapping[str, Sequence[Layer]]) -> dict[str, nn.Module]:
         """The layers whose outputs go straight into a sum, as seen on the first batch."""
         candidates = {
-            d.layer.name: d.layer.module
-            for differences in self.differences.values()
-            for d in differences
-            if d.layer.token_rows and not d.layer.watched and len(d.layer.sites) == 1
+            layer.name: layer.module
+            for of_name in readers.values()
+            for layer in of_name
+            if layer.token_rows and not layer.watched and len(layer.sites) == 1
         }
         if not candidates:
             return {}
@@ -208,8 +131,10 @@ class Pairs:
             if difference.layer.name in self._summed:
                 if not any(pending[0] == name for pending in self._pending):
                     self._pending.append((name, x.detach().clone(), x0, weights))
-            else:
+            elif difference.gap is None:
                 difference.update(g, x, x0, None, weights)
+            elif difference.gap.layer is difference.layer:  # once for all that share it
+                difference.gap.update(g, x, x0, weights)
 
     def finish(self, sums: Sums) -> None:
         """Compare the layers whose outputs are summed, now that the forward is complete."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.blocks import NotAStackError, Stack, hidden_of, run_first, same
 from lobs_native.calibration.calls import STRUCTURE, BlockCall, packed, unpacked
+from lobs_native.calibration.finished import Finished
 from lobs_native.calibration.hooks import Enough, attached
 from lobs_native.calibration.partial import States, readable
 from lobs_native.calibration.session import Session
@@ -31,6 +32,7 @@ class _Inputs:
     def __init__(self, limit: int | None) -> None:
         self.hidden = Shelf(limit)  # hidden states of the current block, by batch
         self.calls: list[list[BlockCall]] = []  # by batch and block, without hidden states
+        self.finished = Finished()  # parts of the current block
 
 
 class Replay:
@@ -57,6 +59,8 @@ class Replay:
         self._original = _Inputs(share) if corrected else None
         self._next = 0  # the number of the next batch
         self._calls_saved = False
+        self._repeats = limit is None  # whether there is memory for outputs of finished parts
+        self._advancing = False
 
     def __enter__(self) -> Replay:
         if self._restore():
@@ -69,7 +73,15 @@ class Replay:
         return self
 
     def _store(self, inputs: _Inputs, number: int, batch: Any) -> None:
-        """Run the model on a batch to store the arguments of all blocks."""
+        """Store the arguments of all blocks on a batch."""
+        calls = self.stack.calls_without_computing(self.session, batch)
+        if calls is None:
+            calls = self._calls(batch)
+        inputs.hidden.put(number, calls[0].hidden.detach())
+        inputs.calls.append([call.with_hidden(None) for call in calls])
+
+    def _calls(self, batch: Any) -> list[BlockCall]:
+        """How the model calls the blocks on a batch, by running it up to the last of them."""
         last = len(self.stack.modules) - 1
         seen: list[BlockCall] = []
 
@@ -92,14 +104,14 @@ class Replay:
                 f"blocks: {self.stack.name!r} is not called on every batch as it is on the first; "
                 "pass blocks=None"
             )
-        inputs.hidden.put(number, seen[0].hidden.detach())
-        inputs.calls.append([call.with_hidden(None) for call in seen])
+        return seen
 
     def __exit__(self, *_: Any) -> None:
         for inputs in (self._pruned, self._original):
             if inputs is not None:
                 inputs.hidden.close()
                 inputs.calls.clear()
+                inputs.finished.clear()
 
     @property
     def model(self) -> nn.Module:
@@ -140,23 +152,36 @@ class Replay:
         with self.session.original(self.model):
             return self._run(self._original, self._next)
 
+    def repeat(self, part: nn.Module) -> None:
+        """Take it that a part of the current block, called once in it, returns the same from now
+        on, and compute it once more at most."""
+        if self._repeats:
+            for _, inputs in self._networks():
+                inputs.finished.add(part)
+
     def _run(self, inputs: _Inputs, number: int) -> Any:
+        hidden = inputs.hidden[number]
+        most = hidden.numel() * hidden.element_size()
         try:
-            return self.stack.run_block(
-                self.block, inputs.calls[number][self.block], inputs.hidden[number]
-            )
+            with inputs.finished.repeating(number, most, last=self._advancing):
+                call = inputs.calls[number][self.block]
+                return self.stack.run_block(self.block, call, hidden)
         except NotAStackError as reason:
             raise LobsError(f"blocks: {reason}; pass blocks=None") from None
 
     def advance(self) -> None:
         """Run the current block, as it is now, on all batches. Its results are the hidden states
         of the next block, which becomes the current one."""
+        self._advancing = True
         for batch in self.each(f"through {self.stack.names[self.block]}"):
             number = self._next
             if self._original is not None:
                 self._original.hidden.put(number, hidden_of(self.call_original(batch)).detach())
             self._pruned.hidden.put(number, hidden_of(self.call(self.model, batch)).detach())
+        self._advancing = False
         self.block += 1
+        for _, inputs in self._networks():
+            inputs.finished.clear()
         self._save()
 
     # ---- in a run directory ----------------------------------------------------------------------
@@ -212,22 +237,24 @@ class Replay:
         return True
 
     def finish(self) -> None:
-        """Run the remaining blocks, and compare the result with the model's own on the first batch.
+        """Compare what the current block, the last one that is needed, returns on the first batch
+        with what it returns in the model.
 
         Raises UnlikeError if they differ: layers would then have been calibrated on inputs other
         than the network's.
         """
-        while self.block < len(self.stack.modules):
-            self.advance()
-        self._compare(self._pruned)
-        if self._original is not None:
-            with self.session.original():
-                self._compare(self._original)
+        for batch in self.each("check"):
+            if self._original is not None:
+                replayed = hidden_of(self.call_original(batch))
+                with self.session.original():
+                    self._compare(replayed)
+            self._compare(hidden_of(self.call(self.model, batch)))
+            break
         if self.states is not None:
             for kind in ("inputs", "calls"):  # in this order: calls alone are of no use
                 self.states.drop(f"{kind} of {self.stack.name}")
 
-    def _compare(self, replayed: _Inputs) -> None:
+    def _compare(self, replayed: Any) -> None:
         results: list[Any] = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -235,11 +262,11 @@ class Replay:
             raise Enough
 
         with (
-            attached([self.stack.modules[-1].register_forward_hook(leave)]),
+            attached([self.model.register_forward_hook(leave)]),
             contextlib.suppress(Enough),
         ):
             run_first(self.session)
-        if not results or not same(replayed.hidden[0], results[0]):
+        if not results or not same(replayed, results[0]):
             raise UnlikeError(
                 f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "
                 "they return in the model; pass blocks=None"

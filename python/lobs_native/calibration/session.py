@@ -139,6 +139,12 @@ class Session:
         first = _numel(self.batches[0])
         return sum(map(_numel, self.batches)) / first if first else float(len(self.batches))
 
+    @property
+    def first_is_largest(self) -> bool:
+        """Whether the first batch stands for all in time and memory."""
+        batches = self.batches
+        return not isinstance(batches, list) or _numel(batches[0]) == max(map(_numel, batches))
+
     def timed_pass(self) -> tuple[float, Any]:
         """An estimate of the seconds of one pass over the data, and the output for one batch.
 
@@ -318,10 +324,17 @@ def _misfit(model: nn.Module, batch: Any) -> str | None:
 
 @contextlib.contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Turn off ``use_cache`` in the configurations of the model and its parts. A cache would only
-    take memory, and each block of a stack would write to it."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    """Turn off ``use_cache`` in the configurations of the model and its parts, and in those inside
+    these. A cache would only take memory, and each block of a stack would write to it."""
+    waiting = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    configs: dict[int, Any] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in configs:
+            configs[id(config)] = config
+            inner = getattr(config, "__dict__", {}).values()
+            waiting.extend(value for value in inner if hasattr(value, "use_cache"))
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     try:
         for config in caching:
             config.use_cache = False

@@ -9,6 +9,7 @@ that is scaled, standardised or masked before it is multiplied is not a plain op
 from __future__ import annotations
 
 import contextlib
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Survey(Mode):
         self.model = model
         self.owners = owners
         self.uses: dict[nn.Parameter, Use] = {}
+        self.seconds = 0.0  # of the operations alone, without looking at them
         self._names: dict[nn.Parameter, str] = {}
         self._stack: list[nn.Module] = [model]
         self._derived: dict[int, tuple[StorageWeakRef, dict[nn.Parameter, dict[str, None]]]] = {}
@@ -138,18 +140,18 @@ class Survey(Mode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if getattr(func, "is_view", False) or any(x.is_nested for x in tensors):
-            return func(*args, **kwargs)  # nested tensors have no strides to recognise
+            return self._run(func, args, kwargs)  # nested tensors have no strides to recognise
         direct = [self._direct(x) for x in tensors]
         origins = [self._origins(x) for x in tensors]
         filtering = func is CONVOLUTION and bool(self._mixed)
         if not any(direct) and not any(origins) and not filtering:
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         if func not in PRODUCTS and func is not CONVOLUTION and isinstance(func, OpOverload):
             with self:  # in inference mode, linear and matmul are not yet decomposed
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         if not any(isinstance(x, Tensor) and x.numel() for x in tree_leaves(result)):
             return result  # a comparison, or of no rows: nothing of the weights goes on
         name = func.name().removeprefix("aten::").partition(".")[0]
@@ -164,6 +166,12 @@ class Survey(Mode):
             self._convolution(*args)
         else:
             self._other(name, tensors, direct, origins, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        result = func(*args, **kwargs)
+        self.seconds += time.perf_counter() - begun
         return result
 
     def _other(

@@ -7,8 +7,9 @@ effect on the output is then unknown.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ from lobs_native.layers import Layer, Matrix
 from lobs_native.layers.conv import ConvCall
 from lobs_native.layers.own import OwnConv
 
-__all__ = ["CONVOLUTION", "PRODUCTS", "Columns", "See", "Watch", "span", "unobservable"]
+__all__ = [
+    "CONVOLUTION",
+    "PRODUCTS",
+    "Columns",
+    "Fail",
+    "See",
+    "Touch",
+    "Watch",
+    "span",
+    "unobservable",
+]
 
 Columns = Callable[[Tensor], Iterable[tuple[int, Tensor]]]
 See = Callable[[Layer, Tensor, Columns], Any]
@@ -37,7 +48,7 @@ PRODUCTS = {  # the position of the first of the two operands
     _aten.addmv.default: 1,
 }
 CONVOLUTION = _aten.convolution.default
-_Fail = Callable[[Layer, str], None]
+Fail = Callable[[Layer, str], None]
 
 
 class Watch(Mode):
@@ -50,7 +61,7 @@ class Watch(Mode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, layers: Iterable[Layer], see: See, fail: _Fail | None = None) -> None:
+    def __init__(self, layers: Iterable[Layer], see: See, fail: Fail | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.see = see
         self.fail = fail or _refuse
@@ -130,6 +141,34 @@ class Watch(Mode):
                 self.see(layer, x, layer.columns)
             else:
                 self.fail(layer, "used in a convolution of another form")
+
+
+class Touch(Mode):
+    """While active, notes in ``touched`` whether an operation reads or writes the memory of any of
+    ``tensors``. It looks at no more than addresses, so that a model runs at its ordinary speed."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.touched = False
+        spans = sorted(span(x) for x in tensors)
+        self._starts = [start for start, _ in spans]
+        self._ends = list(accumulate((end for _, end in spans), max))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.touched and not getattr(func, "is_view", False):
+            for x in (*args, *kwargs.values()):
+                parts = x if isinstance(x, (tuple, list)) else (x,)
+                if any(isinstance(part, Tensor) and self._touches(part) for part in parts):
+                    self.touched = True
+        return func(*args, **kwargs)
+
+    def _touches(self, x: Tensor) -> bool:
+        start, end = span(x)
+        before = bisect_left(self._starts, end)  # of those that begin before x ends, the last end
+        return before > 0 and self._ends[before - 1] > start
 
 
 def _of_group(g: int) -> Columns:

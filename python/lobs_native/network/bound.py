@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.outputs import measure_change
+from lobs_native.calibration.outputs import SAMPLE, measure_change
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 from lobs_native.network.selection import LayerJob
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import ErrorBound, LayerReport
 
 __all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
@@ -188,35 +189,45 @@ def amplifications(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tenso
 
 
 def error_bound_of(
-    model: nn.Module,
     session: Session,
     jobs: Sequence[LayerJob],
     done: Mapping[str, LayerReport],
-    inputs: str,
+    settings: NetworkSettings,
     limit: int | None = None,
 ) -> ErrorBound:
     """The bound for a network that has been pruned, beside its measured error; or the reason why
-    there is none. ``limit`` bounds the bytes that measuring keeps in memory."""
-    measured = measure_change(session, limit)
-    root = norm = None
-    if measured is not None and measured.rows:
-        root = (measured.difference / measured.rows) ** 0.5
-        norm = (measured.size / measured.rows) ** 0.5
+    there is none. ``limit`` bounds the bytes that measuring keeps in memory.
+
+    The error is measured on a sample of the data, unless the settings ask for all of it, or the
+    bound holds, which is that of all of it.
+    """
+    model, inputs = session.model, settings.inputs
+    chain, reason = list[str](), ""
     try:
-        if session.forward is not None:
-            raise NotAChainError(
-                "the model is run by a function (forward=), so its steps are not known"
-            )
-        if session.padded:
-            raise NotAChainError("padding was left out, but the output has rows of it")
-        if measured is None:
-            raise NotAChainError("the output has no floating-point tensor")
-        chain = chain_of(model, [job.layer.name for job in jobs])
+        chain = _chain_of_pruned(session, jobs)
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
             raise NotAChainError(f"layer {last}, the last one pruned, was not corrected")
     except NotAChainError as why:
-        return ErrorBound(covered=False, reason=str(why), measured=root, output_norm=norm)
+        reason = str(why)
+    everything = settings.measure == "all" or not reason
+    measured = measure_change(session, limit, None if everything else SAMPLE)
+    root = norm = rows = None
+    if measured is not None and measured.rows:
+        root = (measured.difference / measured.rows) ** 0.5
+        norm = (measured.size / measured.rows) ** 0.5
+        rows = measured.rows
+    if measured is None:
+        reason = reason or "the output has no floating-point tensor"
+    if measured is None or reason:
+        return ErrorBound(
+            covered=False,
+            reason=reason,
+            measured=root,
+            output_norm=norm,
+            rows=rows,
+            batches=0 if measured is None else measured.batches,
+        )
     modules = dict(model.named_modules())
 
     def weight(name: str) -> Tensor:
@@ -235,4 +246,17 @@ def error_bound_of(
     parts = theorem_parts(chain, weight, errors, measured.rows)
     frobenius, spectral = (sum(part[k] for part in parts.values()) for k in (0, 1))
     each = {name: part[1] for name, part in parts.items()}
-    return ErrorBound(True, rule, frobenius, spectral, root, norm, each)
+    return ErrorBound(
+        True, rule, frobenius, spectral, root, norm, each, rows=rows, batches=measured.batches
+    )
+
+
+def _chain_of_pruned(session: Session, jobs: Sequence[LayerJob]) -> list[str]:
+    """The layers of a network that the theorem covers. Raises NotAChainError."""
+    if session.forward is not None:
+        raise NotAChainError(
+            "the model is run by a function (forward=), so its steps are not known"
+        )
+    if session.padded:
+        raise NotAChainError("padding was left out, but the output has rows of it")
+    return chain_of(session.model, [job.layer.name for job in jobs])

@@ -31,6 +31,7 @@ from lobs_native.network.peak import LayerPeak
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.stages import Stages
 from lobs_native.network.structure import Structure
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
@@ -48,6 +49,7 @@ class Context:
     plan: RunPlan
     sensitivity: Mapping[str, Tensor]
     ledger: Ledger | None
+    stages: Stages
 
 
 _log = logging.getLogger("lobs_native")
@@ -70,6 +72,7 @@ class LayerLoop:
         self.inputs = context.settings.inputs
         self.ledger = context.ledger
         self.states = None if context.ledger is None else context.ledger.states
+        self.stage = context.stages.stage
         self.names = [
             job.layer.name for _, groups in structure.parts for group in groups for job in group
         ]
@@ -96,14 +99,15 @@ class LayerLoop:
         return self.ledger is not None and job.layer in self.ledger
 
     def _prune(self, job: LayerJob, moments: Moments, calibrating: float) -> _New:
-        report, out = prune_layer(
-            job,
-            moments,
-            calibrating=calibrating,
-            importance=self.context.sensitivity.get(job.layer.name),
-            memory=self.context.plan.scratch,
-            backend=self.context.settings.backend,
-        )
+        with self.stage("removing weights"):
+            report, out = prune_layer(
+                job,
+                moments,
+                calibrating=calibrating,
+                importance=self.context.sensitivity.get(job.layer.name),
+                memory=self.context.plan.scratch,
+                backend=self.context.settings.backend,
+            )
         if self.ledger is not None:
             self.ledger.keep(job.layer, report, out.weight, out.bias, out.mask)
         self.done[job.layer.name], self.masks[job.layer.name] = report, out.mask
@@ -140,7 +144,8 @@ class LayerLoop:
                 begun = time.perf_counter()
                 layers = [job.layer for job in piece]
                 what = f"calibrate {len(layers)} layers"
-                moments = calibrate(layers, self.session, what, states=self.states)
+                with self.stage("calibrating"):
+                    moments = calibrate(layers, self.session, what, states=self.states)
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for job in piece:
                     wait(job, *self._prune(job, moments.pop(job.layer.name), calibrating))
@@ -158,19 +163,30 @@ class LayerLoop:
                 limit = self.context.plan.states_limit
                 corrected = self.inputs == "corrected"
                 replay = Replay(stack, self.session, limit, corrected, self.states)
-                source = scope.enter_context(replay)
+                with self.stage("running blocks"):
+                    source = scope.enter_context(replay)
             for group in groups:
                 if all(map(self._committed, group)):
                     for job in group:
                         self._write(job, *self._load(job))
                     continue
                 if stack is not None and replay is not None:
-                    while replay.block < (stack.block_of(group[0].layer.name) or 0):
-                        replay.advance()
+                    with self.stage("running blocks"):
+                        while replay.block < (stack.block_of(group[0].layer.name) or 0):
+                            replay.advance()
                 self._group(group, source)
+                if replay is not None:
+                    self._repeat_finished(replay)
                 self._tell(stack, group)
             if replay is not None:
-                replay.finish()
+                with self.stage("running blocks"):
+                    replay.finish()
+
+    def _repeat_finished(self, replay: Replay) -> None:
+        """Let the parts of the current block repeat their outputs whose layers are all pruned."""
+        for part, layers in self.structure.finishing(replay.stack, replay.block).items():
+            if all(layer in self.done for layer in layers):
+                replay.repeat(part)
 
     def _tell(self, stack: Stack | None, group: Sequence[LayerJob]) -> None:
         """Log one line for a block that is done, or for layers outside of blocks."""
@@ -191,14 +207,15 @@ class LayerLoop:
         early = leader.name in self.structure.once and len(leader.sites) == 1
         readers = {leader.name: [job.layer for job in group]}
         begun = time.perf_counter()
-        (moments,) = calibrate(
-            [leader],
-            source,
-            f"calibrate {leader.name}",
-            until=leader.caller if early else None,
-            corrected=readers if self.inputs == "corrected" else None,
-            states=self.states,
-        ).values()
+        with self.stage("calibrating"):
+            (moments,) = calibrate(
+                [leader],
+                source,
+                f"calibrate {leader.name}",
+                until=leader.caller if early else None,
+                corrected=readers if self.inputs == "corrected" else None,
+                states=self.states,
+            ).values()
         calibrating = (time.perf_counter() - begun) / len(group)
         for job in group:
             if self._committed(job):

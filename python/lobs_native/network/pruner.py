@@ -52,6 +52,7 @@ def prune(
     progress: bool = True,
     seed: int = 0,
     token_mask: str | None = "auto",
+    measure: str = "sample",
     settings: NetworkSettings | None = None,
 ) -> Report:
     """Prune the linear, convolution and recurrent layers, attention and experts of a network in
@@ -181,6 +182,11 @@ def prune(
         masks say, wherever these are made, and a ``src_key_padding_mask`` of the model says it for
         all its linear layers. Each layer's notes say how many rows, or that it could not. None
         counts padding like everything else.
+    measure : "sample" or "all"
+        The batches on which the change of the network's output is measured at the end, for which
+        both networks run: all of them, or a sample, evenly spaced, with 512 rows of output
+        (tokens) or a little more. A network that Theorem 3.2 covers is always measured on all.
+        ``report.error_bound`` says how many rows and batches that were.
     settings : NetworkSettings, optional
         All arguments after ``calibration`` as one object, instead of keywords. A keyword that
         differs from its default is then an error.
@@ -246,6 +252,7 @@ def prune(
         progress=progress,
         seed=seed,
         token_mask=token_mask,
+        measure=measure,
     )
     pruning = Pruning(model, calibration, _chosen(settings, arguments))
     try:

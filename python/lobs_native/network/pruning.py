@@ -100,10 +100,10 @@ class Pruning:
         settled = settle(self.candidates, self.session, self.settings)
         self.selected, self.skipped = settled.jobs, settled.skipped
         self.sensitive = self._sensitive()
-        self.jobs, flow = order_of(self.selected, self.session)
+        self.jobs, flow = order_of(self.selected, self.session, settled.seen)
         self.rows = flow.rows
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
-        self.structure = structure_of(self.jobs, flow, self.session, self.settings)
+        self.structure = structure_of(self.jobs, flow, self.session, self.settings, settled.seen)
         work = workload(
             self.structure,
             self.session,
@@ -111,6 +111,7 @@ class Pruning:
             self.settings,
             sensitive=bool(self.sensitive),
             shared_budget=any(job.shared for job in self.jobs),
+            seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)
 
@@ -144,9 +145,10 @@ class Pruning:
                 ledger.check_space([job.layer for job in self.jobs])
                 limited = self.settings.memory is not None
                 ledger.states.largest = plan.scratch if limited else None
-            for job in self.selected:
-                for name, parameter in job.layer.parameters.items():
-                    session.originals.put(name, parameter.detach().clone())
+            with self.stages.stage("keeping original weights"):
+                for job in self.selected:
+                    for name, parameter in job.layer.parameters.items():
+                        session.originals.put(name, parameter.detach().clone())
             try:
                 loop, error_bound = self._prune(plan, ledger, peak)
             except BaseException as error:
@@ -168,16 +170,15 @@ class Pruning:
         with self.stages.stage("dividing the budget"):
             shares = self._shares(plan, sensitivity, ledger)
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
-        context = Context(self.settings, plan, sensitivity or {}, ledger)
+        context = Context(self.settings, plan, sensitivity or {}, ledger, self.stages)
         loop = LayerLoop(self.session, self.structure.with_jobs(jobs), context)
-        with self.stages.stage("layers"):
-            loop.carry_out()
+        loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
         limit = plan.output_limit
-        model, inputs = self.session.model, self.settings.inputs
         with self.stages.stage("measuring the output"):
-            return loop, error_bound_of(model, self.session, jobs, loop.done, inputs, limit)
+            error_bound = error_bound_of(self.session, jobs, loop.done, self.settings, limit)
+        return loop, error_bound
 
     # ---- a common budget -------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lobs_native.calibration.differences import Gap
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import PIECE
@@ -34,6 +35,7 @@ class Workload:
     forward: float  # seconds of one forward pass over all batches
     rows: dict[str, float]  # rows of the first batch for each layer
     states: int = 0  # bytes of hidden states between blocks, of all batches
+    repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     others: int = 0  # bytes of everything else that blocks are called with
     passes: float = 0.0  # forward passes over all batches
     output: int = 0  # bytes of the model's output for a batch
@@ -104,6 +106,8 @@ def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings)
     work = method.memory(extent, limit=scratch, backend=settings.backend).total
     corrected = settings.inputs == "corrected"
     pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
+    if corrected and Gap.pays([job.layer]):
+        pull += 3 * job.moment_bytes
     # At the end, when scratch is free again: beside the result, and the inverse.
     measuring = 5 * 8 * min(extent.weights, PIECE) + (extent.kernel.itemsize + 1) * extent.weights
     measuring += 8 * extent.squares if method.inverts else 0
@@ -144,7 +148,8 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     )  # results wait until the end, or weights are swapped
     keeping = weights * times
     states_limit = kept_limit = swapped_limit = output_limit = None
-    states, kept, statistics, output = work.states, keeping, more, work.output
+    kept, statistics, output = keeping, more, work.output
+    states = work.states + work.repeated
     if memory is not None:
         left = memory - fixed
         statistics = min(more, left // 2)
@@ -162,7 +167,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         states=states + work.others,
         kept=kept + masks,
         output=output + work.measuring,
-        disk=work.states + keeping - states - kept,
+        disk=0 if memory is None else work.states + keeping - states - kept,
         seconds=_seconds(jobs, work, corrected),
         limit=memory,
         scratch=scratch,

@@ -155,6 +155,13 @@ class NetworkSettings(LayerOptions):
         optional=True,
         help="leave out what the batches' attention_mask leaves out, or count it",
     )
+    measure: str = option(
+        "sample",
+        choices=("sample", "all"),
+        compared=False,  # it changes no layer
+        help="on which calibration batches the change of the output is measured at the end: a "
+        "sample with some 512 rows of output (tokens), or all; default: %(default)s",
+    )
     forward: Forward | None = option(None, check=_forward, reported=False)
     run_dir: str | os.PathLike[str] | None = option(
         None,

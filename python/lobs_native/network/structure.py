@@ -12,7 +12,8 @@ from torch import nn
 
 from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
-from lobs_native.calibration.outputs import MEASURING, floating_tensors
+from lobs_native.calibration.observe import Observation
+from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
 from lobs_native.network.resources import Workload
@@ -27,10 +28,18 @@ __all__ = [
     "workload",
 ]
 
+_UNTIL_KNOWN = 0.6  # of a block's forward, the part until the inputs of one of its layers are known
 
-def order_of(jobs: Sequence[LayerJob], session: Session) -> tuple[list[LayerJob], Flow]:
-    """The jobs in the order in which the model calls their layers, and how it calls them."""
-    flow = flow_of([job.layer for job in jobs], session)
+
+def order_of(
+    jobs: Sequence[LayerJob], session: Session, seen: Observation | None = None
+) -> tuple[list[LayerJob], Flow]:
+    """The jobs in the order in which the model calls their layers, and how it calls them: as was
+    ``seen``, or by another run."""
+    layers = [job.layer for job in jobs]
+    flow = None if seen is None else seen.flow_of(layers)
+    if flow is None:
+        flow = flow_of(layers, session)
     by_name = {job.layer.name: job for job in jobs}
     return [by_name[name] for name in flow.order], flow
 
@@ -47,6 +56,27 @@ class Structure:
     @property
     def stacks(self) -> list[Stack]:
         return [stack for stack, _ in self.parts if stack is not None]
+
+    def finishing(self, stack: Stack, block: int) -> dict[nn.Module, list[str]]:
+        """The parts of a block, its children, with several layers to prune, none of which is called
+        twice: such a part returns the same from when all of them are pruned. Part -> layers."""
+        names = [
+            job.layer.name
+            for within, groups in self.parts
+            for group in groups
+            for job in group
+            if within is stack and stack.block_of(job.layer.name) == block
+        ]
+        parts = {}
+        for name, part in stack.modules[block].named_children():
+            layers = [x for x in names if x.startswith(f"{stack.names[block]}.{name}.")]
+            if len(layers) > 1 and self.once.issuperset(layers) and layers[-1] != names[-1]:
+                parts[part] = layers
+        return parts
+
+    def repeating(self, stack: Stack) -> int:
+        """The most parts of a block that repeat their outputs."""
+        return max(len(self.finishing(stack, block)) for block in range(len(stack.modules)))
 
     def with_jobs(self, jobs: Sequence[LayerJob]) -> Structure:
         """The same structure with other settings for its layers."""
@@ -69,13 +99,19 @@ def multiplications(jobs: Sequence[LayerJob], rows: Mapping[str, float]) -> dict
 
 
 def structure_of(
-    jobs: Sequence[LayerJob], flow: Flow, session: Session, settings: NetworkSettings
+    jobs: Sequence[LayerJob],
+    flow: Flow,
+    session: Session,
+    settings: NetworkSettings,
+    seen: Observation | None = None,
 ) -> Structure:
     """The structure around these layers, in the order in which they are called."""
     if settings.inputs == "dense":
         return Structure([(None, [list(jobs)])], set(), [])
-    modules = {job.layer.name: job.layer.caller for job in jobs}
-    stacks, reasons = find_stacks(session, modules) if settings.blocks == "auto" else ([], [])
+    stacks, reasons = list[Stack](), list[str]()
+    if settings.blocks == "auto":
+        names = [job.layer.name for job in jobs]
+        stacks, reasons = find_stacks(session, names, None if seen is None else seen.sightings)
     stacks = [s for s in stacks if _contiguous(s, jobs) and _closed(s, jobs, session.model)]
     parts = [(stack, _together(own, flow.groups, stack)) for stack, own in _segments(jobs, stacks)]
     return Structure(parts, flow.once, reasons)
@@ -89,28 +125,41 @@ def workload(
     *,
     sensitive: bool,
     shared_budget: bool,
+    seen: Observation | None = None,
 ) -> Workload:
     """The work ahead; it includes passes for sensitivities if ``sensitive``, and one for the costs
-    if there is a ``shared_budget``."""
+    if there is a ``shared_budget``. What was ``seen`` on the first batch
+    spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
-    passes = 2.0 + 3.0 * sensitive + shared_budget  # two: the change of the output, at the end
-    passes += settings.inputs != "dense"  # to find the order of the layers
+    measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
+    passes = 2.0 if settings.measure == "all" else 2.0 * min(1.0, SAMPLE / max(1.0, measured))
+    passes += 3.0 * sensitive + shared_budget + 1.0 / batches  # the look at the first batch
     for stack, groups in structure.parts:
-        blocks = 1 if stack is None else len(stack.modules)
-        passes += doubled * (len(groups) / blocks + (0 if stack is None else 2))
+        if stack is None:
+            passes += doubled * len(groups)
+            continue
+        # A pass over a block ends where its inputs are known; between blocks it goes to the end.
+        runs = _UNTIL_KNOWN * len(groups) + len(stack.modules) - 1
+        runs += 0 if stack.hollow else len(stack.modules)
+        passes += doubled * runs / stack.all_blocks
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
+    repeated = max((s.hidden_bytes * structure.repeating(s) for s in structure.stacks), default=0)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
-    forward, output = session.timed_pass()
-    outputs = list(floating_tensors(output))
+    if seen is not None and session.first_is_largest:
+        forward, outputs = batches * seen.seconds, seen.outputs
+    else:
+        forward, output = session.timed_pass()
+        outputs = sizes_of(output)
     return Workload(
         batches=batches,
         forward=forward,
         rows=dict(rows),
         states=round(states * batches * doubled),
+        repeated=round(repeated * batches * doubled),
         others=round(others * batches * doubled),
         passes=passes,
-        output=sum(x.numel() * x.element_size() for x in outputs),
-        measuring=min(MEASURING, sum(4 * 8 * x.numel() for x in outputs)),
+        output=sum(entries * size for entries, size in outputs),
+        measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.observe import Observation, observe
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Use
@@ -55,6 +56,7 @@ class Settled:
     jobs: list[LayerJob] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     errors: list[LobsError] = field(default_factory=list)
+    seen: Observation | None = None  # of the run of the model, if there was one
 
     def add(self, made: LayerJob | Reason, name: str, weights: int) -> None:
         """Add a layer, or the reason why it is left alone."""
@@ -85,9 +87,12 @@ def settle(candidates: Candidates, session: Session, settings: NetworkSettings) 
     """
     trials = {x.name for x in candidates.layers if not x.watched and not _is_settled(x)}
     own = [x.parameter for x in candidates.own]
-    seen = observe(session, candidates.layers, own, trials)
+    sightings = None
+    if settings.inputs != "dense" and settings.blocks == "auto":
+        sightings = Sightings(session.model, [layer.name for layer in candidates.layers])
+    seen = observe(session, candidates.layers, own, trials, sightings)
     modules = dict(session.model.named_modules())
-    settled = Settled([], [*candidates.skipped], [*candidates.errors])
+    settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
     for layer in candidates.layers:
         made = _job_or_reason(_of_layer(layer, seen, modules), settings)
         _refuse(made, layer.name, settings, candidates)

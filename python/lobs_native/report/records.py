@@ -140,6 +140,8 @@ class ErrorBound:
     measured: float | None = None
     output_norm: float | None = None  # ||original output||_F / sqrt(rows)
     parts: dict[str, float] | None = None  # what each layer's error contributes to ``spectral``
+    rows: float | None = None  # of the output on which ``measured`` was measured
+    batches: int | None = None  # those of the calibration data to which these rows belong
 
     @property
     def relative(self) -> float | None:

@@ -92,9 +92,10 @@ def _weights(coverage: Coverage | None) -> tuple[tuple[str, int, float], ...]:
 
 
 def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
+    where = "" if bound.rows is None else f", {bound.rows:,.0f} rows in {bound.batches} batches"
     distances = {
         "original output": bound.output_norm,
-        "measured distance": bound.measured,
+        f"measured distance{where}": bound.measured,
         "bound with spectral norms": bound.spectral,
         "bound with Frobenius norms": bound.frobenius,
     }
@@ -107,7 +108,7 @@ _ARGUMENTS = (
     *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity", "budget"),
     *("include", "exclude", "overrides", "strict", "memory", "device", "backend", "blocks"),
-    *("token_mask", "seed"),
+    *("token_mask", "measure", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch", "output"}
 

@@ -1,0 +1,236 @@
+"""How far layers' outputs on the pruned network's inputs are from those in the original network:
+sums over rows, for one layer, or shared by several that read one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobs_native import ops
+from lobs_native.calibration.partial import Kept, below
+from lobs_native.errors import NonFiniteError
+from lobs_native.layers import Layer
+from lobs_native.solvers.hessian import Hessian, needs_float64
+from lobs_native.solvers.measurement import PIECE, quadratic_form
+from lobs_native.solvers.problem import Drift
+
+__all__ = ["Differences", "Gap"]
+
+_AT_ONCE = 4096  # rows in one float32 product
+
+
+class Differences:
+    """How far a layer's outputs on the pruned network's inputs are from its outputs in the original
+    network, before the layer itself is pruned: sums over rows.
+
+    ``unlike`` tells why the two networks could not be compared row by row; "" if they could.
+    """
+
+    def __init__(self, layer: Layer, gap: Gap | None = None) -> None:
+        self.layer = layer
+        self.gap = gap  # from which everything follows
+        wide = layer.weight().dtype == torch.float64
+        self.dtype = torch.float64 if wide else torch.float32
+        if gap is None:
+            self.W = self._weight()
+            self.bias = self._bias()
+            D = layer.width + (self.bias is not None)
+            self.pull = [
+                torch.zeros(D, layer.rows, dtype=torch.float64, device=self.W.device)
+                for _ in range(layer.groups)
+            ]
+        self.inherited = [0.0] * layer.groups
+        self.energy = [0.0] * layer.groups
+        self.summed = False
+        self.unlike = ""
+        if layer.routed:
+            self.unlike = "its experts are not sent the same rows as in the original network"
+
+    def _weight(self) -> Tensor:
+        return self.layer.weight().to(self.dtype)  # (G, R, C)
+
+    def _bias(self) -> Tensor | None:
+        bias = self.layer.bias()
+        return None if bias is None else bias.to(self.dtype)
+
+    @ops.full_precision()
+    def update(
+        self, g: int, x: Tensor, x0: Tensor, extra: Tensor | None, weights: Tensor | None
+    ) -> None:
+        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network. ``extra`` (n, R)
+        is what is added to the layer's output in the original network, less what is in this one."""
+        C, W, dtype = self.layer.width, self.W[g], self.dtype
+        if needs_float64(x, weights) or needs_float64(x0, weights):
+            dtype, W = torch.float64, W.double()
+        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
+            if weights is not None:
+                at = at[weights[at] > 0]
+            a, b = x[at].to(dtype), x0[at].to(dtype)
+            missing = (b - a) @ W.T
+            if extra is not None:
+                missing += extra[at].to(dtype)
+            target = b @ W.T
+            if self.bias is not None:
+                target += self.bias[g]
+            w = None if weights is None else weights[at, None].to(dtype)
+            weighted = missing if w is None else missing * w
+            self.pull[g][:C] += (a.T @ weighted).double()
+            if len(self.pull[g]) > C:
+                self.pull[g][C] += weighted.sum(0).double()
+            self.inherited[g] += float((missing * weighted).sum(dtype=torch.float64))
+            self.energy[g] += float(
+                (target.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sums."""
+        if self.gap is not None:
+            return self.gap.size if self.gap.layer is self.layer else 0
+        return sum(p.numel() * p.element_size() for p in self.pull)
+
+    def kept(self) -> Kept:
+        """The sums, from which :meth:`restore` resumes."""
+        info: dict[str, Any] = {"summed": self.summed, "unlike": self.unlike}
+        if self.gap is not None:
+            tensors = self.gap.kept() if self.gap.layer is self.layer else {}
+            return tensors, {**info, "finite": self.gap.finite}
+        tensors = {f"pull.{g}": p for g, p in enumerate(self.pull)}
+        each = torch.tensor([self.inherited, self.energy], dtype=torch.float64)
+        return {**tensors, "inherited and energy": each}, info
+
+    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Take over the sums that :meth:`kept` returned."""
+        self.summed, self.unlike = bool(info["summed"]), str(info["unlike"])
+        if self.gap is not None:
+            self.gap.finite = bool(info["finite"])
+            if self.gap.layer is self.layer:
+                self.gap.restore(tensors)
+            return
+        for g, pull in enumerate(self.pull):
+            pull.copy_(tensors[f"pull.{g}"])
+        self.inherited, self.energy = tensors["inherited and energy"].tolist()
+
+    def drift(self, rows: Sequence[float]) -> Drift:
+        """The means over the rows that each group saw. Call it once: it overwrites the sums."""
+        finite = self.gap.finite if self.gap is not None else self._is_finite()
+        if not finite:
+            raise NonFiniteError(
+                f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
+            )
+        each = [n or 1.0 for n in rows]
+        if self.gap is not None:
+            return self.gap.drift(self._weight(), self._bias(), each)
+        return Drift(
+            pull=[p.div_(n) for p, n in zip(self.pull, each, strict=True)],
+            inherited=sum(e / n for e, n in zip(self.inherited, each, strict=True)),
+            energy=sum(e / n for e, n in zip(self.energy, each, strict=True)),
+        )
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.pull)
+
+
+class Gap:
+    """How far the inputs x of layers are from those, x0, in the original network: the sums over
+    rows ``[x 1]^T (x0 - x)``, ``(x0 - x)^T (x0 - x)`` and ``[x0 1]^T [x0 1]``; the ones are there
+    if there is a bias.
+
+    They give the :class:`Differences` of every layer that reads the tensor and whose output is not
+    compared as a part of a sum: with W (R, C), ``x^T (x0 - x) W^T``, the trace of
+    ``W (x0 - x)^T (x0 - x) W^T``, and so on. It takes as much arithmetic as two layers with R = C,
+    however many there are and however many outputs they have.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer  # one of those that share it
+        bias, device = layer.bias() is not None, layer.weight().device
+        self.finite = True
+        self.cross = [
+            torch.zeros(layer.width + bias, layer.width, dtype=torch.float64, device=device)
+            for _ in range(layer.groups)
+        ]
+        self.apart = [Hessian(layer.width, device=device) for _ in range(layer.groups)]
+        self.original = [
+            Hessian(layer.width, bias=bias, device=device) for _ in range(layer.groups)
+        ]
+        self._wide = layer.weight().dtype == torch.float64
+
+    @staticmethod
+    def pays(layers: Iterable[Layer]) -> bool:
+        """Whether it takes less arithmetic than these layers' own sums: three products of R x C
+        each, against one of C x C and two halves."""
+        some = [layer for layer in layers if not layer.routed]  # the others are not compared
+        return bool(some) and 3 * sum(layer.rows for layer in some) > 2 * some[0].width
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sums."""
+        moments = [*self.apart, *self.original]
+        return sum(8 * x.numel() for x in self.cross) + sum(8 * h.columns**2 for h in moments)
+
+    @ops.full_precision()
+    def update(self, g: int, x: Tensor, x0: Tensor, weights: Tensor | None) -> None:
+        """Add rows x (n, C) of the pruned and x0 (n, C) of the original network."""
+        C = self.layer.width
+        wide = self._wide or needs_float64(x, weights) or needs_float64(x0, weights)
+        dtype = torch.float64 if wide else torch.float32
+        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
+            if weights is not None:
+                at = at[weights[at] > 0]
+            a, b = x[at].to(dtype), x0[at].to(dtype)
+            w = None if weights is None else weights[at]
+            apart = b - a
+            try:
+                self.original[g].update(b, w)
+                self.apart[g].update(apart, w)
+            except NonFiniteError:  # the layer's own second moment has seen that x is finite
+                self.finite = False
+                return
+            weighted = apart if w is None else apart * w[:, None].to(dtype)
+            self.cross[g][:C] += (a.T @ weighted).double()
+            if len(self.cross[g]) > C:
+                self.cross[g][C] += weighted.sum(0).double()
+
+    def kept(self) -> dict[str, Tensor]:
+        """The sums, from which :meth:`restore` resumes."""
+        tensors = {f"cross.{g}": x for g, x in enumerate(self.cross)}
+        for kind, moments in (("apart", self.apart), ("original", self.original)):
+            for g, h in enumerate(moments):
+                tensors |= {f"{kind}.{g}.{k}": x for k, x in h.state_dict().items()}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the sums that :meth:`kept` returned."""
+        for g, cross in enumerate(self.cross):
+            cross.copy_(tensors[f"cross.{g}"])
+        for kind, moments in (("apart", self.apart), ("original", self.original)):
+            for g, h in enumerate(moments):
+                h.load_state_dict(below(f"{kind}.{g}.", tensors))
+
+    @ops.full_precision()
+    def drift(self, W: Tensor, bias: Tensor | None, rows: Sequence[float]) -> Drift:
+        """What a layer with W (G, R, C) and bias (G, R) should compensate: means over ``rows``."""
+        pulls, inherited, energy = [], 0.0, 0.0
+        for g, (cross, n) in enumerate(zip(self.cross, rows, strict=True)):
+            pulls.append((cross.to(W.dtype) @ W[g].T).double().div_(n))
+            if not self.apart[g].rows:
+                continue
+            apart, original = self.apart[g].matrix(), self.original[g].matrix()
+            for part in _pieces(W[g]):
+                w = W[g, part].double()
+                inherited += quadratic_form(w, apart)
+                if bias is not None:
+                    w = torch.cat([w, bias[g, part, None].double()], 1)
+                energy += quadratic_form(w, original)
+        return Drift(pulls, max(0.0, inherited), max(0.0, energy))
+
+
+def _pieces(W: Tensor) -> Iterator[slice]:
+    """Rows a few at a time, so that float64 temporaries stay small."""
+    step = max(1, PIECE // W.shape[1])
+    for first in range(0, len(W), step):
+        yield slice(first, first + step)
