@@ -274,7 +274,7 @@ def test_exact_runs_on_some_rows_of_a_layer_that_would_take_too_long(tiny, tmp_p
 
 def test_a_layer_that_does_not_fit_into_memory_is_left_out_and_estimated(tiny, tmp_path, capsys):
     arguments = ["large", "--network", "resnet50", "--method", "lobs", "--short", "--count", "2"]
-    assert main([*arguments, "--out", str(tmp_path), "--memory", "0.00045"]) == 0
+    assert main([*arguments, "--out", str(tmp_path), "--memory", "0.0004"]) == 0
     found = json.loads((tmp_path / "paper-large.json").read_text())
     (r,), (wide,) = found["runs"], found["too large"]["resnet50"]
     assert r["left_out"] == ["6"] == [wide["work"]["name"]]

@@ -15,7 +15,7 @@ import torch
 from lobs_native.calibration.differences import Gap
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.solvers.measurement import PIECE
+from lobs_native.solvers.measurement import measuring_bytes
 from lobs_native.solvers.method import Method
 from lobs_native.solvers.methods import method_of
 
@@ -109,7 +109,7 @@ def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings)
     if corrected and Gap.pays([job.layer]):
         pull += 3 * job.moment_bytes
     # At the end, when scratch is free again: beside the result, and the inverse.
-    measuring = 5 * 8 * min(extent.weights, PIECE) + (extent.kernel.itemsize + 1) * extent.weights
+    measuring = measuring_bytes(extent) + (extent.kernel.itemsize + 1) * extent.weights
     measuring += 8 * extent.squares if method.inverts else 0
     return job.moment_bytes + max(work, measuring) + pull
 

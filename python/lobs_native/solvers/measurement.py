@@ -17,21 +17,22 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.errors import NonFiniteError
+from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.problem import Problem
 
 __all__ = [
-    "PIECE",
     "condition",
     "energy",
     "error",
     "error_and_optimality",
     "error_of_nothing",
     "lost_in_rounding",
+    "measuring_bytes",
     "optimality",
     "quadratic_form",
 ]
 
-PIECE = 1 << 19  # elements of a float64 temporary
+_PIECE = 1 << 19  # elements of a float64 temporary
 _COLUMNS = 512  # of H in one product
 _STRIP = 64  # rows of it that stay in the cache
 _LARGE = 1 << 26  # products of numbers from which on float32 takes less time; below, milliseconds
@@ -160,7 +161,7 @@ def lost_in_rounding(problem: Problem, weight: Tensor, removed: Tensor) -> list[
 def _pieces(problem: Problem) -> Iterator[slice]:
     """Rows a few at a time, so that float64 temporaries stay small."""
     _, R, D = problem.before.shape
-    step = max(1, PIECE // D)
+    step = max(1, _PIECE // D)
     for first in range(0, R, step):
         yield slice(first, first + step)
 
@@ -198,13 +199,12 @@ def _in_float32(
     product: of what the error would be if no column made up for another.
     """
     _, R, D = problem.before.shape
-    small = R < _LEAST_ROWS or R * D * D < _LARGE
-    if small or problem.before.dtype == torch.float64 or problem.exponent > _LARGEST:
+    if not _is_large(R, D, problem.before.dtype) or problem.exponent > _LARGEST:
         return None
     total, doubt = inherited, 0.0
     for g, H in enumerate(problem.moments):
         dW = change(g)
-        S = torch.zeros_like(H, dtype=torch.float32 if R <= _NARROW_ROWS else torch.float64)
+        S = torch.zeros_like(H, dtype=_products(R))
         ops.hessian_accumulate_(S, dW, backend=problem.workspace.backend)
         # Sums of squares are the same way off again and again where weights have few digits.
         squares = H.new_zeros(D)
@@ -222,6 +222,26 @@ def _in_float32(
         total += 2 * below - apart - gained
         doubt += _ROUNDING * (apart + abs(gained))
     return total if doubt <= _LOST * total else None
+
+
+def measuring_bytes(extent: Extent) -> int:
+    """The most bytes of temporaries that measuring takes at one time."""
+    R, D = extent.rows, extent.order
+    pieces = 5 * 8 * min(extent.weights, _PIECE)
+    if not _is_large(R, D, extent.kernel):
+        return pieces
+    return max(pieces, 4 * R * D + _products(R).itemsize * D * D)
+
+
+def _is_large(rows: int, order: int, dtype: torch.dtype) -> bool:
+    """Whether weights of a group are measured by float32 products."""
+    worth = rows >= _LEAST_ROWS and rows * order * order >= _LARGE
+    return worth and dtype != torch.float64
+
+
+def _products(rows: int) -> torch.dtype:
+    """The type of dW^T dW."""
+    return torch.float32 if rows <= _NARROW_ROWS else torch.float64
 
 
 def quadratic_form(dW: Tensor, H: Tensor) -> float:
