@@ -21,6 +21,7 @@ from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.problem import Problem
 
 __all__ = [
+    "PIECE",
     "condition",
     "energy",
     "error",
@@ -32,7 +33,7 @@ __all__ = [
     "quadratic_form",
 ]
 
-_PIECE = 1 << 19  # elements of a float64 temporary
+PIECE = 1 << 19  # elements of a float64 temporary
 _COLUMNS = 512  # of H in one product
 _STRIP = 64  # rows of it that stay in the cache
 _LARGE = 1 << 26  # products of numbers from which on float32 takes less time; below, milliseconds
@@ -161,7 +162,7 @@ def lost_in_rounding(problem: Problem, weight: Tensor, removed: Tensor) -> list[
 def _pieces(problem: Problem) -> Iterator[slice]:
     """Rows a few at a time, so that float64 temporaries stay small."""
     _, R, D = problem.before.shape
-    step = max(1, _PIECE // D)
+    step = max(1, PIECE // D)
     for first in range(0, R, step):
         yield slice(first, first + step)
 
@@ -227,7 +228,7 @@ def _in_float32(
 def measuring_bytes(extent: Extent) -> int:
     """The most bytes of temporaries that measuring takes at one time."""
     R, D = extent.rows, extent.order
-    pieces = 5 * 8 * min(extent.weights, _PIECE)
+    pieces = 5 * 8 * min(extent.weights, PIECE)
     if not _is_large(R, D, extent.kernel):
         return pieces
     return max(pieces, 4 * R * D + _products(R).itemsize * D * D)
