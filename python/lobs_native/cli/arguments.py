@@ -15,7 +15,7 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
 from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
 
-__all__ = ["TEXT", "add_prune", "by_option", "settings_of"]
+__all__ = ["TEXT", "add_prune", "add_text", "by_option", "settings_of"]
 
 # For a folder's text and files.
 TEXT = ("lines", "tokens", "min_words", "length", "batch_size", "shard_size")
@@ -67,6 +67,12 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
         f"repeated, and the last that matches wins; NAME is one of {', '.join(LAYER_OPTIONS)}",
     )
 
+    add_text(command)
+    return command
+
+
+def add_text(command: argparse.ArgumentParser) -> None:
+    """The options for a folder's text and files."""
     add = command.add_argument_group("for folders").add_argument
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on")
     add("--lines", type=int, metavar="N", help="lines of it at most; default 600, or --tokens")
@@ -76,7 +82,6 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
     add("--length", type=int, metavar="N", help=help_)
     add("--batch-size", type=int, metavar="N", help="default 8")
     add("--shard-size", type=_size, metavar="SIZE", help="largest weight file; default 5GB")
-    return command
 
 
 def settings_of(options: argparse.Namespace) -> NetworkSettings:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lobs_native
-from lobs_native.cli import demo, doctor, job
+from lobs_native.cli import demo, doctor, job, shrinking
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run_command=_demo)
 
     add_prune(commands).set_defaults(run_command=_prune)
+    shrinking.add_shrink(commands).set_defaults(run_command=_shrink)
 
     help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
@@ -192,6 +193,19 @@ def _prune(options: argparse.Namespace) -> int:
         print(json.dumps({**report.to_dict(), "out": str(out)}, indent=1, allow_nan=False))
     else:
         print(report_table(report))
+        print(f"wrote {visible(out)}")
+    return OK
+
+
+def _shrink(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+        out = _check_out(options)
+        text = {name: getattr(options, name) for name in TEXT}
+        task = job.find(options.model, options.calibration, text)
+        with _heeding_sigterm(kept=False):
+            result = shrinking.run(task, options, out)
+    print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
+    if not options.json:
         print(f"wrote {visible(out)}")
     return OK
 

@@ -126,6 +126,7 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
         raise ArgumentError("--calibration: it is missing; give a text file to calibrate on")
     checkpoint = hf.examine(folder)
     model = hf.load(checkpoint)
+    configured = model.config.to_dict()  # type: ignore[union-attr, operator]
     settings = {
         "model": str(folder),
         "model class": type(model).__name__,
@@ -141,10 +142,26 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
             measure = functools.partial(perplexity, model, calibrating.held_back)
 
     def save(out: Path, masks: Mapping[str, Tensor], memory: int | None) -> dict[str, Any]:
-        return hf.save(model, checkpoint, out, masks, shard_bytes=shard_bytes, memory=memory)
+        config = _differing(configured, model.config.to_dict())  # type: ignore[union-attr, operator]
+        return hf.save(
+            model, checkpoint, out, masks, shard_bytes=shard_bytes, memory=memory, config=config
+        )
 
     head = hf.output_layer(model)
     return Job(model, batches, hf.first_output, head, save, settings, measure)
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``new`` that are not those of ``old``, nested."""
+    found: dict[str, Any] = {}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            if inside := _differing(before, value):
+                found[key] = inside
+        elif key not in old or before != value:
+            found[key] = value
+    return found
 
 
 @contextlib.contextmanager

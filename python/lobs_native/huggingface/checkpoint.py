@@ -264,6 +264,7 @@ def save(
     *,
     shard_bytes: int,
     memory: int | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the network into ``folder``, then read it back and compare.
 
@@ -282,6 +283,8 @@ def save(
     memory : int, optional
         Bytes that writing and reading back may take: files are at most half as large, and the
         network in memory is given up before it is read back.
+    config : mapping, optional
+        What is different in config.json, nested as it is there.
 
     Returns
     -------
@@ -307,6 +310,10 @@ def save(
             for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
                 path.rename(folder / path.name)
             shutil.rmtree(staging)
+            if config:
+                path = folder / "config.json"
+                text = json.dumps(_updated(_json(path), config), indent=2)
+                path.write_text(text + "\n", encoding="utf-8")
         else:
             left_out, rounded = [checkpoint.gguf.name], []
             model.save_pretrained(str(folder), max_shard_size=shard_bytes)  # type: ignore[operator]
@@ -326,6 +333,17 @@ def save(
         "tensors left out": sorted(set(checkpoint.dtypes) - set(written.dtypes)),
         "tensors pruned in another dtype": rounded,
     }
+
+
+def _updated(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with the values of ``new``, nested."""
+    changed = dict(old)
+    for key, value in new.items():
+        inside = changed.get(key)
+        if isinstance(inside, Mapping) and isinstance(value, Mapping):
+            value = _updated(inside, value)
+        changed[key] = value
+    return changed
 
 
 def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:

@@ -3,6 +3,7 @@ get smaller."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,12 @@ class ShrinkReport:
     configured: bool  # whether the model's own class, with its configuration, has the new sizes
     notes: tuple[str, ...]
     pruning: Report = field(repr=False)  # errors of the repaired layers, change of the output
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        fields = {name: value for name, value in vars(self).items() if name != "pruning"}
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        return {**fields, "layers": layers, "pruning": self.pruning.to_dict()}
 
     def __str__(self) -> str:
         (p, q), (m, n) = self.parameters, self.multiplications

@@ -1,0 +1,109 @@
+"""The work of ``lobs-native shrink``: shrink the network of a job, and write a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lobs_native.cli.arguments import add_text
+from lobs_native.cli.job import Job
+from lobs_native.cli.tables import aligned
+from lobs_native.errors import ArgumentError
+from lobs_native.files.atomic import new_folder
+from lobs_native.network.families import KINDS
+from lobs_native.network.shrink import shrink
+from lobs_native.report.text import visible
+from lobs_native.solvers.methods import COLUMNS
+
+__all__ = ["add_shrink", "run", "table"]
+
+_SHRINK = """Make a transformer smaller: remove neurons and attention heads, repair what reads them.
+
+MODEL is as for prune. The new folder holds the smaller weights and the configuration with the new
+sizes, so that stock transformers loads it; everything else in the old folder; report.json, and
+report.html about the repaired layers. Kinds of units that the configuration cannot count stay.
+"""
+
+
+def add_shrink(commands: Any) -> argparse.ArgumentParser:
+    """The ``shrink`` command with its options."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        "shrink",
+        help="make a transformer smaller and faster: fewer neurons and attention heads",
+        description=_SHRINK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="a folder, or module:function")
+    add("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
+    add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
+    far = command.add_argument_group("how far (--parameters, or the others)").add_argument
+    help_ = "share of the parameters of the layers concerned that stays"
+    far("--parameters", type=float, metavar="X", help=help_)
+    for kind in KINDS:
+        help_ = f"share of the {kind} that stays; default: all"
+        far(f"--{kind}", type=float, metavar="X", help=help_)
+    how = command.add_argument_group("how (see lobs_native.shrink)").add_argument
+    how("--multiple", type=int, default=8, metavar="N", help="of neurons; default: %(default)s")
+    how("--method", choices=tuple(COLUMNS), default="exact", help="default: %(default)s")
+    inputs = ("corrected", "pruned", "dense")
+    how("--inputs", choices=inputs, default="corrected", help="default: %(default)s")
+    how("--damping", type=float, default=0.01, metavar="X", help="default: %(default)s")
+    how("--seed", type=int, default=0, help="default: %(default)s")
+    add_text(command)
+    return command
+
+
+def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Shrink the job's network and write it; the content of report.json."""
+    keep = {kind: share for kind in KINDS if (share := getattr(options, kind)) is not None}
+    if bool(keep) == (options.parameters is not None):
+        raise ArgumentError(
+            "--parameters, --neurons, --heads: give the first, or some of the others"
+        )
+    with new_folder(out, overwrite=options.overwrite) as folder:
+        before = None if job.measure is None else job.measure()
+        report = shrink(
+            job.model,
+            job.batches,
+            keep=keep or None,
+            parameters=options.parameters,
+            multiple=options.multiple,
+            method=options.method,
+            inputs=options.inputs,
+            damping=options.damping,
+            forward=job.forward,
+            progress=not options.no_progress,
+            seed=options.seed,
+        )
+        result = {**report.to_dict(), "settings": dict(job.settings)}
+        if job.measure is not None:
+            result["settings"] |= {"perplexity before": before, "perplexity after": job.measure()}
+        result["settings"] |= job.save(folder, {}, None)
+        text = json.dumps(result, indent=1, allow_nan=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        report.pruning.save(folder / "report.html")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a terminal."""
+    errors = {layer["name"]: layer["relative_error"] for layer in result["pruning"]["layers"]}
+    rows = [("before", "units", "stay", "relative error")]
+    for layer in result["layers"]:
+        error = f"{float(errors[layer['consumer']]):.4g}"
+        stay = str(len(layer["kept"]))
+        rows.append((visible(layer["consumer"]), f"{layer['units']} {layer['kind']}", stay, error))
+    (p, q), (m, n) = result["parameters"], result["multiplications"]
+    lines = [aligned(rows), *map(visible, result["notes"])]
+    lines.append(f"{p:,} -> {q:,} parameters; {n / m:.0%} of the multiplications in these layers")
+    settings = result["settings"]
+    if settings.get("perplexity before") is not None:
+        lines.append(
+            f"perplexity {settings['perplexity before']:.2f} -> {settings['perplexity after']:.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""``lobs-native shrink`` on folders: stock transformers loads what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import hf_folders
+
+from lobs_native.cli import commands as cli
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Python's own, from packages that transformers imports.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(hf_folders.text())
+    return path
+
+
+def shrink(source, text, *more, code=cli.OK):
+    out = source.parent / "out"
+    arguments = ["--calibration", str(text), "--length", "32", "--out", str(out), *more]
+    assert cli.main(["shrink", str(source), *arguments]) == code
+    return out
+
+
+def test_a_folder_gets_smaller_and_only_sizes_change_in_its_configuration(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
+    out = shrink(source, text, "--neurons", "0.5", "--heads", "0.5", "--multiple", "4")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, out))
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed <= {
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    }
+    assert after["intermediate_size"] * 2 == before["intermediate_size"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["configured"]
+    assert (out / "report.html").is_file()
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    sizes = {p.numel() for p in model.parameters()}
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"][1]
+    assert sizes
+    with torch.no_grad():
+        assert model(torch.arange(4, 24).reshape(2, 10)).logits.isfinite().all()
+    assert {p.name for p in source.iterdir()} <= {p.name for p in out.iterdir()}
+    assert "of the multiplications in these layers" in capsys.readouterr().out
+
+
+def test_json_is_all_of_standard_output(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "model", "BertModel")
+    out = shrink(source, text, "--parameters", "0.6", "--multiple", "1", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "report.json").read_text())
+    assert printed["multiplications"][1] <= 0.6 * printed["multiplications"][0]
+    assert {layer["kind"] for layer in printed["layers"]} == {"neurons"}
+    assert any("heads stay" in note for note in printed["notes"])
+
+
+def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
+    capsys.readouterr()
+    for wrong in ([], ["--parameters", "0.5", "--heads", "0.5"], ["--neurons", "0"]):
+        out = shrink(source, text, *wrong, code=cli.USAGE)
+        assert not out.exists()
+        assert capsys.readouterr().err.count("\n") == 1
