@@ -124,7 +124,7 @@ def command(out: Path) -> list[str]:
     return [
         *("prune", str(found_package()), "--calibration", str(TEXT), "--lines", "32"),
         *("--method", "sweep", "--sparsity", "0.5", "--include", "encoder.layer.0.*"),
-        *("--memory", "60MB", "--out", str(out), "--no-progress"),
+        *("--memory", "90MB", "--out", str(out), "--no-progress"),
     ]
 
 
