@@ -65,9 +65,7 @@ class Differences:
         C, W, dtype = self.layer.width, self.W[g], self.dtype
         if needs_float64(x, weights) or needs_float64(x0, weights):
             dtype, W = torch.float64, W.double()
-        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
-            if weights is not None:
-                at = at[weights[at] > 0]
+        for at in _some_rows(len(x), weights):
             a, b = x[at].to(dtype), x0[at].to(dtype)
             missing = (b - a) @ W.T
             if extra is not None:
@@ -178,9 +176,7 @@ class Gap:
         C = self.layer.width
         wide = self._wide or needs_float64(x, weights) or needs_float64(x0, weights)
         dtype = torch.float64 if wide else torch.float32
-        for at in torch.arange(len(x), device=x.device).split(_AT_ONCE):
-            if weights is not None:
-                at = at[weights[at] > 0]
+        for at in _some_rows(len(x), weights):
             a, b = x[at].to(dtype), x0[at].to(dtype)
             w = None if weights is None else weights[at]
             apart = b - a
@@ -227,6 +223,13 @@ class Gap:
                     w = torch.cat([w, bias[g, part, None].double()], 1)
                 energy += quadratic_form(w, original)
         return Drift(pulls, max(0.0, inherited), max(0.0, energy))
+
+
+def _some_rows(count: int, weights: Tensor | None) -> Iterator[Any]:
+    """What selects the rows that count, so many at a time; without weights, views of all."""
+    for first in range(0, count, _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        yield part if weights is None else first + (weights[part] > 0).nonzero()[:, 0]
 
 
 def _pieces(W: Tensor) -> Iterator[slice]:

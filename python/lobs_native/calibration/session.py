@@ -288,6 +288,9 @@ class Session:
                 module.training = True
 
     def _devices(self) -> list[int]:
+        """The CUDA devices that hold parameters."""
+        if not torch.cuda.is_initialized():  # a look at all parameters takes long, batch by batch
+            return []
         return sorted(
             {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         )
