@@ -11,8 +11,8 @@ of 30 blocks to one half and write a folder. Neither measures a perplexity, and 
 after the last block that it prunes.
 
 Every job is a process of its own with one thread, and the order of a pair's two jobs alternates.
-Peak memory is what a job takes above a process that only loads the model. Before that, the
-perplexity of both results on other text is compared.
+Peak memory is what a job takes above a process that only loads the model. The perplexities of both
+results on other text are compared.
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ def our_command(
     return [sys.executable, *words.split(), *included]
 
 
-def perplexity_of(folder: Path, source: Path) -> float:
-    """Of the last windows of a text."""
+def perplexity_of(folder: Path, checkpoint: Path, source: Path) -> float:
+    """Of the last windows of a text, which the tokenizer of the ``checkpoint`` divides."""
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(str(folder))(source.read_text(encoding="utf-8"))
+    tokens = AutoTokenizer.from_pretrained(str(checkpoint))(source.read_text(encoding="utf-8"))
     ids = torch.tensor(tokens["input_ids"][-MEASURED * WINDOW :]).view(MEASURED, WINDOW)
     model = loaded(folder)
     with torch.no_grad():
@@ -158,7 +158,8 @@ def compare(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
             both = commands if pair % 2 == 0 else commands[::-1]
             pairs.append({side: Spent.by(*command) for side, command in both})
         perplexity = {
-            side: perplexity_of(place / side, arguments.text) for side in ("ours", "theirs")
+            side: perplexity_of(place / side, checkpoint, arguments.text)
+            for side in ("ours", "theirs")
         }
         if not perplexity["ours"] <= ALIKE * perplexity["theirs"]:
             raise SystemExit(f"--inputs {inputs}: the perplexities are {perplexity}")
