@@ -261,3 +261,13 @@ def test_resolvents_between_two_inverses_are_as_if_h_were_a_little_larger(rows, 
         assert float((as_if / eigenvalues).min()) > 0.999
         assert float((as_if / eigenvalues).max()) < most
     assert i == values - 1
+
+
+@pytest.mark.parametrize(("rows", "columns", "samples"), [(32, 1024, 2), (16, 700, 20)])
+def test_few_samples_are_matched_however_badly_conditioned_they_make_h(rows, columns, samples):
+    """Half of the weights can do what all of them did on so few samples."""
+    x = torch.randn(samples, columns).relu()
+    W = torch.randn(rows, columns)
+    out = lobs.prune_weight(W, lobs.Hessian(columns).update(x), sparsity=0.5, method="admm")
+    swept = lobs.prune_weight(W, lobs.Hessian(columns).update(x), sparsity=0.5, method="sweep")
+    assert out.relative_error < min(1e-4, swept.relative_error)

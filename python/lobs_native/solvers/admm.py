@@ -23,7 +23,7 @@ from lobs_native.solvers.extent import Extent, Flops
 from lobs_native.solvers.inversion import invert_
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
-from lobs_native.solvers.problem import Problem, in_errors, nearest_count
+from lobs_native.solvers.problem import Problem, in_errors, nearest_count, spectral_norm
 
 __all__ = ["Admm"]
 
@@ -48,6 +48,7 @@ _MOST_STEPS = 20  # of conjugate gradients at the end
 _STEPS = 6  # of them that plans expect
 _GAIN = 0.06  # at which they may end: 0.003 takes twice the steps and gains 0.2 percent
 _LEVELS = (0.25, 0.5, 0.7, 0.85, 0.95, 1.0)  # of the removals at which a layer's error is measured
+_WELL_CONDITIONED = 2e4  # layers of transformers are at most at 8,000 with enough samples
 _PIECE = 512  # rows of H that are scaled in one temporary
 _LEAST_IMPORTANCE = 1e-12  # rows whose cost counts less are still repaired accurately
 _OPTIMALITY = 10.0  # the ratio at which they may end; results above 30 are solved for again
@@ -89,6 +90,11 @@ class Admm(Method):
             relative = (importance / importance.mean()).clamp_min(_LEAST_IMPORTANCE)
             self.factors = relative.sqrt().to(dtype)[:, :, None]
         self.schedule = _schedule(problem.before.shape[1], D)
+        # Float32 inverts what is better conditioned. Few samples make it worse: a few directions
+        # have all of H, and the damping is all of the others.
+        norms = torch.tensor([spectral_norm(H) for H in self.H])
+        worst = float((norms / self.mean.view(-1).cpu()).max()) / self.schedule.inverted[0]
+        self.inverting = torch.float64 if worst > _WELL_CONDITIONED else dtype
         self._resolvents: dict[float, Tensor] | None = None  # once several choices are to be made
 
     # ---- plans -----------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ class Admm(Method):
         """(G, D, D): ``rho (H + rho I)^-1`` with ``rho = penalty * mean``."""
         if self._resolvents is not None and penalty in self._resolvents:
             return self._resolvents[penalty]
-        M = self.H / (penalty * self.mean)
+        M = self.H.to(self.inverting) / (penalty * self.mean)
         M.diagonal(dim1=1, dim2=2).add_(1.0)
         if len(M) > 1:  # many small ones (grouped convolutions) at once
             with ops.one_thread():
@@ -268,6 +274,7 @@ class Admm(Method):
             positive = not bool(info.any())
         else:
             positive = invert_(M[0])
+        M = M.to(self.H.dtype)
         if not positive:
             raise NotPositiveDefiniteError(
                 f"hessian: not positive definite in {self.problem.dtype} with damping "
