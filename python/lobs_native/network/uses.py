@@ -190,7 +190,8 @@ def _never_called(layer: Layer) -> Reason:
     return Reason(
         "never called on the calibration data",
         error=ArgumentError(
-            f"include: the model never calls {layer.name!r} on the calibration data; leave it out"
+            f"calibration: the model never calls {layer.name!r} on it, or only without rows; pass "
+            "batches that reach it, or leave it out of include"
         ),
     )
 
