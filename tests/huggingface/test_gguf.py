@@ -15,6 +15,7 @@ transformers = pytest.importorskip(
     "transformers", reason='transformers is not installed: pip install "lobs-native[hf]"'
 )
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # Python's own, from packages that transformers imports.

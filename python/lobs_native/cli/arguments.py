@@ -24,7 +24,7 @@ _PRUNE = """Prune a network and write it into a new folder.
 
 MODEL is a folder in the style of Hugging Face (config.json, *.safetensors, tokenizer), which needs
 pip install "lobs-native[hf]" and --calibration; or a GGUF file of a causal language model, which
-needs pip install gguf as well, and is written as such a folder in float32; or module:function,
+needs pip install gguf accelerate, and is written as such a folder in float32; or module:function,
 where the function returns (model, batches) or (model, batches, forward) and modules of the current
 folder can be imported.
 The new folder holds the weights, dense with zeros in them, in the dtype they had; of a folder also

@@ -20,8 +20,12 @@ def check(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise CheckpointError(f"MODEL: {file} is not a GGUF file; copy it again")
-    if importlib.util.find_spec("gguf") is None:
-        raise LobsError("MODEL: a GGUF file needs the package gguf; pip install gguf")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LobsError(
+            "MODEL: transformers reads GGUF files with the packages gguf and accelerate; pip "
+            f"install {' '.join(missing)}"
+        )
 
 
 def load(file: Path) -> nn.Module:
