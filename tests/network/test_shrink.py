@@ -217,6 +217,36 @@ def test_what_something_else_depends_on_is_refused_and_nothing_is_changed():
     assert (model.fc1.out_features, model.fc2.in_features) == (16, 16)
 
 
+class Viewed(nn.Module):
+    """Something has the number of neurons from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu().view(-1, 2, 8).flatten(1))
+
+
+def test_sizes_that_do_not_fit_any_more_are_refused_and_nothing_is_changed():
+    torch.manual_seed(0)
+    model = Viewed()
+    before = states(model)
+    with pytest.raises(ArgumentError, match="something else depends on them"):
+        lobs.shrink(model, [torch.randn(3, 8)], keep=0.5, progress=False)
+    assert same(states(model), before)
+
+
+def test_a_square_weight_that_is_stored_the_other_way_round():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, n_inner=32)).eval()
+    report = lobs.shrink(model, tokens(), keep=0.5, progress=False)
+    assert [len(x.kept) for x in report.layers] == [16, 16]
+    assert model.transformer.h[0].mlp.c_proj.weight.shape == (16, 32)
+    assert report.configured
+
+
 def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
     model = llama()
     before, config = states(model), copy.deepcopy(model.config.to_dict())
@@ -239,6 +269,7 @@ def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
         ({"keep": 0.0}, ArgumentError, "keep: 0.0; something has to stay"),
         ({"keep": 1.0}, ArgumentError, "all units stay"),
         ({"keep": 1.5}, ArgumentError, "keep"),
+        ({"parameters": 0.01}, ArgumentError, "parameters: 0.01; with the fewest units"),
         ({"keep": "half"}, DtypeError, "keep"),
         ({"keep": {"layers": 0.5}}, ArgumentError, "keep"),
         ({"keep": 0.5, "kinds": ("channels",)}, ArgumentError, "kinds"),

@@ -36,7 +36,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("model", metavar="MODEL", help="a folder, or module:function")
+    add("model", metavar="MODEL", help="a folder, a GGUF file, or module:function")
     add("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     add("--json", action="store_true", help="print one JSON object and nothing else")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["KINDS", "Family", "Producer", "families_of", "linear_shape"]
+__all__ = ["KINDS", "Family", "Producer", "families_of", "inputs_axis", "linear_shape"]
 
 KINDS = ("heads", "neurons")
 
@@ -93,6 +93,12 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
+def inputs_axis(module: nn.Module) -> int:
+    """The dimension of its inputs in the weight of a module that has a :func:`linear_shape`:
+    transformers' Conv1D is stored the other way round."""
+    return 1 if isinstance(module, nn.Linear) else 0
+
+
 def families_of(model: nn.Module, kinds: tuple[str, ...] = KINDS) -> Iterator[Family]:
     """The families of a model in the order of its modules, each consumer once."""
     seen: set[str] = set()
@@ -116,13 +122,23 @@ def _below(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def _sizes(
+    module: nn.Module, producers: tuple[str, ...], consumer: str
+) -> tuple[list[int], int] | None:
+    """The numbers of outputs of the producers, and of inputs of the consumer; None if one of them
+    is not there, or not linear."""
+    shapes = [linear_shape(_below(module, path)) for path in (*producers, consumer)]
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) < len(shapes):
+        return None
+    return [outputs for outputs, _ in known[:-1]], known[-1][1]
+
+
 def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
     for producers, consumer in _NEURONS:
-        shapes = [linear_shape(_below(module, path)) for path in producers]
-        reads = linear_shape(_below(module, consumer))
-        if reads is None or None in shapes:
+        if (sizes := _sizes(module, producers, consumer)) is None:
             continue
-        units, outs = reads[1], [shape[0] for shape in shapes if shape is not None]
+        outs, units = sizes
         if all(out == units for out in outs):
             parts = 1
         elif outs == [2 * units]:
@@ -142,14 +158,12 @@ def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
 
 def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
     for producers, consumer in _HEADS:
-        shapes = [linear_shape(_below(module, path)) for path in producers]
-        reads = linear_shape(_below(module, consumer))
-        if reads is None or None in shapes:
+        if (sizes := _sizes(module, producers, consumer)) is None:
             continue
-        q, k, v = (shape[0] for shape in shapes if shape is not None)
+        (q, k, v), width = sizes
         inner = _joined(name, producers[0]).rpartition(".")[0]
         heads = _number(model, inner, _HEAD_FIELDS)
-        if heads is None or q % heads or reads[1] != q or k != v:
+        if heads is None or q % heads or width != q or k != v:
             continue
         size = q // heads
         if k % size or heads % (k // size):

@@ -3,6 +3,7 @@ get smaller."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +17,26 @@ from lobs_native import checks
 from lobs_native.calibration.outputs import floating_tensors
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
-from lobs_native.network.families import KINDS, Family, families_of, linear_shape
+from lobs_native.layers import overwrite
+from lobs_native.network.configured import configurable, fits_its_class, new_counts
+from lobs_native.network.families import (
+    KINDS,
+    Family,
+    families_of,
+    inputs_axis,
+    linear_shape,
+)
 from lobs_native.network.pruner import prune
-from lobs_native.network.surgery import Undo, take_out
+from lobs_native.network.surgery import replace, take_out
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["ShrinkReport", "Shrunk", "shrink"]
 
+_DEPENDS = (
+    "model: without the removed units it does not compute what it does with them set to zero, so "
+    "something else depends on them; it was left as it was"
+)
 _AGREES = 16.0  # times rounding to the power of 3/4: 1e-4 in float32, 0.09 in float16
 
 
@@ -145,7 +158,7 @@ def shrink(
     notes: list[str] = []
     families = list(families_of(model, tuple(kinds)))
     if configured:
-        families = [f for f in families if _can_be_configured(model, f, families, notes)]
+        families = configurable(model, families, notes)
     if not families:
         raise ArgumentError(
             "model: it has no feed-forward layers or attention whose units can be removed"
@@ -165,8 +178,9 @@ def shrink(
         for f in families
         for p in model.get_submodule(f.consumer).parameters(recurse=False)
     ]
-    undo = Undo()
-    try:
+    with contextlib.ExitStack() as undo:
+        for parameter, original in originals:
+            undo.callback(overwrite, parameter, original)
         report = prune(
             model,
             batches,
@@ -192,18 +206,17 @@ def shrink(
             strict=True,
         )
         wanted = _first_output(model, batches, forward, device, seed)
-        kept = {f.consumer: _kept_units(f, report.masks[f.consumer]) for f in families}
+        kept = {f.consumer: _kept_units(model, f, report.masks[f.consumer]) for f in families}
         for f in families:
             take_out(model, f, kept[f.consumer], undo)
-        for owner, name, value in _new_counts(families, counts):
-            undo.set(owner, name, value)
-        _check_same(wanted, _first_output(model, batches, forward, device, seed))
-    except BaseException:
-        undo.undo()
-        with torch.no_grad():
-            for parameter, original in originals:
-                parameter.copy_(original)
-        raise
+        for owner, name, value in new_counts(families, counts):
+            replace(owner, name, value, undo)
+        try:
+            found = _first_output(model, batches, forward, device, seed)
+        except Exception as error:  # sizes that do not fit any more
+            raise ArgumentError(_DEPENDS) from error
+        _check_same(wanted, found)
+        undo.pop_all()
     return ShrinkReport(
         layers=tuple(
             Shrunk(
@@ -217,7 +230,7 @@ def shrink(
         ),
         parameters=(before[0], _size(model)),
         multiplications=(before[1], sum(_work(model, f) for f in families)),
-        configured=_fits_its_class(model),
+        configured=fits_its_class(model),
         notes=tuple(dict.fromkeys(notes)),
         pruning=report,
     )
@@ -245,6 +258,11 @@ def _shares(
             return sum(each) / whole
 
         low, high = 0.0, 1.0
+        if left(low) > target:
+            raise ArgumentError(
+                f"parameters: {target:g}; with the fewest units that can stay it is {left(low):.3g}"
+                ", so pass more, or a smaller multiple"
+            )
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if left(middle) <= target else (low, middle)
@@ -270,74 +288,10 @@ def _kept(family: Family, share: float, multiple: int) -> int:
     return min(family.units, max(step, nearest))
 
 
-def _kept_units(family: Family, mask: Tensor) -> Tensor:
-    """The units that stay, by the mask (R, C) of the consumer in the layout of its weight."""
-    columns = mask.any(0) if mask.shape[1] == family.units * family.columns else mask.any(1)
+def _kept_units(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
+    """The units that stay, by the mask of the consumer in the layout of its weight."""
+    columns = mask.any(1 - inputs_axis(model.get_submodule(family.consumer)))
     return columns.view(family.units, family.columns).any(1).nonzero()[:, 0].cpu()
-
-
-# ---- what the model's class knows ----------------------------------------------------------------
-
-
-def _new_counts(
-    families: Sequence[Family], counts: Mapping[str, int]
-) -> Iterable[tuple[Any, str, int]]:
-    """Fields of modules and configurations, each once, with their new values."""
-    done: set[tuple[int, str]] = set()
-    for f in families:
-        for owner, name, factor in f.counts:
-            if (id(owner), name) not in done:
-                done.add((id(owner), name))
-                yield owner, name, factor * counts[f.consumer]
-
-
-def _can_be_configured(
-    model: nn.Module, family: Family, families: Sequence[Family], notes: list[str]
-) -> bool:
-    """Whether the model's class, with one unit fewer in each family of the kind, would have the
-    sizes that this takes. True for models without a configuration, which have no class to ask."""
-    if getattr(model, "config", None) is None:
-        return True
-    alike = [f for f in families if f.kind == family.kind and f.units == family.units]
-    undo = Undo()
-    try:
-        for owner, name, value in _new_counts(alike, {f.consumer: f.units - 1 for f in alike}):
-            undo.set(owner, name, value)
-        sizes = _sizes_of_class(model)
-    finally:
-        undo.undo()
-    wanted = [
-        (p.name, linear_shape(model.get_submodule(p.name)), p.rows * p.parts)
-        for p in family.producers
-    ]
-    fits = sizes is not None and all(
-        shape is not None and shape[0] - fewer in sizes.get(f"{name}.weight", ())
-        for name, shape, fewer in wanted
-    )
-    if not fits:
-        notes.append(
-            f"{family.kind} stay: a {type(model).__name__} made from its configuration cannot have "
-            "another number of them alone (configured=False removes them nevertheless)"
-        )
-    return fits
-
-
-def _sizes_of_class(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the parameters of a new model of the same class and configuration."""
-    try:
-        with torch.device("meta"):
-            new = type(model)(model.config)
-    except Exception:
-        return None
-    return {name: tuple(p.shape) for name, p in new.named_parameters()}
-
-
-def _fits_its_class(model: nn.Module) -> bool:
-    """Whether a new model of the same class and configuration has the same shapes."""
-    if getattr(model, "config", None) is None:
-        return False
-    sizes = _sizes_of_class(model)
-    return sizes == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 # ---- sizes and outputs ---------------------------------------------------------------------------
@@ -366,11 +320,11 @@ def _first_output(
     seed: int,
 ) -> list[Tensor]:
     """The floating-point tensors that the model returns for the first batch."""
-    session = Session(model, list(batches)[:1], forward, device, seed, progress=False)
+    first = next(iter(batches))
+    session = Session(model, [first], forward, device, seed, progress=False)
     with session.evaluating():
-        for batch in session.each("check"):
-            return [x.clone() for x in floating_tensors(session.call(model, batch))]
-    return []
+        torch.manual_seed(seed)
+        return [x.clone() for x in floating_tensors(session.call(model, first))]
 
 
 def _check_same(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> None:
@@ -383,7 +337,4 @@ def _check_same(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         apart = float((a.double() - b.double()).norm()) / norm
         alike = alike and apart <= _AGREES * torch.finfo(a.dtype).eps ** 0.75
     if not alike:
-        raise ArgumentError(
-            "model: without the removed units it does not compute what it does with them set to "
-            "zero, so something else depends on them; it was left as it was"
-        )
+        raise ArgumentError(_DEPENDS)

@@ -128,8 +128,7 @@ def workload(
     seen: Observation | None = None,
 ) -> Workload:
     """The work ahead; it includes passes for sensitivities if ``sensitive``, and one for the costs
-    if there is a ``shared_budget``. What was ``seen`` on the first batch
-    spares another run."""
+    if there is a ``shared_budget``. What was ``seen`` on the first batch spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
     passes = 2.0 if settings.measure == "all" else 2.0 * min(1.0, SAMPLE / max(1.0, measured))

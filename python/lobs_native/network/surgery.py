@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lobs_native.network.families import Family, Producer
+from lobs_native.network.families import Family, Producer, inputs_axis
 
-__all__ = ["Undo", "take_out"]
-
-
-class Undo:
-    """Remembers what it changes, and changes it back."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[object, str, object]] = []
-
-    def set(self, owner: object, name: str, value: object) -> None:
-        """``setattr`` that can be undone."""
-        self._before.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        """Put back everything, the latest first."""
-        while self._before:
-            owner, name, value = self._before.pop()
-            setattr(owner, name, value)
+__all__ = ["replace", "take_out"]
 
 
-def take_out(model: nn.Module, family: Family, kept: Tensor, undo: Undo) -> None:
+def replace(owner: object, name: str, value: object, undo: contextlib.ExitStack) -> None:
+    """``setattr``, which closing ``undo`` takes back."""
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def take_out(model: nn.Module, family: Family, kept: Tensor, undo: contextlib.ExitStack) -> None:
     """Leave only the units ``kept`` (sorted int64 indices) in the layers of a family.
 
     Parameters are replaced by new ones; nothing is written into the old ones.
@@ -51,10 +40,10 @@ def _rows(producer: Producer, units: int, kept: Tensor) -> Tensor:
     return (parts[:, None] + one).view(-1)
 
 
-def _slice(module: nn.Module, which: Tensor, side: int, undo: Undo) -> None:
+def _slice(module: nn.Module, which: Tensor, side: int, undo: contextlib.ExitStack) -> None:
     """Keep some outputs (side 0) or inputs (side 1) of a linear layer."""
-    linear = isinstance(module, nn.Linear)
-    axis = side if linear else 1 - side  # transformers' Conv1D is stored the other way round
+    inputs = inputs_axis(module)
+    axis = inputs if side == 1 else 1 - inputs
     names: Sequence[str] = ("weight", "bias") if side == 0 else ("weight",)
     for name in names:
         old = getattr(module, name, None)
@@ -62,7 +51,7 @@ def _slice(module: nn.Module, which: Tensor, side: int, undo: Undo) -> None:
             continue
         at = axis if old.ndim > 1 else 0
         new = old.detach().index_select(at, which.to(old.device)).contiguous()
-        undo.set(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        replace(module, name, nn.Parameter(new, requires_grad=old.requires_grad), undo)
     for name in ("out_features", "nf") if side == 0 else ("in_features", "nx"):
         if hasattr(module, name):
-            undo.set(module, name, len(which))
+            replace(module, name, len(which), undo)

@@ -99,9 +99,8 @@ class ExactColumns(Method):
         """See :class:`Method`: the sum of the removals' costs, with a curve."""
         problem, total = self.problem, len(self.problem.moments) * self.units
         start, unit_cost = error_of_nothing(problem), in_errors(self.common, problem.exponent)
-        if self._latest < 0 or int(removed.sum()) != self._latest * removed[0, :, 0].numel() * (
-            self.pattern.unit
-        ):
+        of_a_unit = removed.shape[1] * self.pattern.unit
+        if self._latest < 0 or int(removed.sum()) != self._latest * of_a_unit:
             return None
         spent = torch.tensor([0.0, *self.spent[: self._latest]], dtype=torch.float64).cumsum(0)
         error = start + spent * unit_cost

@@ -191,8 +191,22 @@ class GroupsOf(_Neighbours):
             )
 
 
+class _Together(_Neighbours):
+    """``size`` neighbouring inputs are kept or removed together."""
+
+    @property
+    def exchanges(self) -> bool:
+        """See :class:`Pattern`."""
+        return False
+
+    @property
+    def unit(self) -> int:
+        """See :class:`Pattern`."""
+        return self.size
+
+
 @dataclass(frozen=True)
-class Blocks(_Neighbours):
+class Blocks(_Together):
     """1 x b: ``size`` neighbouring inputs of a row are kept or removed together."""
 
     size: int
@@ -208,16 +222,6 @@ class Blocks(_Neighbours):
         """The pattern as users write it."""
         return f"1x{self.size}"
 
-    @property
-    def exchanges(self) -> bool:
-        """See :class:`Pattern`."""
-        return False
-
-    @property
-    def unit(self) -> int:
-        """See :class:`Pattern`."""
-        return self.size
-
     def unit_scores(self, score: Tensor) -> Tensor:
         """See :class:`Pattern`: the sum of a block's scores, FORCED or ZERO where all of it is."""
         blocks = score.reshape(*score.shape[:-1], -1, self.size)
@@ -232,7 +236,7 @@ class Blocks(_Neighbours):
 
 
 @dataclass(frozen=True)
-class Columns(_Neighbours):
+class Columns(_Together):
     """``size`` neighbouring inputs are kept or removed together, by all rows: columns of the weight
     matrix. A layer without them is a smaller dense layer."""
 
@@ -246,16 +250,6 @@ class Columns(_Neighbours):
     def name(self) -> str:
         """The pattern as users write it."""
         return "columns" if self.size == 1 else f"{self.size} columns"
-
-    @property
-    def exchanges(self) -> bool:
-        """See :class:`Pattern`."""
-        return False
-
-    @property
-    def unit(self) -> int:
-        """See :class:`Pattern`."""
-        return self.size
 
     @property
     def whole_inputs(self) -> bool:
