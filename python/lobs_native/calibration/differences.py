@@ -14,7 +14,7 @@ from lobs_native.calibration.partial import Kept, below
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.hessian import Hessian, needs_float64
-from lobs_native.solvers.measurement import PIECE, quadratic_form
+from lobs_native.solvers.measurement import pieces, quadratic_form
 from lobs_native.solvers.problem import Drift
 
 __all__ = ["Differences", "Gap"]
@@ -216,7 +216,7 @@ class Gap:
             if not self.apart[g].rows:
                 continue
             apart, original = self.apart[g].matrix(), self.original[g].matrix()
-            for part in _pieces(W[g]):
+            for part in pieces(*W[g].shape):
                 w = W[g, part].double()
                 inherited += quadratic_form(w, apart)
                 if bias is not None:
@@ -230,10 +230,3 @@ def _some_rows(count: int, weights: Tensor | None) -> Iterator[Any]:
     for first in range(0, count, _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         yield part if weights is None else first + (weights[part] > 0).nonzero()[:, 0]
-
-
-def _pieces(W: Tensor) -> Iterator[slice]:
-    """Rows a few at a time, so that float64 temporaries stay small."""
-    step = max(1, PIECE // W.shape[1])
-    for first in range(0, len(W), step):
-        yield slice(first, first + step)

@@ -249,9 +249,8 @@ def prune_layer(
         notes.append(
             f"it already has more zeros ({int(zeros.sum())}) than were asked for; all of them stay"
         )
-    elif settings.resolved_pattern.whole_inputs:
-        pass  # zeros of inputs that stay may be filled: what is left is dense
-    elif drift is not None and bool(zeros.any()):
+    # With whole inputs, zeros of those that stay may be filled: what is left is dense.
+    elif drift is not None and not settings.resolved_pattern.whole_inputs and bool(zeros.any()):
         if _within(zeros, job):
             mask = ~zeros
         else:

@@ -21,7 +21,6 @@ from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.problem import Problem
 
 __all__ = [
-    "PIECE",
     "condition",
     "energy",
     "error",
@@ -30,10 +29,11 @@ __all__ = [
     "lost_in_rounding",
     "measuring_bytes",
     "optimality",
+    "pieces",
     "quadratic_form",
 ]
 
-PIECE = 1 << 19  # elements of a float64 temporary
+_PIECE = 1 << 19  # elements of a float64 temporary
 _COLUMNS = 512  # of H in one product
 _STRIP = 64  # rows of it that stay in the cache
 _LARGE = 1 << 26  # products of numbers from which on float32 takes less time; below, milliseconds
@@ -159,12 +159,15 @@ def lost_in_rounding(problem: Problem, weight: Tensor, removed: Tensor) -> list[
     return [f"{lost} kept weights became zero when they were rounded to {kind}"] if lost else []
 
 
-def _pieces(problem: Problem) -> Iterator[slice]:
+def pieces(rows: int, columns: int) -> Iterator[slice]:
     """Rows a few at a time, so that float64 temporaries stay small."""
-    _, R, D = problem.before.shape
-    step = max(1, PIECE // D)
-    for first in range(0, R, step):
+    step = max(1, _PIECE // columns)
+    for first in range(0, rows, step):
         yield slice(first, first + step)
+
+
+def _pieces(problem: Problem) -> Iterator[slice]:
+    return pieces(*problem.before.shape[1:])
 
 
 def _change(
@@ -228,10 +231,10 @@ def _in_float32(
 def measuring_bytes(extent: Extent) -> int:
     """The most bytes of temporaries that measuring takes at one time."""
     R, D = extent.rows, extent.order
-    pieces = 5 * 8 * min(extent.weights, PIECE)
+    small = 5 * 8 * min(extent.weights, _PIECE)
     if not _is_large(R, D, extent.kernel):
-        return pieces
-    return max(pieces, 4 * R * D + _products(R).itemsize * D * D)
+        return small
+    return max(small, 4 * R * D + _products(R).itemsize * D * D)
 
 
 def _is_large(rows: int, order: int, dtype: torch.dtype) -> bool:
