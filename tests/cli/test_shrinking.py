@@ -48,9 +48,9 @@ def test_a_folder_gets_smaller_and_only_sizes_change_in_its_configuration(tmp_pa
     assert report["configured"]
     assert (out / "report.html").is_file()
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    sizes = {p.numel() for p in model.parameters()}
     assert sum(p.numel() for p in model.parameters()) == report["parameters"][1]
-    assert sizes
+    feed_forward = model.model.layers[0].mlp.up_proj.weight
+    assert feed_forward.shape[0] == after["intermediate_size"]
     with torch.no_grad():
         assert model(torch.arange(4, 24).reshape(2, 10)).logits.isfinite().all()
     assert {p.name for p in source.iterdir()} <= {p.name for p in out.iterdir()}
@@ -70,7 +70,20 @@ def test_json_is_all_of_standard_output(tmp_path, text, capsys):
 def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
     capsys.readouterr()
-    for wrong in ([], ["--parameters", "0.5", "--heads", "0.5"], ["--neurons", "0"]):
-        out = shrink(source, text, *wrong, code=cli.USAGE)
+    wrong = [
+        ("--parameters, --neurons, --heads: give", []),
+        ("--parameters, --neurons, --heads: give", ["--parameters", "0.5", "--heads", "0.5"]),
+        ("--neurons: 0.0; something has to stay", ["--neurons", "0"]),
+        ("--heads: 1.5; it is a fraction", ["--heads", "1.5"]),
+        ("--heads, --neurons: with ", ["--neurons", "1"]),  # all units stay
+        ("--multiple: ", ["--neurons", "0.5", "--multiple", "0"]),
+        ("--parameters: 0.001; with the fewest", ["--parameters", "0.001"]),
+        ("--damping: ", ["--neurons", "0.5", "--damping", "-1"]),
+    ]
+    for message, options in wrong:
+        out = shrink(source, text, *options, code=cli.USAGE)
         assert not out.exists()
-        assert capsys.readouterr().err.count("\n") == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert message in said
+        assert "keep[" not in said

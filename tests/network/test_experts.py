@@ -29,16 +29,21 @@ def zeros(model: Experts, part: str) -> list[int]:
 
 @pytest.mark.parametrize("few", [0, 1, 3, 20])
 @pytest.mark.parametrize("method", ["exact", "admm", "lobs", "wanda", "sweep"])
-def test_a_rare_expert_loses_its_share_and_no_more_than_by_magnitude(few, method):
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_a_rare_expert_loses_its_share_and_no_more_than_by_magnitude(scope, few, method):
     dense, (x, chosen) = Experts(False), inputs([few, 90, 90, 90])
     model = copy.deepcopy(dense)
-    report = lobs.prune(model, [(x, chosen)], sparsity=0.5, method=method, progress=False)
+    report = lobs.prune(
+        model, [(x, chosen)], sparsity=0.5, method=method, scope=scope, progress=False
+    )
     by_size = copy.deepcopy(dense)
     for part in PARTS:
         assert zeros(model, part)[0] == getattr(model, part)[0].numel() // 2
         with torch.no_grad():
-            w = getattr(by_size, part)[0].view(-1)
-            w[w.abs().argsort()[: len(w) // 2]] = 0
+            w = getattr(by_size, part)[0]
+            of_rows = w if scope == "row" else w.view(1, -1)
+            smallest = of_rows.abs().argsort(1)[:, : of_rows.shape[1] // 2]
+            of_rows.scatter_(1, smallest, 0)
     test = inputs([800, 0, 0, 0])[0][400:]  # after the rows pruned on
     first = dense.gate_up_proj[0]
     errors = [

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         As listed by ``lobs-native --help``. A LobsError, OSError or MemoryError becomes one line on
         standard error.
     """
-    kept = pruning = False
+    kept = False
+    told: Callable[[str], str] = str  # a message that names options, not arguments of Python
     try:
         options = _parser().parse_args(argv)
         options.arguments = list(sys.argv[1:] if argv is None else argv)
-        pruning = options.run_command in (_prune, _resume)
+        told = getattr(options, "by_option", told)
         kept = getattr(options, "run_dir", None) is not None
         code: int = options.run_command(options)
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except (LobsError, OSError, MemoryError) as error:
-        _complain(by_option(str(error)) if pruning else str(error), error)
+        _complain(told(str(error)), error)
         if isinstance(error, (ArgumentError, BackendError, PatternError)):
             return USAGE
         return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
@@ -129,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="no progress bars, no table")
     command.set_defaults(run_command=_demo)
 
-    add_prune(commands).set_defaults(run_command=_prune)
-    shrinking.add_shrink(commands).set_defaults(run_command=_shrink)
+    add_prune(commands).set_defaults(run_command=_prune, by_option=by_option)
+    shrinking.add_shrink(commands).set_defaults(run_command=_shrink, by_option=shrinking.by_option)
 
     help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
@@ -138,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     help_ = "also if model, data, versions or threads are no longer the same"
     command.add_argument("--anyway", action="store_true", help=help_)
-    command.set_defaults(run_command=_resume)
+    command.set_defaults(run_command=_resume, by_option=by_option)
 
     help_ = "show the state of a run directory, even while it is in use; exit code 1 if damaged"
     command = commands.add_parser("inspect", help=help_, description=help_)

@@ -17,7 +17,9 @@ from lobs_native.network.shrink import shrink
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
 
-__all__ = ["add_shrink", "run", "table"]
+__all__ = ["add_shrink", "by_option", "run", "table"]
+
+_OPTIONS = ("parameters", "multiple", "method", "inputs", "damping", "seed")
 
 _SHRINK = """Make a transformer smaller: remove neurons and attention heads, repair what reads them.
 
@@ -56,6 +58,14 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     how("--seed", type=int, default=0, help="default: %(default)s")
     add_text(command)
     return command
+
+
+def by_option(message: str) -> str:
+    """An error's message that begins with an argument of Python, with the options in its place."""
+    name, colon, rest = message.partition(": ")
+    kinds = [kind for kind in KINDS if name in (f"keep[{kind!r}]", "keep")]
+    options = kinds or [option for option in _OPTIONS if name == option]
+    return ", ".join(f"--{option}" for option in options) + colon + rest if options else message
 
 
 def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
