@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from helpers.experts import Experts
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import lobs_native as lobs
 from lobs_native.solvers.problem import nearest_count
@@ -114,3 +115,48 @@ def test_rare_experts_are_pruned_to_every_target(options):
         assert layer.sparsity * report.masks[layer.name].numel() == pytest.approx(removed)
         if "max_error" in options:
             assert layer.error <= 1.0
+
+
+def spelled(form: str, x: Tensor, w: Tensor, b: Tensor, e: int) -> Tensor:
+    if form == "linear":
+        return functional.linear(x, w[e], b[e])
+    if form == "addmm":
+        return torch.addmm(b[e], x, w[e].T)
+    if form == "shared by all":
+        return functional.linear(x, w[e], b[0])
+    return torch.baddbmm(b[:, None], x.expand(len(w), -1, -1), w.mT)[e]
+
+
+@pytest.mark.parametrize("form", ["linear", "addmm", "baddbmm", "shared by all"])
+def test_biases_of_experts_belong_to_their_weights_where_each_has_its_own(form):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(3)
+            self.w = nn.Parameter(torch.randn(3, 5, 6, generator=generator).double())
+            self.shift = nn.Parameter(torch.randn(3, 5, generator=generator).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = x.split(len(x) // 3)
+            outs = [spelled(form, part, self.w, self.shift, e) for e, part in enumerate(parts)]
+            return torch.cat(outs)
+
+    model = Own()
+    before, x = copy.deepcopy(model), inputs([50, 50, 50, 0])[0] + 1
+    report = lobs.prune(model, [x], sparsity=0.5, scope="row", progress=False)
+    assert [layer.name for layer in report.layers] == ["w"]
+    if form == "shared by all":
+        assert torch.equal(model.shift, before.shift)
+        assert [(s.name, s.on_purpose) for s in report.skipped] == [("shift", True)]
+        assert "a bias" in report.skipped[0].reason
+        return
+    assert report.skipped == ()
+    assert report.coverage.total == model.w.numel()
+    for e, part in enumerate(x.split(50)):
+        seen = x if form == "baddbmm" else part  # which multiplies all rows by all experts
+        H = lobs.Hessian(6, bias=True).update(seen)
+        out = lobs.prune_weight(
+            before.w[e].detach(), H, sparsity=0.5, scope="row", bias=before.shift[e].detach()
+        )
+        assert torch.allclose(model.w[e], out.weight, atol=1e-9)
+        assert torch.allclose(model.shift[e], out.bias, atol=1e-9)

@@ -55,6 +55,7 @@ class Use:
     blocks: dict[Block, int] = field(default_factory=dict)  # operands of products, with their rows
     calls: dict[ConvCall, None] = field(default_factory=dict)  # convolutions with it as a filter
     biases: dict[str | None, None] = field(default_factory=dict)  # what is added in these; or None
+    shifts: dict[Block, set[int]] = field(default_factory=dict)  # where in it, in entries
     added: int = 0  # how often it was added in a product or convolution as a bias
     changed: dict[str, None] = field(default_factory=dict)  # operations before it is multiplied
     parts: bool = False  # multiplied in pieces that are no blocks
@@ -212,20 +213,26 @@ class Survey(Mode):
     def _product(self, left: Tensor, right: Tensor, bias: Any) -> None:
         if right.ndim == left.ndim - 1:  # a vector
             right = right[..., None]
+            bias = bias[..., None] if isinstance(bias, Tensor) and bias.ndim else bias
         if left.ndim == 2:
             left, right = left[None], right[None]
         added = self._direct(bias) if isinstance(bias, Tensor) else []
-        for a, b in zip(left, right, strict=True):
-            self._pair(a, b, added)
+        shape = (len(left), left.shape[1], right.shape[2])
+        of_each = bias.expand(shape) if added else [None] * len(left)
+        for a, b, shift in zip(left, right, of_each, strict=True):
+            self._pair(a, b, added, shift)
         for p in added:
             self.uses[p].added += 1
             self._place(p)
 
-    def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter]) -> None:
-        """a (n, C) @ b (C, m)."""
+    def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter], shift: Tensor | None) -> None:
+        """a (n, C) @ b (C, m), and what is added to it (n, m), from the memory of ``added``."""
         sides = ((b, a), (a.T, b.T))
         parameters = [self._direct(weight) for weight, _ in sides]
         for k, (weight, x) in enumerate(sides):
+            offset = None
+            if shift is not None and len(added) == 1:
+                offset = _offset(shift if k == 0 else shift.T, added[0])
             for p in parameters[k]:
                 if parameters[1 - k] and not self._owned(p):
                     if self._owned(parameters[1 - k][0]):
@@ -233,16 +240,19 @@ class Survey(Mode):
                     else:
                         self._note(p, "both")
                 else:
-                    self._operand(p, weight, len(x))
-                    self.uses[p].biases[self._names[added[0]] if len(added) == 1 else None] = None
+                    block = self._operand(p, weight, len(x))
+                    use = self.uses[p]
+                    use.biases[None if offset is None else self._names[added[0]]] = None
+                    if block is not None and offset is not None:
+                        use.shifts.setdefault(block, set()).add(offset)
             for p, chain in self._origins(weight).items():
                 if parameters[1 - k]:
                     self._note(p, "inputs")
                 else:
                     self._note(p, "changed", *chain)
 
-    def _operand(self, p: nn.Parameter, weight: Tensor, rows: int) -> None:
-        """x (rows, C) @ weight (C, R), which lies in the memory of ``p``."""
+    def _operand(self, p: nn.Parameter, weight: Tensor, rows: int) -> Block | None:
+        """x (rows, C) @ weight (C, R), which lies in the memory of ``p``: as a block of it."""
         C, R = weight.shape
         offset = (weight.data_ptr() - p.data_ptr()) // p.element_size()
         steps = (weight.stride(0) if C > 1 else None, weight.stride(1) if R > 1 else None)
@@ -252,10 +262,11 @@ class Survey(Mode):
             block = Block(offset, R, C, True)
         else:
             self._note(p, "parts")
-            return
+            return None
         use = self.uses[p]
         use.blocks[block] = use.blocks.get(block, 0) + rows
         self._place(p, "blocks")
+        return block
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
         added = self._direct(bias) if isinstance(bias, Tensor) else []
@@ -340,6 +351,15 @@ class Survey(Mode):
             common = next((i for i, (a, b) in enumerate(together) if a is not b), None)
             shorter = min(len(use.callers), len(self._stack))
             del use.callers[shorter if common is None else common :]
+
+
+def _offset(shift: Tensor, bias: nn.Parameter) -> int | None:
+    """Where in ``bias``, in entries, the row lies that is added as ``shift`` (n, R); None if it is
+    another one for each of the n rows, or no row of neighbouring entries."""
+    n, R = shift.shape
+    if (n > 1 and shift.stride(0)) or (R > 1 and shift.stride(1) != 1):
+        return None
+    return (shift.data_ptr() - bias.data_ptr()) // bias.element_size()
 
 
 def _address(x: Tensor) -> int:

@@ -97,10 +97,20 @@ def settle(candidates: Candidates, session: Session, settings: NetworkSettings) 
         made = _job_or_reason(_of_layer(layer, seen, modules), settings)
         _refuse(made, layer.name, settings, candidates)
         settled.add(made, layer.name, weights_of(layer))
-    for x in candidates.own:
-        made = _job_or_reason(_of_own(x, seen.uses[x.parameter], seen, modules), settings)
-        _refuse(made, x.name, settings, candidates)
-        settled.add(made, x.name, x.parameter.numel())
+    found = [
+        (x, _job_or_reason(_of_own(x, seen.uses[x.parameter], seen, modules), settings))
+        for x in candidates.own
+    ]
+    of_layers = {
+        id(parameter)
+        for _, made in found
+        if isinstance(made, LayerJob)
+        for parameter in made.layer.parameters.values()
+    }
+    for x, made in found:
+        if isinstance(made, LayerJob) or id(x.parameter) not in of_layers:  # else it is a bias
+            _refuse(made, x.name, settings, candidates)
+            settled.add(made, x.name, x.parameter.numel())
     return settled.check()
 
 
@@ -216,11 +226,11 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
     """The layer of a plain operand."""
     assert use.callers is not None
     caller = use.callers[-1]
-    bias = _bias(own, use, seen, modules)
     if use.calls:
         if len(use.calls) > 1:
             return Reason("it is used in convolutions of several forms")
         (call,) = use.calls
+        bias = _bias(own, use, seen, modules, (call.out_channels,))
         kind = OwnConvTranspose if call.transposed else OwnConv
         return kind(own.name, own.prefix, own.module, own.part, bias, call=call, caller=caller)
     parameter = own.parameter
@@ -242,7 +252,7 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
         own.prefix,
         own.module,
         own.part,
-        bias if groups == 1 else "",
+        _bias(own, use, seen, modules, (groups, first.rows) if groups > 1 else (first.rows,)),
         blocks=(groups, *inner),
         transposed=first.transposed,
         caller=caller,
@@ -250,9 +260,15 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
     )
 
 
-def _bias(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) -> str:
-    """The bias that is added in every product of a weight and nowhere else, if its module has it;
-    otherwise ""."""
+def _bias(
+    own: Own,
+    use: Use,
+    seen: Observation,
+    modules: dict[str, nn.Module],
+    shape: tuple[int, ...],
+) -> str:
+    """The bias that is added in every product of a weight and nowhere else, to each block a row of
+    its own, if its module has it; otherwise ""."""
     if len(use.biases) != 1 or (name := next(iter(use.biases))) is None:
         return ""
     prefix, _, part = name.rpartition(".")
@@ -264,7 +280,10 @@ def _bias(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
     elsewhere = of_bias.blocks or of_bias.calls or of_bias.changed or of_bias.looked_up
     elsewhere = elsewhere or of_bias.entrywise or of_bias.others
     users = [u for u in seen.uses.values() if name in u.biases]
-    return part if bias.ndim == 1 and not elsewhere and len(users) == 1 else ""
+    if elsewhere or len(users) > 1 or bias.shape != shape or not bias.is_contiguous():
+        return ""
+    in_order = all(use.shifts[b] == {b.offset // b.width} for b in use.blocks)
+    return part if in_order else ""
 
 
 def _reason(use: Use) -> Reason:
@@ -301,6 +320,8 @@ def _reason(use: Use) -> Reason:
         return Reason(
             f"it is a table that is looked up ({listed(use.looked_up)}), not multiplied", True
         )
+    if use.added:
+        return Reason("it is a bias, which is added to products", True)
     if use.inputs:
         return Reason("it is a learned input of layers, not a weight of one", True)
     if use.entrywise:
