@@ -25,6 +25,7 @@ from lobs_native.errors import (
 )
 from lobs_native.layers import Layer, register_layer
 from lobs_native.network.batch_norm import reestimate_batch_norm
+from lobs_native.network.folding import fold_weights
 from lobs_native.network.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
@@ -73,6 +74,7 @@ __all__ = [
     "as_torch_prune",
     "backends",
     "compat",
+    "fold_weights",
     "keep_masks",
     "plan_memory",
     "plan_prune",

@@ -300,8 +300,8 @@ def _reason(use: Use) -> Reason:
     if use.changed.keys() & _STANDARDIZING:
         return Reason(
             f"it is centered or standardized ({listed(use.changed)}) before it is multiplied, so "
-            "that zeros in it would not stay zeros; put a plain layer with the resulting weight in "
-            "its place"
+            "that zeros in it would not stay zeros; lobs_native.fold_weights puts a plain "
+            "convolution or linear layer with the resulting weight in its place"
         )
     if use.changed:
         return Reason(
