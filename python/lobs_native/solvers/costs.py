@@ -21,6 +21,9 @@ class Costs:
     predicted: float
     sparsity: tuple[float, ...] | None = None  # rising; None where the method has no such curve
     error: tuple[float, ...] | None = None
+    # (G, R) float64: what the removals from each row cost, of weights that are the best there are;
+    # None where the method does not know
+    rows: Tensor | None = None
 
 
 def curve_of(predicted: float, chosen: float, sparsity: Tensor, error: Tensor) -> Costs:

@@ -70,8 +70,9 @@ def finish(
     removed, costs = pruned.removed, pruned.costs
     weight, bias = problem.rounded(pruned.weights)
     if not pruned.optimal:
-        error = measurement.error(problem, weight, bias)
-        optimality = measurement.optimality(problem, weight, bias, removed)
+        error, optimality = measurement.error_and_optimality_of_some(
+            problem, weight, bias, removed, None if costs is None else costs.rows
+        )
     else:
         error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
         if optimality > OPTIMAL:

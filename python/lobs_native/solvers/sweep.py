@@ -15,7 +15,7 @@ from lobs_native.solvers.low_rank import FewSamples, LowRankSweep
 from lobs_native.solvers.measurement import error_of_nothing
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
-from lobs_native.solvers.problem import Problem, in_errors, nearest_count
+from lobs_native.solvers.problem import Problem, nearest_count, scaled_
 
 __all__ = ["Sweep"]
 
@@ -36,7 +36,7 @@ class Sweep(Method):
     ) -> None:
         super().__init__(problem, pattern, importance)
         self.cuts = pattern.cuts(problem.in_features, problem.order, _WIDTH)
-        self._spent: dict[int, float] = {}  # number of removals -> what they cost
+        self._spent: dict[int, Tensor] = {}  # number of removals -> (G, R) what they cost
 
     @classmethod
     def flops(cls, extent: Extent) -> Flops:
@@ -61,15 +61,15 @@ class Sweep(Method):
             budgets = torch.full((G, R), per_row)
         else:
             budgets = self._budgets(total, R * units)[:, None]
-        spent, weights, gone = 0.0, [], []
+        spent, weights, gone = [], [], []
         for g, budget in enumerate(budgets):
             W = problem.working(g)
             removed, cost = self._sweep(g, W, budget)
             weights.append(W)
             gone.append(removed)
-            spent += cost * problem.inverses[g].scale
+            spent.append(scaled_(cost.mul_(problem.inverses[g].scale), 2 * problem.exponent))
         after, removed = _together(weights), _together(gone)
-        self._spent[int(torch.count_nonzero(removed))] = in_errors(spent, problem.exponent)
+        self._spent[int(torch.count_nonzero(removed))] = torch.stack(spent)
         return Choice(removed, problem.restored(after, removed, zeroed=True))
 
     def choose_masked(self) -> Choice:
@@ -79,7 +79,9 @@ class Sweep(Method):
     def costs(self, removed: Tensor, scope: str) -> Costs | None:
         """See :class:`Method`. There is no curve: the mask is chosen for one number of removals."""
         spent = self._spent.get(int(torch.count_nonzero(removed)))
-        return None if spent is None else Costs(error_of_nothing(self.problem) + spent)
+        if spent is None:
+            return None
+        return Costs(error_of_nothing(self.problem) + float(spent.sum()), rows=spent)
 
     def _budgets(self, total: int, units: int) -> Tensor:
         """(G,) int64: each group's part of ``total`` removals, in proportion to its free units;
@@ -95,9 +97,10 @@ class Sweep(Method):
         ends = forced.cumsum(0) + spare * free // free[-1].clamp_min(1)
         return ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
-    def _sweep(self, g: int, W: Tensor, budget: Tensor) -> tuple[Tensor, float]:
-        """Sweep W (R, D) in place; what is removed, and what that cost in units of W. ``budget`` is
-        the number of removals: one for all rows together, or one for each."""
+    def _sweep(self, g: int, W: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Sweep W (R, D) in place; what is removed, and what that cost in each row (R,) float64, in
+        units of W. ``budget`` is the number of removals: one for all rows together, or one for
+        each."""
         problem, pattern = self.problem, self.pattern
         (R, D), C = W.shape, problem.candidates
         before = problem.before[g][:, :C]
@@ -111,7 +114,7 @@ class Sweep(Method):
         if bool((spread.spare < 0).any()):
             raise problem.over_masked()
         removed = torch.empty(R, D, dtype=torch.bool, device=W.device)
-        spent = torch.zeros((), dtype=torch.float64, device=W.device)
+        spent = torch.zeros(R, dtype=torch.float64, device=W.device)
         inverse = problem.inverses[g]
         factor: LowRankSweep | FactorSweep
         if isinstance(inverse, FewSamples):
@@ -150,11 +153,11 @@ class Sweep(Method):
                 per_group=per_group,
                 backend=problem.workspace.backend,
             )
-            torch.eq(code, 1, out=removed[:, block])
-            spent += torch.linalg.vector_norm(E, dtype=torch.float64).square()
+            removed[:, block] = code.view(torch.bool)
+            spent += torch.linalg.vector_norm(E, dim=1, dtype=torch.float64).square_()
             if end < D:
                 factor.leave(E, block)
-        return removed, float(spent)
+        return removed, spent
 
     def _lowest(self, score: Tensor, count: Tensor) -> Tensor:
         """Bool like score (R, B): the ``count`` lowest of all, or of each row, in whole units."""
