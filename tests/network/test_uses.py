@@ -207,11 +207,17 @@ REASONS = {
         {"w": torch.randn(8, 16)},
         "mul",
     ),
-    "rearranged": (
-        sequences,
-        lambda m, x: torch.einsum("bnd,hde->bnhe", x, m.w).flatten(2),
-        {"w": torch.randn(2, 16, 4)},
-        "clone",
+    "scaled copy": (
+        rows,
+        lambda m, x: functional.linear(x, m.w.T.contiguous() * 0.5),
+        {"w": torch.randn(16, 8)},
+        "aten::clone, aten::mul",
+    ),
+    "part of a copy": (
+        rows,
+        lambda m, x: functional.linear(x, m.w.T.contiguous()[:8]),
+        {"w": torch.randn(16, 12)},
+        "several ways",
     ),
     "two orientations": (
         rows,

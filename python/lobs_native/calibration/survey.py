@@ -22,12 +22,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
+from lobs_native.calibration.copies import COPYING, VIEWING, Copies, Copy, address
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.mode import Mode
 from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
+from lobs_native.layers.block import Block
 from lobs_native.layers.conv import ConvCall
 
-__all__ = ["Block", "Survey", "Use"]
+__all__ = ["Survey", "Use"]
 
 _LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select"}
 _LOOKUPS |= {"gather", "take", "grid_sampler_2d", "_upsample_bicubic2d_aa", "upsample_bicubic2d"}
@@ -36,16 +38,6 @@ _ENTRYWISE |= {"where", "copy_", "masked_fill", "index_put", "index_put_", "maxi
 _ENTRYWISE |= {"native_layer_norm", "native_group_norm", "native_batch_norm", "addcmul", "lerp"}
 _ENTRYWISE |= {"cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_fused_rms_norm", "pow"}
 _ENTRYWISE |= {"scatter", "scatter_", "select_scatter", "slice_scatter", "_prelu_kernel", "atan2"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of a parameter as it enters a product: rows x width, stored so or transposed."""
-
-    offset: int  # of its first entry, in entries of the parameter
-    rows: int
-    width: int
-    transposed: bool
 
 
 @dataclass
@@ -101,6 +93,7 @@ class Survey(Mode):
         self._names: dict[nn.Parameter, str] = {}
         self._stack: list[nn.Module] = [model]
         self._derived: dict[int, tuple[StorageWeakRef, dict[nn.Parameter, dict[str, None]]]] = {}
+        self._copies = Copies[nn.Parameter]()
         self._mixed: dict[int, tuple[StorageWeakRef, list[nn.Parameter]]] = {}
         spans: list[tuple[int, int, nn.Parameter | None]] = []
         for name, parameter in model.named_parameters():
@@ -126,6 +119,7 @@ class Survey(Mode):
         with attached([*enter, *leave]), self:
             yield
         self._derived.clear()
+        self._copies.clear()
         self._mixed.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -140,7 +134,8 @@ class Survey(Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if getattr(func, "is_view", False) or any(x.is_nested for x in tensors):
+        viewing = getattr(func, "is_view", False) or func in VIEWING
+        if viewing or any(x.is_nested for x in tensors):
             return self._run(func, args, kwargs)  # nested tensors have no strides to recognise
         direct = [self._direct(x) for x in tensors]
         origins = [self._origins(x) for x in tensors]
@@ -167,6 +162,8 @@ class Survey(Mode):
             self._convolution(*args)
         else:
             self._other(name, tensors, direct, origins, result)
+            if func in COPYING and len(direct[0]) == 1:
+                self._copies.note(direct[0][0], direct[0][0], tensors[0], result)
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -228,7 +225,11 @@ class Survey(Mode):
     def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter], shift: Tensor | None) -> None:
         """a (n, C) @ b (C, m), and what is added to it (n, m), from the memory of ``added``."""
         sides = ((b, a), (a.T, b.T))
-        parameters = [self._direct(weight) for weight, _ in sides]
+        copies = [self._copies.of(weight) for weight, _ in sides]
+        parameters = [
+            [copy.owner] if copy is not None else self._direct(weight)
+            for copy, (weight, _) in zip(copies, sides, strict=True)
+        ]
         for k, (weight, x) in enumerate(sides):
             offset = None
             if shift is not None and len(added) == 1:
@@ -240,27 +241,27 @@ class Survey(Mode):
                     else:
                         self._note(p, "both")
                 else:
-                    block = self._operand(p, weight, len(x))
+                    block = self._operand(p, weight, copies[k], len(x))
                     use = self.uses[p]
                     use.biases[None if offset is None else self._names[added[0]]] = None
                     if block is not None and offset is not None:
                         use.shifts.setdefault(block, set()).add(offset)
-            for p, chain in self._origins(weight).items():
+            for p, chain in self._origins(weight).items() if copies[k] is None else ():
                 if parameters[1 - k]:
                     self._note(p, "inputs")
                 else:
                     self._note(p, "changed", *chain)
 
-    def _operand(self, p: nn.Parameter, weight: Tensor, rows: int) -> Block | None:
-        """x (rows, C) @ weight (C, R), which lies in the memory of ``p``: as a block of it."""
-        C, R = weight.shape
-        offset = (weight.data_ptr() - p.data_ptr()) // p.element_size()
-        steps = (weight.stride(0) if C > 1 else None, weight.stride(1) if R > 1 else None)
-        if steps[0] in (1, None) and steps[1] in (C, None):
-            block = Block(offset, R, C, False)
-        elif steps[0] in (R, None) and steps[1] in (1, None):
-            block = Block(offset, R, C, True)
+    def _operand(
+        self, p: nn.Parameter, weight: Tensor, copy: Copy[nn.Parameter] | None, rows: int
+    ) -> Block | None:
+        """x (rows, C) @ weight (C, R), which lies in the memory of ``p`` or a copy: as a block of
+        it."""
+        if copy is not None:
+            block = copy.block(weight)
         else:
+            block = Block.of(weight, (weight.data_ptr() - p.data_ptr()) // p.element_size())
+        if block is None:
             self._note(p, "parts")
             return None
         use = self.uses[p]
@@ -316,14 +317,14 @@ class Survey(Mode):
         return self._known(self._derived, x) or {}
 
     def _known(self, kept: Mapping[int, tuple[StorageWeakRef, Any]], x: Tensor) -> Any:
-        if not kept or (entry := kept.get(_address(x))) is None:
+        if not kept or (entry := kept.get(address(x))) is None:
             return None
         return None if entry[0].expired() else entry[1]
 
     def _remember(self, kept: dict[int, tuple[StorageWeakRef, Any]], result: Any, of: Any) -> None:
         for x in tree_leaves(result):
-            if of and isinstance(x, Tensor) and _address(x):
-                kept[_address(x)] = (StorageWeakRef(x.untyped_storage()), of)
+            if of and isinstance(x, Tensor) and address(x):
+                kept[address(x)] = (StorageWeakRef(x.untyped_storage()), of)
 
     def _owned(self, p: nn.Parameter) -> bool:
         """Whether a module that it belongs to is being called."""
@@ -360,11 +361,3 @@ def _offset(shift: Tensor, bias: nn.Parameter) -> int | None:
     if (n > 1 and shift.stride(0)) or (R > 1 and shift.stride(1) != 1):
         return None
     return (shift.data_ptr() - bias.data_ptr()) // bias.element_size()
-
-
-def _address(x: Tensor) -> int:
-    """The address of a tensor's storage; 0 if it has none."""
-    try:
-        return x.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
+from lobs_native.calibration.copies import COPYING, VIEWING, Copies
 from lobs_native.calibration.mode import Mode
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Matrix
+from lobs_native.layers.block import Block
 from lobs_native.layers.conv import ConvCall
-from lobs_native.layers.own import OwnConv
+from lobs_native.layers.own import OwnConv, Product
 
 __all__ = [
     "CONVOLUTION",
@@ -68,26 +70,34 @@ class Watch(Mode):
         spans = [(*span(w), layer, w) for layer in layers for w in [_operand(layer)]]
         self._spans = sorted(spans, key=lambda entry: entry[:2])
         self._ends = [end for _, end, _, _ in self._spans]
+        self._copies = Copies[Product]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         # Nested tensors have no strides to recognise.
-        if not (getattr(func, "is_view", False) or any(x.is_nested for x in tensors)):
+        viewing = getattr(func, "is_view", False) or func in VIEWING
+        if not (viewing or any(x.is_nested for x in tensors)):
             touched = [layer for x in tensors for layer, _, _ in self._touching(x)]
-            if touched and func in PRODUCTS:
-                first = PRODUCTS[func]
-                self._product(*args[first : first + 2])
+            copies = [copy.owner for x in tensors if (copy := self._copies.of(x)) is not None]
+            if (touched or copies) and func in PRODUCTS:
+                at = PRODUCTS[func]
+                self._product(*args[at : at + 2])
             elif touched and func is CONVOLUTION:
                 self._convolution(*args)
-            elif touched:
+            elif touched or copies:
                 result: Any = NotImplemented
                 if isinstance(func, OpOverload):
                     with self:  # in inference mode, linear and matmul are not yet decomposed
                         result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-                for layer in dict.fromkeys(touched):
+                copied = touched[0] if func in COPYING and len(touched) == 1 else None
+                if isinstance(copied, Product):
+                    result = func(*args, **kwargs)
+                    if self._copies.note(copied, _operand(copied), tensors[0], result):
+                        return result
+                for layer in dict.fromkeys([*touched, *copies]):
                     self.fail(layer, f"used by {func.name()}")
         return func(*args, **kwargs)
 
@@ -113,7 +123,14 @@ class Watch(Mode):
     def _uses(self, x: Tensor, weight: Tensor) -> None:
         """Report x (n, C) @ weight (C, r), whose r columns may be rows of several layers or
         groups."""
+        if (copy := self._copies.of(weight)) is not None:
+            self._use_of_block(copy.owner, x, copy.block(weight))
+            return
         for layer, matrices, start in self._touching(weight):
+            if isinstance(layer, Product):
+                offset = (start - matrices.data_ptr()) // matrices.element_size()
+                self._use_of_block(layer, x, Block.of(weight, offset))
+                continue
             if not isinstance(layer, Matrix):
                 self.fail(layer, "used in a product, not in a convolution")
                 continue
@@ -125,6 +142,14 @@ class Watch(Mode):
                     self.fail(layer, "used in parts, or in another orientation")
                 else:
                     self.see(layer, x, _of_group(g))
+
+    def _use_of_block(self, layer: Product, x: Tensor, block: Block | None) -> None:
+        """Report x (n, C) @ a block of a weight (C, R)."""
+        group = None if block is None else layer.group_of(block)
+        if group is None:
+            self.fail(layer, "used in parts, or in another orientation")
+        else:
+            self.see(layer, x, _of_group(group))
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
         for layer, _, _ in [
@@ -176,8 +201,10 @@ def _of_group(g: int) -> Columns:
 
 
 def _operand(layer: Layer) -> Tensor:
-    """The weight as it enters products."""
-    return layer.matrices() if isinstance(layer, Matrix) else layer.stored(layer.weight_part)
+    """The weight as it lies in memory; as matrices, if it is known which."""
+    if isinstance(layer, Matrix) and not isinstance(layer, Product):
+        return layer.matrices()
+    return layer.stored(layer.weight_part)
 
 
 def _contains(weight: Tensor, matrix: Tensor) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lobs_native.layers.block import Block, strided
 from lobs_native.layers.conv import Conv, ConvCall
 from lobs_native.layers.conv_transpose import ConvTranspose
 from lobs_native.layers.matrix import Matrix
@@ -21,7 +22,7 @@ __all__ = ["OwnConv", "OwnConvTranspose", "Product", "recurrent_in_products"]
 
 
 class Product(Matrix):
-    """A parameter that is the operand of matrix products, cut into G blocks of equal size.
+    """A parameter that is the operand of matrix products, cut into G blocks of the same form.
 
     Parameters
     ----------
@@ -29,8 +30,10 @@ class Product(Matrix):
         The layer's name.
     prefix, part, bias_part : str
         The module's name, and the names of its parameters; "" for no bias.
-    blocks : (G, R, C), or (G, C, R) if ``transposed``
-        The contiguous parameter as blocks.
+    block : Block
+        The form of the blocks of the contiguous parameter.
+    apart : int
+        How far apart they lie, in entries.
     caller : nn.Module
         The innermost module whose call includes every use.
     routed : bool
@@ -45,26 +48,31 @@ class Product(Matrix):
         part: str,
         bias_part: str,
         *,
-        blocks: tuple[int, int, int],
-        transposed: bool,
+        block: Block,
+        apart: int,
         caller: nn.Module,
         routed: bool,
     ) -> None:
-        self._blocks = blocks
-        super().__init__(
-            prefix,
-            "",
-            module,
-            type(module).__name__,
-            part,
-            bias_part,
-            transposed=transposed,
-            caller=caller,
-        )
+        self.block, self.apart = block, apart
+        super().__init__(prefix, "", module, type(module).__name__, part, bias_part, caller=caller)
         self.name, self.routed = name, routed
 
     def pack(self, stored: Tensor) -> Tensor:
-        return super().pack(stored.reshape(self._blocks))
+        groups = stored.numel() // self.block.size
+        sizes, steps = strided(groups, self.apart, self.block)
+        return stored.contiguous().as_strided(sizes, steps).reshape(groups, *self.block.shape)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        sizes, steps = strided(self.groups, self.apart, self.block)
+        whole = packed.new_empty(packed.numel())
+        whole.as_strided(sizes, steps).copy_(packed.reshape(sizes))
+        return whole.view(self.shape)
+
+    def group_of(self, block: Block) -> int | None:
+        """The group of which a block is the weight; None if it is of another form."""
+        group, rest = divmod(block.offset, self.apart)
+        alike = (block.rows, block.columns) == (self.block.rows, self.block.columns)
+        return group if alike and not rest and group < self.groups else None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

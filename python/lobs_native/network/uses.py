@@ -14,6 +14,7 @@ from lobs_native.calibration.survey import Use
 from lobs_native.calibration.watch import unobservable
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError, ShapeError
 from lobs_native.layers import Layer
+from lobs_native.layers.block import group_step
 from lobs_native.layers.own import OwnConv, OwnConvTranspose, Product
 from lobs_native.network.coverage import nothing_left
 from lobs_native.network.selection import (
@@ -235,26 +236,22 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
         return kind(own.name, own.prefix, own.module, own.part, bias, call=call, caller=caller)
     parameter = own.parameter
     first = next(iter(use.blocks))
-    size = first.rows * first.width
-    alike = {(block.rows, block.width, block.transposed) for block in use.blocks}
-    if (
-        len(alike) > 1
-        or not parameter.is_contiguous()
-        or parameter.numel() % size
-        or any(block.offset % size for block in use.blocks)
-    ):
+    apart = group_step(first, parameter.numel()) if parameter.is_contiguous() else None
+    alike = {(block.rows, block.columns) for block in use.blocks}
+    if apart is None or len(alike) > 1 or any(block.offset % apart for block in use.blocks):
         return Reason("it is multiplied in several ways: in parts, or in two orientations")
-    groups = parameter.numel() // size
-    inner = (first.width, first.rows) if first.transposed else (first.rows, first.width)
+    groups, R = parameter.numel() // first.size, first.shape[0]
     counts = [use.blocks.get(block, 0) for block in use.blocks]
+    in_order = all(use.shifts.get(b) == {b.offset // apart * R} for b in use.blocks)
+    shape = (groups, R) if groups > 1 else (R,)
     return Product(
         own.name,
         own.prefix,
         own.module,
         own.part,
-        _bias(own, use, seen, modules, (groups, first.rows) if groups > 1 else (first.rows,)),
-        blocks=(groups, *inner),
-        transposed=first.transposed,
+        _bias(own, use, seen, modules, shape) if in_order else "",
+        block=first,
+        apart=apart,
         caller=caller,
         routed=groups > 1 and (len(counts) < groups or len(set(counts)) > 1),
     )
@@ -267,8 +264,8 @@ def _bias(
     modules: dict[str, nn.Module],
     shape: tuple[int, ...],
 ) -> str:
-    """The bias that is added in every product of a weight and nowhere else, to each block a row of
-    its own, if its module has it; otherwise ""."""
+    """The bias of this shape that is added in every product of a weight and nowhere else, if its
+    module has it; otherwise ""."""
     if len(use.biases) != 1 or (name := next(iter(use.biases))) is None:
         return ""
     prefix, _, part = name.rpartition(".")
@@ -280,10 +277,8 @@ def _bias(
     elsewhere = of_bias.blocks or of_bias.calls or of_bias.changed or of_bias.looked_up
     elsewhere = elsewhere or of_bias.entrywise or of_bias.others
     users = [u for u in seen.uses.values() if name in u.biases]
-    if elsewhere or len(users) > 1 or bias.shape != shape or not bias.is_contiguous():
-        return ""
-    in_order = all(use.shifts[b] == {b.offset // b.width} for b in use.blocks)
-    return part if in_order else ""
+    unlike = bias.shape != shape or not bias.is_contiguous()
+    return "" if elsewhere or len(users) > 1 or unlike else part
 
 
 def _reason(use: Use) -> Reason:
