@@ -105,7 +105,7 @@ def _small(name: str, value: Any) -> Any:
     return value
 
 
-def _shrunk(config_class: type, **changes: Any) -> Any:
+def _shrunk(config_class: Any) -> Any:
     """A small configuration of this class."""
     from transformers import PreTrainedConfig
 
@@ -115,7 +115,7 @@ def _shrunk(config_class: type, **changes: Any) -> Any:
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        value = getattr(default, field.name, None)
+        value = _value(default, field.name)
         if isinstance(value, PreTrainedConfig):
             chosen[field.name] = _shrunk(type(value))
             continue
@@ -129,7 +129,32 @@ def _shrunk(config_class: type, **changes: Any) -> Any:
             small = given if given < VOCABULARY - 40 else VOCABULARY - 1 - len(chosen) % 40
         if small != given or small != value:
             chosen[field.name] = small
-    return config_class(**(chosen | changes))
+    if _value(default, "num_key_value_heads") == _value(default, "num_attention_heads"):
+        chosen.pop("num_key_value_heads", None)  # not grouped
+        if isinstance(_value(default, "num_key_value_heads"), int):
+            chosen["num_key_value_heads"] = chosen.get("num_attention_heads", 4)
+    return config_class(**(chosen | _in_sections(default) | CHANGES.get(default.model_type, {})))
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute, or None; and None where layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+def _in_sections(config: Any) -> Batch:
+    """The fields of heads whose rotations are divided among time, height and width."""
+    rotary = _value(config, "rope_parameters")
+    if not isinstance(rotary, dict) or not rotary.get("mrope_section"):
+        return {}
+    each = max(1, round(8 * rotary.get("partial_rotary_factor", 1)) // 3)  # of heads of 16
+    sections = [round(8 * rotary.get("partial_rotary_factor", 1)) - 2 * each, each, each]
+    heads: Batch = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    if isinstance(_value(config, "head_dim"), int):
+        heads["head_dim"] = 16
+    return {**heads, "rope_parameters": {**rotary, "mrope_section": sections}}
 
 
 def _model(name: str) -> nn.Module:
@@ -137,7 +162,7 @@ def _model(name: str) -> nn.Module:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = _shrunk(CONFIG_MAPPING[name], **CHANGES.get(name, {}))
+    config = _shrunk(CONFIG_MAPPING[name])
     classes = next(table[key] for table, key in _mapped() if key == name)
     kind = getattr(transformers, classes if isinstance(classes, str) else classes[0])
     with torch.device("meta"):
@@ -152,8 +177,35 @@ def _model(name: str) -> nn.Module:
     return model
 
 
-# What the rules cannot know.
-CHANGES: dict[str, dict[str, Any]] = {}
+# Heads of 16 whose rotations are divided among time, height and width.
+_SECTIONS: Batch = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+}
+_HALF = {**_SECTIONS["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+
+# What the rules cannot know, by the type of a configuration.
+CHANGES: dict[str, Batch] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v_text": {**_SECTIONS, "rope_parameters": _HALF},
+    "glm4v_moe_text": {**_SECTIONS, "head_dim": 16, "rope_parameters": _HALF},
+    "glm_image_text": {**_SECTIONS, "rope_parameters": _HALF},
+    "glm_ocr_text": {**_SECTIONS, "head_dim": 16, "rope_parameters": _HALF},
+    "glmasr_encoder": {"intermediate_size": 128},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "minicpm_ocr": {"image_token_id": 150},
+    "minicpmv4_6": {"image_token_id": 150},
+    "minicpmv4_7": {"image_token_id": 150},
+    "ministral": {"head_dim": 8},
+    "qwen2_vl_text": _SECTIONS,
+    "qwen2_5_vl_text": _SECTIONS,
+}
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -190,59 +242,103 @@ def _batches(model: nn.Module, size: int) -> Iterator[Batch]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(size, *shape, generator=drawn)
 
+    common: Batch = {}
+    if "decoder_input_ids" in takes and ("input_ids" not in takes or _two_sides(model)):
+        common["decoder_input_ids"] = ids(8)
+    if "protein_input_ids" in takes:
+        common["protein_input_ids"] = ids()
+        common["protein_attention_mask"] = torch.ones(size, TOKENS, dtype=torch.long)
+    if "bbox" in takes:
+        common["bbox"] = torch.zeros(size, TOKENS, 4, dtype=torch.long)
+    for media in _media(model, takes, size, noise):
+        if "input_ids" in takes:
+            yield {**_with_places(model, takes, media, ids()), **media, **common}
+            yield {"input_ids": ids(), **media, **common}
+        yield {**media, **common}
+    if "input_ids" in takes:
+        yield {"input_ids": ids(), **common}
+    yield {"input_ids": ids(), "decoder_input_ids": ids(8)}
+
+
+def _media(
+    model: nn.Module, takes: set[str], size: int, noise: Callable[..., Tensor]
+) -> Iterator[Batch]:
+    """Images, videos, sounds or series that a model may take, with what must come beside them."""
     side = _first(model, "image_size img_size input_size", IMAGE)
     height, width = side if isinstance(side, (list, tuple)) and len(side) == 2 else (side, side)
     channels = _first(model, "num_channels in_channels in_chans", 3)
     mels = _first(model, "num_mel_bins feature_size input_feat_per_channel n_mels", 16)
     images = [noise(channels, height, width), noise(channels, 64, 64), noise(channels, 128, 128)]
-    videos = [noise(n, channels, height, width) for n in (_first(model, "num_frames", 8), 2, 16)]
+    videos = [noise(n, channels, height, width) for n in (_first(model, "num_frames", 8), 2, 16, 1)]
     waves = [noise(1600), noise(1, 1600), noise(4800), noise(32, mels), noise(128, mels)]
     spectra = [noise(32, mels), noise(mels, 32), noise(mels, 128), noise(1, 64, 16)]
-    common: Batch = {}
-    if "decoder_input_ids" in takes and ("input_ids" not in takes or _two_sides(model)):
-        common["decoder_input_ids"] = ids(8)
-    if "bbox" in takes:
-        common["bbox"] = torch.zeros(size, TOKENS, 4, dtype=torch.long)
+    yield from _patches(model, takes, size, noise)
     for name, tensors in (
         ("pixel_values", [*images, *videos]),
         ("pixel_values_videos", videos),
-        ("input_features", [*spectra, *waves]),
+        ("input_features", [noise(mels, 256), noise(mels, 200), *spectra, *waves]),
         ("input_values", [*waves, *spectra]),
         ("inputs", [noise(12, HIDDEN)]),
         ("past_values", [noise(64), noise(64, 7), noise(64, 1), noise(512)]),
     ):
-        if name not in takes:
-            continue
-        for x in tensors:
-            if "input_ids" in takes:
-                yield {"input_ids": _with_places(model, name, x, ids()), name: x, **common}
-                yield {"input_ids": ids(), name: x, **common}
-            yield {name: x, **common}
-    if "input_ids" in takes:
-        yield {"input_ids": ids(), **common}
-    yield {"input_ids": ids(), "decoder_input_ids": ids(8)}
+        for x in tensors if name in takes else ():
+            beside: Batch = {}
+            if "image_sizes" in takes and name == "pixel_values":
+                sizes = torch.tensor([[x.shape[-2], x.shape[-1]]] * size)
+                yield {name: x, "image_sizes": sizes}
+            for mask in {"input_features_mask", "feature_attention_mask"} & takes:
+                if name == "input_features":
+                    times = x.shape[-2] if x.shape[-1] == mels else x.shape[-1]
+                    beside[mask] = torch.ones(size, times, dtype=torch.long)
+            yield {name: x, **beside}
+            if "pixel_attention_mask" in takes and x.ndim == 5:
+                yield {name: x, "pixel_attention_mask": torch.ones(x.shape[:2], dtype=torch.bool)}
+
+
+def _patches(
+    model: nn.Module, takes: set[str], size: int, noise: Callable[..., Tensor]
+) -> Iterator[Batch]:
+    """Images as rows of patches, with their numbers of patches in time, height and width."""
+    side = _first(model, "patch_size", 8)
+    frames = _first(model, "temporal_patch_size", 1)
+    channels = _first(model, "in_channels num_channels in_chans", 3)
+    if "target_sizes" in takes:  # beside each other, in one row
+        x = noise(64, channels, side, side).flatten(0, 1).permute(1, 2, 0, 3).flatten(2)
+        yield {"pixel_values": x[None], "target_sizes": torch.tensor([[8, 8]] * size)}
+    grid = next((name for name in ("image_grid_thw", "grid_thw") if name in takes), None)
+    name = next((name for name in ("pixel_values", "hidden_states") if name in takes), None)
+    if grid is None or name is None:
+        return
+    for numbers in dict.fromkeys((frames, 2, 1)):
+        x = noise(64, channels * numbers * side * side).flatten(0, 1)
+        for rows in (x, x.view(len(x), channels, *([numbers] * (numbers > 1)), side, side)):
+            yield {name: rows, grid: torch.tensor([[1, 8, 8]] * size)}
 
 
 def _two_sides(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _with_places(model: nn.Module, name: str, x: Tensor, ids: Tensor) -> Tensor:
+def _with_places(model: nn.Module, takes: set[str], media: Batch, ids: Tensor) -> Batch:
     """Token ids with as many places for an image, a video or a sound as its features have rows."""
-    kind = {"pixel_values": "image", "pixel_values_videos": "video"}.get(name, "audio")
-    features = getattr(model, f"get_{kind}_features", None)
+    kinds = {"pixel_values": "image", "pixel_values_videos": "video"}
+    kind = next((kinds[name] for name in media if name in kinds), "audio")
+    owners = (m for m in model.modules() if hasattr(m, f"get_{kind}_features"))
+    features = getattr(next(owners, None), f"get_{kind}_features", None)
     token = _first(model, f"{kind}_token_id {kind}_token_index", None)
     if features is None or token is None:
-        return ids
+        return {"input_ids": ids}
     try:
         with torch.no_grad():
-            out = features(x)
+            out = features(**media)
     except Exception:  # it takes more than this
-        return ids
+        return {"input_ids": ids}
     out = getattr(out, "pooler_output", out)
     parts = [out] if isinstance(out, Tensor) else [p for p in out if isinstance(p, Tensor)]
     rows = sum(p.numel() // p.shape[-1] for p in parts) // len(ids)
-    return torch.cat([ids[:, :4], torch.full((len(ids), rows), token), ids[:, 4:]], 1)
+    ids = torch.cat([ids[:, :4], torch.full((len(ids), rows), token), ids[:, 4:]], 1)
+    kinds_ = {"mm_token_type_ids": (ids == token).long()} if "mm_token_type_ids" in takes else {}
+    return {"input_ids": ids, **kinds_}
 
 
 def made(name: str) -> tuple[nn.Module, list[Batch]]:

@@ -1,28 +1,33 @@
 """What is pruned of the networks of transformers and timm, what is not, and are the errors right?
 
     pip install ".[hf]" timm
-    python bench/quality/zoo.py [WORD ...] [--library transformers|timm] [--seconds N] [--out FILE]
+    python bench/quality/zoo.py [WORD ...] [--library transformers|timm] [--from TYPE]
+                                [--seconds N] [--out FILE]
 
 A small network of every type of transformers for which one can be made from its default
-configuration (see ``small_models.py``), or the smallest of every module of timm, with random
+configuration (see ``small_models.py``), or of every family of timm (``small_timm.py``), with random
 weights. Nothing is downloaded. WORD selects by name; each type runs in a process of its own with a
-limit on its time. Every network is pruned as users would call it, ``lobs_native.prune(model,
-batches, sparsity=0.5)``, with method "sweep", and every third with the default method as well. Of
-every third, the errors of up to eight layers are computed again in float64 from the inputs that
-hooks see, with inputs "dense".
+limit on the time of its processor. Every network is pruned as users would call it,
+``lobs_native.prune(model, batches, sparsity=0.5)``, with method "sweep", and every third with the
+default method as well. Of every third, the errors of up to eight layers are computed again in
+float64 from the inputs that hooks see, with inputs "dense".
 
 The table has a line for each network: layers, the share of the weights to be pruned that were
-pruned, the share of all that was left out on purpose, and why others were not understood.
+pruned, the share of all that was left out on purpose, and why others were not understood. FILE
+keeps one line for each network; rows that are there already and were not run again stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import statistics
 import sys
 import time
@@ -48,6 +53,7 @@ __all__ = ["checked", "pruned", "summary"]
 LIBRARIES: dict[str, Any] = {"transformers": small_models, "timm": small_timm}
 FIRST = {"transformers": ("bert", "llama", "vit"), "timm": ()}
 CHECKED = 8  # layers of a network whose errors are computed again
+_WAITING = 20  # times the limit, by the clock
 Row = dict[str, Any]
 
 
@@ -66,6 +72,8 @@ def _row(library: str, name: str, number: int) -> Row:
         return {"outcome": "not made", "said": str(error)[:300]}
     inputs = sorted(batches[0]) if isinstance(batches[0], dict) else ["pixel_values"]
     row: Row = {"inputs": inputs, "mixture": _has_experts(model)}
+    if network := getattr(model, "default_cfg", {}).get("architecture"):
+        row["network"] = network
     for method in ("sweep", "auto") if number % 3 == 0 else ("sweep",):
         tried = copy.deepcopy(model)
         try:
@@ -77,11 +85,12 @@ def _row(library: str, name: str, number: int) -> Row:
             return row | {"outcome": "raised", "method": method, "said": said}
         if wrong := _wrong(tried, report):
             return row | {"outcome": "wrong", "method": method, "said": wrong}
-        row[f"{method} seconds"] = report.seconds
+        row[f"{method} seconds"] = round(report.seconds, 2)
         if method == "sweep":
             row |= _covered(report, model)
     if number % 3 == 1:
-        row["errors"] = checked(model, batches)
+        differences = checked(model, batches)
+        row |= {"checked": len(differences), "difference": max(differences, default=None)}
     return row | {"outcome": "ok"}
 
 
@@ -181,33 +190,40 @@ def _output(module: nn.Module, x: Tensor) -> Tensor:
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def _work(library: str, name: str, number: int, answer: Connection) -> None:
+def _work(library: str, name: str, number: int, seconds: float, answer: Connection) -> None:
     os.nice(5)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (round(seconds), round(seconds) + 5))
     warnings.simplefilter("ignore")  # of the libraries
-    answer.send(json.dumps(_row(library, name, number), default=float))
+    row = _row(library, name, number)
+    answer.send(json.dumps({**row, "cpu seconds": round(time.process_time(), 1)}, default=float))
     answer.close()
 
 
 def _in_a_process(library: str, name: str, number: int, seconds: float) -> Row:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=_work, args=(library, name, number, theirs))
-    begun = time.monotonic()
+    process = fork.Process(target=_work, args=(library, name, number, seconds, theirs))
     process.start()
     theirs.close()
-    try:
-        row: Row = json.loads(ours.recv()) if ours.poll(seconds) else {"outcome": "too slow"}
-    except EOFError:
-        row = {"outcome": "died"}
+    row: Row = {"outcome": "too slow"}
+    with contextlib.suppress(EOFError):
+        if ours.poll(_WAITING * seconds):  # by the clock; the limit of the process ends it before
+            row = {"outcome": "died"}
+            row = json.loads(ours.recv())
+    if row["outcome"] == "died":
+        process.join()
+        slow = process.exitcode == -signal.SIGXCPU
+        row = {"outcome": "too slow" if slow else "died", "said": f"exit code {process.exitcode}"}
     process.kill()
     process.join()
-    return {"type": name, **row, "wall seconds": time.monotonic() - begun}
+    return {"type": name, **row}
 
 
-def rows(library: str, words: list[str], seconds: float) -> Iterator[Row]:
-    """A row for every type that the words select."""
+def rows(library: str, words: list[str], first: str, seconds: float) -> Iterator[Row]:
+    """A row for every type that the words select, from the first on."""
     for number, name in enumerate(LIBRARIES[library].types()):
-        if not words or any(word in name for word in words):
+        if name >= first and (not words or any(word in name for word in words)):
             yield _in_a_process(library, name, number, seconds)
 
 
@@ -218,7 +234,7 @@ def summary(found: list[Row]) -> Row:
     pruned_, left, missed = (
         sum(row[key] for row in good) for key in ("pruned", "on purpose", "not understood")
     )
-    errors = [x for row in good for x in row.get("errors", ())]
+    checked_ = [row for row in good if row.get("checked")]
     shares = [row["pruned"] / max(1, row["pruned"] + row["not understood"]) for row in good]
     named = [row for row in good if row["pruned"] + row["on purpose"] + row["not understood"]]
     return {
@@ -241,8 +257,8 @@ def summary(found: list[Row]) -> Row:
         )
         / max(1, sum(row["weights"] for row in named)),
         "run block by block": sum(row["blocks"] for row in good),
-        "errors computed again": len(errors),
-        "largest difference": max(errors, default=None),
+        "errors computed again": sum(row["checked"] for row in checked_),
+        "largest difference": max((row["difference"] for row in checked_), default=None),
     }
 
 
@@ -258,12 +274,30 @@ def _line(row: Row) -> str:
     return "\n".join([text, *(f"{'':28} {n}: {why}" for why, n in row["reasons"].items())])
 
 
+def _kept(path: Path, library: str, about: Row, found: list[Row]) -> None:
+    """Put rows into a file in the place of those of the same types; a line for each."""
+    kept: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+    old = kept[library]["rows"] if library in kept else []
+    named = {row["type"]: row for row in [*old, *found]}
+    inside = [named[name] for name in sorted(named)]
+    kept[library] = {"about": about, "all": summary(inside), "rows": inside}
+    parts = []
+    for name, part in kept.items():
+        lines = ",\n  ".join(json.dumps(row) for row in part["rows"])
+        head = ",\n ".join(
+            f"{json.dumps(key)}: {json.dumps(part[key])}" for key in ("about", "all")
+        )
+        parts.append(f'"{name}": {{\n {head},\n "rows": [\n  {lines}\n ]}}')
+    path.write_text("{" + ",\n".join(parts) + "}\n")
+
+
 def main() -> None:
     """Print the table as it goes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--library", choices=LIBRARIES, default="transformers")
-    parser.add_argument("--seconds", type=float, default=60, help="limit for a network; default 60")
+    parser.add_argument("--from", default="", dest="first", metavar="TYPE", help="in their order")
+    parser.add_argument("--seconds", type=float, default=120, help="of CPU time for each; 120")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -274,14 +308,13 @@ def main() -> None:
     pruned(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)])  # what all of them would import
     for kind in FIRST[options.library]:
         LIBRARIES[options.library].made(kind)
+    about = {options.library: module.__version__, "torch": str(torch.__version__)}
     found = []
-    for row in rows(options.library, options.words, options.seconds):
+    for row in rows(options.library, options.words, options.first, options.seconds):
         found.append(row)
         print(_line(row), flush=True)
         if options.out is not None:
-            about = {options.library: module.__version__, "torch": str(torch.__version__)}
-            text = json.dumps({"about": about, "all": summary(found), "rows": found}, indent=1)
-            options.out.write_text(text + "\n")
+            _kept(options.out, options.library, about, found)
     print(json.dumps(summary(found), indent=1))
 
 
