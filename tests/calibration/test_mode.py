@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lobs_native.calibration.mode import Mode
+from lobs_native.calibration.sums import Sums
 
 PRUNE = """
 import sys, torch, lobs_native as lobs
@@ -39,6 +41,14 @@ def test_a_mode_sees_operations_with_the_compiler_and_without(compiler, monkeypa
         result = torch.ones(2) + 1
     assert seen.names == ["aten::ones", "aten::add.Tensor"]
     assert result.tolist() == [2, 2]
+
+
+def test_operations_do_not_pass_through_python_where_no_sum_is_looked_for():
+    with Sums({}):
+        assert _get_current_dispatch_mode() is None
+    with Sums({"layer": torch.nn.Linear(2, 2)}) as sums:
+        assert _get_current_dispatch_mode() is sums
+    assert _get_current_dispatch_mode() is None
 
 
 def test_pruning_does_not_load_the_compiler(forks):

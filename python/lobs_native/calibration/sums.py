@@ -45,11 +45,13 @@ class Sums(Mode):
     def __enter__(self) -> Sums:
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
-        super().__enter__()  # type: ignore[no-untyped-call]
+        if self.modules:  # without any, each operation would pass through Python for nothing
+            super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *what: Any) -> None:
-        super().__exit__(*what)  # type: ignore[no-untyped-call]
+        if self.modules:
+            super().__exit__(*what)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
