@@ -135,6 +135,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "overrides": (["0"], DtypeError),
     "spread": (1.5, ArgumentError),
     "sensitivity": ("fisher", ArgumentError),
+    "token_weights": ("loss", ArgumentError),
     "budget": (None, DtypeError),
     "inputs": ("sparse", ArgumentError),
     "blocks": (True, DtypeError),

@@ -36,6 +36,8 @@ class Moments(list[Hessian]):
         self.padding = 0  # rows left out
         self.told_by = "attention_mask"  # what says which rows are padding
         self.unmasked = False  # whether a mask did not fit
+        self.squares = 0.0  # of the weights of the first group's rows
+        self.unweighted = False  # whether weights of rows did not fit
         self.differences: dict[str, Differences] = {}  # by layer; only with inputs "corrected"
         self._matrices: list[Tensor] | None = None
 
@@ -43,6 +45,12 @@ class Moments(list[Hessian]):
     def rows(self) -> float:
         """The number of rows that the layer saw; with experts, of all together."""
         return sum(h.rows for h in self) if self.layer.routed else self[0].rows
+
+    @property
+    def effective_rows(self) -> float | None:
+        """How many rows of equal weight tell as much: the square of the sum of the weights over the
+        sum of their squares (Kish 1965). None if the rows of the first group count the same."""
+        return self[0].rows * (self[0].rows / self.squares) if self.squares else None
 
     def matrices(self) -> list[Tensor]:
         """The second moments, computed at the first call, which releases the sums.
@@ -109,10 +117,17 @@ class Moments(list[Hessian]):
         self.padding += int((weights == 0).sum())
         return weights
 
+    def add(self, group: int, rows: Tensor, weights: Tensor | None, *, uneven: bool) -> None:
+        """Add rows (n, C) of a group; ``uneven`` if the weights are more than a mask."""
+        self[group].update(rows, weights)
+        if uneven and group == 0 and weights is not None:
+            self.squares += float(weights.square().sum())
+
     def kept(self) -> Kept:
         """The sums, from which :meth:`restore` resumes."""
         tensors = {f"{g}.{k}": x for g, h in enumerate(self) for k, x in h.state_dict().items()}
         info: dict[str, Any] = {"padding": self.padding, "unmasked": self.unmasked}
+        info |= {"squares": self.squares, "unweighted": self.unweighted}
         info["told by"] = self.told_by
         info["differences"] = {}
         for name, difference in self.differences.items():
@@ -125,6 +140,7 @@ class Moments(list[Hessian]):
         for g, h in enumerate(self):
             h.load_state_dict({k: tensors[f"{g}.{k}"] for k in ("sum", "rows", "bias")})
         self.padding, self.unmasked = int(info["padding"]), bool(info["unmasked"])
+        self.squares, self.unweighted = float(info["squares"]), bool(info["unweighted"])
         self.told_by = str(info["told by"])
         for name, difference in self.differences.items():
             difference.restore(below(f"{name}/", tensors), info["differences"][name])
@@ -155,6 +171,11 @@ class Moments(list[Hessian]):
             notes.append(
                 f"padding was counted: the inputs do not have the (batch, length) of {self.told_by}"
             )
+        if self.unweighted:
+            notes.append(
+                "token_weights: on some batches its rows counted the same, since it was not sent "
+                "as many as in the original network"
+            )
         if (difference := self.differences.get(layer.name)) and difference.unlike:
             notes.append(f"not corrected, only calibrated on pruned inputs: {difference.unlike}")
         elif difference and difference.summed:
@@ -172,6 +193,34 @@ def _shrinkage(H: Tensor, rows: float) -> float:
     square, trace = float(H.square().sum()), float(H.diagonal().sum()) ** 2
     spread = (rows + 1 - 2 / C) * (square - trace / C)
     return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / C) * square + trace) / spread)
+
+
+class _Shares:
+    """The weights of the rows of one call, as its groups and their parts ask for them.
+
+    ``counted`` (n,) is 0 for padding, and ``weights`` (n,) the weights otherwise. ``unlike`` tells
+    whether these are of another number of rows, and are therefore left out.
+    """
+
+    def __init__(
+        self, counted: Tensor | None, weights: Tensor | None, device: torch.device
+    ) -> None:
+        self.counted = counted
+        self.weights = None if weights is None else weights.to(device)
+        self.unlike = False
+        self._passed: dict[int, int] = {}
+
+    def of(self, group: int, count: int) -> Tensor | None:
+        """The weights of the next rows of a group; None if all count the same."""
+        if self.weights is None:
+            return self.counted
+        first = self._passed.get(group, 0)
+        self._passed[group] = first + count
+        part = self.weights[first : first + count]
+        if len(part) != count:
+            self.weights, self.unlike = None, True
+            return self.counted
+        return part if self.counted is None else part * self.counted
 
 
 class _Statistics:
@@ -208,7 +257,8 @@ def calibrate(
     label: str,
     *,
     until: nn.Module | None = None,
-    corrected: Mapping[str, Sequence[Layer]] | None = None,
+    readers: Mapping[str, Sequence[Layer]] | None = None,
+    corrected: bool = False,
     states: States | None = None,
     purpose: str = "calibrate",
 ) -> dict[str, Moments]:
@@ -224,9 +274,11 @@ def calibrate(
         End each forward early: as soon as the inputs of this module, the one of ``layers``, have
         been seen; or as soon as its output has been summed, if that is compared; or, of a module
         that multiplies several weights, as soon as it has returned.
-    corrected : {name: layers}, optional
-        For each of ``layers``, the layers that read its inputs. :meth:`Moments.drift` then tells
-        what those should compensate.
+    readers : {name: layers}, optional
+        For each of ``layers``, the layers that read its inputs; by default itself alone.
+    corrected : bool
+        Compare with the original network: :meth:`Moments.drift` then tells what the readers should
+        compensate.
     states : States, optional
         Where the sums are saved along the way.
     purpose : str
@@ -234,7 +286,9 @@ def calibrate(
     """
     moments = {layer.name: Moments(layer) for layer in layers}
     mask: Tensor | None = None
-    pairs = Pairs(layers, source, corrected) if corrected else None
+    readers = readers or {layer.name: [layer] for layer in layers}
+    calls: dict[str, int] = {}  # of each layer, on the batch at hand
+    pairs = Pairs(layers, source, readers) if corrected else None
     for name, differences in pairs.differences.items() if pairs is not None else ():
         moments[name].differences = {d.layer.name: d for d in differences}
     entering = until is not None and not any(layer.watched for layer in layers)
@@ -253,21 +307,26 @@ def calibrate(
             of_layer.told_by = source.told_by if of_module is None else "key_padding_mask"
         weights = of_layer.weights(x, mask if of_module is None else of_module)
         original_rows = None if pairs is None else pairs.original_rows(layer)
+        call = calls[layer.name] = calls.get(layer.name, -1) + 1
+        shares = _Shares(weights, source.token_weights(readers[layer.name], call), x.device)
         try:
             for group, rows in columns(x):
-                of_layer[group].update(rows, weights)
+                share = shares.of(group, len(rows))
+                of_layer.add(group, rows, share, uneven=shares.weights is not None)
                 if pairs is not None and original_rows is not None:
-                    pairs.see(layer.name, group, rows, original_rows, weights)
+                    pairs.see(layer.name, group, rows, original_rows, share)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"layer {layer.name!r}: its input on the calibration data: {error}"
             ) from error
+        of_layer.unweighted |= shares.unlike
         if entering:
             raise Enough
 
     with hooked(layers, see):
         for batch in resumable(source, label, purpose, _Statistics(moments), states):
             mask = source.mask(batch)
+            calls.clear()
             if pairs is None:
                 with contextlib.suppress(Enough), ending(until):
                     source.call(source.model, batch)

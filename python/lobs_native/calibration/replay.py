@@ -141,6 +141,10 @@ class Replay:
         """The rows of :meth:`Session.tokens`."""
         return self.session.tokens(layer)
 
+    def token_weights(self, layers: Sequence[Layer], call: int) -> Tensor | None:
+        """The weights of :meth:`Session.token_weights`."""
+        return self.session.token_weights(layers, call)
+
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run the current block on its input for the next batch."""
         number, self._next = self._next, self._next + 1

@@ -3,12 +3,14 @@
 For an output unit of a layer it is the mean square, over calibration rows and random directions v,
 of the gradient of ``v . output``: the diagonal of the Gauss-Newton matrix of the squared change of
 the output. A removal that costs ``e`` in a row of the layer changes the network's output by about
-``e`` times the row's sensitivity, which makes rows and layers comparable.
+``e`` times the row's sensitivity, which makes rows and layers comparable. The same gradients tell
+how much each token counts: see :mod:`lobs_native.calibration.token_weights`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.outputs import floating_tensors, tokens_in
-from lobs_native.calibration.partial import Kept, States, resumable
+from lobs_native.calibration.partial import Kept, States, below, resumable
 from lobs_native.calibration.session import Session
+from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 
@@ -32,12 +35,15 @@ _ATTEMPTS = 6  # backward passes for one batch at most
 
 
 def sensitivities(
-    session: Session, layers: Sequence[Layer], states: States | None = None
+    session: Session,
+    layers: Sequence[Layer],
+    states: States | None = None,
+    tokens: TokenWeights | None = None,
 ) -> dict[str, Tensor]:
     """Measure sensitivities in one pass over the data, with a backward pass for each batch.
 
     It needs no labels, and weights get no gradients. The sums are saved in ``states`` along the
-    way.
+    way. ``tokens`` is filled with the weights of all rows of these layers' inputs.
 
     Returns
     -------
@@ -59,16 +65,17 @@ def sensitivities(
             "sensitivity: the model was made or loaded inside torch.inference_mode(), so that "
             f"nothing can be differentiated; make it outside{_WAY_OUT}"
         )
-    meters = [_Meter(layer) for layer in layers if not layer.watched]
+    meters = [_Meter(layer, tokens) for layer in layers if not layer.watched]
+    sums = _Meters(meters, tokens)
     half = any(tensor.dtype == torch.float16 for tensor in state)
     with _no_weight_gradients(session.model), torch.enable_grad():
-        for batch in resumable(session, "sensitivity", "sensitivity", _Meters(meters), states):
+        for batch in resumable(session, "sensitivity", "sensitivity", sums, states):
             mask = session.mask(batch)
             with attached([handle for meter in meters for handle in meter.handles(session, mask)]):
                 output = session.call(session.model, batch)
             projected = _projected(output, session.output_mask(batch))
             try:
-                _backward(projected, meters, again=half)
+                _backward(projected, meters, session.number, again=half)
             except RuntimeError as error:
                 text = " ".join(str(error).split())
                 raise ArgumentError(
@@ -88,9 +95,10 @@ def sensitivities(
     return result
 
 
-def _backward(projected: Tensor, meters: Sequence[_Meter], *, again: bool) -> None:
-    """Add the squared gradients of ``projected`` to the meters. Float16 gradients are computed
-    ``again``, multiplied by a power of two, if the largest is not well within the range."""
+def _backward(projected: Tensor, meters: Sequence[_Meter], batch: int, *, again: bool) -> None:
+    """Add the squared gradients of ``projected`` for a batch to the meters. Float16 gradients are
+    computed ``again``, multiplied by a power of two, if the largest is not well within the range.
+    """
     scale = 1.0
     for _ in range(_ATTEMPTS if again else 1):
         for meter in meters:
@@ -104,7 +112,7 @@ def _backward(projected: Tensor, meters: Sequence[_Meter], *, again: bool) -> No
         else:
             break
     for meter in meters:
-        meter.add(scale)
+        meter.add(scale, batch)
 
 
 @contextlib.contextmanager
@@ -138,10 +146,12 @@ def _projected(output: Any, mask: Tensor | None) -> Tensor:
 
 
 class _Meter:
-    """The sum of the squared gradients at a layer's outputs."""
+    """The sum of the squared gradients at a layer's outputs; with ``tokens``, also their mean for
+    each row."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, tokens: TokenWeights | None) -> None:
         self.layer = layer
+        self.tokens = tokens
         device = layer.weight().device
         self.sum = torch.zeros(layer.groups * layer.rows, dtype=torch.float64, device=device)
         self.latest = torch.zeros_like(self.sum)  # of one backward pass
@@ -150,22 +160,34 @@ class _Meter:
         self.rows = 0
         self.seen = False
         self.half = layer.weight().dtype == torch.float16
+        self._counted: list[tuple[Tensor | None, int]] = []  # by call: which rows, how many
+        self._squares: dict[int, Tensor] = {}  # by call, of one backward pass
 
     def begin(self) -> None:
         """Forget the last backward pass."""
         self.latest.zero_()
         self.largest = 0.0
+        self._squares.clear()
 
-    def add(self, scale: float) -> None:
+    def add(self, scale: float, batch: int) -> None:
         """Count the last backward pass, whose gradients were multiplied by ``scale``."""
         self.sum += self.latest / scale**2
+        if self.tokens is not None:
+            for call, squares in self._squares.items():
+                counted, rows = self._counted[call]
+                if counted is not None:
+                    squares = torch.where(counted.reshape(-1), squares, 0)
+                self.tokens.add(self.layer.name, batch, call, squares / scale**2, rows)
 
     def handles(self, session: Session, mask: Tensor | None) -> list[Any]:
         """Hooks for one forward."""
+        self._counted = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             usable = isinstance(output, Tensor) and not output.is_nested
             units = self.layer.units(output) if usable else None
+            call = len(self._counted)
+            self._counted.append((None, 0))
             if units is None:
                 return output
             # Adding the zero probe makes the output require grad, whatever the input does.
@@ -176,43 +198,57 @@ class _Meter:
             counted = mask if tokens is None else tokens
             if counted is not None and output.shape[:-1] != counted.shape:
                 counted = None
-            self.rows += len(units) if counted is None else int(counted.sum())
-            probed.register_hook(self._add)
+            rows = len(units) if counted is None else int(counted.sum())
+            self._counted[call] = (counted, rows)
+            self.rows += rows
+            probed.register_hook(functools.partial(self._add, call))
             return probed
 
         return [site.caller.register_forward_hook(leave) for site in self.layer.sites]
 
-    def _add(self, gradient: Tensor) -> None:
+    def _add(self, call: int, gradient: Tensor) -> None:
         units = self.layer.units(gradient)
         assert units is not None
         self.seen = True
         if units.dtype == torch.float16:
             largest = float(units.abs().amax()) if units.numel() else 0.0
             self.largest = max(self.largest, largest if math.isfinite(largest) else math.inf)
+        each = []
         for part in units.split(_AT_ONCE):
-            self.latest += part.double().square().sum(0)
+            squares = part.double().square()
+            self.latest += squares.sum(0)
+            if self.tokens is not None:
+                each.append(squares.mean(1))
+        if each:
+            self._squares[call] = torch.cat(each)
 
 
 class _Meters:
     """Meters as sums that can be saved."""
 
-    def __init__(self, meters: Sequence[_Meter]) -> None:
+    def __init__(self, meters: Sequence[_Meter], tokens: TokenWeights | None) -> None:
         self.meters = meters
+        self.tokens = tokens
 
     @property
     def names(self) -> Sequence[str]:
         return [meter.layer.name for meter in self.meters]
 
     def size(self) -> int:
-        return sum(meter.sum.numel() * 8 for meter in self.meters)
+        sums = sum(meter.sum.numel() * 8 for meter in self.meters)
+        return sums + (0 if self.tokens is None else self.tokens.size)
 
     def kept(self) -> Kept:
-        tensors = {meter.layer.name: meter.sum for meter in self.meters}
+        tensors = {f"of {meter.layer.name}": meter.sum for meter in self.meters}
+        if self.tokens is not None:
+            tensors |= {f"tokens: {name}": x for name, x in self.tokens.kept().items()}
         info = {meter.layer.name: [meter.rows, meter.seen] for meter in self.meters}
         return tensors, info
 
     def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         for meter in self.meters:
-            meter.sum.copy_(tensors[meter.layer.name])
+            meter.sum.copy_(tensors[f"of {meter.layer.name}"])
             rows, seen = info[meter.layer.name]
             meter.rows, meter.seen = int(rows), bool(seen)
+        if self.tokens is not None:
+            self.tokens.restore(below("tokens: ", tensors))

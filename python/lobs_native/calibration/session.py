@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lobs_native.calibration.hooks import unfused_attention
 from lobs_native.calibration.padding import Padding, tokens_of
+from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer, overwrite
@@ -93,6 +93,10 @@ class Source(Protocol):
         """Like :meth:`mask`, for the inputs of a layer in the call in progress, as the modules of
         torch around it were told; shaped as the leading dimensions of these inputs."""
 
+    def token_weights(self, layers: Sequence[Layer], call: int) -> Tensor | None:
+        """How much each row (n,) counts of what these layers read in this call of the first of
+        them on the batch at hand; None if all rows count the same."""
+
 
 @dataclass
 class Session:
@@ -111,6 +115,8 @@ class Session:
         default_factory=Shelf, init=False
     )  # parameters before pruning, by name
     changed: set[str] = field(default_factory=set, init=False)  # names of the parameters pruned
+    number: int = field(default=0, init=False)  # of the batch of a pass that was last begun
+    weights: TokenWeights | None = field(default=None, init=False)
     swapped_limit: int | None = field(default=None, init=False)  # bytes of swapped ones in memory
 
     def call(self, model: nn.Module, batch: Any) -> Any:
@@ -236,6 +242,13 @@ class Session:
         are, or nothing is known."""
         return self._padding.tokens(layer)
 
+    def token_weights(self, layers: Sequence[Layer], call: int) -> Tensor | None:
+        """How much each row (n,) counts of what these layers read in this call of the first of
+        them on the batch at hand; None if all rows count the same, or it is not known."""
+        if self.weights is None:
+            return None
+        return self.weights.of([layer.name for layer in layers], self.number, call)
+
     def _arguments(self, batch: Any) -> Mapping[str, Any]:
         """What the model is called with, by name, as far as that is known."""
         if isinstance(batch, Mapping):
@@ -265,7 +278,9 @@ class Session:
             leave=False,
             disable=None if self.progress else True,
         )
-        yield from itertools.islice(bar, start, None)
+        for self.number, batch in enumerate(bar):
+            if self.number >= start:
+                yield batch
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -213,7 +213,8 @@ class LayerLoop:
                 source,
                 f"calibrate {leader.name}",
                 until=leader.caller if early else None,
-                corrected=readers if self.inputs == "corrected" else None,
+                readers=readers,
+                corrected=self.inputs == "corrected",
                 states=self.states,
             ).values()
         calibrating = (time.perf_counter() - begun) / len(group)
@@ -287,6 +288,7 @@ def prune_layer(
         inherited=None if drift is None else drift.inherited,
         peak=peak,
     )
+    report = dataclasses.replace(report, effective_rows=moments.effective_rows)
     if layer.routed:
         report = dataclasses.replace(
             report,

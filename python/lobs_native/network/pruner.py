@@ -33,6 +33,7 @@ def prune(
     scope: str = "layer",
     spread: float = 0.2,
     sensitivity: str | None = "auto",
+    token_weights: str | None = None,
     budget: str = "weights",
     damping: float = 0.01,
     prune_bias: bool = False,
@@ -93,6 +94,16 @@ def prune(
         minimises the bound of Theorem 3.2 up to a constant, for the networks it covers. None
         compares rows of a layer by their costs alone, and layers by cost over the square root of
         their ``tr(W H W^T)``.
+    token_weights : "output" or None
+        "output" lets each row of a layer's inputs (a token, a sample, a convolution's position)
+        count in its second moments as much as the network's output depends on the layer's output
+        there: by the mean square of the gradient that ``sensitivity`` describes, in the same pass,
+        over the layer's outputs, relative to its mean over the data. Layers that read one tensor
+        take the mean of their weights. All methods that use second moments then aim at the output
+        of the network rather than the layer's, and errors are weighted likewise. Together with
+        ``sensitivity`` "output" it is the factored (Kronecker) form of the empirical Fisher
+        information. Needs 4 bytes for each row of each layer. Layers whose outputs are not a
+        module's outputs (attention, experts) count all rows the same, and their notes say so.
     budget : "weights" or "flops"
         With scope "model", what ``sparsity`` is a share of: all weights, or all multiplications of
         one forward pass (a convolution's weight is used at every position).
@@ -233,6 +244,7 @@ def prune(
         scope=scope,
         spread=spread,
         sensitivity=sensitivity,
+        token_weights=token_weights,
         budget=budget,
         damping=damping,
         prune_bias=prune_bias,

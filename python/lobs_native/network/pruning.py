@@ -17,6 +17,7 @@ from lobs_native import checks, ops
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
+from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.layers import overwrite
@@ -95,11 +96,24 @@ class Pruning:
             )
         return sensitive
 
+    def _weighted(self) -> list[LayerJob]:
+        """The layers whose tokens are weighted by the output's sensitivity."""
+        if self.settings.token_weights is None:
+            return []
+        weighted = [job for job in self.selected if not job.layer.watched]
+        if not weighted:
+            raise ArgumentError(
+                "token_weights: 'output' needs the gradient at the output of a layer, and none of "
+                "the layers has one of its own (attention and experts have not); use None"
+            )
+        return weighted
+
     def look(self) -> RunPlan:
         """Run the model to see how it uses its weights and in which order, and plan the run."""
         settled = settle(self.candidates, self.session, self.settings)
         self.selected, self.skipped = settled.jobs, settled.skipped
         self.sensitive = self._sensitive()
+        self.weighted = self._weighted()
         self.jobs, flow = order_of(self.selected, self.session, settled.seen)
         self.rows = flow.rows
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
@@ -110,6 +124,7 @@ class Pruning:
             self.rows,
             self.settings,
             sensitive=bool(self.sensitive),
+            weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
             seen=settled.seen,
         )
@@ -186,21 +201,36 @@ class Pruning:
         """The sensitivity of the output to the rows of each layer, from the run directory if it is
         there; None if nothing is measured."""
         known = None if ledger is None else ledger.sensitivity()
-        if known is not None:
-            return known[0]
-        measured = self._measured(None if ledger is None else ledger.states)
-        peak.reset()
-        if ledger is not None and measured is not None:
-            ledger.keep_sensitivity(measured)
+        tokens = self.session.weights = TokenWeights() if self.weighted else None
+        if ledger is not None and known is not None:
+            if tokens is not None:
+                tokens.restore(ledger.token_weights())
+            measured = known[0]
+        else:
+            measured = self._measured(None if ledger is None else ledger.states)
+            peak.reset()
+            if ledger is not None and (measured is not None or tokens is not None):
+                ledger.keep_sensitivity(measured, None if tokens is None else tokens.kept())
+        for job in self.jobs:
+            if tokens is not None and job.layer.name not in tokens:
+                job.layer.notes.append(
+                    "token_weights: all its rows counted the same, since the gradient of the "
+                    "network's output at its own is not known"
+                )
         return measured
 
     def _measured(self, states: States | None) -> dict[str, Tensor] | None:
-        layers = [job.layer for job in self.sensitive if job in self.jobs]
-        if not layers:
-            return None
-        if self.settings.sensitivity == "bound":
-            return bound.amplifications(self.session.model, layers)
-        return sensitivities(self.session, layers, states)
+        """The sensitivities of rows; those of tokens become known to the session."""
+        rows = [job.layer for job in self.sensitive if job in self.jobs]
+        tokens = [job.layer for job in self.weighted if job in self.jobs]
+        by_bound = self.settings.sensitivity == "bound"
+        found: dict[str, Tensor] = {}
+        if tokens or (rows and not by_bound):
+            layers = dict.fromkeys([*tokens, *(() if by_bound else rows)])
+            found = sensitivities(self.session, list(layers), states, self.session.weights)
+        if rows and by_bound:
+            found = bound.amplifications(self.session.model, rows)
+        return {x.name: found[x.name] for x in rows if x.name in found} if rows else None
 
     def _shares(
         self, plan: RunPlan, sensitivity: Mapping[str, Tensor] | None, ledger: Ledger | None
@@ -270,6 +300,7 @@ class Pruning:
         seconds, of_stages = self.stages.total()
         weights = sum(mask.numel() for mask in masks.values())
         removed = sum(int((~mask).sum()) for mask in masks.values())
+        measured = bool(loop.context.sensitivity) or self.session.weights is not None
         settings = {
             **self.settings.arguments(),
             "threads": ops.threads(),
@@ -278,7 +309,7 @@ class Pruning:
             "plan": loop.context.plan.to_dict(),
             "seconds": of_stages,
             "peak memory": peak.bytes(),
-            "peak memory of sensitivities": peak.before_reset if loop.context.sensitivity else None,
+            "peak memory of sensitivities": peak.before_reset if measured else None,
         }
         if ledger is not None:
             settings["run_dir"] = str(ledger.run.path)

@@ -37,6 +37,7 @@ class Workload:
     states: int = 0  # bytes of hidden states between blocks, of all batches
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     others: int = 0  # bytes of everything else that blocks are called with
+    tokens: int = 0  # bytes of the weights of tokens
     passes: float = 0.0  # forward passes over all batches
     output: int = 0  # bytes of the model's output for a batch
     measuring: int = 0  # bytes that measuring it takes besides
@@ -52,6 +53,7 @@ class RunPlan:
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # masks, original weights, and results that wait or weights that are swapped
+    tokens: int  # weights of tokens
     output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states and weights that do not fit into memory
     seconds: float  # an estimate; expect half to twice of it
@@ -66,7 +68,8 @@ class RunPlan:
     @property
     def memory(self) -> int:
         """The most bytes in memory at a time."""
-        return max(self.layer + self.statistics + self.states, self.output) + self.kept
+        most = max(self.layer + self.statistics + self.states, self.output)
+        return most + self.kept + self.tokens
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for the report."""
@@ -82,8 +85,8 @@ class RunPlan:
         return (
             f"plan: {mb(self.memory)}{limit} besides the model, the data and a forward pass "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
-            f"{mb(self.states)} states, {mb(self.kept)} weights and masks; then {mb(self.output)} "
-            f"to measure the output); {mb(self.disk)} on disk; about {about}"
+            f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights and masks; then "
+            f"{mb(self.output)} to measure the output); {mb(self.disk)} on disk; about {about}"
         )
 
 
@@ -129,14 +132,14 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     )
     masks = sum(job.layer.groups * job.layer.rows * job.layer.width for job in jobs)
     most = max(needs[largest], work.measuring)
-    fixed = most + masks + work.others
+    fixed = most + masks + work.others + work.tokens
     if memory is not None and fixed > memory:
         measured = most > needs[largest]
         what = "measuring the output" if measured else f"layer {largest!r}"
         raise MemoryError(
-            f"memory: {what} needs {most:,} bytes, and masks and what blocks are called with "
-            f"{masks + work.others:,}: {fixed:,} together, more than the {memory:,} allowed; allow "
-            f"more, or {'pass smaller batches' if measured else 'exclude it'}"
+            f"memory: {what} needs {most:,} bytes, and masks, weights of tokens and what blocks "
+            f"are called with {fixed - most:,}: {fixed:,} together, more than the {memory:,} "
+            f"allowed; allow more, or {'pass smaller batches' if measured else 'exclude it'}"
             + (", or use inputs='pruned', which takes less" if corrected else "")
         )
     moments = {job.layer.name: job.moment_bytes for job in jobs}
@@ -166,6 +169,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         statistics=statistics,
         states=states + work.others,
         kept=kept + masks,
+        tokens=work.tokens,
         output=output + work.measuring,
         disk=0 if memory is None else work.states + keeping - states - kept,
         seconds=_seconds(jobs, work, corrected),

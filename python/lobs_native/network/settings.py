@@ -120,6 +120,13 @@ class NetworkSettings(LayerOptions):
         help="weight rows and layers by how much the output depends on them; auto: with scope "
         "model",
     )
+    token_weights: str | None = option(
+        None,
+        choices=("output",),
+        optional=True,
+        help="output: tokens (samples, positions) count in calibration as much as the output "
+        "depends on each; default: all the same",
+    )
     budget: str = option(
         "weights",
         choices=("weights", "flops"),

@@ -124,15 +124,19 @@ def workload(
     settings: NetworkSettings,
     *,
     sensitive: bool,
+    weighted: Sequence[str],
     shared_budget: bool,
     seen: Observation | None = None,
 ) -> Workload:
-    """The work ahead; it includes passes for sensitivities if ``sensitive``, and one for the costs
-    if there is a ``shared_budget``. What was ``seen`` on the first batch spares another run."""
+    """The work ahead; it includes passes for sensitivities if ``sensitive`` or for the ``weighted``
+    layers, and one for the costs if there is a ``shared_budget``. What was ``seen`` on the first
+    batch spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
     passes = 2.0 if settings.measure == "all" else 2.0 * min(1.0, SAMPLE / max(1.0, measured))
-    passes += 3.0 * sensitive + shared_budget + 1.0 / batches  # the look at the first batch
+    passes += (
+        3.0 * (sensitive or bool(weighted)) + shared_budget + 1.0 / batches
+    )  # the look at the first batch
     for stack, groups in structure.parts:
         if stack is None:
             passes += doubled * len(groups)
@@ -157,6 +161,7 @@ def workload(
         repeated=round(repeated * batches * doubled),
         others=round(others * batches * doubled),
         passes=passes,
+        tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=sum(entries * size for entries, size in outputs),
         measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
     )

@@ -61,6 +61,8 @@ class LayerReport:
     predicted: float | None = None  # sum of removal costs, with damping: see PrunedWeight
     energy: float | None = None  # tr(W H W^T): the denominator of relative_error
     condition: float | None = None  # of the damped H, estimated from below; of the worst group
+    # How many rows of equal weight tell as much, where the output's sensitivity weights them.
+    effective_rows: float | None = None
     # The predicted error against the sparsity, as far as the removals were traced.
     curve_sparsity: tuple[float, ...] | None = None
     curve_error: tuple[float, ...] | None = None

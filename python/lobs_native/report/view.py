@@ -106,11 +106,13 @@ def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
 
 _ARGUMENTS = (
     *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
-    *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity", "budget"),
-    *("include", "exclude", "overrides", "strict", "memory", "device", "backend", "blocks"),
+    *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity"),
+    *("token_weights", "budget", "include", "exclude", "overrides", "strict"),
+    *("memory", "device", "backend", "blocks"),
     *("token_mask", "measure", "seed"),
 )
-_BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch", "output"}
+_BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
+_BYTES |= {"output"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:

@@ -140,8 +140,15 @@ class Ledger:
 
     # ---- the budget ------------------------------------------------------------------------------
 
-    def keep_sensitivity(self, sensitivity: Mapping[str, Tensor] | None) -> None:
-        """Commit the sensitivities of the layers' rows; None if nothing was measured."""
+    def keep_sensitivity(
+        self,
+        sensitivity: Mapping[str, Tensor] | None,
+        token_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Commit the sensitivities of the layers' rows, and the weights of tokens before them; None
+        if nothing was measured."""
+        if token_weights is not None and self.run.find("token weights", kind=_BUDGET) is None:
+            self.run.commit("token weights", token_weights, {}, kind=_BUDGET)
         info = {"measured": sensitivity is not None}
         self.run.commit("sensitivity", dict(sensitivity or {}), info, kind=_BUDGET)
         self.states.clear()
@@ -152,6 +159,15 @@ class Ledger:
         if record is None:
             return None
         return (self.run.load(record) if record.info.get("measured") is True else None,)
+
+    def token_weights(self) -> dict[str, Tensor]:
+        """The weights of tokens that were committed with the sensitivities."""
+        record = self.run.find("token weights", kind=_BUDGET)
+        if record is None:
+            raise CheckpointError(
+                f"{self.run.path}: weights of tokens are missing; begin a new run"
+            )
+        return self.run.load(record)
 
     def keep_shares(self, shares: Mapping[str, float]) -> None:
         """Commit the division of a common budget: name -> sparsity."""
