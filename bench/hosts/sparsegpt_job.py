@@ -5,7 +5,7 @@
         [--batch-size N] [--inputs WORD ...] [--json FILE]
 
 FOLDER holds a clone of IST-DASLab/sparsegpt as FOLDER/sparsegpt; `sparsegpt_script.py` is its
-script. Both sides read the same checkpoint (SmolLM2-135M-Instruct, see `language_model.py`), make
+script. Both sides read the same checkpoint (SmolLM2-135M-Instruct, see `bench/quality/llm`), make
 the same tokens from the same file (32 x 256 of WikiText-2), prune the linear layers of the first 5
 of 30 blocks to one half and write a folder. Neither measures a perplexity, and the script ends
 after the last block that it prunes.
@@ -36,6 +36,7 @@ if __name__ == "__main__":  # run as a script: modules are found from the folder
 import torch
 
 from hosts.sparsegpt_script import BLOCKS, WINDOW, WINDOWS, loaded
+from quality.llm.material import make_folder
 from speed.paired import bootstrap_interval, machine
 
 PAIRS = 5
@@ -75,20 +76,6 @@ class Spent:
 
 
 # ---- the model and the text ----------------------------------------------------------------------
-
-
-def make_checkpoint(folder: Path) -> None:
-    """SmolLM2's weights, unpacked, as a folder that both sides read."""
-    from language_model import LanguageModel, found_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    network = LanguageModel(found_file())
-    config = network.model.config.to_dict()
-    config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
-    model.load_state_dict(network.model.state_dict())
-    model.save_pretrained(folder)
-    network.tokens.save_pretrained(folder)
 
 
 def write_text(source: Path, file: Path, words: int) -> None:
@@ -139,7 +126,7 @@ def perplexity_of(folder: Path, checkpoint: Path, source: Path) -> float:
 def compare(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Run all jobs; print a line for each kind of inputs."""
     checkpoint, text = place / "model", place / "text.txt"
-    make_checkpoint(checkpoint)
+    make_folder(checkpoint)
     write_text(arguments.text, text, arguments.windows * WINDOW)
     theirs = [
         *(sys.executable, str(Path(__file__).with_name("sparsegpt_script.py"))),

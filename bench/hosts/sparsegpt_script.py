@@ -17,7 +17,7 @@ import contextlib
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,15 @@ class CaughtError(Exception):
 
 
 @torch.no_grad()
-def prune_as_sparsegpt(model: Any, data: Sequence[Tensor], kind: Any, blocks: int) -> None:
-    """Prune half of the linear layers of the first blocks in place by the class ``kind``."""
+def prune_block_by_block(
+    model: Any,
+    data: Sequence[Tensor],
+    kind: Callable[[nn.Module], Any],
+    remove: Callable[[Any], None],
+    blocks: int,
+) -> None:
+    """Prune the linear layers of the first blocks in place: ``kind`` makes an object for a layer
+    that sees its inputs (``add_batch``), and from which ``remove`` removes weights."""
     model.config.use_cache = False
     layers = model.model.layers
     hidden = torch.zeros(len(data), WINDOW, model.config.hidden_size)
@@ -90,7 +97,7 @@ def prune_as_sparsegpt(model: Any, data: Sequence[Tensor], kind: Any, blocks: in
         for handle in handles:
             handle.remove()
         for pruner in pruners.values():
-            pruner.fasterprune(0.5, percdamp=0.01, blocksize=128)
+            remove(pruner)
             pruner.free()
         run(layer)
         hidden, after = after, hidden
@@ -112,7 +119,13 @@ def main() -> None:
     model = loaded(arguments.model)
     data = sequences(arguments.model, arguments.text, arguments.windows)
     with contextlib.redirect_stdout(io.StringIO()):
-        prune_as_sparsegpt(model, data, kind, arguments.blocks)
+        prune_block_by_block(
+            model,
+            data,
+            kind,
+            lambda pruner: pruner.fasterprune(0.5, percdamp=0.01, blocksize=128),
+            arguments.blocks,
+        )
     model.save_pretrained(arguments.out)
 
 

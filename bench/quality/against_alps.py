@@ -35,18 +35,10 @@ from torch import Tensor, nn
 import lobs_native as lobs
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from quality.llm.rivals import alps_module
 from speed.paired import bootstrap_interval
 
 CHOSEN = ("50%", "70%", "2:4")
-
-
-def loaded(folder: Path) -> types.ModuleType:
-    """ALPS's module, on the CPU."""
-    source = (folder / "alps.py").read_text(encoding="utf-8")
-    source = source.replace("cuda:0", "cpu").replace("torch.cuda.synchronize()", "pass")
-    module = types.ModuleType("alps")
-    exec(compile(source, "alps.py", "exec"), vars(module))
-    return module
 
 
 def alps_pruned(
@@ -121,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    alps = loaded(arguments.alps)
+    alps = alps_module(arguments.alps)
     network = LanguageModel(found_file())
     moments, perplexity = network.second_moments(network.windows(TEXT, WINDOWS), arguments.layers)
     print(f"perplexity {perplexity:.2f}; {torch.get_num_threads()} threads\n")

