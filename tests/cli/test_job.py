@@ -167,7 +167,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
         "--refine solve --inputs dense --include 0 --include 2 --exclude 2 --strict "
         "--damping 0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 "
-        "--run-dir kept --resume never --measure all --no-progress"
+        "--run-dir kept --resume never --measure all --held-back 0.25 --no-progress"
     )
     assert cli.main(line.split()) == cli.INTERRUPTED
     assert seen == {
@@ -183,6 +183,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "blocks": None,
         "token_mask": None,
         "measure": "all",
+        "held_back": 0.25,
         "refine": "solve",
         "inputs": "dense",
         "include": ["0", "2"],

@@ -143,6 +143,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "seed": (0.5, DtypeError),
     "token_mask": ("no", ArgumentError),
     "measure": ("none", ArgumentError),
+    "held_back": (1.0, ArgumentError),
     "forward": ("model", DtypeError),
     "resume": ("yes", ArgumentError),
 }

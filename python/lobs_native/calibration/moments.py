@@ -17,6 +17,7 @@ from lobs_native.calibration.session import Source
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.hessian import Hessian, few_rows
+from lobs_native.solvers.measurement import error_elsewhere
 from lobs_native.solvers.problem import Drift
 
 __all__ = ["ENOUGH", "Moments", "calibrate"]
@@ -100,6 +101,19 @@ class Moments(list[Hessian]):
         if difference is None or difference.unlike:
             return None
         return difference.drift([h.rows for h in self])
+
+    def error(
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, *, corrected: bool
+    ) -> float | None:
+        """The relative error that new weights (G, R, C) and biases (G, R) of ``layer``, which still
+        has its own, make on these rows; None for experts, or where nothing comes in. Call it once.
+        """
+        if layer.routed:
+            return None
+        before, after = (layer.weight(), layer.bias()), (weight, bias)
+        drift = self.drift(layer) if corrected else None
+        error, energy = error_elsewhere(before, after, self.matrices(), drift)
+        return error / energy if energy > 0 else None
 
     def weights(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """The weight of each row of inputs (..., C), 0 for padding; None if all rows count.

@@ -80,18 +80,25 @@ def _keep(shelf: Shelf, output: Any) -> None:
 
 @torch.no_grad()
 def measure_change(
-    session: Session, limit: int | None = None, rows: int | None = None
+    session: Session,
+    limit: int | None = None,
+    rows: int | None = None,
+    *,
+    held_back: bool = False,
 ) -> Change | None:
     """How far the outputs are from the original network's; padding does not count. None if there
     are no floating-point tensors, or others than the original network returns.
 
     ``limit`` bounds the bytes of the original network's output that are in memory while the other
     network runs; the rest waits on disk. ``rows`` is the size of a sample of batches, evenly
-    spaced, with as many as would be enough if all were like the first.
+    spaced, with as many as would be enough if all were like the first. ``held_back``: on the
+    batches that nothing is calibrated on.
     """
     total = Change(0.0, 0.0, 0.0, 0)
-    chosen: Container[int] = range(len(session.batches))
-    for number, batch in enumerate(session.each("measure")):
+    batches = session.held_back if held_back else session.batches
+    chosen: Container[int] = range(len(batches))
+    each = session.each_held_back if held_back else session.each
+    for number, batch in enumerate(each("measure")):
         if number not in chosen:
             continue
         change = _change_of(session, batch, limit)
@@ -99,7 +106,7 @@ def measure_change(
             return None
         total = Change(*map(operator.add, astuple(total), astuple(change)))
         if number == 0 and rows is not None and change.rows:
-            chosen = _evenly(math.ceil(rows / change.rows), len(session.batches))
+            chosen = _evenly(math.ceil(rows / change.rows), len(batches))
     return total
 
 

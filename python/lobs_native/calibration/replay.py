@@ -65,7 +65,9 @@ class Replay:
     def __enter__(self) -> Replay:
         if self._restore():
             return self
-        for number, batch in enumerate(self.session.each(f"inputs of {self.stack.name}")):
+        for batch in self._all(f"inputs of {self.stack.name}"):
+            number = self._next
+            self._next += 1
             if self._original is not None:
                 with self.session.original():
                     self._store(self._original, number, batch)
@@ -128,6 +130,16 @@ class Replay:
         self._next = start
         yield from self.session.each(label, start)
 
+    def each_held_back(self, label: str) -> Iterator[Any]:
+        """The batches that are held back; their numbers follow those of the others."""
+        self._next = len(self.batches)
+        yield from self.session.each_held_back(label)
+
+    def _all(self, label: str) -> Iterator[Any]:
+        yield from self.each(label)
+        if self.session.held_back:
+            yield from self.each_held_back(label)
+
     def mask(self, batch: Any) -> Tensor | None:
         """The mask of :meth:`Session.mask`."""
         return self.session.mask(batch)
@@ -177,7 +189,7 @@ class Replay:
         """Run the current block, as it is now, on all batches. Its results are the hidden states
         of the next block, which becomes the current one."""
         self._advancing = True
-        for batch in self.each(f"through {self.stack.names[self.block]}"):
+        for batch in self._all(f"through {self.stack.names[self.block]}"):
             number = self._next
             if self._original is not None:
                 self._original.hidden.put(number, hidden_of(self.call_original(batch)).detach())
@@ -235,7 +247,7 @@ class Replay:
             block, batches = info["block"], {len(inputs.calls) for _, inputs in self._networks()}
             if type(block) is not int or not 0 <= block < len(self.stack.modules):
                 raise ValueError(f"there is no block {block}")
-            if batches != {len(self.batches)}:
+            if batches != {len(self.batches) + len(self.session.held_back)}:
                 raise ValueError(f"they are of {sorted(batches)} batches")
         self.block, self._calls_saved = block, True
         return True

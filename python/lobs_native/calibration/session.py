@@ -72,6 +72,9 @@ class Source(Protocol):
     def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass, without the first ``start``."""
 
+    def each_held_back(self, label: str) -> Iterator[Any]:
+        """The batches that nothing is calibrated on."""
+
     @property
     def batches(self) -> Sequence[Any]:
         """The batches of a whole pass."""
@@ -109,6 +112,7 @@ class Session:
     seed: int
     progress: bool
     token_mask: bool = False  # leave out positions that masks declare to be padding
+    held_back: Sequence[Any] = ()  # batches that nothing is calibrated on
     padded: bool = field(default=False, init=False)  # whether any were left out
     told_by: str = field(default="attention_mask", init=False)  # the kind of mask of a batch
     originals: Shelf = field(
@@ -270,9 +274,16 @@ class Session:
 
     def each(self, label: str, start: int = 0) -> Iterator[Any]:
         """The batches of one pass without the first ``start``, seeded, with a progress bar."""
+        return self._seeded(self.batches, label, start)
+
+    def each_held_back(self, label: str) -> Iterator[Any]:
+        """The batches that are held back, likewise."""
+        return self._seeded(self.held_back, label, 0)
+
+    def _seeded(self, batches: Sequence[Any], label: str, start: int) -> Iterator[Any]:
         torch.manual_seed(self.seed)
         bar = tqdm(
-            self.batches,
+            batches,
             desc=label,
             unit="batch",
             leave=False,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
-from lobs_native.report.review import causes_of, notes_of
+from lobs_native.report.review import causes_of, notes_of, review
 from lobs_native.report.text import visible
 from lobs_native.solvers.settings import TARGETS
 
@@ -70,6 +70,12 @@ def report_table(report: Report) -> str:
             f"understood or impossible to prune; sparsity of the whole network "
             f"{coverage.sparsity:.4f}"
         )
+    if (held_back := report.error_bound.held_back) is not None:
+        notes.append(
+            f"the output moved by {report.error_bound.relative or 0.0:.4g} of its size on the data "
+            f"used, by {held_back:.4g} on batches held back"
+        )
+    notes += [check.said for check in review(report) if check.name == "Held back"]
     if "perplexity after" in report.settings:
         before, after = (report.settings[f"perplexity {when}"] for when in ("before", "after"))
         count = report.settings["tokens held back"]

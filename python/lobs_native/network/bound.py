@@ -214,6 +214,7 @@ def error_bound_of(
         reason = str(why)
     everything = settings.measure == "all" or not reason
     measured = measure_change(session, limit, None if everything else SAMPLE)
+    held_back = _held_back(session, limit, None if settings.measure == "all" else SAMPLE)
     root = norm = rows = None
     if measured is not None and measured.rows:
         root = (measured.difference / measured.rows) ** 0.5
@@ -229,6 +230,7 @@ def error_bound_of(
             output_norm=norm,
             rows=rows,
             batches=0 if measured is None else measured.batches,
+            held_back=held_back,
         )
     modules = dict(model.named_modules())
 
@@ -249,8 +251,26 @@ def error_bound_of(
     frobenius, spectral = (sum(part[k] for part in parts.values()) for k in (0, 1))
     each = {name: part[1] for name, part in parts.items()}
     return ErrorBound(
-        True, rule, frobenius, spectral, root, norm, each, rows=rows, batches=measured.batches
+        True,
+        rule,
+        frobenius,
+        spectral,
+        root,
+        norm,
+        each,
+        rows=rows,
+        batches=measured.batches,
+        held_back=held_back,
     )
+
+
+def _held_back(session: Session, limit: int | None, rows: int | None) -> float | None:
+    """The change of the output relative to its size on the batches held back; None if there are
+    none, or it cannot be measured."""
+    if not session.held_back:
+        return None
+    change = measure_change(session, limit, rows, held_back=True)
+    return None if change is None or not change.size else (change.difference / change.size) ** 0.5
 
 
 def _chain_of_pruned(session: Session, jobs: Sequence[LayerJob]) -> list[str]:

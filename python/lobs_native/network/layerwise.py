@@ -13,18 +13,20 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lobs_native.calibration.blocks import Stack
+from lobs_native.calibration.held_back import HeldBack
 from lobs_native.calibration.moments import Moments, calibrate
 from lobs_native.calibration.partial import passed_before
 from lobs_native.calibration.replay import Replay
 from lobs_native.calibration.session import Session, Source
 from lobs_native.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError
 from lobs_native.files.shelf import Shelf
+from lobs_native.layers import Layer
 from lobs_native.network.allocation import passes
 from lobs_native.network.experts import error_of_each, prune_experts, zeros_of_each
 from lobs_native.network.peak import LayerPeak
@@ -98,11 +100,20 @@ class LayerLoop:
     def _committed(self, job: LayerJob) -> bool:
         return self.ledger is not None and job.layer in self.ledger
 
-    def _prune(self, job: LayerJob, moments: Moments, calibrating: float) -> _New:
+    def _elsewhere(self, layers: Sequence[Layer], source: Source, **how: Any) -> dict[str, Moments]:
+        """The second moments of the rows that are held back, by layer; none without such rows."""
+        if not self.session.held_back:
+            return {}
+        return calibrate(layers, HeldBack(source, self.session.held_back), "held back", **how)
+
+    def _prune(
+        self, job: LayerJob, moments: Moments, elsewhere: Moments | None, calibrating: float
+    ) -> _New:
         with self.stage("removing weights"):
             report, out = prune_layer(
                 job,
                 moments,
+                elsewhere=elsewhere,
                 calibrating=calibrating,
                 importance=self.context.sensitivity.get(job.layer.name),
                 memory=self.context.plan.scratch,
@@ -140,15 +151,19 @@ class LayerLoop:
                 wait(job, *self._load(job))
             rest = [job for job in jobs if job.layer.name not in self.done]
             begun_with = passed_before(self.states, "calibrate")
-            for piece in passes(rest, self.context.plan.statistics_limit, begun_with):
+            most = self.context.plan.statistics_limit
+            most //= 2 if self.session.held_back else 1
+            for piece in passes(rest, most, begun_with):
                 begun = time.perf_counter()
                 layers = [job.layer for job in piece]
                 what = f"calibrate {len(layers)} layers"
                 with self.stage("calibrating"):
                     moments = calibrate(layers, self.session, what, states=self.states)
+                    elsewhere = self._elsewhere(layers, self.session)
                 calibrating = (time.perf_counter() - begun) / len(piece)
                 for job in piece:
-                    wait(job, *self._prune(job, moments.pop(job.layer.name), calibrating))
+                    own, other = moments.pop(job.layer.name), elsewhere.pop(job.layer.name, None)
+                    wait(job, *self._prune(job, own, other, calibrating))
                 _log.info("%d of %d layers", len(self.done), len(self.names))
             for job in jobs:
                 name = job.layer.name
@@ -206,23 +221,22 @@ class LayerLoop:
         leader = group[0].layer
         early = leader.name in self.structure.once and len(leader.sites) == 1
         readers = {leader.name: [job.layer for job in group]}
+        how: dict[str, Any] = {
+            "until": leader.caller if early else None,
+            "readers": readers,
+            "corrected": self.inputs == "corrected",
+        }
         begun = time.perf_counter()
         with self.stage("calibrating"):
-            (moments,) = calibrate(
-                [leader],
-                source,
-                f"calibrate {leader.name}",
-                until=leader.caller if early else None,
-                readers=readers,
-                corrected=self.inputs == "corrected",
-                states=self.states,
-            ).values()
+            what = f"calibrate {leader.name}"
+            (moments,) = calibrate([leader], source, what, states=self.states, **how).values()
+            elsewhere = self._elsewhere([leader], source, **how).get(leader.name)
         calibrating = (time.perf_counter() - begun) / len(group)
         for job in group:
             if self._committed(job):
                 self._write(job, *self._load(job))
             else:
-                self._write(job, *self._prune(job, moments, calibrating))
+                self._write(job, *self._prune(job, moments, elsewhere, calibrating))
 
 
 def prune_layer(
@@ -230,6 +244,7 @@ def prune_layer(
     moments: Moments,
     *,
     calibrating: float,
+    elsewhere: Moments | None = None,
     mask: Tensor | None = None,
     importance: Tensor | None = None,
     memory: int | None = None,
@@ -237,8 +252,9 @@ def prune_layer(
 ) -> tuple[LayerReport, PrunedWeight]:
     """Prune one layer, given the second moments of its inputs; nothing is written to it.
 
-    ``mask`` (G, R, C) bool, True = may be kept; ``calibrating``: seconds spent on its moments.
-    Errors name the layer.
+    ``mask`` (G, R, C) bool, True = may be kept; ``calibrating``: seconds spent on its moments;
+    ``elsewhere``: those of rows that are held back, on which the result is measured as well. Errors
+    name the layer.
     """
     layer = job.layer
     peak = LayerPeak(layer.weight().device)
@@ -289,6 +305,9 @@ def prune_layer(
         peak=peak,
     )
     report = dataclasses.replace(report, effective_rows=moments.effective_rows)
+    if elsewhere is not None:
+        there = elsewhere.error(layer, out.weight, out.bias, corrected=drift is not None)
+        report = dataclasses.replace(report, held_back_error=there)
     if layer.routed:
         report = dataclasses.replace(
             report,

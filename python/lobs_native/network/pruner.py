@@ -54,6 +54,7 @@ def prune(
     seed: int = 0,
     token_mask: str | None = "auto",
     measure: str = "sample",
+    held_back: float = 0.0,
     settings: NetworkSettings | None = None,
 ) -> Report:
     """Prune the linear, convolution and recurrent layers, attention and experts of a network in
@@ -198,6 +199,12 @@ def prune(
         both networks run: all of them, or a sample, evenly spaced, with 512 rows of output
         (tokens) or a little more. A network that Theorem 3.2 covers is always measured on all.
         ``report.error_bound`` says how many rows and batches that were.
+    held_back : float in [0, 1)
+        Share of the batches that nothing is calibrated on (one at least, evenly spaced; all are
+        kept in memory then). On them, the change of the output and every layer's relative error
+        are measured as well: ``report.error_bound.held_back`` and ``held_back_error`` of a layer.
+        Where these are much larger, the data is too little, and ``rows_enough`` of the layers says
+        how much would do.
     settings : NetworkSettings, optional
         All arguments after ``calibration`` as one object, instead of keywords. A keyword that
         differs from its default is then an error.
@@ -265,6 +272,7 @@ def prune(
         seed=seed,
         token_mask=token_mask,
         measure=measure,
+        held_back=held_back,
     )
     pruning = Pruning(model, calibration, _chosen(settings, arguments))
     try:
@@ -274,7 +282,7 @@ def prune(
             raise
         reason = str(error).removesuffix("; pass blocks=None")
     whole = dataclasses.replace(pruning.settings, blocks=None)
-    report = Pruning(model, pruning.session.batches, whole).carry_out()
+    report = Pruning(model, pruning.batches, whole).carry_out()
     return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
+from lobs_native.calibration.held_back import divided
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
@@ -56,7 +57,8 @@ class Pruning:
         self.stages = Stages()
         self.settings = settings
         self.candidates = candidates_of(model, settings)
-        batches = batches_of(calibration)
+        self.batches = batches_of(calibration)
+        batches, held_back = divided(self.batches, settings.held_back)
         if settings.device is not None:
             checks.zeros((1,), torch.float32, settings.device, "device")  # refuses unusable ones
             model.to(settings.device)
@@ -70,6 +72,7 @@ class Pruning:
             settings.seed,
             settings.progress,
             token_mask=settings.token_mask == "auto",
+            held_back=held_back,
         )
 
     def _sensitive(self) -> list[LayerJob]:
@@ -277,7 +280,7 @@ class Pruning:
                 "pruned": self.coverage.pruned,
                 "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             },
-            "fingerprints": fingerprints(self.session.model, self.session.batches),
+            "fingerprints": fingerprints(self.session.model, self.batches),
             "forward": _name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],
             "machine": {"threads": ops.threads(), "backends": self._backends()},
@@ -305,6 +308,7 @@ class Pruning:
             **self.settings.arguments(),
             "threads": ops.threads(),
             "batches": len(self.session.batches),
+            "batches held back": len(self.session.held_back),
             **self.structure.summary(),
             "plan": loop.context.plan.to_dict(),
             "seconds": of_stages,

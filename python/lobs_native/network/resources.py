@@ -111,10 +111,11 @@ def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings)
     pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
     if corrected and Gap.pays([job.layer]):
         pull += 3 * job.moment_bytes
+    elsewhere = job.moment_bytes + pull if settings.held_back else 0
     # At the end, when scratch is free again: beside the result, and the inverse.
     measuring = measuring_bytes(extent) + (extent.kernel.itemsize + 1) * extent.weights
     measuring += 8 * extent.squares if method.inverts else 0
-    return job.moment_bytes + max(work, measuring) + pull
+    return job.moment_bytes + max(work, measuring) + pull + elsewhere
 
 
 def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:

@@ -55,6 +55,13 @@ def _spread(value: Any, name: str) -> float:
     return spread
 
 
+def _held_back(value: Any, name: str) -> float:
+    share = number(value, name)
+    if not 0 <= share < 1:
+        raise ArgumentError(f"{name}: {share:g}; it is a share of the batches, from 0 to below 1")
+    return share
+
+
 def _seed(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{name}: expected an int, got {type(value).__name__}")
@@ -168,6 +175,12 @@ class NetworkSettings(LayerOptions):
         compared=False,  # it changes no layer
         help="on which calibration batches the change of the output is measured at the end: a "
         "sample with some 512 rows of output (tokens), or all; default: %(default)s",
+    )
+    held_back: float = option(
+        0.0,
+        check=_held_back,
+        help="share of the batches that nothing is calibrated on, so that the change of the output "
+        "and the error of every layer are measured on them as well; default: %(default)s",
     )
     forward: Forward | None = option(None, check=_forward, reported=False)
     run_dir: str | os.PathLike[str] | None = option(

@@ -132,6 +132,7 @@ def workload(
     layers, and one for the costs if there is a ``shared_budget``. What was ``seen`` on the first
     batch spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
+    all_batches = batches * (1 + len(session.held_back) / len(session.batches))
     measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
     passes = 2.0 if settings.measure == "all" else 2.0 * min(1.0, SAMPLE / max(1.0, measured))
     passes += (
@@ -157,10 +158,10 @@ def workload(
         batches=batches,
         forward=forward,
         rows=dict(rows),
-        states=round(states * batches * doubled),
-        repeated=round(repeated * batches * doubled),
-        others=round(others * batches * doubled),
-        passes=passes,
+        states=round(states * all_batches * doubled),
+        repeated=round(repeated * all_batches * doubled),
+        others=round(others * all_batches * doubled),
+        passes=passes * all_batches / batches,
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=sum(entries * size for entries, size in outputs),
         measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from lobs_native.errors import CheckpointError
 
 __all__ = [
+    "NEAR",
     "Coverage",
     "ErrorBound",
     "LayerReport",
@@ -22,6 +23,9 @@ __all__ = [
     "plain",
     "report_of_layer",
 ]
+
+
+NEAR = 0.05  # of the least error: what is near enough
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class LayerReport:
     condition: float | None = None  # of the damped H, estimated from below; of the worst group
     # How many rows of equal weight tell as much, where the output's sensitivity weights them.
     effective_rows: float | None = None
+    # The relative error on rows that it was not pruned by, all of which count the same.
+    held_back_error: float | None = None
     # The predicted error against the sparsity, as far as the removals were traced.
     curve_sparsity: tuple[float, ...] | None = None
     curve_error: tuple[float, ...] | None = None
@@ -74,6 +80,21 @@ class LayerReport:
     # when the run began; and on the layer's CUDA device, everything that torch had allocated.
     peak_memory: int | None = None
     peak_memory_device: int | None = None
+
+    @property
+    def rows_enough(self) -> float | None:
+        """The rows with which the error on other data would be within 5 % of the least that any
+        number of rows reaches; None where nothing was held back, or rows count differently.
+
+        Weights with d degrees of freedom for each output, fitted to n rows, make an error that is
+        ``1 - d/n`` of the least on these rows, and ``1 + d/n`` of it on others (Akaike 1970). The
+        ratio of the two gives d, whatever the damping and the choice of a mask make of it.
+        """
+        alike = self.effective_rows is None
+        if self.held_back_error is None or not self.relative_error > 0 or not alike:
+            return None
+        ratio = max(1.0, self.held_back_error / self.relative_error)
+        return self.rows * (ratio - 1) / (ratio + 1) / NEAR
 
 
 @dataclass(frozen=True)
@@ -144,6 +165,7 @@ class ErrorBound:
     parts: dict[str, float] | None = None  # what each layer's error contributes to ``spectral``
     rows: float | None = None  # of the output on which ``measured`` was measured
     batches: int | None = None  # those of the calibration data to which these rows belong
+    held_back: float | None = None  # ``relative`` on the batches that nothing was calibrated on
 
     @property
     def relative(self) -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lobs_native.report.records import LayerReport, ReportRecord, Skipped
+from lobs_native.report.records import NEAR, LayerReport, ReportRecord, Skipped
 from lobs_native.report.text import percent
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.result import OPTIMAL
@@ -75,7 +76,8 @@ def notes_of(layers: Iterable[LayerReport]) -> tuple[Note, ...]:
 
 
 def review(report: ReportRecord) -> tuple[Check, ...]:
-    """Check completeness, damping, data, dead inputs, kept weights and predictions."""
+    """Check completeness, damping, data, dead inputs, kept weights, predictions, and what was held
+    back."""
     layers = report.layers
     checks = [
         _completeness(report),
@@ -102,6 +104,8 @@ def review(report: ReportRecord) -> tuple[Check, ...]:
             neutral=True,
         ),
     ]
+    if measured := [x for x in layers if x.held_back_error is not None]:
+        checks.append(_held_back(measured))
     optimal = {name for name, method in TABLE.items() if method.optimal}
     solved = [x for x in layers if x.method in optimal or x.swaps]
     if solved:
@@ -145,6 +149,29 @@ def _completeness(report: ReportRecord) -> Check:
         return Check("Layers", True, said)
     said += f"; {percent(1 - coverage.missed)} of the weights that were to be pruned"
     return Check("Layers", coverage.missed <= FEW_MISSED, said)
+
+
+def _held_back(layers: Sequence[LayerReport]) -> Check:
+    """Whether the data sufficed, by the errors on rows that were held back."""
+    ratios = [
+        (x.held_back_error or 0.0) / x.relative_error if x.relative_error > 0 else 1.0
+        for x in layers
+    ]
+    few = tuple(x.name for x in layers if (x.rows_enough or 0.0) > x.rows)
+    said = (
+        f"on rows that were held back, errors are {statistics.median(ratios):.2f} times those on "
+        f"the rows used (median), {max(ratios):.2f} times at most"
+    )
+    if not few:
+        return Check("Held back", True, f"{said}: the rows sufficed in every layer")
+    enough = max(x.rows_enough or 0.0 for x in layers)
+    used = max(x.rows for x in layers)
+    said += (
+        f"; {enough:,.0f} rows instead of {used:,.0f} would bring all of them within "
+        f"{percent(NEAR)} of the least on other data; so far they were too few in {len(few)} of "
+        f"{len(layers)} layers"
+    )
+    return Check("Held back", False, said, few)
 
 
 def _check(

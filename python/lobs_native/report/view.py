@@ -96,10 +96,18 @@ def _distances(bound: ErrorBound) -> tuple[tuple[str, float], ...]:
     distances = {
         "original output": bound.output_norm,
         f"measured distance{where}": bound.measured,
+        "the same on batches held back": _held_back(bound),
         "bound with spectral norms": bound.spectral,
         "bound with Frobenius norms": bound.frobenius,
     }
     return tuple((name, value) for name, value in distances.items() if value is not None)
+
+
+def _held_back(bound: ErrorBound) -> float | None:
+    """The distance on the batches held back, for outputs of the size of the others."""
+    if bound.held_back is None or bound.output_norm is None:
+        return None
+    return bound.held_back * bound.output_norm
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -109,7 +117,7 @@ _ARGUMENTS = (
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity"),
     *("token_weights", "budget", "include", "exclude", "overrides", "strict"),
     *("memory", "device", "backend", "blocks"),
-    *("token_mask", "measure", "seed"),
+    *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
 _BYTES |= {"output"}

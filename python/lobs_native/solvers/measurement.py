@@ -13,7 +13,7 @@ some rows are measured in float64 to see how far off that is: another 0.07 s les
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.errors import NonFiniteError
 from lobs_native.solvers.extent import Extent
-from lobs_native.solvers.problem import Problem
+from lobs_native.solvers.problem import Drift, Problem
 
 __all__ = [
     "condition",
@@ -29,6 +29,7 @@ __all__ = [
     "error",
     "error_and_optimality",
     "error_and_optimality_of_some",
+    "error_elsewhere",
     "error_of_nothing",
     "lost_in_rounding",
     "measuring_bytes",
@@ -95,6 +96,37 @@ def error_and_optimality(
             total += _dot(G, dW) - _gained(problem, dW, g, rows)
             worst = max(worst, _optimality(problem, dW, G, removed, g, rows))
     return _finite(total), worst
+
+
+def error_elsewhere(
+    before: tuple[Tensor, Tensor | None],
+    after: tuple[Tensor, Tensor | None],
+    moments: Sequence[Tensor],
+    drift: Drift | None,
+) -> tuple[float, float]:
+    """:func:`error` and :func:`energy` on other inputs than those a layer was pruned by.
+
+    ``before`` and ``after`` are weights (G, R, C) and biases (G, R); moments G times (D, D) float64
+    and the drift are those of the other inputs, with the weights ``before``.
+    """
+    error, energy = (0.0, 0.0) if drift is None else (drift.inherited, drift.energy)
+    for g, H in enumerate(moments):
+        for rows in pieces(before[0].shape[1], len(H)):
+            old, new = (_rows_of(*side, g, rows) for side in (before, after))
+            error += quadratic_form(new - old, H)
+            if drift is None:
+                energy += quadratic_form(old, H)
+            else:
+                error -= 2.0 * float((drift.pull[g][:, rows].T * (new - old)).sum())
+    return _finite(error), _finite(energy)
+
+
+def _rows_of(weight: Tensor, bias: Tensor | None, g: int, rows: slice) -> Tensor:
+    """Some rows (n, D) float64 of a group, with the bias as the last column."""
+    chosen = weight[g, rows].to(torch.float64)
+    if bias is None:
+        return chosen
+    return torch.cat([chosen, bias[g, rows, None].to(torch.float64)], 1)
 
 
 def error_and_optimality_of_some(
