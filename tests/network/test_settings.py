@@ -136,6 +136,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "spread": (1.5, ArgumentError),
     "sensitivity": ("fisher", ArgumentError),
     "token_weights": ("loss", ArgumentError),
+    "tune": ("layers", ArgumentError),
     "budget": (None, DtypeError),
     "inputs": ("sparse", ArgumentError),
     "blocks": (True, DtypeError),

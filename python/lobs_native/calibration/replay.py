@@ -175,6 +175,25 @@ class Replay:
             for _, inputs in self._networks():
                 inputs.finished.add(part)
 
+    def forget_repeats(self) -> None:
+        """Compute all parts of the current block again from now on, since they will change."""
+        self._pruned.finished.clear()
+
+    def targets(self) -> Iterator[tuple[int, Any, Tensor]]:
+        """(number, batch, target) for all batches: what the current block returned in the original
+        network; with inputs "pruned", what the original block returns on its present input."""
+        inputs = self._pruned if self._original is None else self._original
+        for batch in self.each(f"targets of {self.stack.names[self.block]}"):
+            number, self._next = self._next, self._next + 1
+            with self.session.original(self.model):
+                target = hidden_of(self._run(inputs, number)).detach()
+            yield number, batch, target
+
+    def run(self, number: int) -> Tensor:
+        """What the current block returns on its input for a batch, of any number."""
+        output: Tensor = hidden_of(self._run(self._pruned, number))
+        return output
+
     def _run(self, inputs: _Inputs, number: int) -> Any:
         hidden = inputs.hidden[number]
         most = hidden.numel() * hidden.element_size()

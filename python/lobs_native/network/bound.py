@@ -207,6 +207,8 @@ def error_bound_of(
         chain = _chain_of_pruned(session, jobs)
         if session.weights is not None:
             raise NotAChainError("errors are weighted by token_weights, but not the output's")
+        if settings.tune is not None:
+            raise NotAChainError("errors are those before blocks were tuned")
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
             raise NotAChainError(f"layer {last}, the last one pruned, was not corrected")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -35,9 +36,10 @@ from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import Structure
+from lobs_native.network.tuning import Tuner
+from lobs_native.network.zeros import more_zeros, within
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.problem import nearest_count
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
 __all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
@@ -52,6 +54,7 @@ class Context:
     sensitivity: Mapping[str, Tensor]
     ledger: Ledger | None
     stages: Stages
+    tuner: Tuner | None = None
 
 
 _log = logging.getLogger("lobs_native")
@@ -75,6 +78,7 @@ class LayerLoop:
         self.ledger = context.ledger
         self.states = None if context.ledger is None else context.ledger.states
         self.stage = context.stages.stage
+        self.tuner = context.tuner
         self.names = [
             job.layer.name for _, groups in structure.parts for group in groups for job in group
         ]
@@ -174,28 +178,52 @@ class LayerLoop:
         """Prune one part of the network: a stack block by block, layers of a group together."""
         with contextlib.ExitStack() as scope:
             replay, source = None, cast(Source, self.session)
-            if stack is not None and not all(self._committed(j) for group in groups for j in group):
+            committed = all(self._committed(job) for group in groups for job in group)
+            tuned = self.tuner is None or stack is None or self.tuner.all_committed(stack)
+            if stack is not None and not (committed and tuned):
                 limit = self.context.plan.states_limit
                 corrected = self.inputs == "corrected"
                 replay = Replay(stack, self.session, limit, corrected, self.states)
                 with self.stage("running blocks"):
                     source = scope.enter_context(replay)
-            for group in groups:
+            for group, after in itertools.zip_longest(groups, groups[1:]):
+                block = None if stack is None else stack.block_of(group[0].layer.name)
                 if all(map(self._committed, group)):
                     for job in group:
                         self._write(job, *self._load(job))
-                    continue
-                if stack is not None and replay is not None:
-                    with self.stage("running blocks"):
-                        while replay.block < (stack.block_of(group[0].layer.name) or 0):
-                            replay.advance()
-                self._group(group, source)
-                if replay is not None:
-                    self._repeat_finished(replay)
-                self._tell(stack, group)
+                else:
+                    self._advance(replay, block)
+                    self._group(group, source)
+                    if replay is not None:
+                        self._repeat_finished(replay)
+                    self._tell(stack, group)
+                ends = not after or stack is None or stack.block_of(after[0].layer.name) != block
+                if ends and stack is not None and block is not None and self.tuner is not None:
+                    self._tune(self.tuner, stack, block, replay)
             if replay is not None:
                 with self.stage("running blocks"):
                     replay.finish()
+
+    def _advance(self, replay: Replay | None, block: int | None) -> None:
+        """Run blocks until the current one is ``block``."""
+        with self.stage("running blocks"):
+            while replay is not None and replay.block < (block or 0):
+                replay.advance()
+
+    def _tune(self, tuner: Tuner, stack: Stack, block: int, replay: Replay | None) -> None:
+        """Tune a block whose layers are all pruned; or write what it was tuned to before."""
+        name = stack.names[block]
+        if tuner.committed(name):
+            kept = tuner.load(name)
+        else:
+            assert replay is not None
+            self._advance(replay, block)
+            with self.stage("tuning blocks"):
+                kept = tuner.tune(replay)
+        for layer, report in self.done.items():
+            if kept and stack.block_of(layer) == block:
+                notes = (*report.notes, "tuned with its block afterwards: errors are of before")
+                self.done[layer] = dataclasses.replace(report, notes=notes)
 
     def _repeat_finished(self, replay: Replay) -> None:
         """Let the parts of the current block repeat their outputs whose layers are all pruned."""
@@ -261,14 +289,14 @@ def prune_layer(
     notes = [*layer.notes, *moments.notes(layer)]
     drift = moments.drift(layer)
     settings, zeros = job.settings, layer.weight() == 0
-    if (more := _more_zeros(zeros, job)) is not None:
+    if (more := more_zeros(zeros, job)) is not None:
         settings, mask = dataclasses.replace(settings, sparsity=more), ~zeros
         notes.append(
             f"it already has more zeros ({int(zeros.sum())}) than were asked for; all of them stay"
         )
     # With whole inputs, zeros of those that stay may be filled: what is left is dense.
     elif drift is not None and not settings.resolved_pattern.whole_inputs and bool(zeros.any()):
-        if _within(zeros, job):
+        if within(zeros, job):
             mask = ~zeros
         else:
             drift = None
@@ -362,34 +390,3 @@ def layer_report(
         peak_memory=None if peak is None else peak.bytes(),
         peak_memory_device=None if peak is None else peak.device_bytes(),
     )
-
-
-def _more_zeros(zeros: Tensor, job: LayerJob) -> float | None:
-    """The share of the weights (G, R, C) that are zeros, if that is more than the sparsity that was
-    requested for a whole layer."""
-    settings, pattern = job.settings, job.settings.resolved_pattern
-    share, count = settings.target.sparsity, int(zeros.sum())
-    single = not pattern.is_grouped and pattern.unit == 1 and not pattern.whole_inputs
-    single = single and not job.layer.routed
-    if not single or share is None or settings.scope == "row":
-        return None
-    return count / job.weights if count > nearest_count(share, job.weights) else None
-
-
-def _within(zeros: Tensor, job: LayerJob) -> bool:
-    """Whether the pattern or the target removes all of these weights (G, R, C), so that they stay
-    zeros when the others are corrected."""
-    settings, pattern = job.settings, job.settings.resolved_pattern
-    if pattern.is_grouped:
-        groups = zeros.reshape(-1, pattern.group)
-        return int(groups.sum(1).max()) <= pattern.per_group
-    units = zeros.unflatten(2, (-1, pattern.unit))
-    whole = units.all(3)  # (G, R, C / unit)
-    if bool((units.any(3) & ~whole).any()):
-        return False
-    share = settings.target.sparsity
-    if share is None:
-        return settings.target.threshold is not None
-    if settings.scope == "row":
-        return int(whole.sum(2).max()) <= nearest_count(share, whole.shape[2])
-    return int(whole.sum()) <= nearest_count(share, job.weights // pattern.unit)

@@ -44,6 +44,7 @@ def prune(
     strict: bool = False,
     inputs: str = "corrected",
     blocks: str | None = "auto",
+    tune: str | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
@@ -155,6 +156,14 @@ def prune(
         blocks"). If the last block then does not return what it returns in the pruned model,
         because the model computes more than hidden states on the way, all is done again without
         blocks; with ``run_dir``, that is an error.
+    tune : "blocks" or None
+        "blocks" tunes each block of a stack once its layers are pruned: all parameters of these
+        layers, and norms and biases, together, with the zeros held, towards what the block returned
+        in the original network (with inputs "pruned": what the original block makes of the present
+        inputs), by two passes of Adam over the block's inputs. A tenth of the batches, but at least
+        one, is held back, and the block keeps its old values unless its error there gets smaller.
+        ``report.settings["tuned blocks"]`` has the errors and seconds; those of layers are of
+        before.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional
@@ -262,6 +271,7 @@ def prune(
         strict=strict,
         inputs=inputs,
         blocks=blocks,
+        tune=tune,
         forward=forward,
         device=device,
         memory=memory,

@@ -33,6 +33,7 @@ from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
+from lobs_native.network.tuning import Tuner, blocks_to_tune
 from lobs_native.network.uses import settle
 from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
@@ -121,6 +122,10 @@ class Pruning:
         self.rows = flow.rows
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
         self.structure = structure_of(self.jobs, flow, self.session, self.settings, settled.seen)
+        self.tuned: list[dict[str, nn.Parameter]] = []
+        if self.settings.tune is not None:
+            stacks, reasons = self.structure.stacks, self.structure.reasons
+            self.tuned = blocks_to_tune(stacks, reasons, self._pruned(), self.session)
         work = workload(
             self.structure,
             self.session,
@@ -129,9 +134,14 @@ class Pruning:
             sensitive=bool(self.sensitive),
             weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
+            tuned=self.tuned,
             seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)
+
+    def _pruned(self) -> dict[str, nn.Parameter]:
+        """The parameters of all layers that are pruned, by name."""
+        return {name: p for job in self.jobs for name, p in job.layer.parameters.items()}
 
     def plan(self, *, stacklevel: int) -> RunPlan:
         """Look at the model and plan the run, with a warning about weights that are not pruned."""
@@ -167,6 +177,10 @@ class Pruning:
                 for job in self.selected:
                     for name, parameter in job.layer.parameters.items():
                         session.originals.put(name, parameter.detach().clone())
+                for names in self.tuned:
+                    for name, parameter in names.items():
+                        if name not in session.originals:
+                            session.originals.put(name, parameter.detach().clone())
             try:
                 loop, error_bound = self._prune(plan, ledger, peak)
             except BaseException as error:
@@ -188,7 +202,10 @@ class Pruning:
         with self.stages.stage("dividing the budget"):
             shares = self._shares(plan, sensitivity, ledger)
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
-        context = Context(self.settings, plan, sensitivity or {}, ledger, self.stages)
+        tuner = None
+        if self.tuned:
+            tuner = Tuner(self.session, self._pruned(), ledger, plan.states_limit)
+        context = Context(self.settings, plan, sensitivity or {}, ledger, self.stages, tuner)
         loop = LayerLoop(self.session, self.structure.with_jobs(jobs), context)
         loop.carry_out()
         if ledger is not None:
@@ -315,6 +332,8 @@ class Pruning:
             "peak memory": peak.bytes(),
             "peak memory of sensitivities": peak.before_reset if measured else None,
         }
+        if loop.tuner is not None:
+            settings["tuned blocks"] = [dataclasses.asdict(x) for x in loop.tuner.done]
         if ledger is not None:
             settings["run_dir"] = str(ledger.run.path)
             settings["resumed layers"] = ledger.resumed

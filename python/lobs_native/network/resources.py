@@ -38,6 +38,7 @@ class Workload:
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     others: int = 0  # bytes of everything else that blocks are called with
     tokens: int = 0  # bytes of the weights of tokens
+    tuning: int = 0  # bytes that tuning a block takes
     passes: float = 0.0  # forward passes over all batches
     output: int = 0  # bytes of the model's output for a batch
     measuring: int = 0  # bytes that measuring it takes besides
@@ -49,7 +50,7 @@ class RunPlan:
     pass). ``str()`` gives a line to read."""
 
     largest: str  # the layer that needs the most
-    layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch
+    layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning it
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # masks, original weights, and results that wait or weights that are swapped
@@ -132,11 +133,13 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         p.numel() * p.element_size() for job in jobs for p in job.layer.parameters.values()
     )
     masks = sum(job.layer.groups * job.layer.rows * job.layer.width for job in jobs)
-    most = max(needs[largest], work.measuring)
+    most = max(needs[largest], work.measuring, work.tuning)
     fixed = most + masks + work.others + work.tokens
     if memory is not None and fixed > memory:
-        measured = most > needs[largest]
+        measured = most > max(needs[largest], work.tuning)
         what = "measuring the output" if measured else f"layer {largest!r}"
+        if not measured and most > needs[largest]:
+            what = "tuning a block"
         raise MemoryError(
             f"memory: {what} needs {most:,} bytes, and masks, weights of tokens and what blocks "
             f"are called with {fixed - most:,}: {fixed:,} together, more than the {memory:,} "
@@ -166,7 +169,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         output = min(output, output_limit)
     return RunPlan(
         largest=largest,
-        layer=needs[largest],
+        layer=max(needs[largest], work.tuning),
         statistics=statistics,
         states=states + work.others,
         kept=kept + masks,

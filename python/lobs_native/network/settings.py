@@ -151,6 +151,13 @@ class NetworkSettings(LayerOptions):
         optional=True,
         help="run stacks of blocks block by block, or the whole model for every layer",
     )
+    tune: str | None = option(
+        None,
+        choices=("blocks",),
+        optional=True,
+        help="blocks: tune all parameters of every block together once its layers are pruned, by "
+        "gradients, with the zeros held; default: off",
+    )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
@@ -19,6 +19,7 @@ from lobs_native.layers import Linear
 from lobs_native.network.resources import Workload
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.tuning import TUNING, tuning_bytes
 
 __all__ = [
     "Structure",
@@ -126,6 +127,7 @@ def workload(
     sensitive: bool,
     weighted: Sequence[str],
     shared_budget: bool,
+    tuned: Sequence[Mapping[str, Tensor]] = (),
     seen: Observation | None = None,
 ) -> Workload:
     """The work ahead; it includes passes for sensitivities if ``sensitive`` or for the ``weighted``
@@ -146,6 +148,7 @@ def workload(
         runs = _UNTIL_KNOWN * len(groups) + len(stack.modules) - 1
         runs += 0 if stack.hollow else len(stack.modules)
         passes += doubled * runs / stack.all_blocks
+        passes += len(stack.modules) * TUNING / stack.all_blocks if tuned else 0
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
     repeated = max((s.hidden_bytes * structure.repeating(s) for s in structure.stacks), default=0)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
@@ -158,10 +161,11 @@ def workload(
         batches=batches,
         forward=forward,
         rows=dict(rows),
-        states=round(states * all_batches * doubled),
+        states=round(states * all_batches * (doubled + bool(tuned))),  # and targets
         repeated=round(repeated * all_batches * doubled),
         others=round(others * all_batches * doubled),
         passes=passes * all_batches / batches,
+        tuning=max((tuning_bytes(block.values()) for block in tuned), default=0),
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=sum(entries * size for entries, size in outputs),
         measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),

@@ -24,6 +24,7 @@ from lobs_native.files.atomic import need_space
 from lobs_native.layers import Layer
 from lobs_native.report.records import LayerReport, plain, report_of_layer
 from lobs_native.rundir.directory import RunDirectory
+from lobs_native.rundir.manifest import ManifestRecord
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 
 __all__ = ["RESUMES", "AnotherRunError", "Ledger", "command"]
@@ -137,6 +138,18 @@ class Ledger:
             expected["bias"] = (tuple(b.shape), b.dtype)
         tensors = {name: x.to(W.device) for name, x in self.run.load(record, expected).items()}
         return report_of_layer(record.info), tensors["weight"], tensors.get("bias"), tensors["mask"]
+
+    # ---- blocks ----------------------------------------------------------------------------------
+
+    def keep_block(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Commit a block that was tuned: its parameters by name, and what became of it."""
+        self.run.commit(name, tensors, info, kind="block")
+        if stop.is_set():
+            raise StoppedError
+
+    def block(self, name: str) -> ManifestRecord | None:
+        """The record of a block that was tuned; None if there is none."""
+        return self.run.find(name, kind="block")
 
     # ---- the budget ------------------------------------------------------------------------------
 
