@@ -165,9 +165,10 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
-        "--token-weights output --tune blocks --refine solve --inputs dense --include 0 --include 2 "
-        "--exclude 2 --strict --damping 0.5 --prune-bias --device cpu --memory 1.5MiB "
-        "--backend reference --seed 7 --run-dir kept --resume never --measure all --held-back 0.25 --no-progress"
+        "--token-weights output --tune blocks --refine solve --inputs dense --include 0 "
+        "--include 2 --exclude 2 --strict --damping 0.5 --prune-bias --device cpu "
+        "--memory 1.5MiB --backend reference --seed 7 --run-dir kept --resume never "
+        "--measure all --held-back 0.25 --no-progress"
     )
     assert cli.main(line.split()) == cli.INTERRUPTED
     assert seen == {
@@ -182,7 +183,8 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "budget": "flops",
         "blocks": None,
         "token_mask": None,
-        **{"token_weights": "output", "tune": "blocks"},
+        "token_weights": "output",
+        "tune": "blocks",
         "measure": "all",
         "held_back": 0.25,
         "refine": "solve",
