@@ -11,8 +11,8 @@ of 30 blocks to one half and write a folder. Neither measures a perplexity, and 
 after the last block that it prunes.
 
 Every job is a process of its own with one thread, and the order of a pair's two jobs alternates.
-Peak memory is what a job takes above a process that only loads the model. The perplexities of both
-results on other text are compared.
+Peak memory is what a job takes above a process that only loads the model and reads all of it. The
+perplexities of both results on other text are compared.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +45,11 @@ from speed.paired import bootstrap_interval, machine
 PAIRS = 5
 LOAD = """import sys
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)"""
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
+for parameter in model.parameters():  # until then, its file is mapped, and nothing in memory
+    parameter.sum()"""
 MEASURED = 32  # windows on which both results are compared
+EVERY = 0.05  # seconds between looks at a job's memory
 ALIKE = 1.1  # the most by which our perplexity may be above the script's
 
 
@@ -67,12 +73,25 @@ class Spent:
             words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         assert process.stderr is not None
-        said = process.stderr.read()
+        peak, said = 0, list[str]()
+        reading = threading.Thread(target=lambda: said.append(process.stderr.read()))
+        reading.start()
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            peak = max(peak, _most(process.pid))
+            time.sleep(EVERY)
         _, status, used = os.wait4(process.pid, 0)
+        reading.join()
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise SystemExit(f"{' '.join(words[:6])} ...: {said[-2000:]}")
-        return cls(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+            raise SystemExit(f"{' '.join(words[:6])} ...: {said[0][-2000:]}")
+        return cls(used.ru_utime + used.ru_stime, peak)
+
+
+def _most(pid: int) -> int:
+    """The most bytes that a process has taken so far; 0 if it has ended. (wait4 has them too, but
+    begins with those of the process that started it.)"""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 # ---- the model and the text ----------------------------------------------------------------------

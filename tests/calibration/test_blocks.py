@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native.calibration.blocks import find_stacks
 from lobs_native.calibration.session import Session
-from lobs_native.errors import ArgumentError, LobsError
-from lobs_native.files.shelf import Shelf
+from lobs_native.errors import ArgumentError, CheckpointError, LobsError
+from lobs_native.files.shelf import Place, Shelf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,6 +232,27 @@ def test_a_shelf_returns_the_stored_tensors(dtype):
     shelf.close()
     assert shelf.in_memory == shelf.on_disk == 0
     assert not Path(folder.name).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_shelf_stores_the_place_of_what_lies_in_a_file(dtype, tmp_path):
+    value, path = torch.randn(5, 3).to(dtype), tmp_path / "weights"
+    path.write_bytes(b"header" + value.view(torch.uint8).numpy().tobytes())
+    kept = value.clone()
+    with Shelf(0) as shelf:
+        shelf.put_copy("there", value, Place(path, 6))
+        shelf.put_copy("elsewhere", value, Place(path, 4))
+        shelf.put_copy("beyond", value, Place(path, 10))
+        assert (shelf.in_memory, shelf.on_disk) == (0, 2 * value.nbytes)
+        value.zero_()
+        assert all(torch.equal(shelf[key], kept) for key in shelf)
+        assert torch.equal(torch.cat(list(shelf.parts("there", 2))), kept)
+        path.write_bytes(path.read_bytes() + b"!")
+        with pytest.raises(CheckpointError, match="weights: it was changed while it was in use"):
+            shelf["there"]
+        shelf.drop("there")
+        assert list(shelf) == ["elsewhere", "beyond"]
+    assert path.exists()
 
 
 def test_every_block_is_logged_once(caplog):

@@ -157,11 +157,11 @@ def test_the_weights_are_those_of_pruning_in_python(here, name):
 def test_every_argument_reaches_prune(here, monkeypatch):
     seen = {}
 
-    def stop(model, batches, *, settings):
+    def stop(model, batches, settings, places):
         seen.update(dataclasses.asdict(settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruner, "prune", stop)
+    monkeypatch.setattr(pruner, "carried_out", stop)
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
@@ -277,15 +277,15 @@ def test_what_is_left_out_is_one_line_without_source_and_part_of_the_summary(her
 def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_written(
     here, monkeypatch, capsys
 ):
-    prune = pruner.prune
+    prune = pruner.carried_out
 
-    def losing(model, *rest, **arguments):
-        report = prune(model, *rest, **arguments)
+    def losing(model, *rest):
+        report = prune(model, *rest)
         with torch.no_grad():
             model[2].weight[~report.masks["2"]] = 1.0
         return report
 
-    monkeypatch.setattr(pruner, "prune", losing)
+    monkeypatch.setattr(pruner, "carried_out", losing)
     code = cli.main(["prune", "made_here:pair", "--sparsity", "0.5", "--out", "out"])
     assert code == cli.FAILED
     assert "layer '2' would be written with 18 weights that were removed" in capsys.readouterr().err

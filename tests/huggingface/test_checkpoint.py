@@ -22,6 +22,7 @@ from lobs_native.errors import ArgumentError, CheckpointError, LobsError
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface import library
 from lobs_native.huggingface.text import text_batches
+from lobs_native.network.pruning import Pruning
 
 transformers = pytest.importorskip(
     "transformers", reason='transformers is not installed: pip install "lobs-native[hf]"'
@@ -86,9 +87,14 @@ def headers(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_holds_the_network_pruned_in_memory(tmp_path, text, kind, dtype, monkeypatch):
     source = hf_folders.save(tmp_path / "in", kind, dtype=dtype)
-    kept: list[nn.Module] = []
-    load = hf.load
-    monkeypatch.setattr(hf, "load", lambda c: kept.append(load(c)) or kept[0])
+    in_memory: list[Tensor] = []
+    save = hf.save
+
+    def saving(model: nn.Module, *rest: Any, **more: Any) -> dict[str, Any]:
+        in_memory.append(logits(model))
+        return save(model, *rest, **more)
+
+    monkeypatch.setattr(hf, "save", saving)
     out = prune(source, text, "--masks")
     again, info = getattr(transformers, kind).from_pretrained(
         out, dtype="auto", output_loading_info=True
@@ -96,7 +102,7 @@ def test_the_folder_holds_the_network_pruned_in_memory(tmp_path, text, kind, dty
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.dtype == dtype
-    assert torch.equal(logits(again), logits(kept[0])), "bit by bit"
+    assert torch.equal(logits(again), in_memory[0]), "bit by bit"
     assert not torch.equal(logits(again), logits(hf_folders.network(kind).to(dtype)))
     assert headers(out) == headers(source)
 
@@ -229,9 +235,36 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, text, monkeypatch, capsys):
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf, "_compare", interrupt)  # everything has been written by then
+    monkeypatch.setattr(hf, "compare", interrupt)  # everything has been written by then
     prune(source, text, code=cli.INTERRUPTED)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "text.txt"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_original_weights_are_not_copied_where_the_folder_has_them(
+    tmp_path, text, dtype, monkeypatch
+):
+    source = hf_folders.save(tmp_path / "in", "LlamaForCausalLM", dtype=dtype)
+    original = load_file(source / "model.safetensors")
+    in_memory: list[int] = []
+
+    def failing(self: Pruning, *rest: Any) -> None:
+        session, names = self.session, list(self.session.originals)
+        in_memory.append(session.originals.in_memory)
+        parameters = dict(session.model.named_parameters())
+        assert len(names) == 7 * len(session.model.model.layers)
+        with torch.no_grad():
+            for name in names:
+                parameters[name].zero_()
+                session.changed.add(name)
+        restored.update(parameters)
+        raise KeyboardInterrupt
+
+    restored: dict[str, nn.Parameter] = {}
+    monkeypatch.setattr(Pruning, "_prune", failing)
+    prune(source, text, code=cli.INTERRUPTED)
+    assert in_memory == [0]
+    assert all(torch.equal(value, restored[name]) for name, value in original.items())
 
 
 def test_files_that_hold_another_network_are_an_error(tmp_path, text, monkeypatch, capsys):

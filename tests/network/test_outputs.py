@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.calibration import outputs
-from lobs_native.calibration.outputs import measure_change
+from lobs_native.calibration.outputs import measure_change, sample_outputs
 from lobs_native.calibration.session import Session
+from lobs_native.files.shelf import Shelf
 
 
 def network() -> nn.Sequential:
@@ -111,6 +112,22 @@ def test_outputs_that_wait_on_disk_are_measured_alike(limit, shape):
     assert change.rows == pytest.approx(4 * torch.Size(shape).numel() / shape[-1])
 
 
+@pytest.mark.parametrize("shape", [(70, 50, 3), (700, 4), (7,), (1, 2, 3, 4)])
+@pytest.mark.parametrize("limit", [None, 0, 40])
+def test_outputs_that_were_kept_beforehand_are_measured_like_those_of_another_run(limit, shape):
+    generator = torch.Generator().manual_seed(0)
+    model, batches = nn.Linear(1, 1), [torch.randn(shape, generator=generator) for _ in range(4)]
+    batches[0][0] = 0.5
+    session = Session(model, batches, None, None, 0, False)
+    session.forward = lambda m, x: (x.double() * m.weight[0], torch.rand(3) * m.weight[0])
+    session.originals.put("weight", model.weight.detach().clone())
+    session.changed.add("weight")
+    with session.evaluating(), Shelf(limit) as kept:
+        sample = sample_outputs(session, kept, 512)
+        model.weight += 1
+        assert measure_change(session, sample=sample) == measure_change(session, None, 512)
+
+
 def change_of(count: int, each: int, **options: Any) -> tuple[lobs.Report, list[int], float]:
     """Prune on so many batches; the report, the batches on which the output was measured, and the
     distance on those."""
@@ -124,12 +141,16 @@ def change_of(count: int, each: int, **options: Any) -> tuple[lobs.Report, list[
 
     model, before = network(), network()
     report = lobs.prune(model, data, sparsity=0.5, forward=forward, progress=False, **options)
-    last = ran[-2 * (report.error_bound.batches or 0) :]
-    assert last[::2] == last[1::2]  # both networks on each
-    x = torch.cat([data[i] for i in last[::2]])
+    batches = report.error_bound.batches or 0
+    if options.get("measure") == "all":  # both networks on each
+        last = ran[-2 * batches :: 2]
+        assert last == ran[-2 * batches + 1 :: 2]
+    else:
+        last = ran[-batches:]
+    x = torch.cat([data[i] for i in last])
     with torch.no_grad():
         distance = float((model(x) - before(x)).double().norm()) / len(x) ** 0.5
-    return report, last[::2], distance
+    return report, last, distance
 
 
 @pytest.mark.parametrize(
@@ -235,14 +256,19 @@ def test_the_outputs_of_a_batch_are_freed_before_the_model_runs_on_the_next():
     made: list[weakref.ref[Tensor]] = []
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
-        assert len(made) % 2 or all(output() is None for output in made)
+        assert (paired and len(made) % 2) or all(output() is None for output in made)
         made.append(weakref.ref(output := model(x)))
         return output
 
+    paired = True  # both networks run on a batch one after the other
     session = Session(network(), [torch.randn(5, 6)] * 3, forward, None, 0, False)
     with session.evaluating():
         assert measure_change(session).difference == 0
-    assert len(made) == 6
+        assert len(made) == 6
+        paired = False
+        sample = sample_outputs(session, Shelf(), 512)
+        assert measure_change(session, sample=sample).difference == 0
+    assert len(made) == 12
 
 
 @pytest.mark.parametrize("masked", [None, "rows", "entries"])

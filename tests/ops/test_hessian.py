@@ -424,6 +424,27 @@ def test_weights_below_zero_are_refused():
     assert h.rows == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [5, 300, 700])
+def test_taking_the_matrix_gives_up_the_sum(columns, dtype):
+    h = lobs.Hessian(columns, dtype=dtype).update(features(40, columns))
+    expected, memory = h.matrix(), h._sum.data_ptr()
+    taken = h.take()
+    assert torch.equal(taken, expected)
+    assert (taken.data_ptr() == memory) == (dtype == torch.float64)
+    assert h.rows == 40
+    with pytest.raises(LobsError, match="its sum was released"):
+        h.matrix()
+
+
+def test_a_sum_that_overflowed_is_not_taken():
+    h = lobs.Hessian(3).update(torch.full((2, 3), 1e200, dtype=torch.float64))
+    with pytest.raises(lobs.NonFiniteError, match="the sum overflowed"):
+        h.take()
+    with pytest.raises(LobsError, match="interrupted halfway"):
+        h.matrix()
+
+
 def test_a_released_hessian_is_refused():
     h = lobs.Hessian(3).update(torch.ones(2, 3))
     h.release()

@@ -66,8 +66,8 @@ class Moments(list[Hessian]):
             shares = [self._unknown(h) for h in self]
             matrices: list[Tensor | None] = []
             for h in self:
-                matrices.append(None if some_rows and h.rows == 0 else h.matrix())
-                h.release()
+                matrices.append(None if some_rows and h.rows == 0 else h.take())
+                h.release()  # also one that is not taken
             mean = self._uncorrelated([H for H in matrices if H is not None])
             for H, rows, share in zip(matrices, [h.rows for h in self], shares, strict=True):
                 if H is not None and share > 0:

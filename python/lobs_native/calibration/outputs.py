@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ __all__ = [
     "MEASURING",
     "SAMPLE",
     "Change",
+    "Sample",
+    "Samples",
     "floating_tensors",
     "measure_change",
+    "sample_outputs",
     "sizes_of",
     "tokens_in",
 ]
@@ -72,10 +75,70 @@ def tokens_in(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.to(x.device).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
-def _keep(shelf: Shelf, output: Any) -> None:
-    """Put the tensors of an output on a shelf, flat, by number and shape."""
+@dataclass(frozen=True)
+class Sample:
+    """What the original network returns for a sample of batches."""
+
+    outputs: Shelf  # (number of the batch, number of the tensor, its shape) -> the tensor, flat
+    chosen: frozenset[int]  # numbers of batches
+
+
+class Samples(NamedTuple):
+    """What was kept beforehand, if anything was."""
+
+    calibrated: Sample | None = None
+    held_back: Sample | None = None
+
+
+@torch.no_grad()
+def sample_outputs(
+    session: Session, outputs: Shelf, rows: int, *, held_back: bool = False
+) -> Sample:
+    """Run the model, before it is pruned, on batches that have about so many rows of output
+    together: as many as would be enough if all were like the first, evenly spaced. ``held_back``:
+    of the batches that nothing is calibrated on.
+
+    The outputs go into ``outputs``. They are few, and having them spares a second copy of all
+    pruned weights while :func:`measure_change` would run the original network.
+    """
+    chosen = {0}
+    batches, each = _data(session, held_back)
+    for number, batch in enumerate(each("outputs")):
+        if number not in chosen:
+            continue
+        found = _keep(outputs, number, session.call(session.model, batch), session, batch)
+        if number == 0:
+            chosen = _enough(batches, rows, found)
+    return Sample(outputs, frozenset(chosen))
+
+
+def _keep(shelf: Shelf, number: int, output: Any, session: Session, batch: Any) -> float:
+    """Put a copy of the output for a batch on a shelf. Returns the number of its rows that
+    count."""
+    rows, mask = 0.0, session.output_mask(batch)
     for i, x in enumerate(floating_tensors(output)):
-        shelf.put((i, x.shape), x.detach().reshape(-1))
+        shelf.put_copy((number, i, x.shape), x.reshape(-1))
+        if x.numel():
+            tokens, width = _rows(x, mask)
+            entries = x.numel() if tokens is None else int(tokens.sum()) * width
+            rows += entries / x.shape[-1]
+    return rows
+
+
+def _data(
+    session: Session, held_back: bool
+) -> tuple[Sequence[Any], Callable[[str], Iterator[Any]]]:
+    """The batches, and how to go through them."""
+    if held_back:
+        return session.held_back, session.each_held_back
+    return session.batches, session.each
+
+
+def _enough(batches: Sequence[Any], rows: int, first: float) -> set[int]:
+    """The numbers of the batches of a sample of ``rows`` rows, where the first batch has
+    ``first``."""
+    total = len(batches)
+    return _evenly(math.ceil(rows / first), total) if first else set(range(total))
 
 
 @torch.no_grad()
@@ -83,30 +146,30 @@ def measure_change(
     session: Session,
     limit: int | None = None,
     rows: int | None = None,
+    sample: Sample | None = None,
     *,
     held_back: bool = False,
 ) -> Change | None:
     """How far the outputs are from the original network's; padding does not count. None if there
     are no floating-point tensors, or others than the original network returns.
 
-    ``limit`` bounds the bytes of the original network's output that are in memory while the other
-    network runs; the rest waits on disk. ``rows`` is the size of a sample of batches, evenly
-    spaced, with as many as would be enough if all were like the first. ``held_back``: on the
-    batches that nothing is calibrated on.
+    With a ``sample``, that is what is compared. Without one, the original network runs again:
+    ``limit`` bounds the bytes of its output that are in memory while the other network runs (the
+    rest waits on disk), and ``rows`` is the size of a sample of batches; see
+    :func:`sample_outputs`. ``held_back``: on the batches that nothing is calibrated on.
     """
     total = Change(0.0, 0.0, 0.0, 0)
-    batches = session.held_back if held_back else session.batches
-    chosen: Container[int] = range(len(batches))
-    each = session.each_held_back if held_back else session.each
+    batches, each = _data(session, held_back)
+    chosen: Container[int] = range(len(batches)) if sample is None else sample.chosen
     for number, batch in enumerate(each("measure")):
         if number not in chosen:
             continue
-        change = _change_of(session, batch, limit)
+        change = _change_of(session, batch, limit, number, sample)
         if change is None:
             return None
         total = Change(*map(operator.add, astuple(total), astuple(change)))
-        if number == 0 and rows is not None and change.rows:
-            chosen = _evenly(math.ceil(rows / change.rows), len(batches))
+        if number == 0 and rows is not None and sample is None:
+            chosen = _enough(batches, rows, change.rows)
     return total
 
 
@@ -116,22 +179,29 @@ def _evenly(count: int, total: int) -> set[int]:
     return {i * total // count for i in range(count)}
 
 
-def _change_of(session: Session, batch: Any, limit: int | None) -> Change | None:
+def _change_of(
+    session: Session, batch: Any, limit: int | None, number: int, sample: Sample | None
+) -> Change | None:
     """The change on one batch. It is a function of its own so that the outputs are freed before the
     model runs on the next one."""
     difference = size = rows = 0.0
     mask = session.output_mask(batch)
-    with Shelf(limit) as before:
-        _keep(before, session.call_original(batch))
+    with Shelf(limit) as again:
+        before = again
+        if sample is not None:
+            before = sample.outputs
+        else:
+            _keep(again, number, session.call_original(batch), session, batch)
         now = list(floating_tensors(session.call(session.model, batch)))
-        if not now or [(i, x.shape) for i, x in enumerate(now)] != sorted(before):
+        keys = [(number, i, x.shape) for i, x in enumerate(now)]
+        if not now or keys != sorted(key for key in before if key[0] == number):
             return None
-        for i, x in enumerate(now):
+        for key, x in zip(keys, now, strict=True):
             if not x.numel():
                 continue
             tokens, width = _rows(x, mask)
             step = max(1, _PIECE // width) * width
-            parts = zip(x.reshape(-1).split(step), before.parts((i, x.shape), step), strict=True)
+            parts = zip(x.reshape(-1).split(step), before.parts(key, step), strict=True)
             for k, (a, b) in enumerate(parts):
                 if tokens is not None:
                     counts = tokens[k * step // width :][: len(a) // width]

@@ -25,10 +25,12 @@ from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files import safefile
 from lobs_native.files.atomic import new_folder, writing
+from lobs_native.files.shelf import Place
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.perplexity import perplexity
-from lobs_native.huggingface.spelling import same_bits
+from lobs_native.huggingface.spelling import places_of, same_bits
 from lobs_native.huggingface.text import text_batches
+from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import pruner
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.selection import candidates_of
@@ -58,6 +60,7 @@ class Job:
     save: Callable[[Path, Mapping[str, Tensor], int | None], dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
     measure: Callable[[], float | None] | None = None  # the perplexity of the network
+    places: Mapping[str, Place] = field(default_factory=dict)  # of its parameters, in files
     loading: float = 0.0  # seconds that it took to find the network and the data
 
 
@@ -148,7 +151,8 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
         )
 
     head = hf.output_layer(model)
-    return Job(model, batches, hf.first_output, head, save, settings, measure)
+    places = {} if checkpoint.gguf else places_of(model, folder, checkpoint.files)
+    return Job(model, batches, hf.first_output, head, save, settings, measure, places)
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +218,7 @@ def _save_state(
 ) -> dict[str, Any]:
     """The state dict as one file; a tensor that has several names is in it once. It is read back
     tensor by tensor, whatever ``memory`` allows."""
-    hf.check_zeros(model, masks)
+    check_zeros(model, masks)
     path = out / hf.WEIGHTS
     try:
         with writing(path):
@@ -316,7 +320,7 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
             with clock.stage("perplexity"):
                 measured["perplexity before"] = job.measure()
         with clock.stage("pruning"):
-            report = pruner.prune(job.model, job.batches, settings=settings)
+            report = pruner.carried_out(job.model, job.batches, settings, job.places)
         if job.measure is not None:
             with clock.stage("perplexity"):
                 measured["perplexity after"] = job.measure()

@@ -40,6 +40,7 @@ __all__ = [
     "longest_header",
     "parse_header",
     "pieces",
+    "places",
     "read_header",
     "size",
     "tensors_of",
@@ -130,12 +131,23 @@ def read_header(path: Path, *, tensors: int | None = None) -> dict[str, Entry]:
     CheckpointError
         The file is not a complete safetensors file, or its header is too long to be read.
     """
+    return _header_and_length(path, tensors)[0]
+
+
+def places(path: Path) -> dict[str, tuple[Entry, int]]:
+    """Each tensor of a safetensors file with its first byte, counted from the beginning of the
+    file. Raises CheckpointError as :func:`read_header` does."""
+    header, length = _header_and_length(path, None)
+    return {name: (entry, 8 + length + entry.begin) for name, entry in header.items()}
+
+
+def _header_and_length(path: Path, tensors: int | None) -> tuple[dict[str, Entry], int]:
     label = str(path)
     handle = open_regular(path, label, follow=True)
     try:
         total = fs.stat(handle).st_size
         length = _header_length(fs.read(handle, 8), total, label, longest_header(tensors))
-        return parse_header(fs.read(handle, length), total - 8 - length, label)
+        return parse_header(fs.read(handle, length), total - 8 - length, label), length
     except OSError as error:
         raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from error
     finally:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Shelf"]
+from lobs_native.errors import CheckpointError
+
+__all__ = ["Place", "Shelf"]
+
+_PIECE = 1 << 22  # bytes that are compared at a time
+
+
+class Place(NamedTuple):
+    """Where in a file the bytes of a tensor lie."""
+
+    path: Path
+    begin: int
 
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """A tensor in a file that holds its bytes alone. They are read, not mapped: pages of a mapped
-    file would count as memory of the process."""
+    """A tensor's bytes in a file. They are read, not mapped: pages of a mapped file would count as
+    memory of the process."""
 
-    path: Path
+    place: Place
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    state: tuple[int, int] | None = None  # of a file that is not the shelf's own: size and time
 
     @property
     def size(self) -> int:
@@ -30,16 +43,42 @@ class _OnDisk:
         return self.shape.numel() * self.dtype.itemsize
 
     def write(self, value: Tensor) -> None:
-        with self.path.open("wb") as file:
+        with self.place.path.open("wb") as file:
             file.write(_memory(value.detach().contiguous().cpu()))
 
     def read(self, first: int, shape: torch.Size) -> Tensor:
         """The tensor of this shape that begins at entry ``first``."""
         value = torch.empty(shape, dtype=self.dtype)
-        with self.path.open("rb") as file:
-            file.seek(first * self.dtype.itemsize)
+        with self.place.path.open("rb") as file:
+            if self.state is not None and _state(file.fileno()) != self.state:
+                raise CheckpointError(
+                    f"{self.place.path}: it was changed while it was in use; prune again, and "
+                    "leave it alone until the end"
+                )
+            file.seek(self.place.begin + first * self.dtype.itemsize)
             file.readinto(_memory(value))
         return value.to(self.device)
+
+
+def _state(handle: int) -> tuple[int, int]:
+    status = os.stat(handle)
+    return status.st_size, status.st_mtime_ns
+
+
+def _state_if_equal(value: Tensor, place: Place) -> tuple[int, int] | None:
+    """The state of the file if the bytes of ``value`` lie at this place of it, else None."""
+    memory = _memory(value.detach().contiguous().cpu())
+    buffer = torch.empty(min(_PIECE, len(memory)), dtype=torch.uint8)
+    with place.path.open("rb") as file:
+        file.seek(place.begin)
+        for first in range(0, len(memory), _PIECE):
+            part = memory[first : first + _PIECE]
+            read = buffer[: len(part)]
+            if file.readinto(_memory(read)) != len(part):
+                return None
+            if not torch.equal(read, torch.frombuffer(part, dtype=torch.uint8)):
+                return None
+        return _state(file.fileno())
 
 
 def _memory(x: Tensor) -> memoryview:
@@ -52,7 +91,8 @@ class Shelf(Mapping[Any, Tensor]):
     """Tensors by key: in memory as long as they fit into ``limit`` bytes, then on disk.
 
     The files lie in a temporary folder, which is removed with the shelf. Tensors are returned bit
-    for bit, on the device that they came from.
+    for bit, on the device that they came from. What lies in other files anyway (see
+    :meth:`put_copy`) counts neither as memory nor as disk.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -73,18 +113,35 @@ class Shelf(Mapping[Any, Tensor]):
         """Store ``value`` (in memory without a copy) under ``key``, replacing an earlier value."""
         self.drop(key)
         size = value.numel() * value.element_size()
-        if self.limit is None or self.in_memory + size <= self.limit:
+        if self._fits(size):
             self._tensors[key] = value
             self.in_memory += size
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="lobs-native-")
         self._file_count += 1
-        path = Path(self._folder.name) / str(self._file_count)
-        kept = _OnDisk(path, value.shape, value.dtype, value.device)
+        place = Place(Path(self._folder.name) / str(self._file_count), 0)
+        kept = _OnDisk(place, value.shape, value.dtype, value.device)
         kept.write(value)
         self._files[key] = kept
         self.on_disk += size
+
+    def put_copy(self, key: Hashable, value: Tensor, place: Place | None = None) -> None:
+        """Store a copy of ``value`` under ``key``. Where its bytes lie at a ``place`` in a file
+        that stays as it is, that place is stored instead."""
+        state = None
+        if place is not None and value.numel():
+            state = _state_if_equal(value, place)
+        if place is None or state is None:
+            self.drop(key)
+            kept = value.detach()
+            self.put(key, kept.clone() if self._fits(kept.numel() * kept.element_size()) else kept)
+            return
+        self.drop(key)
+        self._files[key] = _OnDisk(place, value.shape, value.dtype, value.device, state)
+
+    def _fits(self, size: int) -> bool:
+        return self.limit is None or self.in_memory + size <= self.limit
 
     def __getitem__(self, key: Hashable) -> Tensor:
         """The tensor under ``key``. Do not write to it."""
@@ -122,8 +179,9 @@ class Shelf(Mapping[Any, Tensor]):
             self.in_memory -= old.numel() * old.element_size()
         if key in self._files:
             kept = self._files.pop(key)
-            kept.path.unlink()
-            self.on_disk -= kept.size
+            if kept.state is None:
+                kept.place.path.unlink()
+                self.on_disk -= kept.size
 
     def close(self) -> None:
         """Remove everything, the folder too."""

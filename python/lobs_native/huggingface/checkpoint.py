@@ -5,11 +5,10 @@ Nothing is downloaded, no code from a folder is run, and pickles are not opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from lobs_native.files.atomic import writing
 from lobs_native.huggingface import gguf
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
 from lobs_native.huggingface.spelling import restore, spelled
-from lobs_native.layers import layers_for, stored_weights
+from lobs_native.huggingface.verification import check_zeros, compare, digests, some_of
+from lobs_native.layers import layers_for
 
 __all__ = [
     "Checkpoint",
-    "check_zeros",
     "examine",
     "first_output",
     "load",
@@ -202,8 +201,8 @@ def load(checkpoint: Checkpoint) -> nn.Module:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"MODEL: {checkpoint.folder} lacks {len(missing)} weights of {type(model).__name__}, "
-            f"which would be random: {_some(missing)}; correct 'architectures' in config.json, or "
-            "complete the checkpoint"
+            f"which would be random: {some_of(missing)}; correct 'architectures' in config.json, "
+            "or complete the checkpoint"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ArgumentError(
@@ -236,10 +235,6 @@ def _from_pretrained(
         ) from error
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
 def output_layer(model: nn.Module) -> str | None:
     """The name of the layer that computes the logits, which by convention is not pruned; None if
     there is none of a prunable type."""
@@ -266,12 +261,12 @@ def save(
     memory: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the network into ``folder``, then read it back and compare.
+    """Write the network into ``folder``, then give it up, read it back and compare.
 
     Parameters
     ----------
     model : nn.Module
-        The pruned network, from :func:`load`.
+        The pruned network, from :func:`load`. It has no weights afterwards.
     checkpoint : Checkpoint
         Its other files (config, tokenizer, texts) are copied unchanged, except hidden ones.
     folder : Path
@@ -281,8 +276,7 @@ def save(
     shard_bytes : int
         Larger weights are divided into several files with an index.
     memory : int, optional
-        Bytes that writing and reading back may take: files are at most half as large, and the
-        network in memory is given up before it is read back.
+        Bytes that writing may take: files are at most half as large.
     config : mapping, optional
         What is different in config.json, nested as it is there.
 
@@ -322,11 +316,10 @@ def save(
     dtype = next(model.parameters()).dtype
     names = {name: spelled(name, written.dtypes, prefix) for name in model.state_dict()}
     stored = {name: _FLOATS.get(written.dtypes.get(n, "")) for name, n in names.items()}
-    expected = _digests(model, stored)
-    if memory is not None:
-        model.to("meta")
+    expected = digests(model, stored)
+    model.to("meta")  # reading back takes as much memory once more
     read_back, _ = _from_pretrained(transformers, type(model), folder, dtype)
-    _compare(expected, _digests(read_back, {}))
+    compare(expected, digests(read_back, {}))
     check_zeros(read_back, masks)
     return {
         "files left out": left_out,
@@ -362,39 +355,3 @@ def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name)
     return left_out
-
-
-def _digests(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, str]:
-    """For every tensor, a digest of its shape, dtype and bytes, after rounding to its ``stored``
-    dtype."""
-    digests = {}
-    for name, value in model.state_dict().items():
-        kept = value.detach().cpu()
-        if stored.get(name) not in (None, value.dtype):
-            kept = kept.to(stored[name]).to(value.dtype)
-        flat = kept.contiguous().reshape(-1).view(torch.uint8)
-        digest = hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
-        digests[name] = f"{tuple(value.shape)} {value.dtype} {digest}"
-    return digests
-
-
-def _compare(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
-    """Refuse a network read back whose tensors are not the expected ones."""
-    if list(expected) != list(actual):
-        different = sorted(set(expected) ^ set(actual)) or ["another order"]
-        raise CheckpointError(f"MODEL: read back, the written weights differ: {_some(different)}")
-    for name, digest in expected.items():
-        if digest != actual[name]:
-            raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
-
-
-def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse a network whose weights are not zero where its masks are False."""
-    weights = stored_weights(model)
-    for name, mask in masks.items():
-        weight = weights[name]
-        nonzero = int((weight[~mask.to(weight.device)] != 0).sum())
-        if nonzero:
-            raise CheckpointError(
-                f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
-            )

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lobs_native.errors import CheckpointError
 from lobs_native.files import safefile
+from lobs_native.files.shelf import Place
 
-__all__ = ["restore", "same_bits", "spelled"]
+__all__ = ["places_of", "restore", "same_bits", "spelled"]
 
 # What transformers reads under another name: (in old files, in the class).
 _RENAMED = (
@@ -42,6 +43,23 @@ def spelled(name: str, known: Collection[str], prefix: str) -> str:
             if stem.endswith(new) and (older := stem.removesuffix(new) + old) in known:
                 return older
     return name
+
+
+def places_of(model: nn.Module, folder: Path, files: Collection[str]) -> dict[str, Place]:
+    """Parameter name -> where in ``files`` of ``folder`` a tensor of its shape and dtype is that
+    may be the same; others are left out."""
+    known = {
+        name: (path, entry, begin)
+        for path in (folder / file for file in files)
+        for name, (entry, begin) in safefile.places(path).items()
+    }
+    prefix, found = getattr(model, "base_model_prefix", ""), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (spelling := spelled(name, known, prefix)) in known:
+            path, entry, begin = known[spelling]
+            if (entry.shape, safefile.TYPES.get(entry.dtype)) == (parameter.shape, parameter.dtype):
+                found[name] = Place(path, begin)
+    return found
 
 
 @dataclass(frozen=True)

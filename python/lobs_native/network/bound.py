@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.outputs import SAMPLE, measure_change
+from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, measure_change
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
@@ -30,7 +30,7 @@ from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import ErrorBound, LayerReport
 
-__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
+__all__ = ["NotAChainError", "amplifications", "chain_of", "may_hold", "theorem_parts"]
 
 
 class NotAChainError(Exception):
@@ -194,12 +194,13 @@ def error_bound_of(
     done: Mapping[str, LayerReport],
     settings: NetworkSettings,
     limit: int | None = None,
+    samples: Samples = Samples(),
 ) -> ErrorBound:
     """The bound for a network that has been pruned, beside its measured error; or the reason why
     there is none. ``limit`` bounds the bytes that measuring keeps in memory.
 
-    The error is measured on a sample of the data, unless the settings ask for all of it, or the
-    bound holds, which is that of all of it.
+    The error is measured on a sample of the data (one of ``samples``, if it is there), unless the
+    settings ask for all of it, or the bound holds, which is that of all of it.
     """
     model, inputs = session.model, settings.inputs
     chain, reason = list[str](), ""
@@ -215,8 +216,12 @@ def error_bound_of(
     except NotAChainError as why:
         reason = str(why)
     everything = settings.measure == "all" or not reason
-    measured = measure_change(session, limit, None if everything else SAMPLE)
-    held_back = _held_back(session, limit, None if settings.measure == "all" else SAMPLE)
+    if everything:
+        measured = measure_change(session, limit)
+    else:
+        measured = measure_change(session, limit, SAMPLE, samples.calibrated)
+    rows_held_back = None if settings.measure == "all" else SAMPLE
+    held_back = _held_back(session, limit, rows_held_back, samples.held_back)
     root = norm = rows = None
     if measured is not None and measured.rows:
         root = (measured.difference / measured.rows) ** 0.5
@@ -266,12 +271,23 @@ def error_bound_of(
     )
 
 
-def _held_back(session: Session, limit: int | None, rows: int | None) -> float | None:
+def may_hold(session: Session, jobs: Sequence[LayerJob]) -> bool:
+    """Whether the network is one for which the bound holds, as far as can be said beforehand."""
+    try:
+        _chain_of_pruned(session, jobs)
+    except NotAChainError:
+        return False
+    return True
+
+
+def _held_back(
+    session: Session, limit: int | None, rows: int | None, sample: Sample | None
+) -> float | None:
     """The change of the output relative to its size on the batches held back; None if there are
     none, or it cannot be measured."""
     if not session.held_back:
         return None
-    change = measure_change(session, limit, rows, held_back=True)
+    change = measure_change(session, limit, rows, sample, held_back=True)
     return None if change is None or not change.size else (change.difference / change.size) ** 0.5
 
 

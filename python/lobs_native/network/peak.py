@@ -13,7 +13,7 @@ import torch
 
 from lobs_native.errors import LobsError
 
-__all__ = ["LayerPeak", "Peak", "forget_peak", "keep_tight", "resident"]
+__all__ = ["LayerPeak", "Peak", "forget_peak", "give_back", "keep_tight", "resident"]
 
 _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
@@ -97,6 +97,14 @@ def keep_tight() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def give_back() -> None:
+    """Have glibc return to the system what has been freed; before work that takes much memory of
+    its own, this takes some milliseconds."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resident(name: str = "VmRSS") -> int:

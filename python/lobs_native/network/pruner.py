@@ -13,12 +13,13 @@ from torch import nn
 from lobs_native.calibration.replay import UnlikeError
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.files.shelf import Place
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.report import Report
 
-__all__ = ["plan_prune", "prune"]
+__all__ = ["carried_out", "plan_prune", "prune"]
 
 
 def prune(
@@ -284,15 +285,25 @@ def prune(
         measure=measure,
         held_back=held_back,
     )
-    pruning = Pruning(model, calibration, _chosen(settings, arguments))
+    return carried_out(model, calibration, _chosen(settings, arguments))
+
+
+def carried_out(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    settings: NetworkSettings,
+    places: Mapping[str, Place] | None = None,
+) -> Report:
+    """:func:`prune`; ``places`` says where parameters lie in files, as far as known."""
+    pruning = Pruning(model, calibration, settings, places)
     try:
         return pruning.carry_out()
     except UnlikeError as error:  # seen at the end: what flows between blocks has changed
-        if pruning.settings.run_dir is not None:
+        if settings.run_dir is not None:
             raise
         reason = str(error).removesuffix("; pass blocks=None")
-    whole = dataclasses.replace(pruning.settings, blocks=None)
-    report = Pruning(model, pruning.batches, whole).carry_out()
+    whole = dataclasses.replace(settings, blocks=None)
+    report = Pruning(model, pruning.batches, whole, places).carry_out()
     return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
 
 

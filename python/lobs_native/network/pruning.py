@@ -15,19 +15,20 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
+from lobs_native.calibration.outputs import SAMPLE, Samples, sample_outputs
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError
-from lobs_native.files.shelf import Shelf
+from lobs_native.files.shelf import Place, Shelf
 from lobs_native.layers import overwrite
 from lobs_native.network import bound
 from lobs_native.network.allocation import share_budget
 from lobs_native.network.bound import error_bound_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
-from lobs_native.network.peak import Peak, keep_tight
+from lobs_native.network.peak import Peak, give_back, keep_tight
 from lobs_native.network.resources import RunPlan, plan_run
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.settings import NetworkSettings
@@ -48,14 +49,24 @@ __all__ = ["Pruning"]
 class Pruning:
     """A model, its data and the settings of a run; it computes nothing by itself.
 
+    ``places`` says where parameters lie in files, as far as known: those that do need not be kept
+    elsewhere while they are pruned.
+
     Raises
     ------
     ArgumentError, DtypeError, PatternError, BackendError
         The settings do not fit the model or the data, or a layer cannot be pruned correctly.
     """
 
-    def __init__(self, model: nn.Module, calibration: Any, settings: NetworkSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        settings: NetworkSettings,
+        places: Mapping[str, Place] | None = None,
+    ) -> None:
         self.stages = Stages()
+        self.places = places or {}
         self.settings = settings
         self.candidates = candidates_of(model, settings)
         self.batches = batches_of(calibration)
@@ -135,6 +146,7 @@ class Pruning:
             weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
             tuned=self.tuned,
+            sampled=self._sampled(),
             seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)
@@ -176,13 +188,13 @@ class Pruning:
             with self.stages.stage("keeping original weights"):
                 for job in self.selected:
                     for name, parameter in job.layer.parameters.items():
-                        session.originals.put(name, parameter.detach().clone())
+                        session.originals.put_copy(name, parameter, self.places.get(name))
                 for names in self.tuned:
                     for name, parameter in names.items():
                         if name not in session.originals:
-                            session.originals.put(name, parameter.detach().clone())
+                            session.originals.put_copy(name, parameter, self.places.get(name))
             try:
-                loop, error_bound = self._prune(plan, ledger, peak)
+                loop, error_bound = self._prune(plan, ledger, peak, self._samples(plan, kept))
             except BaseException as error:
                 _restore(session)
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
@@ -193,8 +205,26 @@ class Pruning:
                 raise
         return self._report(loop, error_bound, peak, ledger)
 
+    def _sampled(self) -> bool:
+        """Whether the change of the output is measured on a sample."""
+        return self.settings.measure != "all" and not bound.may_hold(self.session, self.jobs)
+
+    def _samples(self, plan: RunPlan, kept: contextlib.ExitStack) -> Samples:
+        """What the original network returns for samples of the data, as far as these are
+        enough."""
+        session, samples = self.session, []
+        with self.stages.stage("measuring the output"):
+            for held_back in (False, True):
+                some = self.settings.measure != "all" if held_back else self._sampled()
+                if not some or (held_back and not session.held_back):
+                    samples.append(None)
+                    continue
+                shelf = kept.enter_context(Shelf(plan.sample_limit))
+                samples.append(sample_outputs(session, shelf, SAMPLE, held_back=held_back))
+        return Samples(*samples)
+
     def _prune(
-        self, plan: RunPlan, ledger: Ledger | None, peak: Peak
+        self, plan: RunPlan, ledger: Ledger | None, peak: Peak, samples: Samples
     ) -> tuple[LayerLoop, ErrorBound]:
         """Prune the layers in the model, and bound the change of its output."""
         with self.stages.stage("sensitivities"):
@@ -211,8 +241,11 @@ class Pruning:
         if ledger is not None:
             ledger.states.clear()
         limit = plan.output_limit
+        give_back()
         with self.stages.stage("measuring the output"):
-            error_bound = error_bound_of(self.session, jobs, loop.done, self.settings, limit)
+            error_bound = error_bound_of(
+                self.session, jobs, loop.done, self.settings, limit, samples
+            )
         return loop, error_bound
 
     # ---- a common budget -------------------------------------------------------------------------

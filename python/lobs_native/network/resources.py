@@ -22,6 +22,7 @@ from lobs_native.solvers.methods import method_of
 __all__ = ["RunPlan", "Workload", "plan_run"]
 
 STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
+_WAITING = 4 << 20  # bytes of outputs that wait in memory without a limit
 _REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
 _MEASURED = 512  # order of the products that are timed
 _SHORT, _BRIEFLY, _LONG = 2.0, 0.002, 0.2  # seconds: of a short job, and of measuring the speed
@@ -40,7 +41,8 @@ class Workload:
     tokens: int = 0  # bytes of the weights of tokens
     tuning: int = 0  # bytes that tuning a block takes
     passes: float = 0.0  # forward passes over all batches
-    output: int = 0  # bytes of the model's output for a batch
+    output: int = 0  # bytes of the model's output for a batch, if the original network runs again
+    sample: int = 0  # or else of its outputs for a sample, which wait for the end
     measuring: int = 0  # bytes that measuring it takes besides
 
 
@@ -53,10 +55,10 @@ class RunPlan:
     layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning it
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
-    kept: int  # masks, original weights, and results that wait or weights that are swapped
+    kept: int  # masks, original weights and outputs, results that wait or weights that are swapped
     tokens: int  # weights of tokens
     output: int  # measuring the output at the end, with the original network's for a batch
-    disk: int  # states and weights that do not fit into memory
+    disk: int  # states, weights and outputs that do not fit into memory
     seconds: float  # an estimate; expect half to twice of it
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer
@@ -65,6 +67,11 @@ class RunPlan:
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
     output_limit: int | None
+
+    @property
+    def sample_limit(self) -> int:
+        """Bytes of the original network's outputs that wait in memory; the rest is on disk."""
+        return _WAITING if self.limit is None else 0
 
     @property
     def memory(self) -> int:
@@ -157,6 +164,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     states_limit = kept_limit = swapped_limit = output_limit = None
     kept, statistics, output = keeping, more, work.output
     states = work.states + work.repeated
+    waiting = min(work.sample, _WAITING) if memory is None else 0
     if memory is not None:
         left = memory - fixed
         statistics = min(more, left // 2)
@@ -167,15 +175,16 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         swapped_limit = kept_limit if corrected else needs[largest]
         output_limit = most - work.measuring
         output = min(output, output_limit)
+    elsewhere = 0 if memory is None else work.states + keeping - states - kept
     return RunPlan(
         largest=largest,
         layer=max(needs[largest], work.tuning),
         statistics=statistics,
         states=states + work.others,
-        kept=kept + masks,
+        kept=kept + masks + waiting,
         tokens=work.tokens,
         output=output + work.measuring,
-        disk=0 if memory is None else work.states + keeping - states - kept,
+        disk=elsewhere + work.sample - waiting,
         seconds=_seconds(jobs, work, corrected),
         limit=memory,
         scratch=scratch,

@@ -127,19 +127,19 @@ def workload(
     sensitive: bool,
     weighted: Sequence[str],
     shared_budget: bool,
+    sampled: bool,
     tuned: Sequence[Mapping[str, Tensor]] = (),
     seen: Observation | None = None,
 ) -> Workload:
     """The work ahead; it includes passes for sensitivities if ``sensitive`` or for the ``weighted``
-    layers, and one for the costs if there is a ``shared_budget``. What was ``seen`` on the first
-    batch spares another run."""
+    layers, one for the costs if there is a ``shared_budget``, and the output's change on a sample
+    if ``sampled``, else on all data. What was ``seen`` on the first batch spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     all_batches = batches * (1 + len(session.held_back) / len(session.batches))
     measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
-    passes = 2.0 if settings.measure == "all" else 2.0 * min(1.0, SAMPLE / max(1.0, measured))
-    passes += (
-        3.0 * (sensitive or bool(weighted)) + shared_budget + 1.0 / batches
-    )  # the look at the first batch
+    part = min(1.0, SAMPLE / max(1.0, measured)) if sampled else 1.0
+    passes = 2.0 * part + 3.0 * (sensitive or bool(weighted)) + shared_budget
+    passes += 1.0 / batches  # the look at the first batch
     for stack, groups in structure.parts:
         if stack is None:
             passes += doubled * len(groups)
@@ -157,6 +157,7 @@ def workload(
     else:
         forward, output = session.timed_pass()
         outputs = sizes_of(output)
+    size = sum(entries * size for entries, size in outputs)
     return Workload(
         batches=batches,
         forward=forward,
@@ -167,7 +168,8 @@ def workload(
         passes=passes * all_batches / batches,
         tuning=max((tuning_bytes(block.values()) for block in tuned), default=0),
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
-        output=sum(entries * size for entries, size in outputs),
+        output=0 if sampled else size,
+        sample=round(part * batches * size) if sampled else 0,
         measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
     )
 

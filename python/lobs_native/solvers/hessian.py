@@ -207,12 +207,23 @@ class Hessian:
 
         Raises LobsError if no sample has been seen, NonFiniteError if the sum overflowed.
         """
+        return self._mean(in_place=False)
+
+    def take(self) -> Tensor:
+        """:meth:`matrix` and then :meth:`release`, in the memory of the sum if that is float64."""
+        mean = self._mean(in_place=self.dtype == torch.float64)
+        self.release()
+        return mean
+
+    def _mean(self, *, in_place: bool) -> Tensor:
         self._check_whole()
         if not self._rows > 0:
             raise LobsError(
                 "hessian: it has seen no rows (or only rows of weight 0); call update first"
             )
-        mean = torch.empty_like(self._sum, dtype=torch.float64)
+        self._whole = not in_place
+        # Only the lower triangle of the sum is read, and each tile before it is written.
+        mean = self._sum if in_place else torch.empty_like(self._sum, dtype=torch.float64)
         finite = True
         for first in range(0, len(mean), _TILE):  # one more copy may be gigabytes
             rows = slice(first, first + _TILE)

@@ -1,0 +1,56 @@
+"""Whether a network that was written is, read back, the one that was in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.errors import CheckpointError
+from lobs_native.layers import stored_weights
+
+__all__ = ["check_zeros", "compare", "digests", "some_of"]
+
+
+def digests(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, str]:
+    """For every tensor, a digest of its shape, dtype and bytes, after rounding to its ``stored``
+    dtype."""
+    digests = {}
+    for name, value in model.state_dict().items():
+        kept = value.detach().cpu()
+        if stored.get(name) not in (None, value.dtype):
+            kept = kept.to(stored[name]).to(value.dtype)
+        flat = kept.contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.sha256(flat.numpy().data).hexdigest()
+        digests[name] = f"{tuple(value.shape)} {value.dtype} {digest}"
+    return digests
+
+
+def compare(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    """Refuse a network read back whose tensors are not the expected ones."""
+    if list(expected) != list(actual):
+        different = sorted(set(expected) ^ set(actual)) or ["another order"]
+        raise CheckpointError(f"MODEL: read back, the written weights differ: {some_of(different)}")
+    for name, digest in expected.items():
+        if digest != actual[name]:
+            raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
+
+
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuse a network whose weights are not zero where its masks are False."""
+    weights = stored_weights(model)
+    for name, mask in masks.items():
+        weight = weights[name]
+        nonzero = int((weight[~mask.to(weight.device)] != 0).sum())
+        if nonzero:
+            raise CheckpointError(
+                f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
+            )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, for an error."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
