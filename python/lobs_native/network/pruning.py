@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
-from lobs_native.calibration.outputs import SAMPLE, Samples, sample_outputs
+from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, sample_outputs
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
@@ -173,7 +173,7 @@ class Pruning:
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             with self.stages.stage("looking at the model"):
                 plan = self.look()
-            self._warn("prune", 3)
+            self._warn("prune", 4)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
@@ -212,7 +212,7 @@ class Pruning:
     def _samples(self, plan: RunPlan, kept: contextlib.ExitStack) -> Samples:
         """What the original network returns for samples of the data, as far as these are
         enough."""
-        session, samples = self.session, []
+        session, samples = self.session, list[Sample | None]()
         with self.stages.stage("measuring the output"):
             for held_back in (False, True):
                 some = self.settings.measure != "all" if held_back else self._sampled()
