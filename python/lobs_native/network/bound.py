@@ -13,6 +13,7 @@ layers (our remark).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,15 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, measure_change
+from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, measure_change, sample_outputs
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
+from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import ErrorBound, LayerReport
 
-__all__ = ["NotAChainError", "amplifications", "chain_of", "may_hold", "theorem_parts"]
+__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
 
 
 class NotAChainError(Exception):
@@ -193,8 +195,8 @@ def error_bound_of(
     jobs: Sequence[LayerJob],
     done: Mapping[str, LayerReport],
     settings: NetworkSettings,
-    limit: int | None = None,
-    samples: Samples = Samples(),
+    limit: int | None,
+    samples: Samples,
 ) -> ErrorBound:
     """The bound for a network that has been pruned, beside its measured error; or the reason why
     there is none. ``limit`` bounds the bytes that measuring keeps in memory.
@@ -271,13 +273,37 @@ def error_bound_of(
     )
 
 
-def may_hold(session: Session, jobs: Sequence[LayerJob]) -> bool:
-    """Whether the network is one for which the bound holds, as far as can be said beforehand."""
+def is_sampled(session: Session, jobs: Sequence[LayerJob], settings: NetworkSettings) -> bool:
+    """Whether a sample of the data is enough to measure the change of the output: unless all of it
+    is asked for, or the bound may hold."""
+    if settings.measure == "all":
+        return False
     try:
         _chain_of_pruned(session, jobs)
     except NotAChainError:
-        return False
-    return True
+        return True
+    return False
+
+
+def samples_of(
+    session: Session,
+    jobs: Sequence[LayerJob],
+    settings: NetworkSettings,
+    limit: int | None,
+    kept: contextlib.ExitStack,
+) -> Samples:
+    """What the network, before it is pruned, returns for samples of the data, as far as these are
+    enough. At most ``limit`` bytes of each are in memory, until ``kept`` is closed."""
+
+    def sample(held_back: bool) -> Sample:
+        shelf = kept.enter_context(Shelf(limit))
+        return sample_outputs(session, shelf, SAMPLE, held_back=held_back)
+
+    some_held_back = bool(session.held_back) and settings.measure != "all"
+    return Samples(
+        sample(False) if is_sampled(session, jobs, settings) else None,
+        sample(True) if some_held_back else None,
+    )
 
 
 def _held_back(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
-from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, sample_outputs
+from lobs_native.calibration.outputs import Samples
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
@@ -25,7 +25,7 @@ from lobs_native.files.shelf import Place, Shelf
 from lobs_native.layers import overwrite
 from lobs_native.network import bound
 from lobs_native.network.allocation import share_budget
-from lobs_native.network.bound import error_bound_of
+from lobs_native.network.bound import error_bound_of, is_sampled, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight
@@ -146,7 +146,7 @@ class Pruning:
             weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
             tuned=self.tuned,
-            sampled=self._sampled(),
+            sampled=is_sampled(self.session, self.jobs, self.settings),
             seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)
@@ -194,7 +194,9 @@ class Pruning:
                         if name not in session.originals:
                             session.originals.put_copy(name, parameter, self.places.get(name))
             try:
-                loop, error_bound = self._prune(plan, ledger, peak, self._samples(plan, kept))
+                with self.stages.stage("measuring the output"):
+                    samples = samples_of(session, self.jobs, self.settings, plan.sample_limit, kept)
+                loop, error_bound = self._prune(plan, ledger, peak, samples)
             except BaseException as error:
                 _restore(session)
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
@@ -204,24 +206,6 @@ class Pruning:
                     )
                 raise
         return self._report(loop, error_bound, peak, ledger)
-
-    def _sampled(self) -> bool:
-        """Whether the change of the output is measured on a sample."""
-        return self.settings.measure != "all" and not bound.may_hold(self.session, self.jobs)
-
-    def _samples(self, plan: RunPlan, kept: contextlib.ExitStack) -> Samples:
-        """What the original network returns for samples of the data, as far as these are
-        enough."""
-        session, samples = self.session, list[Sample | None]()
-        with self.stages.stage("measuring the output"):
-            for held_back in (False, True):
-                some = self.settings.measure != "all" if held_back else self._sampled()
-                if not some or (held_back and not session.held_back):
-                    samples.append(None)
-                    continue
-                shelf = kept.enter_context(Shelf(plan.sample_limit))
-                samples.append(sample_outputs(session, shelf, SAMPLE, held_back=held_back))
-        return Samples(*samples)
 
     def _prune(
         self, plan: RunPlan, ledger: Ledger | None, peak: Peak, samples: Samples
