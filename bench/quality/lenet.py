@@ -112,6 +112,13 @@ def main() -> None:
         "admm, layer, corrected": {"method": "admm", "inputs": "corrected"},
         "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
     }
+    rows, samples = {"sensitivity": "output"}, {"token_weights": "output"}
+    for name in ("exact, layer", "exact, layer, corrected"):
+        ways[f"weighted {name}, rows"] = {**ways[name], **rows}
+        ways[f"weighted {name}, samples"] = {**ways[name], **samples, "sensitivity": None}
+        ways[f"weighted {name}, rows and samples"] = {**ways[name], **samples}
+    for name in ("exact, model", "exact, model, corrected"):
+        ways[f"weighted {name}, rows and samples"] = {**ways[name], **samples}
     for kept, inputs in settings_of(arguments.sparsities):
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():

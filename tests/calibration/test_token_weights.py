@@ -135,6 +135,20 @@ def test_the_output_of_the_network_changes_less(inputs):
     assert change["output"] < 0.8 * change[None]
 
 
+def test_rows_are_weighted_as_well_unless_that_is_turned_off():
+    networks = {}
+    for sensitivity in ("auto", "output", None):
+        networks[sensitivity] = Pooled()
+        lobs.prune(
+            networks[sensitivity], batches(), sparsity=0.6, sensitivity=sensitivity,
+            token_weights="output", progress=False,
+        )  # fmt: skip
+    weights = {k: model.a.weight for k, model in networks.items()}
+    assert torch.equal(weights["auto"], weights["output"])
+    assert not torch.equal(weights["auto"], weights[None])
+    lobs.prune(Pooled(), batches(), sparsity=0.6, method="sweep", token_weights="output")
+
+
 def test_layers_that_read_one_tensor_share_the_mean_of_their_weights():
     session = session_with_weights(Pooled(), batches(1))
     a, b = (session.weights.of([name], 0, 0) for name in "ab")

@@ -90,9 +90,9 @@ def prune(
         depends on it: the mean square, over the data and random directions v, of the gradient of
         ``v . output`` (the diagonal of the Gauss-Newton matrix), from one forward and backward pass
         without labels. It matters where "exact" and "admm" compare rows, in a layer or over the
-        model. "auto" does this with scope "model". Layers whose outputs are not a module's outputs
-        (attention, experts) keep the requested sparsity, as do those that the output does not
-        depend on.
+        model. "auto" does this with scope "model", and wherever ``token_weights`` needs the same
+        pass. Layers whose outputs are not a module's outputs (attention, experts) keep the
+        requested sparsity, as do those that the output does not depend on.
         "bound" (scope "model") takes the squared spectral norms of the later layers instead, which
         minimises the bound of Theorem 3.2 up to a constant, for the networks it covers. None
         compares rows of a layer by their costs alone, and layers by cost over the square root of

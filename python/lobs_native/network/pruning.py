@@ -100,10 +100,11 @@ class Pruning:
             )
         if sensitivity == "bound" and not sharing:
             raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
-        if sensitivity != "output":
+        measured = sensitivity == "auto" and self.settings.token_weights is not None
+        if sensitivity != "output" and not measured:
             return [] if sensitivity is None else sharing
         sensitive = [job for job in self.selected if _compares_rows(job)]
-        if not sensitive:
+        if not sensitive and not measured:
             raise ArgumentError(
                 "sensitivity: 'output' weighs rows against each other, which needs method "
                 "'auto', 'exact' or 'admm', no N:M pattern, and scope 'layer' or 'model'; use "

@@ -125,7 +125,7 @@ class NetworkSettings(LayerOptions):
         choices=("auto", "output", "bound"),
         optional=True,
         help="weight rows and layers by how much the output depends on them; auto: with scope "
-        "model",
+        "model or --token-weights",
     )
     token_weights: str | None = option(
         None,
