@@ -59,7 +59,7 @@ def dense() -> Made:
 
 def admm() -> Made:
     """The default method for a wide layer, and corrected inputs."""
-    model, data = _chain([1280, 640])
+    model, data = _chain([1280, 640], rows=512)
     return model, data, {"method": "admm", "memory": 90 * MB}
 
 
@@ -99,10 +99,10 @@ def states() -> Made:
 def convolutions() -> Made:
     """Convolutions at many positions."""
     torch.manual_seed(0)
-    sizes = itertools.pairwise([3, 64, 128, 128])
+    sizes = itertools.pairwise([3, 96, 192, 192])
     model = nn.Sequential(*[m for a, b in sizes for m in (nn.Conv2d(a, b, 3), nn.ReLU())])
     data = [torch.randn(2, 3, 32, 32) for _ in range(4)]
-    return model, data, {"method": "sweep", "memory": 70 * MB}
+    return model, data, {"method": "sweep", "memory": 120 * MB}
 
 
 def logits() -> Made:

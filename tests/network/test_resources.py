@@ -95,7 +95,7 @@ def test_measuring_the_output_is_in_the_plan_and_within_the_limit():
     options = {"sparsity": 0.5, "method": "sweep"}
     plan = lobs.plan_prune(model, rows, **options)
     assert plan.output == 500 * 3000 * 4 + 4 * 8 * (1 << 18)
-    assert plan.memory == plan.output + plan.kept  # the layer takes less
+    assert plan.memory == plan.output + plan.kept + plan.masks  # the layer takes less
     bound = lobs.plan_prune(model, rows, **options, memory=12_000_000)
     assert bound.memory <= 12_000_000
     assert bound.output_limit == bound.output - 4 * 8 * (1 << 18) < 500 * 3000 * 4
@@ -122,8 +122,8 @@ def test_the_plan_is_that_of_the_run():
     assert planned == plan.to_dict()
     assert plan.largest == "2"
     assert plan.seconds > 0
-    masks, weights = 20 * 30 + 30 * 30, 4 * (21 * 30 + 31 * 30)
-    assert plan.kept == masks + 2 * weights
+    assert plan.masks == 20 * 30 / 8 + (30 * 30 + 4) / 8  # a bit for each weight
+    assert plan.kept == 2 * 4 * (21 * 30 + 31 * 30)
     assert plan.statistics == 8 * 21**2
 
 
@@ -207,8 +207,8 @@ def test_the_plan_can_be_read_as_text():
     text = str(lobs.plan_prune(network(), data(), sparsity=0.5, memory=10**9))
     assert re.fullmatch(
         r"plan: \d+ MB of 1,000 MB allowed besides the model, the data and a forward pass "
-        r"\(\d+ MB for 2, \d+ MB other second moments, \d+ MB states, \d+ MB weights and masks; "
-        r"then \d+ MB to measure the output\); "
+        r"\(\d+ MB for 2, \d+ MB other second moments, \d+ MB states, \d+ MB weights, "
+        r"\d+ MB masks; then \d+ MB to measure the output\); "
         r"0 MB on disk; about \d+ s",
         text,
     )

@@ -17,9 +17,9 @@ from lobs_native.solvers.hessian import Hessian, needs_float64
 from lobs_native.solvers.measurement import pieces, quadratic_form
 from lobs_native.solvers.problem import Drift
 
-__all__ = ["Differences", "Gap"]
+__all__ = ["AT_ONCE", "Differences", "Gap"]
 
-_AT_ONCE = 4096  # rows in one float32 product
+AT_ONCE = 4096  # rows in one float32 product
 
 
 class Differences:
@@ -227,6 +227,6 @@ class Gap:
 
 def _some_rows(count: int, weights: Tensor | None) -> Iterator[Any]:
     """What selects the rows that count, so many at a time; without weights, views of all."""
-    for first in range(0, count, _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
+    for first in range(0, count, AT_ONCE):
+        part = slice(first, first + AT_ONCE)
         yield part if weights is None else first + (weights[part] > 0).nonzero()[:, 0]

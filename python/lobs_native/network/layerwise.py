@@ -30,6 +30,7 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer
 from lobs_native.network.allocation import passes
 from lobs_native.network.experts import error_of_each, prune_experts, zeros_of_each
+from lobs_native.network.packed import PackedMask
 from lobs_native.network.peak import LayerPeak
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
@@ -67,7 +68,7 @@ class LayerLoop:
     Attributes
     ----------
     done : {name: LayerReport}
-    masks : {name: (G, R, C) bool}
+    masks : {name: (G, R, C)}, as bits
     """
 
     def __init__(self, session: Session, structure: Structure, context: Context) -> None:
@@ -84,7 +85,7 @@ class LayerLoop:
         ]
         self.begun = time.perf_counter()
         self.done: dict[str, LayerReport] = {}
-        self.masks: dict[str, Tensor] = {}
+        self.masks: dict[str, PackedMask] = {}
 
     def carry_out(self) -> None:
         """Prune all layers in the model."""
@@ -125,14 +126,16 @@ class LayerLoop:
             )
         if self.ledger is not None:
             self.ledger.keep(job.layer, report, out.weight, out.bias, out.mask)
-        self.done[job.layer.name], self.masks[job.layer.name] = report, out.mask
+        self.done[job.layer.name] = report
+        self.masks[job.layer.name] = PackedMask.of(out.mask)
         self.bar.update()
         return out.weight, out.bias
 
     def _load(self, job: LayerJob) -> _New:
         assert self.ledger is not None
         name = job.layer.name
-        self.done[name], weight, bias, self.masks[name] = self.ledger.load(job.layer)
+        self.done[name], weight, bias, mask = self.ledger.load(job.layer)
+        self.masks[name] = PackedMask.of(mask)
         self.bar.update()
         return weight, bias
 

@@ -336,8 +336,8 @@ class Pruning:
     ) -> Report:
         masks = loop.masks
         seconds, of_stages = self.stages.total()
-        weights = sum(mask.numel() for mask in masks.values())
-        removed = sum(int((~mask).sum()) for mask in masks.values())
+        weights = sum(mask.shape.numel() for mask in masks.values())
+        removed = sum(mask.removed for mask in masks.values())
         measured = bool(loop.context.sensitivity) or self.session.weights is not None
         settings = {
             **self.settings.arguments(),
@@ -369,7 +369,10 @@ class Pruning:
             settings=settings,
             versions=versions(),
             coverage=dataclasses.replace(self.coverage, removed=removed),
-            masks={job.layer.name: job.layer.unpack(masks[job.layer.name]) for job in self.jobs},
+            masks={
+                job.layer.name: job.layer.unpack(masks.pop(job.layer.name).unpacked())
+                for job in self.jobs
+            },
         )
 
 

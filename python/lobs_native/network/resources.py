@@ -4,6 +4,7 @@ on memory."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 
-from lobs_native.calibration.differences import Gap
-from lobs_native.network.selection import LayerJob
+from lobs_native.calibration.differences import AT_ONCE, Gap
+from lobs_native.layers.conv import PATCH_BYTES, Conv
+from lobs_native.network.packed import packed_bytes
+from lobs_native.network.selection import LayerJob, weights_of
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.measurement import measuring_bytes
 from lobs_native.solvers.method import Method
@@ -55,7 +58,8 @@ class RunPlan:
     layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning it
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
-    kept: int  # masks, original weights and outputs, results that wait or weights that are swapped
+    kept: int  # original weights and outputs, results that wait or weights that are swapped
+    masks: int  # as bits; those of the report come last, and take a byte for each weight
     tokens: int  # weights of tokens
     output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states, weights and outputs that do not fit into memory
@@ -77,7 +81,7 @@ class RunPlan:
     def memory(self) -> int:
         """The most bytes in memory at a time."""
         most = max(self.layer + self.statistics + self.states, self.output)
-        return most + self.kept + self.tokens
+        return most + self.kept + self.masks + self.tokens
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for the report."""
@@ -93,8 +97,9 @@ class RunPlan:
         return (
             f"plan: {mb(self.memory)}{limit} besides the model, the data and a forward pass "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
-            f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights and masks; then "
-            f"{mb(self.output)} to measure the output); {mb(self.disk)} on disk; about {about}"
+            f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights, {mb(self.masks)} "
+            f"masks; then {mb(self.output)} to measure the output); {mb(self.disk)} on disk; about "
+            f"{about}"
         )
 
 
@@ -111,19 +116,47 @@ def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int |
     return max([settings.memory // 4, *least])
 
 
-def _layer_memory(job: LayerJob, scratch: int | None, settings: NetworkSettings) -> int:
-    """Bytes that pruning one layer takes: its second moments, and all that its method needs."""
-    method, extent = _method(job), job.extent
-    work = method.memory(extent, limit=scratch, backend=settings.backend).total
+def _layer_memory(
+    job: LayerJob, scratch: int | None, settings: NetworkSettings, rows: float, batches: float
+) -> int:
+    """Bytes that pruning one layer takes: its second moments, of so many rows in so many batches,
+    and all that is needed to sum them, and then by its method."""
     corrected = settings.inputs == "corrected"
-    pull = extent.weights * (8 + 8 + 4 + 4) if corrected else 0  # and what it changes, and weights
+    method, extent = _method(job), job.extent
+    extent = dataclasses.replace(
+        extent,
+        inverted=extent.inverted or corrected,
+        samples=math.inf if job.layer.routed else rows * batches,
+    )
+    work = method.memory(extent, limit=scratch, backend=settings.backend).total
+    sums = 8 * extent.weights if corrected else 0
+    changed = (8 + 4) * extent.weights if corrected else 0  # and the weights as they were
     if corrected and Gap.pays([job.layer]):
-        pull += 3 * job.moment_bytes
-    elsewhere = job.moment_bytes + pull if settings.held_back else 0
+        sums += 3 * job.moment_bytes
+    elsewhere = job.moment_bytes + sums + changed if settings.held_back else 0
     # At the end, when scratch is free again: beside the result, and the inverse.
     measuring = measuring_bytes(extent) + (extent.kernel.itemsize + 1) * extent.weights
-    measuring += 8 * extent.squares if method.inverts else 0
-    return job.moment_bytes + max(work, measuring) + pull + elsewhere
+    measuring += 8 * extent.squares if method.inverts and not method.factor_alone else 0
+    solving = max(work, measuring) + changed
+    return job.moment_bytes + sums + max(solving, _summing_bytes(job, rows, corrected)) + elsewhere
+
+
+def _summing_bytes(job: LayerJob, rows: float, corrected: bool) -> int:
+    """Bytes of copies while the rows of a batch are added to the sums of a layer."""
+    layer = job.layer
+    R, C, size = layer.rows, layer.width, max(4, layer.weight().dtype.itemsize)
+    inputs = round(rows) * C * size
+    copied, kept = 0, inputs
+    if isinstance(layer, Conv):  # patches, of images that are smaller
+        copied = min(PATCH_BYTES, inputs * layer.groups)
+        kept = round(inputs * layer.groups / math.prod(layer.kernel))
+    if not corrected:
+        return copied
+    at_once = min(round(rows), AT_ONCE)
+    outputs = 0 if Gap.pays([layer]) else R
+    compared = at_once * (C + 2 * outputs) * size
+    product = C * (outputs or C) * (size + 8)
+    return 2 * copied + kept + compared + product
 
 
 def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
@@ -134,12 +167,17 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     memory = settings.memory
     scratch = _scratch_limit(jobs, settings)
     corrected = settings.inputs == "corrected"
-    needs = {job.layer.name: _layer_memory(job, scratch, settings) for job in jobs}
+    rows = {job.layer.name: work.rows.get(job.layer.name, 0.0) for job in jobs}
+    needs = {
+        name: _layer_memory(job, scratch, settings, rows[name], work.batches)
+        for job in jobs
+        for name in [job.layer.name]
+    }
     largest = max(needs, key=lambda name: needs[name])
     weights = sum(
         p.numel() * p.element_size() for job in jobs for p in job.layer.parameters.values()
     )
-    masks = sum(job.layer.groups * job.layer.rows * job.layer.width for job in jobs)
+    masks = sum(packed_bytes(weights_of(job.layer)) for job in jobs)
     most = max(needs[largest], work.measuring, work.tuning)
     fixed = most + masks + work.others + work.tokens
     if memory is not None and fixed > memory:
@@ -181,7 +219,8 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         layer=max(needs[largest], work.tuning),
         statistics=statistics,
         states=states + work.others,
-        kept=kept + masks + waiting,
+        kept=kept + waiting,
+        masks=masks,
         tokens=work.tokens,
         output=output + work.measuring,
         disk=elsewhere + work.sample - waiting,

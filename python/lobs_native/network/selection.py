@@ -73,6 +73,7 @@ class LayerJob:
             dtype=layer.weight().dtype,
             searched=target.max_error is not None,
             shared=self.shared,
+            inverted=self.settings.refine is not None,
         )
 
     @property

@@ -120,7 +120,7 @@ _ARGUMENTS = (
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
-_BYTES |= {"output"}
+_BYTES |= {"output", "masks"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:

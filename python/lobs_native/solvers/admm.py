@@ -107,8 +107,11 @@ class Admm(Method):
         inverted = len(_schedule(extent.rows, extent.order).inverted)
         resolvents = inverted + 1 if several else 2  # one of them between two others
         preparing = (8 + size) * extent.squares + size * extent.weights  # the inverse is there
-        # Before, x, p, and d; at the end x, z, g, h, a product of two. With removed and states.
-        iterating = (1 + resolvents) * size * extent.squares + (4 * size + 2) * extent.weights
+        # Before, x, p, d and a temporary; at the end x, z, g, h, a product of two. With removed and
+        # states.
+        iterating = (1 + resolvents) * size * extent.squares + (5 * size + 2) * extent.weights
+        if extent.samples < extent.order:  # then it is inverted in float64
+            iterating += (8 - size + size * (size < 8)) * extent.squares
         ending = (1 + several * resolvents) * size * extent.squares
         ending += (6 * size + 2) * extent.weights
         costs = (8 + 8) * extent.weights * extent.shared  # also joined
@@ -266,7 +269,7 @@ class Admm(Method):
         """(G, D, D): ``rho (H + rho I)^-1`` with ``rho = penalty * mean``."""
         if self._resolvents is not None and penalty in self._resolvents:
             return self._resolvents[penalty]
-        M = self.H.to(self.inverting) / (penalty * self.mean)
+        M = self.H.to(self.inverting, copy=True).div_(penalty * self.mean)
         M.diagonal(dim1=1, dim2=2).add_(1.0)
         if len(M) > 1:  # many small ones (grouped convolutions) at once
             with ops.one_thread():

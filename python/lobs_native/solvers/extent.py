@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ class Extent:
     dtype: torch.dtype  # of the weights
     searched: bool = False  # choices at several shares, until the error is the wanted one
     shared: bool = False  # costs of removals first, from which layers share one budget
+    inverted: bool = False  # the inverse is needed whatever the method: to correct, or to refine
+    samples: float = math.inf  # of which the second moments are, as far as known
 
     @property
     def kernel(self) -> torch.dtype:

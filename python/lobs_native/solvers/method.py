@@ -58,13 +58,15 @@ class Method(ABC):
     @classmethod
     def matrices(cls, extent: Extent) -> int:
         """Bytes of inverses, weights and temporaries, at the most at one time; besides second
-        moments and the layer's own weights.
+        moments and the layer's own weights. They are for processes as measured, with what kernels
+        and libraries take in between.
 
-        By default those of the best weights for a mask. Nothing else that methods share takes more.
+        By default an inverse and a copy of it, or of the second moment, and of the weights as many
+        as when the best ones for a mask are sought.
         """
-        square, size = extent.order**2, extent.kernel.itemsize
-        inverses = 8 * extent.squares
-        return inverses + 2 * size * square + (3 * size + 2) * extent.weights
+        size = extent.kernel.itemsize
+        square = size + 8 * (cls.inverts or extent.inverted)
+        return square * extent.squares + (6 * size + 2) * extent.weights
 
     @classmethod
     def memory(

@@ -39,6 +39,14 @@ class Sweep(Method):
         self._spent: dict[int, Tensor] = {}  # number of removals -> (G, R) what they cost
 
     @classmethod
+    def matrices(cls, extent: Extent) -> int:
+        """See :class:`Method`: the factor, in the kernel's type unless more than a sweep needs it,
+        and a matrix of its size while the error is measured."""
+        size = extent.kernel.itemsize
+        square = size + (8 if extent.inverted else size)
+        return square * extent.squares + (6 * size + 2) * extent.weights
+
+    @classmethod
     def flops(cls, extent: Extent) -> Flops:
         """See :class:`Method`: a factor, the repair of everything right of a block, the error, and
         what it is relative to."""
