@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lobs_native.errors import ArgumentError
+from lobs_native.huggingface.text import GENERATE
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
 from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
@@ -18,7 +19,7 @@ from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
 __all__ = ["TEXT", "add_prune", "add_text", "by_option", "settings_of"]
 
 # For a folder's text and files.
-TEXT = ("lines", "tokens", "min_words", "length", "batch_size", "shard_size")
+TEXT = ("prompts", "lines", "tokens", "min_words", "length", "batch_size", "shard_size")
 
 _PRUNE = """Prune a network and write it into a new folder.
 
@@ -74,7 +75,10 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
 def add_text(command: argparse.ArgumentParser) -> None:
     """The options for a folder's text and files."""
     add = command.add_argument_group("for folders").add_argument
-    add("--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on")
+    help_ = "UTF-8 text to calibrate on; or the word generate: what a causal language model writes"
+    add("--calibration", type=_calibration, metavar="FILE", help=help_)
+    help_ = "with generate: UTF-8 text whose lines begin the sequences; default: nothing does"
+    add("--prompts", type=Path, metavar="FILE", help=help_)
     add("--lines", type=int, metavar="N", help="lines of it at most; default 600, or --tokens")
     add("--tokens", type=int, metavar="N", help="tokens of it at most, instead of lines")
     add("--min-words", type=int, metavar="N", help="shorter lines are left out; default 20")
@@ -82,6 +86,10 @@ def add_text(command: argparse.ArgumentParser) -> None:
     add("--length", type=int, metavar="N", help=help_)
     add("--batch-size", type=int, metavar="N", help="default 8")
     add("--shard-size", type=_size, metavar="SIZE", help="largest weight file; default 5GB")
+
+
+def _calibration(text: str) -> Path | str:
+    return GENERATE if text == GENERATE else Path(text)
 
 
 def settings_of(options: argparse.Namespace) -> NetworkSettings:

@@ -169,7 +169,9 @@ def _prune(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         if not options.plan:
             out = _check_out(options)
-        task = job.find(options.model, options.calibration, text, planning=options.plan)
+        task = job.find(
+            options.model, options.calibration, text, planning=options.plan, seed=options.seed
+        )
         settings = settings_of(options)
         if options.plan:
             planned = job.plan(task, settings)
@@ -202,7 +204,7 @@ def _shrink(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         out = _check_out(options)
         text = {name: getattr(options, name) for name in TEXT}
-        task = job.find(options.model, options.calibration, text)
+        task = job.find(options.model, options.calibration, text, seed=options.seed)
         with _heeding_sigterm(kept=False):
             result = shrinking.run(task, options, out)
     print(json.dumps(result, indent=1) if options.json else shrinking.table(result))

@@ -29,7 +29,7 @@ from lobs_native.files.shelf import Place
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.perplexity import perplexity
 from lobs_native.huggingface.spelling import places_of, same_bits
-from lobs_native.huggingface.text import text_batches
+from lobs_native.huggingface.text import GENERATE, generated_batches, text_batches
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import pruner
 from lobs_native.network.pruning import Pruning
@@ -68,7 +68,12 @@ class Job:
 
 
 def find(
-    source: str, calibration: Path | None, text: Mapping[str, Any], *, planning: bool = False
+    source: str,
+    calibration: Path | str | None,
+    text: Mapping[str, Any],
+    *,
+    planning: bool = False,
+    seed: int = 0,
 ) -> Job:
     """The network that the command line names.
 
@@ -77,13 +82,15 @@ def find(
     source : str
         A folder, a GGUF file, or ``module:function``, which is called without arguments and returns
         (model, batches) or (model, batches, forward).
-    calibration : Path or None
-        A text file, for a folder.
+    calibration : Path, "generate" or None
+        For a folder: a text file, or what the network writes.
     text : mapping
         Options of :func:`~lobs_native.huggingface.text.text_batches`, and ``shard_size`` in bytes;
         for a folder.
     planning : bool
         Batches are not needed.
+    seed : int
+        Of what the network writes.
 
     Raises
     ------
@@ -92,13 +99,13 @@ def find(
     """
     begun = time.perf_counter()
     if Path(source).is_dir() or source.endswith(".gguf"):
-        found = _folder(Path(source), calibration, dict(text), planning)
+        found = _folder(Path(source), calibration, dict(text), planning, seed)
     else:
         found = _of_function(source, calibration, text)
     return dataclasses.replace(found, loading=time.perf_counter() - begun)
 
 
-def _of_function(source: str, calibration: Path | None, text: Mapping[str, Any]) -> Job:
+def _of_function(source: str, calibration: Path | str | None, text: Mapping[str, Any]) -> Job:
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
             f"MODEL: {source!r} is not a folder or GGUF file here, and not of the form "
@@ -120,13 +127,18 @@ def _of_function(source: str, calibration: Path | None, text: Mapping[str, Any])
     return Job(model, batches, forward, None, functools.partial(_save_state, model))
 
 
-def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planning: bool) -> Job:
+def _folder(
+    folder: Path, calibration: Path | str | None, text: dict[str, Any], planning: bool, seed: int
+) -> Job:
     """The network in a folder, or in a GGUF file."""
     if not folder.exists():
         raise ArgumentError(f"MODEL: there is no file {folder}")
     shard_bytes = text.pop("shard_size", None) or SHARD_BYTES
     if calibration is None and not planning:
         raise ArgumentError("--calibration: it is missing; give a text file to calibrate on")
+    prompts = text.pop("prompts", None)
+    if prompts is not None and calibration != GENERATE:
+        raise ArgumentError(f"--prompts: it is for --calibration {GENERATE}")
     checkpoint = hf.examine(folder)
     model = hf.load(checkpoint)
     configured = model.config.to_dict()  # type: ignore[union-attr, operator]
@@ -138,7 +150,10 @@ def _folder(folder: Path, calibration: Path | None, text: dict[str, Any], planni
     batches = measure = None
     if calibration is not None:
         chosen = {name: value for name, value in text.items() if value is not None}
-        calibrating = text_batches(checkpoint, model, calibration, **chosen)
+        if isinstance(calibration, Path):
+            calibrating = text_batches(checkpoint, model, calibration, **chosen)
+        else:
+            calibrating = generated_batches(checkpoint, model, prompts=prompts, seed=seed, **chosen)
         batches = calibrating.batches
         settings |= calibrating.settings
         if calibrating.held_back:

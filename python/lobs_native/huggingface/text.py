@@ -1,4 +1,4 @@
-"""Calibration batches from a text file and a folder's tokenizer."""
+"""Calibration batches: from a text file and a folder's tokenizer, or written by the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from lobs_native.huggingface import gguf
 from lobs_native.huggingface.checkpoint import Checkpoint
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
 
-__all__ = ["Text", "text_batches"]
+__all__ = ["GENERATE", "Text", "generated_batches", "text_batches"]
+
+GENERATE = "generate"  # in place of a file: what the network itself writes
+_WRITTEN = 16_384  # tokens, by default
+_AT_ONCE = 64  # sequences that are written together
+_PROMPT = 4  # tokens of a line that begin a sequence
 
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -79,21 +84,14 @@ def text_batches(
     ):
         checks.positive_int(value, name)
     config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise ArgumentError(f"--length: {length}; the network takes at most {longest} tokens")
+    _check_length(config, length)
     if lines is None and tokens is None:
         lines = 600
     chosen, following = _running_text(
         file, lines, min_words, words=tokens if lines is None else None
     )
-    tokenizer = (
-        _tokenizer(checkpoint.folder)
-        if checkpoint.gguf is None
-        else gguf.tokenizer(checkpoint.gguf)
-    )
-    name = type(model).__name__
-    blocks = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
+    tokenizer = _tokenizer_of(checkpoint)
+    blocks = _is_causal(model)
     if blocks and tokens is not None and tokens < length:
         raise ArgumentError(f"--tokens: {tokens}; one block has {length}; pass more or a --length")
     held_back: list[Sequence[int]] = []
@@ -125,6 +123,126 @@ def text_batches(
     return Text(list(_batches(rows, batch_size)), settings, list(_batches(held_back, batch_size)))
 
 
+def generated_batches(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    prompts: Path | None = None,
+    seed: int = 0,
+    lines: int | None = None,
+    tokens: int | None = None,
+    min_words: int = 20,
+    length: int = 128,
+    batch_size: int = 8,
+) -> Text:
+    """Calibration inputs that a causal language model writes itself, token by token, each drawn
+    with the probability that the network gives it; it does not end a text before its length.
+
+    Parameters
+    ----------
+    checkpoint, model : Checkpoint, nn.Module
+        The folder with the tokenizer, and its network, which is left as it was.
+    prompts : Path, optional
+        UTF-8 text: sequences begin with the first 4 tokens of its lines of ``min_words`` words or
+        more, one line for each, in order and again from the first. Without it, all begin with the
+        tokenizer's token for that.
+    seed : int
+        Of what is drawn. The same seed, versions and threads give the same tokens; the caller's
+        generators are kept.
+    lines : int, optional
+        Of ``prompts``, the largest number that is used; by default all that are needed.
+    tokens : int
+        How many, in whole sequences; by default 16,384.
+    length, batch_size : int
+        Tokens in a sequence, with those that begin it, and sequences in a batch.
+
+    Raises
+    ------
+    ArgumentError, CheckpointError
+        The network is no causal language model; the file is missing, is not text or has too little
+        of it; there is no tokenizer, or none that begins a text.
+    """
+    tokens = _WRITTEN if tokens is None else tokens
+    for name, value in (("--tokens", tokens), ("--min-words", min_words), ("--length", length)):
+        checks.positive_int(value, name)
+    checks.positive_int(batch_size, "--batch-size")
+    config: Any = model.config
+    if not _is_causal(model):
+        raise ArgumentError(
+            f"--calibration: {GENERATE!r} needs a causal language model, and {type(model).__name__}"
+            " is none; give a text file"
+        )
+    _check_length(config, length)
+    if length <= _PROMPT or tokens < length:
+        raise ArgumentError(
+            f"--tokens: {tokens} in sequences of {length} (--length); a sequence has more than "
+            f"{_PROMPT} tokens, and there must be one"
+        )
+    count = tokens // length
+    tokenizer = _tokenizer_of(checkpoint)
+    if prompts is not None:
+        first = count if lines is None else checks.positive_int(lines, "--lines")
+        chosen, _ = _running_text(prompts, first, min_words, option="--prompts")
+        begun = [ids[:_PROMPT] for ids in tokenizer(chosen)["input_ids"]]
+        begun = [ids for ids in begun if len(ids) == _PROMPT]
+    else:
+        begun = [[x] for x in (tokenizer.bos_token_id,) if x is not None]
+    if not begun:
+        raise ArgumentError(
+            "--prompts: the tokenizer has no token that begins a text; give a file whose lines do"
+            if prompts is None
+            else f"--prompts: no line of {prompts} has {_PROMPT} tokens; give running text"
+        )
+    starts = torch.tensor([begun[i % len(begun)] for i in range(count)])
+    rows = _written(model, starts, length, seed)
+    _check_tokens(rows, tokenizer, config)
+    settings = {
+        "text": f"written by the network, seed {seed}",
+        "text as": f"blocks of {length} tokens",
+        "prompts": None if prompts is None else str(prompts),
+        "batch size": batch_size,
+        "tokens": count * length,
+    }
+    return Text(list(_batches(rows, batch_size)), settings, [])
+
+
+@torch.no_grad()
+def _written(model: Any, starts: Tensor, length: int, seed: int) -> list[list[int]]:
+    """Sequences of ``length`` tokens that begin with the rows of ``starts`` (n, P)."""
+    rows: list[list[int]] = []
+    more = length - starts.shape[1]
+    padding = model.config.pad_token_id
+    with torch.random.fork_rng(), quiet(transformers_library()):
+        torch.manual_seed(seed)
+        for some in starts.to(model.device).split(_AT_ONCE):
+            written = model.generate(
+                some,
+                attention_mask=torch.ones_like(some),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=more,
+                min_new_tokens=more,
+                pad_token_id=0 if padding is None else padding,
+            )
+            rows += written.tolist()
+    return rows
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether it is a causal language model, which reads blocks of running text."""
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return named or bool(getattr(model.config, "is_decoder", False))
+
+
+def _check_length(config: Any, length: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise ArgumentError(f"--length: {length}; the network takes at most {longest} tokens")
+
+
 def _blocks(ids: Sequence[int], length: int) -> list[Sequence[int]]:
     """Tokens divided into blocks; a remainder is dropped."""
     return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
@@ -147,12 +265,17 @@ def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
 
 
 def _running_text(
-    file: Path, lines: int | None, min_words: int, *, words: int | None = None
+    file: Path,
+    lines: int | None,
+    min_words: int,
+    *,
+    words: int | None = None,
+    option: str = "--calibration",
 ) -> tuple[list[str], list[str]]:
     """The first lines of running text: so many, or until they have so many words, each of which is
     a token at least; and a quarter as many lines after them, as far as there are any."""
     if not file.is_file():
-        raise ArgumentError(f"--calibration: there is no file {file}; name a text file")
+        raise ArgumentError(f"{option}: there is no file {file}; name a text file")
     chosen: list[str] = []
     following: list[str] = []
     count = found = 0
@@ -171,13 +294,19 @@ def _running_text(
                 chosen.append(line)
                 found += len(line.split())
     except (OSError, UnicodeError) as error:
-        raise CheckpointError(f"--calibration: {file} is not UTF-8 text: {error}") from error
+        raise CheckpointError(f"{option}: {file} is not UTF-8 text: {error}") from error
     if not chosen:
         raise ArgumentError(
-            f"--calibration: {file}: none of its {count} lines has {min_words} words or more; pass "
+            f"{option}: {file}: none of its {count} lines has {min_words} words or more; pass "
             "running text or a smaller --min-words"
         )
     return chosen, following
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Any:
+    if checkpoint.gguf is not None:
+        return gguf.tokenizer(checkpoint.gguf)
+    return _tokenizer(checkpoint.folder)
 
 
 def _tokenizer(folder: Path) -> Any:
