@@ -149,8 +149,7 @@ def test_the_weights_are_those_of_pruning_in_python(here, name):
     masks = load_file(here / "out" / "masks.safetensors")
     assert all(torch.equal(masks[key], mask) for key, mask in report.masks.items())
     assert len(masks) == 2
-    saved = json.loads((here / "out" / "report.json").read_text())
-    assert saved["removed"] == report.removed
+    assert json.loads((here / "out" / "report.json").read_text())["removed"] == report.removed
     assert (here / "out" / "report.html").is_file()
 
 
@@ -164,9 +163,9 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     monkeypatch.setattr(pruner, "carried_out", stop)
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
-        "--spread 0.3 --sensitivity none --budget flops --blocks none --token-mask none "
-        "--token-weights output --tune blocks --refine solve --inputs dense --include 0 "
-        "--include 2 --exclude 2 --strict --damping 0.5 --prune-bias --device cpu "
+        "--spread 0.3 --search 3 --search-seconds 60 --sensitivity none --token-weights output "
+        "--budget flops --blocks none --token-mask none --tune blocks --refine solve --exclude 2 "
+        "--inputs dense --include 0 --include 2 --strict --damping 0.5 --prune-bias --device cpu "
         "--memory 1.5MiB --backend reference --seed 7 --run-dir kept --resume never "
         "--measure all --held-back 0.25 --no-progress"
     )
@@ -185,6 +184,8 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "token_mask": None,
         "token_weights": "output",
         "tune": "blocks",
+        "search": 3,
+        "search_seconds": 60.0,
         "measure": "all",
         "held_back": 0.25,
         "refine": "solve",
@@ -388,7 +389,7 @@ def test_the_seconds_of_all_stages_are_those_of_the_run(here, capsys):
     report = json.loads((here / "out" / "report.json").read_text())
     stages = report["settings"]["seconds"]
     assert sum(stages.values()) == pytest.approx(report["seconds"])
-    assert all(seconds >= 0 for seconds in stages.values())
+    assert min(stages.values()) >= 0
     assert {"loading", "looking at the model", "measuring the output", "saving"} < set(stages)
     for stage, of_layer in (("calibrating", "calibrating"), ("removing weights", "pruning")):
         assert stages[stage] >= sum(x[f"seconds_{of_layer}"] for x in report["layers"]) - 0.01

@@ -145,6 +145,8 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "token_mask": ("no", ArgumentError),
     "measure": ("none", ArgumentError),
     "held_back": (1.0, ArgumentError),
+    "search": (-1, ArgumentError),
+    "search_seconds": (-1.0, ArgumentError),
     "forward": ("model", DtypeError),
     "resume": ("yes", ArgumentError),
 }

@@ -22,6 +22,7 @@ __all__ = [
     "Sample",
     "Samples",
     "floating_tensors",
+    "held_back_loss",
     "measure_change",
     "sample_outputs",
     "sizes_of",
@@ -173,6 +174,22 @@ def measure_change(
     return total
 
 
+@torch.no_grad()
+def held_back_loss(session: Session, limit: int | None = None) -> float | None:
+    """How far the output is from the original network's on the batches held back: the mean
+    Kullback-Leibler divergence, in nats, of logits over the vocabulary of the model's ``config``;
+    or, for other outputs, the squared change over the squared size. ``limit`` as above. None if the
+    outputs cannot be compared."""
+    vocabulary = getattr(getattr(session.model, "config", None), "vocab_size", None)
+    total = Change(0.0, 0.0, 0.0, 0)
+    for number, batch in enumerate(session.each_held_back("measure")):
+        change = _change_of(session, batch, limit, number, None, vocabulary)
+        if change is None:
+            return None
+        total = Change(*map(operator.add, astuple(total), astuple(change)))
+    return total.difference / total.size if total.size else None
+
+
 def _evenly(count: int, total: int) -> set[int]:
     """``count`` of ``total`` numbers from 0, evenly spaced, or all of them."""
     count = min(count, total)
@@ -180,10 +197,16 @@ def _evenly(count: int, total: int) -> set[int]:
 
 
 def _change_of(
-    session: Session, batch: Any, limit: int | None, number: int, sample: Sample | None
+    session: Session,
+    batch: Any,
+    limit: int | None,
+    number: int,
+    sample: Sample | None,
+    vocabulary: int | None = None,
 ) -> Change | None:
-    """The change on one batch. It is a function of its own so that the outputs are freed before the
-    model runs on the next one."""
+    """The change on one batch. If some outputs have ``vocabulary`` columns, it is the sum of the
+    divergences of their rows, and its size the number of these. A function of its own, so that the
+    outputs are freed before the model runs on the next one."""
     difference = size = rows = 0.0
     mask = session.output_mask(batch)
     with Shelf(limit) as again:
@@ -196,16 +219,21 @@ def _change_of(
         keys = [(number, i, x.shape) for i, x in enumerate(now)]
         if not now or keys != sorted(key for key in before if key[0] == number):
             return None
+        logits = any(x.shape[-1] == vocabulary for x in now)
         for key, x in zip(keys, now, strict=True):
-            if not x.numel():
+            if not x.numel() or (logits and x.shape[-1] != vocabulary):
                 continue
-            tokens, width = _rows(x, mask)
+            tokens, width = _rows(x, mask, x.shape[-1] if logits else 1)
             step = max(1, _PIECE // width) * width
             parts = zip(x.reshape(-1).split(step), before.parts(key, step), strict=True)
             for k, (a, b) in enumerate(parts):
                 if tokens is not None:
                     counts = tokens[k * step // width :][: len(a) // width]
                     a, b = a.view(-1, width)[counts], b.view(-1, width)[counts]
+                if logits:
+                    difference += _divergence(b.view(-1, width), a.view(-1, width))
+                    size += a.numel() / width
+                    continue
                 wide = b.double()
                 size += float(wide.square().sum())
                 difference += float((wide - a).square().sum())
@@ -213,10 +241,17 @@ def _change_of(
     return Change(difference, size, rows, 1)
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, int]:
-    """Which rows of the flat ``x`` count, and how many entries each has; None if all do."""
+def _divergence(original: Tensor, other: Tensor) -> float:
+    """The sum of KL(p || q) over rows (n, V): p is the softmax of ``original``, q of ``other``."""
+    p, q = original.double().log_softmax(1), other.double().log_softmax(1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def _rows(x: Tensor, mask: Tensor | None, width: int = 1) -> tuple[Tensor | None, int]:
+    """Which rows of the flat ``x`` count, and how many entries each has; None, and ``width``, if
+    all do."""
     tokens = tokens_in(x, mask)
     if tokens is None:
-        return None, 1
+        return None, width
     shape = x.shape if tokens.shape == x.shape else torch.Size([*x.shape[:-1], 1])
     return tokens.expand(shape).reshape(-1), x.numel() // shape.numel()

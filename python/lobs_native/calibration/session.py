@@ -204,6 +204,12 @@ class Session:
                     for name, value in present.items():
                         overwrite(self._named[name], value)
 
+    def restore(self) -> None:
+        """Give the pruned parameters their original values."""
+        for name in self.changed:
+            overwrite(self._named[name], self.originals[name])
+        self.changed.clear()
+
     @functools.cached_property
     def _padding(self) -> Padding:
         return Padding(self.model)

@@ -28,14 +28,14 @@ from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.problem import Problem, nearest_count
 from lobs_native.solvers.workspace import Workspace
 
-__all__ = ["Costs", "passes", "share_budget", "shares"]
+__all__ = ["Costs", "budget_costs", "passes", "shares"]
 
 _KEPT = 1 << 20  # the most costs of a layer that are kept
 _LEAST = 0.5  # a layer keeps at least this share of the weights that it was to keep
 _PURPOSE = "costs"  # names the pass over the data, and its results in the run directory
 
 
-def share_budget(
+def budget_costs(
     jobs: Sequence[LayerJob],
     session: Session,
     settings: NetworkSettings,
@@ -44,12 +44,13 @@ def share_budget(
     sensitivity: Mapping[str, Tensor] | None,
     each: Mapping[str, float],
     states: States | None = None,
-) -> dict[str, float]:
-    """name -> the sparsity that the common budget leaves to a layer with scope "model".
+) -> dict[str, Costs]:
+    """name -> the costs of removals from a layer with scope "model", which :func:`shares` divides
+    the common budget by.
 
-    It is at most ``settings.spread`` away from the requested sparsity, and keeps at least half of
-    the weights that the layer was to keep; a spread of 1 sets no bounds. Cut at that sparsity, a
-    layer loses the weights that the common cut takes from it.
+    A layer's sparsity is then at most ``settings.spread`` away from the requested one, and it keeps
+    at least half of the weights that it was to keep; a spread of 1 sets no bounds. Cut at that
+    sparsity, a layer loses the weights that the common cut takes from it.
 
     A layer that is missing from ``sensitivity`` is left out. A weight of a layer counts
     ``each[name]`` in the budget: 1, or its multiplications. ``plan`` limits memory; ``states``
@@ -77,8 +78,7 @@ def share_budget(
             )
             if states is not None:
                 _keep_costs(states, costs)
-    counts = shares([costs[job.layer.name] for job in together])
-    return {job.layer.name: n / job.weights for job, n in zip(together, counts, strict=True)}
+    return {job.layer.name: costs[job.layer.name] for job in together}
 
 
 def _keep_costs(states: States, costs: Mapping[str, Costs]) -> None:

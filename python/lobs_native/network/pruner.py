@@ -36,6 +36,8 @@ def prune(
     sensitivity: str | None = "auto",
     token_weights: str | None = None,
     budget: str = "weights",
+    search: int = 0,
+    search_seconds: float | None = None,
     damping: float = 0.01,
     prune_bias: bool = False,
     refine: str | None = None,
@@ -110,6 +112,17 @@ def prune(
     budget : "weights" or "flops"
         With scope "model", what ``sparsity`` is a share of: all weights, or all multiplications of
         one forward pass (a convolution's weight is used at every position).
+    search : int >= 0
+        With scope "model" and ``held_back``: how many divisions of the budget besides the first one
+        are tried. With each, the network is pruned as a whole, and its output is measured on the
+        batches held back: by the Kullback-Leibler divergence where it returns logits over
+        ``config.vocab_size`` tokens, by the relative change of the output otherwise. The best is
+        taken, so that the network is never further from the original one there than without a
+        search. It takes as many times as long. ``report.settings["search for a division"]`` says
+        what it found; with ``run_dir``, evaluations are kept.
+    search_seconds : float, optional
+        No further division is begun after so many seconds. How many there were then depends on the
+        machine; the report says it.
     include, exclude : glob or list of globs on names of layers or modules
         Default: everything that can be pruned. That is nn.Linear, nn.Conv1d to 3d and their
         transposes, nn.MultiheadAttention (``<name>.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``),
@@ -263,6 +276,8 @@ def prune(
         sensitivity=sensitivity,
         token_weights=token_weights,
         budget=budget,
+        search=search,
+        search_seconds=search_seconds,
         damping=damping,
         prune_bias=prune_bias,
         refine=refine,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,23 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
-from lobs_native.calibration.outputs import Samples
+from lobs_native.calibration.outputs import Samples, held_back_loss
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Place, Shelf
-from lobs_native.layers import overwrite
 from lobs_native.network import bound
-from lobs_native.network.allocation import share_budget
+from lobs_native.network.allocation import budget_costs
 from lobs_native.network.bound import error_bound_of, is_sampled, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight
 from lobs_native.network.resources import RunPlan, plan_run
+from lobs_native.network.search import Search
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
+from lobs_native.network.sensitive import sensitive_of, weighted_of
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
@@ -40,7 +41,6 @@ from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
 from lobs_native.rundir.fingerprints import fingerprints
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.methods import TABLE
 from lobs_native.version import versions
 
 __all__ = ["Pruning"]
@@ -68,6 +68,7 @@ class Pruning:
         self.stages = Stages()
         self.places = places or {}
         self.settings = settings
+        self.searched: dict[str, float] | None = None  # what a search for a division found
         self.candidates = candidates_of(model, settings)
         self.batches = batches_of(calibration)
         batches, held_back = divided(self.batches, settings.held_back)
@@ -87,49 +88,12 @@ class Pruning:
             held_back=held_back,
         )
 
-    def _sensitive(self) -> list[LayerJob]:
-        """The layers whose rows are weighted by their sensitivity."""
-        sensitivity = self.settings.sensitivity
-        sharing = [job for job in self.selected if job.shared]
-        if self.settings.budget == "flops" and not sharing:
-            raise ArgumentError("budget: 'flops' is shared among layers; use scope 'model' with it")
-        if self.settings.spread != NetworkSettings.spread and not sharing:
-            raise ArgumentError(
-                f"spread: {self.settings.spread:g} bounds how layers share a budget; use scope "
-                "'model' with it"
-            )
-        if sensitivity == "bound" and not sharing:
-            raise ArgumentError("sensitivity: 'bound' compares layers; use scope 'model' with it")
-        measured = sensitivity == "auto" and self.settings.token_weights is not None
-        if sensitivity != "output" and not measured:
-            return [] if sensitivity is None else sharing
-        sensitive = [job for job in self.selected if _compares_rows(job)]
-        if not sensitive and not measured:
-            raise ArgumentError(
-                "sensitivity: 'output' weighs rows against each other, which needs method "
-                "'auto', 'exact' or 'admm', no N:M pattern, and scope 'layer' or 'model'; use "
-                "'auto' or None"
-            )
-        return sensitive
-
-    def _weighted(self) -> list[LayerJob]:
-        """The layers whose tokens are weighted by the output's sensitivity."""
-        if self.settings.token_weights is None:
-            return []
-        weighted = [job for job in self.selected if not job.layer.watched]
-        if not weighted:
-            raise ArgumentError(
-                "token_weights: 'output' needs the gradient at the output of a layer, and none of "
-                "the layers has one of its own (attention and experts have not); use None"
-            )
-        return weighted
-
     def look(self) -> RunPlan:
         """Run the model to see how it uses its weights and in which order, and plan the run."""
         settled = settle(self.candidates, self.session, self.settings)
         self.selected, self.skipped = settled.jobs, settled.skipped
-        self.sensitive = self._sensitive()
-        self.weighted = self._weighted()
+        self.sensitive = sensitive_of(self.selected, self.settings)
+        self.weighted = weighted_of(self.selected, self.settings)
         self.jobs, flow = order_of(self.selected, self.session, settled.seen)
         self.rows = flow.rows
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
@@ -199,7 +163,7 @@ class Pruning:
                     samples = samples_of(session, self.jobs, self.settings, plan.sample_limit, kept)
                 loop, error_bound = self._prune(plan, ledger, peak, samples)
             except BaseException as error:
-                _restore(session)
+                session.restore()
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
                         f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.run.path}; "
@@ -217,11 +181,7 @@ class Pruning:
         with self.stages.stage("dividing the budget"):
             shares = self._shares(plan, sensitivity, ledger)
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
-        tuner = None
-        if self.tuned:
-            tuner = Tuner(self.session, self._pruned(), ledger, plan.states_limit)
-        context = Context(self.settings, plan, sensitivity or {}, ledger, self.stages, tuner)
-        loop = LayerLoop(self.session, self.structure.with_jobs(jobs), context)
+        loop = self._loop(jobs, plan, sensitivity, ledger, self.stages)
         loop.carry_out()
         if ledger is not None:
             ledger.states.clear()
@@ -232,6 +192,21 @@ class Pruning:
                 self.session, jobs, loop.done, self.settings, limit, samples
             )
         return loop, error_bound
+
+    def _loop(
+        self,
+        jobs: Sequence[LayerJob],
+        plan: RunPlan,
+        sensitivity: Mapping[str, Tensor] | None,
+        ledger: Ledger | None,
+        stages: Stages,
+    ) -> LayerLoop:
+        """The loop over the layers, with these settings for each."""
+        tuner = None
+        if self.tuned:
+            tuner = Tuner(self.session, self._pruned(), ledger, plan.states_limit)
+        context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
+        return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
 
     # ---- a common budget -------------------------------------------------------------------------
 
@@ -279,7 +254,7 @@ class Pruning:
         if known is not None:
             return known
         flops = self.settings.budget == "flops"
-        shares = share_budget(
+        costs = budget_costs(
             self.jobs,
             self.session,
             self.settings,
@@ -288,9 +263,36 @@ class Pruning:
             each=multiplications(self.jobs, self.rows) if flops else {},
             states=None if ledger is None else ledger.states,
         )
+        search = Search(
+            costs,
+            {job.layer.name: job.weights for job in self.jobs},
+            lambda shares: self._loss(shares, plan, sensitivity),
+            ledger,
+        )
+        shares = search.best(self.settings.search, self.settings.search_seconds)
+        self.searched = search.summary()
         if ledger is not None and shares:
             ledger.keep_shares(shares)
         return shares
+
+    def _loss(
+        self, shares: Mapping[str, float], plan: RunPlan, sensitivity: Mapping[str, Tensor] | None
+    ) -> float:
+        """Prune to these sparsities, measure the output on the batches held back, and go back."""
+        jobs = [
+            job.with_sparsity(shares[job.layer.name]) if job.layer.name in shares else job
+            for job in self.jobs
+        ]
+        try:
+            self._loop(jobs, plan, sensitivity, None, Stages()).carry_out()
+            loss = held_back_loss(self.session, plan.output_limit)
+        finally:
+            self.session.restore()
+        if loss is None:
+            raise ArgumentError(
+                "search: the model returns no floating-point tensors that can be compared; use 0"
+            )
+        return loss
 
     def _with_share(self, job: LayerJob, share: float | None) -> LayerJob:
         if share is not None:
@@ -346,6 +348,7 @@ class Pruning:
             "batches held back": len(self.session.held_back),
             **self.structure.summary(),
             "plan": loop.context.plan.to_dict(),
+            "search for a division": self.searched,
             "seconds": of_stages,
             "peak memory": peak.bytes(),
             "peak memory of sensitivities": peak.before_reset if measured else None,
@@ -376,13 +379,6 @@ class Pruning:
         )
 
 
-def _compares_rows(job: LayerJob) -> bool:
-    """Whether a layer is pruned differently with the sensitivity of its rows."""
-    settings = job.settings
-    compares = TABLE[settings.method].compares_layers and not settings.resolved_pattern.is_grouped
-    return compares and settings.scope == "layer"
-
-
 def _name_of(forward: Forward | None) -> str | None:
     """The qualified name of a function, to compare with the one in another process."""
     if forward is None:
@@ -394,9 +390,3 @@ def _name_of(forward: Forward | None) -> str | None:
 def _show(plan: RunPlan, progress: bool) -> None:
     if progress and sys.stderr.isatty():
         tqdm.write(str(plan), file=sys.stderr)
-
-
-def _restore(session: Session) -> None:
-    parameters = dict(session.model.named_parameters(remove_duplicate=False))
-    for name in session.changed:
-        overwrite(parameters[name], session.originals[name])

@@ -55,6 +55,23 @@ def _spread(value: Any, name: str) -> float:
     return spread
 
 
+def _count(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ArgumentError(f"{name}: {value}; it is a number of divisions, 0 or more")
+    return value
+
+
+def _seconds(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    seconds = number(value, name)
+    if not seconds >= 0:
+        raise ArgumentError(f"{name}: {seconds:g}; it is a time in seconds, 0 or more")
+    return seconds
+
+
 def _held_back(value: Any, name: str) -> float:
     share = number(value, name)
     if not 0 <= share < 1:
@@ -139,6 +156,18 @@ class NetworkSettings(LayerOptions):
         choices=("weights", "flops"),
         help="with scope model, what --sparsity is a share of; default: %(default)s",
     )
+    search: int = option(
+        0,
+        check=_count,
+        help="scope model: prune the network with so many other divisions of the budget, and take "
+        "the one with which the output is closest to the original on batches held back (needs "
+        "--held-back); default: %(default)s",
+    )
+    search_seconds: float | None = option(
+        None,
+        check=_seconds,
+        help="begin no further division after so many seconds of --search; default: no limit",
+    )
     inputs: str = option(
         "corrected",
         choices=("corrected", "pruned", "dense"),
@@ -207,6 +236,13 @@ class NetworkSettings(LayerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.search and not self.held_back:
+            raise ArgumentError(
+                f"search: {self.search} divisions are compared on batches that are held back; pass "
+                "held_back, for example 0.1"
+            )
+        if self.search_seconds is not None and not self.search:
+            raise ArgumentError("search_seconds: it limits a search; pass search, for example 20")
         if not self.overrides:
             self._common()  # raises if what all layers are pruned with does not fit together
 
@@ -245,6 +281,22 @@ class NetworkSettings(LayerOptions):
                 "a sparsity; use 'layer'"
             )
         return settings, True
+
+    def check_apart(self) -> None:
+        """Raise ArgumentError for what says how layers share a budget: none does."""
+        way_out = "use scope 'model' with it"
+        if self.budget == "flops":
+            raise ArgumentError(f"budget: 'flops' is shared among layers; {way_out}")
+        if self.spread != NetworkSettings.spread:
+            raise ArgumentError(
+                f"spread: {self.spread:g} bounds how layers share a budget; {way_out}"
+            )
+        if self.search:
+            raise ArgumentError(
+                f"search: {self.search} divisions of a budget that layers share; {way_out}"
+            )
+        if self.sensitivity == "bound":
+            raise ArgumentError(f"sensitivity: 'bound' compares layers; {way_out}")
 
     def arguments(self, *, compared: bool = False) -> dict[str, Any]:
         """name -> value for the report; or, if ``compared``, what a resumed run must repeat."""

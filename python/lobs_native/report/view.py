@@ -115,8 +115,8 @@ def _held_back(bound: ErrorBound) -> float | None:
 _ARGUMENTS = (
     *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity"),
-    *("token_weights", "budget", "include", "exclude", "overrides", "strict"),
-    *("memory", "device", "backend", "blocks", "tune"),
+    *("token_weights", "budget", "search", "search_seconds", "include", "exclude", "overrides"),
+    *("strict", "memory", "device", "backend", "blocks", "tune"),
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}

@@ -182,6 +182,26 @@ class Ledger:
             )
         return self.run.load(record)
 
+    def keep_evaluation(self, loss: float, seconds: float) -> None:
+        """Commit one evaluation of a search for a division."""
+        number = len(self.evaluations())
+        info = plain({"loss": loss, "seconds": seconds})
+        self.run.commit(f"evaluation {number}", {}, info, kind=_BUDGET)
+        if stop.is_set():
+            raise StoppedError
+
+    def evaluations(self) -> list[tuple[float, float]]:
+        """The arguments of :meth:`keep_evaluation`, in order."""
+        found: list[tuple[float, float]] = []
+        while (record := self.run.find(f"evaluation {len(found)}", kind=_BUDGET)) is not None:
+            try:
+                found.append((float(record.info["loss"]), float(record.info["seconds"])))
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self.run.path}: an evaluation cannot be read: {error}; begin a new run"
+                ) from error
+        return found
+
     def keep_shares(self, shares: Mapping[str, float]) -> None:
         """Commit the division of a common budget: name -> sparsity."""
         self.run.commit("shares", {}, {"shares": dict(shares)}, kind=_BUDGET)
