@@ -190,8 +190,8 @@ CHANGES: dict[str, Batch] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 2},
     "gemma3": {"mm_tokens_per_image": 4},
-    "glm4v_text": {**_SECTIONS, "rope_parameters": _HALF},
     "glm4v_moe_text": {**_SECTIONS, "head_dim": 16, "rope_parameters": _HALF},
+    "glm4v_text": {**_SECTIONS, "rope_parameters": _HALF},
     "glm_image_text": {**_SECTIONS, "rope_parameters": _HALF},
     "glm_ocr_text": {**_SECTIONS, "head_dim": 16, "rope_parameters": _HALF},
     "glmasr_encoder": {"intermediate_size": 128},
@@ -203,8 +203,11 @@ CHANGES: dict[str, Batch] = {
     "minicpmv4_6": {"image_token_id": 150},
     "minicpmv4_7": {"image_token_id": 150},
     "ministral": {"head_dim": 8},
-    "qwen2_vl_text": _SECTIONS,
     "qwen2_5_vl_text": _SECTIONS,
+    "qwen2_vl_text": _SECTIONS,
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layers": [-2, -1, 0, 1, 2]},
+    "voxtral_encoder": {"intermediate_size": 128},
 }
 
 
@@ -312,7 +315,10 @@ def _patches(
     for numbers in dict.fromkeys((frames, 2, 1)):
         x = noise(64, channels * numbers * side * side).flatten(0, 1)
         for rows in (x, x.view(len(x), channels, *([numbers] * (numbers > 1)), side, side)):
-            yield {name: rows, grid: torch.tensor([[1, 8, 8]] * size)}
+            images = {name: rows, grid: torch.tensor([[1, 8, 8]] * size)}
+            if "merge_sizes" in takes:
+                images["merge_sizes"] = torch.tensor([2] * size)
+            yield images
 
 
 def _two_sides(model: nn.Module) -> bool:
