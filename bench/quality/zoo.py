@@ -48,7 +48,7 @@ import lobs_native as lobs
 from lobs_native.layers import stored_weights
 from quality import small_models, small_timm
 
-__all__ = ["checked", "pruned", "summary"]
+__all__ = ["checked", "kept", "pruned", "summary"]
 
 LIBRARIES: dict[str, Any] = {"transformers": small_models, "timm": small_timm}
 FIRST = {"transformers": ("bert", "llama", "vit"), "timm": ()}
@@ -275,21 +275,19 @@ def _line(row: Row) -> str:
     return "\n".join([text, *(f"{'':28} {n}: {why}" for why, n in row["reasons"].items())])
 
 
-def _kept(path: Path, library: str, about: Row, found: list[Row]) -> None:
+def kept(path: Path, library: str, about: Row, found: list[Row]) -> None:
     """Put rows into a file in the place of those of the same types; a line for each."""
-    kept: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
-    old = kept[library]["rows"] if library in kept else []
+    parts: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+    old = parts[library]["rows"] if library in parts else []
     named = {row["type"]: row for row in [*old, *found]}
     inside = [named[name] for name in sorted(named)]
-    kept[library] = {"about": about, "all": summary(inside), "rows": inside}
-    parts = []
-    for name, part in kept.items():
+    parts[library] = {"about": about, "all": summary(inside), "rows": inside}
+    texts = []
+    for name, part in parts.items():
         lines = ",\n  ".join(json.dumps(row) for row in part["rows"])
-        head = ",\n ".join(
-            f"{json.dumps(key)}: {json.dumps(part[key])}" for key in ("about", "all")
-        )
-        parts.append(f'"{name}": {{\n {head},\n "rows": [\n  {lines}\n ]}}')
-    path.write_text("{" + ",\n".join(parts) + "}\n")
+        head = f'"about": {json.dumps(part["about"])},\n "all": {json.dumps(part["all"])}'
+        texts.append(f'"{name}": {{\n {head},\n "rows": [\n  {lines}\n ]}}')
+    path.write_text("{" + ",\n".join(texts) + "}\n")
 
 
 def main() -> None:
@@ -315,7 +313,7 @@ def main() -> None:
         found.append(row)
         print(_line(row), flush=True)
         if options.out is not None:
-            _kept(options.out, options.library, about, found)
+            kept(options.out, options.library, about, found)
     print(json.dumps(summary(found), indent=1))
 
 

@@ -3,6 +3,8 @@ what is expected, and everything is counted."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from quality import chosen_models, small_models, zoo
@@ -86,12 +88,16 @@ TYPES = [
     "layoutlm",
     "lfm2",
     "llava",
+    "llava_next",
     "m2m_100",
+    "minicpmv4_6",
     "mobilevit",
     "opt",
     "phi3",
     "pvt_v2",
     "qwen2_moe",
+    "qwen2_vl",
+    "qwen3_asr",
     "regnet",
     "segformer",
     "siglip",
@@ -106,6 +112,14 @@ TYPES = [
     "yolos",
 ]
 
+# Those whose small networks get images or sounds beside text, in forms of their own.
+WITH_TOWERS = {
+    "llava_next": ["image_sizes", "input_ids", "pixel_values"],
+    "minicpmv4_6": ["input_ids", "pixel_values", "target_sizes"],
+    "qwen2_vl": ["image_grid_thw", "input_ids", "mm_token_type_ids", "pixel_values"],
+    "qwen3_asr": ["input_features", "input_features_mask", "input_ids"],
+}
+
 # What is left out of some networks, though it is no table and no router.
 EXPECTED: dict[str, set[str]] = {}
 
@@ -116,6 +130,7 @@ def test_small_networks_of_all_kinds_are_pruned_and_counted(name):
     if int(transformers.__version__.partition(".")[0]) < 5:
         pytest.skip("the configurations of older versions are made differently")
     model, batches = small_models.made(name)
+    assert sorted(batches[0]) == WITH_TOWERS.get(name, sorted(batches[0]))
     total = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     report = zoo.pruned(model, batches, method="magnitude", inputs="pruned")
     missed = {x.name for x in report.skipped if not x.on_purpose and x.weights}
@@ -125,3 +140,20 @@ def test_small_networks_of_all_kinds_are_pruned_and_counted(name):
     for layer in report.layers:
         size = report.masks[layer.name].numel()
         assert abs(layer.sparsity - 0.5) * size <= 1
+
+
+def test_a_file_keeps_the_rows_of_types_that_were_not_run_again(tmp_path):
+    def row(name, said):
+        return {"type": name, "outcome": "not made", "said": said}
+
+    out = tmp_path / "zoo.json"
+    zoo.kept(out, "transformers", {"torch": "1"}, [row("b", "first"), row("c", "first")])
+    zoo.kept(out, "timm", {"torch": "1"}, [row("b", "first")])
+    zoo.kept(out, "transformers", {"torch": "2"}, [row("c", "second"), row("a", "second")])
+    found = json.loads(out.read_text())
+    inside = [(x["type"], x["said"]) for x in found["transformers"]["rows"]]
+    assert inside == [("a", "second"), ("b", "first"), ("c", "second")]
+    assert found["transformers"]["about"] == {"torch": "2"}
+    assert found["transformers"]["all"]["types"] == 3
+    assert found["timm"]["all"]["types"] == 1
+    assert sum('"type"' in line for line in out.read_text().splitlines()) == 4
