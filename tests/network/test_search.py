@@ -11,7 +11,7 @@ from torch import nn
 import lobs_native as lobs
 from lobs_native.calibration.outputs import held_back_loss
 from lobs_native.calibration.session import Session
-from lobs_native.network import pruning
+from lobs_native.network import pruning, resources
 from lobs_native.network.allocation import Costs
 from lobs_native.network.search import Search
 
@@ -240,3 +240,13 @@ def test_a_search_needs_a_budget_and_batches(settings, message):
 def test_a_limit_on_the_time_needs_a_search():
     with pytest.raises(lobs.ArgumentError, match="search_seconds: it limits a search"):
         lobs.prune(network(), data(), search_seconds=3.0, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("more", "seconds"),
+    [({}, 10.0), ({"search": 3}, 50.0), ({"search": 3, "search_seconds": 15.0}, 25.0)],
+)
+def test_a_plan_has_the_time_of_the_search(monkeypatch, more, seconds):
+    """Where a run without one takes ten seconds: the first division, three more, and the run."""
+    monkeypatch.setattr(resources, "_seconds", lambda *_: 10.0)
+    assert lobs.plan_prune(network(), data(), **{**SETTINGS, **more}).seconds == seconds

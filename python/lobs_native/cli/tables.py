@@ -70,6 +70,11 @@ def report_table(report: Report) -> str:
             f"understood or impossible to prune; sparsity of the whole network "
             f"{coverage.sparsity:.4f}"
         )
+    if searched := report.settings.get("search for a division"):
+        notes.append(
+            f"{searched['evaluations']} divisions of the budget were tried: the loss on batches "
+            f"held back fell from {searched['loss at first']:.4g} to {searched['least loss']:.4g}"
+        )
     if (held_back := report.error_bound.held_back) is not None:
         notes.append(
             f"the output moved by {report.error_bound.relative or 0.0:.4g} of its size on the data "

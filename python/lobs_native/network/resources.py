@@ -224,7 +224,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         tokens=work.tokens,
         output=output + work.measuring,
         disk=elsewhere + work.sample - waiting,
-        seconds=_seconds(jobs, work, corrected),
+        seconds=_searching(_seconds(jobs, work, corrected), settings),
         limit=memory,
         scratch=scratch,
         statistics_limit=statistics + moments[largest],
@@ -233,6 +233,16 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         swapped_limit=swapped_limit,
         output_limit=output_limit,
     )
+
+
+def _searching(once: float, settings: NetworkSettings) -> float:
+    """The seconds of a run with its search, where a run without one takes ``once``."""
+    if not settings.search:
+        return once
+    searching = once * (settings.search + 1)
+    if settings.search_seconds is not None:  # the first division is always evaluated
+        searching = min(searching, max(once, settings.search_seconds))
+    return once + searching
 
 
 def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
