@@ -112,7 +112,7 @@ def test_rare_experts_are_pruned_to_every_target(options):
     for layer in report.layers:
         removed = int((~report.masks[layer.name]).sum())
         assert removed == sum(zeros(model, layer.name))
-        assert layer.sparsity * report.masks[layer.name].numel() == pytest.approx(removed)
+        assert layer.sparsity == removed / report.masks[layer.name].numel()
         if "max_error" in options:
             assert layer.error <= 1.0
 

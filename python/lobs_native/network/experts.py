@@ -61,11 +61,13 @@ def prune_experts(
         )
         for part, count in zip(parts, counts, strict=True)
     ]
-    return _joined(parts, outs)
+    return _joined(parts, outs, R * (C + settings.prune_bias))
 
 
-def _joined(parts: Sequence[Sequence[int]], outs: Sequence[PrunedWeight]) -> PrunedWeight:
-    """One result for a layer whose groups were pruned in parts."""
+def _joined(
+    parts: Sequence[Sequence[int]], outs: Sequence[PrunedWeight], of_each: int
+) -> PrunedWeight:
+    """One result for a layer whose groups, of so many weights each, were pruned in parts."""
     order = torch.tensor([g for part in parts for g in part]).argsort()
 
     def whole(name: str) -> Any:
@@ -79,7 +81,8 @@ def _joined(parts: Sequence[Sequence[int]], outs: Sequence[PrunedWeight]) -> Pru
     error, energy = total("error") or 0.0, total("energy") or 0.0
     raised = [out for out in outs if out.status != "ok"]
     conditions = [out.condition for out in outs if out.condition is not None]
-    sizes = [len(part) for part in parts]
+    sizes = [of_each * len(part) for part in parts]
+    removed = sum(round(n * out.sparsity) for n, out in zip(sizes, outs, strict=True))
     return dataclasses.replace(
         outs[0],
         weight=whole("weight"),
@@ -88,7 +91,7 @@ def _joined(parts: Sequence[Sequence[int]], outs: Sequence[PrunedWeight]) -> Pru
         bias_mask=whole("bias_mask"),
         error=error,
         relative_error=error / energy if energy > 0 else (0.0 if error == 0 else math.inf),
-        sparsity=sum(n * out.sparsity for n, out in zip(sizes, outs, strict=True)) / sum(sizes),
+        sparsity=removed / sum(sizes),
         damping=max(out.damping for out in outs),
         status=raised[0].status if raised else "ok",
         notes=tuple(dict.fromkeys(note for out in outs for note in out.notes)),
