@@ -384,6 +384,6 @@ def layers_first_reached_later(order: str, inputs: str, method: str, sparsity: f
 
 
 if __name__ == "__main__":
-    from quality import situations_of_folders  # noqa: F401  (enters them)
+    from quality import situations_of_folders, situations_of_types  # noqa: F401  (enters them)
 
     main((__doc__ or "").splitlines()[0])
