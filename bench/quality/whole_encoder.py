@@ -87,13 +87,13 @@ PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are r
 class Measure:
     """The text to measure on, and the original network's embeddings of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int = MEASURED) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with TEXT.open(encoding="utf-8") as file:
             lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
-        lines = lines[CALIBRATION : CALIBRATION + MEASURED]
+        lines = lines[CALIBRATION : CALIBRATION + count]
         options = {"padding": True, "truncation": True, "max_length": LONGEST}
         self.batches = [
             dict(tokenizer(lines[i : i + AT_ONCE], return_tensors="pt", **options))
@@ -125,7 +125,7 @@ def encoder_folder() -> Path:
 
 
 def prune_command(
-    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str, more: str = PLAIN
+    folder: Path, out: Path, method: str, scope: str, inputs: str, target: str
 ) -> list[str]:
     """The command that prunes it and prints the report."""
     how = ["--pattern", target] if ":" in target else ["--sparsity", target, "--scope", scope]
@@ -133,14 +133,15 @@ def prune_command(
         *(sys.executable, "-m", "lobs_native", "prune", str(folder), "--calibration", str(TEXT)),
         *("--lines", str(CALIBRATION), "--min-words", str(SHORTEST_WORDS), "--out", str(out)),
         *("--length", str(LONGEST), "--include", "encoder.layer.*", "--json", "--no-progress"),
-        *("--method", method, "--inputs", inputs, *how, *MORE[more]),
+        *("--method", method, "--inputs", inputs, *how),
     ]
 
 
-def prune(folder: Path, out: Path, row: Sequence[str], target: str) -> Any:
+def prune(folder: Path, out: Path, row: Sequence[str], target: str, lines: int) -> Any:
     """Run the command; its report."""
     method, scope, inputs, more = row
-    command = prune_command(folder, out, method, scope, inputs, target, more)
+    command = prune_command(folder, out, method, scope, inputs, target)
+    command += [*MORE[more], "--lines", str(lines)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -163,10 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A whole encoder from the command line.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shares", nargs="+", default=["0.5", "0.7", "0.8", PATTERN])
+    parser.add_argument("--lines", type=int, default=CALIBRATION, help="to calibrate on")
+    parser.add_argument("--measured", type=int, default=MEASURED, help="lines to measure on")
     parser.add_argument("--only", nargs="+", help="these methods, scopes and inputs")
     arguments = parser.parse_args()
     folder = encoder_folder()
-    measure = Measure(folder)
+    measure = Measure(folder, arguments.measured)
     result: dict[str, Any] = {"torch": str(torch.__version__), "lobs_native": lobs.__version__}
     result |= {"threads": torch.get_num_threads(), "rows": []}
     if arguments.out and arguments.out.is_file():
@@ -174,6 +177,7 @@ def main() -> None:
     known = {
         (r["target"], r["method"], r["scope"], r["inputs"], r.get("more", PLAIN))
         for r in result["rows"]
+        if r.get("lines", CALIBRATION) == arguments.lines
     }
     for target in arguments.shares:
         for row_name in _rows():
@@ -187,12 +191,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "pruned"
                 begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-                report = prune(folder, out, row_name, target)
+                report = prune(folder, out, row_name, target, arguments.lines)
                 cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
                 cosine = measure.cosine(out)
             settings = report["settings"]
             row = {
                 "target": target, "method": method, "scope": scope, "inputs": inputs, "more": more,
+                "lines": arguments.lines, "measured": arguments.measured,
                 "cosine": cosine, "sparsity": report["sparsity"], "seconds": report["seconds"],
                 "cpu seconds": cpu,
                 "planned": settings["plan"]["memory"], "planned seconds":

@@ -29,7 +29,7 @@ from lobs_native.layers import Layer
 __all__ = ["sensitivities"]
 
 _WAY_OUT = "; pass sensitivity=None"
-_AT_ONCE = 4096  # rows of gradients converted to float64
+_AT_ONCE = 256  # rows of gradients converted to float64, which stay in the cache
 _LARGEST = 2.0**12  # what the largest float16 gradient is scaled to at most
 _ATTEMPTS = 6  # backward passes for one batch at most
 
@@ -215,7 +215,7 @@ class _Meter:
             self.largest = max(self.largest, largest if math.isfinite(largest) else math.inf)
         each = []
         for part in units.split(_AT_ONCE):
-            squares = part.double().square()
+            squares = part.to(torch.float64, copy=True).square_()
             self.latest += squares.sum(0)
             if self.tokens is not None:
                 each.append(squares.mean(1))
