@@ -128,7 +128,9 @@ def _shrunk(config_class: Any) -> Any:
             continue  # derived from the others
         small = _small(field.name, given)
         if field.name.endswith(("token_id", "token_index")) and isinstance(given, int):
-            small = given if given < VOCABULARY - 40 else VOCABULARY - 1 - len(chosen) % 40
+            drawn = 5 <= given < 100  # by the inputs, as text
+            free = given < VOCABULARY - 40 and not drawn
+            small = given if free else VOCABULARY - 1 - len(chosen) % 40
         if small != given or small != value:
             chosen[field.name] = small
     if _value(default, "num_key_value_heads") == _value(default, "num_attention_heads"):

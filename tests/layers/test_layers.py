@@ -4,9 +4,11 @@ module itself multiplies each weight, and weights survive the round trip."""
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers.tolerances import distance
@@ -348,3 +350,19 @@ def test_shared_modules_and_parts_of_a_module_are_listed_once():
     model["again"] = model["b"]
     names = [layer.name for layer in layers_of(model)]
     assert names == ["a.q_proj", "a.k_proj", "a.v_proj", "a.out_proj", "b"]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("six", [torch.tensor(6), np.int64(6)], ids=["tensor", "numpy"])
+def test_sizes_of_a_module_may_be_tensors_or_numpy_integers(six, kind):
+    sizes = (six, 4) if kind is nn.Linear else (six, 4, 3)
+    model = nn.ModuleDict({"used": kind(*sizes), "unused": kind(*sizes)})
+    batch = torch.randn(20, 6) if kind is nn.Linear else torch.randn(2, 6, 5, 5)
+    with pytest.warns(UserWarning, match="in unused: never called"):
+        report = lobs.prune(
+            model, [batch], sparsity=0.5, forward=lambda m, x: m["used"](x), progress=False
+        )
+    (layer,), (skipped,) = report.layers, report.skipped
+    assert layer.sparsity == 0.5
+    assert skipped.weights == model["unused"].weight.numel()
+    assert json.dumps(report.to_dict())

@@ -71,14 +71,15 @@ class Conv(Layer):
     def __init__(self, name: str, module: nn.Module, call: ConvCall | None = None) -> None:
         super().__init__(name, module)
         self.call = cast(ConvCall, module) if call is None else call
-        self.kernel = tuple(self.call.kernel_size)
-        self.groups = self.call.groups
-        self.rows = self.call.out_channels // self.groups
+        # Models make them from tensors and NumPy's integers too.
+        self.kernel = tuple(int(size) for size in self.call.kernel_size)
+        self.groups = int(self.call.groups)
+        self.rows = int(self.call.out_channels) // self.groups
         self.width = self.neighbours * math.prod(self.kernel)
 
     @property
     def neighbours(self) -> int:
-        return self.call.in_channels // self.call.groups
+        return int(self.call.in_channels) // self.groups
 
     def pack(self, stored: Tensor) -> Tensor:
         filters = stored.reshape(self.groups, self.rows, self.neighbours, -1)

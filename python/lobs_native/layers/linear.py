@@ -19,7 +19,8 @@ class Linear(Layer):
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         super().__init__(name, module)
-        self.groups, self.rows, self.width = 1, module.out_features, module.in_features
+        # Models make them from tensors and NumPy's integers too.
+        self.groups, self.rows, self.width = 1, int(module.out_features), int(module.in_features)
 
     def columns(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield 0, self._tokens(inputs)
