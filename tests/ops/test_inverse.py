@@ -58,6 +58,23 @@ def test_the_result_stays_exactly_symmetric(backend):
     assert torch.equal(F, F.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("B", [1, 3, 17, 50])
+def test_blocks_that_are_nearly_multiples_of_the_identity_are_not_taken_for_them(backend, dtype, B):
+    """The product with a multiple of the identity may be skipped, block by block."""
+    F = start(6, B, 2.0, dtype)
+    F[1, B - 1, B - 1] = 3.0
+    F[2, B - 1, 0] = F[2, 0, B - 1] = 0.5
+    F[4] *= 0.25
+    F[5, B // 2, B - 1] = F[5, B - 1, B // 2] = 0.25
+    whole, G = torch.zeros(6, B, B, dtype=torch.float64), torch.randn(20, 6 * B, dtype=dtype)
+    for b, g in enumerate(G.double().split(B, 1)):
+        whole[b] = torch.cholesky_inverse(torch.linalg.cholesky(F[b].double())) + g.T @ g / 20
+    ops.inverse_update_(F, G, 20.0, backend=backend)
+    expected = torch.cholesky_inverse(torch.linalg.cholesky(whole))
+    assert distance(F, expected) < RELATIVE[dtype] * 5
+
+
 def test_missing_columns_count_as_zero(backend):
     G = torch.randn(6, 17, dtype=torch.float64)
     F = start(4, 5, 3.0, torch.float64)
