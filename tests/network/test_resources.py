@@ -16,6 +16,7 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from lobs_native.layers.conv import PATCH_BYTES
 from lobs_native.network.peak import LayerPeak, Peak
 from lobs_native.solvers.extent import Extent
 from lobs_native.solvers.methods import TABLE
@@ -101,6 +102,24 @@ def test_measuring_the_output_is_in_the_plan_and_within_the_limit():
     assert bound.output_limit == bound.output - 4 * 8 * (1 << 18) < 500 * 3000 * 4
     with pytest.raises(MemoryError, match=r"measuring the output needs 8,388,608 .* smaller batch"):
         lobs.plan_prune(model, rows, **options, memory=8_000_000)
+
+
+def test_patches_of_a_batch_are_in_the_plan_in_both_networks():
+    model, images = nn.Sequential(nn.Conv2d(8, 4, 3)), [torch.randn(8, 8, 130, 130)]
+    options = {"sparsity": 0.5, "method": "sweep"}
+    copied = PATCH_BYTES  # of 8 * 128**2 rows of 72 inputs, which take more
+    pruned = lobs.plan_prune(model, images, **options, inputs="pruned").layer
+    corrected = lobs.plan_prune(model, images, **options).layer
+    assert copied < pruned < copied + 2e6
+    kept = images[0].numel() * 4
+    assert 2 * copied + kept < corrected < 2 * copied + kept + 4e6
+
+
+def test_fewer_rows_than_inputs_are_planned_to_be_inverted_in_float64():
+    enough = Extent(1, 64, 513, 0.5, torch.float32, samples=513)
+    few = dataclasses.replace(enough, samples=512)
+    assert TABLE["admm"].matrices(few) - TABLE["admm"].matrices(enough) == 8 * 513**2
+    assert TABLE["sweep"].matrices(few) == TABLE["sweep"].matrices(enough)
 
 
 def network() -> nn.Sequential:
