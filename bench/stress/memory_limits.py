@@ -105,6 +105,15 @@ def convolutions() -> Made:
     return model, data, {"method": "sweep", "memory": 120 * MB}
 
 
+def masks() -> Made:
+    """Many small layers, 21.6 million weights together, whose masks are kept until the end."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(600, 600, bias=False) for _ in range(60)]
+    model = nn.Sequential(*[m for layer in layers for m in (layer, nn.SiLU())])
+    data = [torch.randn(8, 600)]
+    return model, data, {"method": "magnitude", "inputs": "pruned", "memory": 30 * MB}
+
+
 def logits() -> Made:
     """SmolLM2-135M with its 49,152 logits for every token: one block is pruned."""
     from encoder import TEXT
@@ -129,7 +138,7 @@ def command(out: Path) -> list[str]:
 
 
 JOBS: dict[str, Callable[[], Made]] = {
-    job.__name__: job for job in (dense, admm, exact, budget, states, convolutions, logits)
+    job.__name__: job for job in (dense, admm, exact, budget, states, convolutions, masks, logits)
 }
 COMMAND = "command"
 
