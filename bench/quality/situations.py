@@ -7,7 +7,7 @@ Small networks with random weights. A situation has a statement of what is right
 every combination of the sizes, types, scopes, methods and ways of calibration that are listed, and
 checked each time: masks are where zeros are, exactly as many weights are removed as were asked for,
 everything else is as before, and what the statement says. The table has the number of neighbours,
-and how many were wrong; FILE has the neighbours and what was seen.
+and how many were wrong; FILE has the same, and what was seen where it was wrong.
 """
 
 from __future__ import annotations

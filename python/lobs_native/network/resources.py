@@ -27,6 +27,7 @@ __all__ = ["RunPlan", "Workload", "plan_run"]
 STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
 _WAITING = 4 << 20  # bytes of outputs that wait in memory without a limit
 _REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
+_BETWEEN = 16  # the part of a limit that is left for what lies between tensors in memory
 _MEASURED = 512  # order of the products that are timed
 _SHORT, _BRIEFLY, _LONG = 2.0, 0.002, 0.2  # seconds: of a short job, and of measuring the speed
 
@@ -204,7 +205,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     states = work.states + work.repeated
     waiting = min(work.sample, _WAITING) if memory is None else 0
     if memory is not None:
-        left = memory - fixed
+        left = max(0, memory - fixed - memory // _BETWEEN)
         statistics = min(more, left // 2)
         left -= statistics
         states_limit = states = min(work.states, max(left // 2, left - keeping))
