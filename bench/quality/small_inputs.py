@@ -112,6 +112,12 @@ def _patches(
     if "target_sizes" in takes:  # beside each other, in one row
         x = noise(64, channels, side, side).flatten(0, 1).permute(1, 2, 0, 3).flatten(2)
         yield {"pixel_values": x[None], "target_sizes": torch.tensor([[8, 8]] * size)}
+    if "spatial_shapes" in takes:  # in rows that may be padded
+        yield {
+            "pixel_values": noise(16, channels * side * side),
+            "spatial_shapes": torch.tensor([[4, 4]] * size),
+            "pixel_attention_mask": torch.ones(size, 16, dtype=torch.long),
+        }
     if "flattened_patches" in takes:  # behind the number of its row and column
         x = noise(16, 2 + _first(model, "patch_embed_hidden_size", channels * side * side))
         x[..., 0], x[..., 1] = torch.arange(16) // 4 + 1, torch.arange(16) % 4 + 1

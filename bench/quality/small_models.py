@@ -208,11 +208,15 @@ CHANGES: dict[str, Batch] = {
     "minicpm_ocr": {"image_token_id": 150, "insert_layer_id": 0},
     "minicpmv4_6": {"image_token_id": 150, "insert_layer_id": 0},
     "minicpmv4_7": {"image_token_id": 150, "insert_layer_id": 0},
+    "minicpm_ocr_vision": {"insert_layer_id": 0},
+    "minicpmv4_6_vision": {"insert_layer_id": 0},
+    "minicpmv4_7_vision": {"insert_layer_id": 0},
     "ministral": {"head_dim": 8},
     "qwen2_5_vl_text": _SECTIONS,
     "qwen2_vl_text": _SECTIONS,
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layers": [-2, -1, 0, 1, 2]},
+    "voxtral": {"audio_token_id": 150},
     "voxtral_encoder": {"intermediate_size": 128},
 }
 
