@@ -17,7 +17,7 @@ from quality.small_models import NotMadeError
 
 __all__ = ["made", "types"]
 
-LARGE, LARGEST = 1_500_000, 4_500_000  # parameters: to be made smaller, and not to be tried
+LARGE, LARGEST = 1_500_000, 12_000_000  # parameters: to be made smaller, and not to be tried
 _TRIED = 6  # networks of a family that are compared
 _SMALL = re.compile(
     r"atto|femto|pico|nano|tiny|xxs|xxt|_xs|_s\d|small|_t\d?_|_t\d?$|_b0|0_?5|lite|test|10|18"
@@ -29,6 +29,7 @@ _SMALLER: tuple[dict[str, Any], ...] = (
     {"depth": 2, "embed_dim": 96, "num_heads": 3},
     {"depth": 2, "embed_dim": 96},
     {"depth": 2, "dim": 96},
+    {"depths": (1, 1, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
     {"depths": (1, 1, 1, 1), "embed_dim": 32},
     {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
     {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)},
