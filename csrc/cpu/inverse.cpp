@@ -224,17 +224,15 @@ LOBS_INLINE void prefetch(const T* p, Index count) {
 }
 
 // The factor of a block (B, B) that is a multiple of the identity, as every inverse begins; else 0.
-// Most other blocks are known by their first entries.
 template <typename T>
 T multiple_of_identity(const T* F, Index B) {
     const T factor = F[0];
     for (Index i = 0; i < B; ++i) {
         const T* const row = F + i * B;
-        if (row[i] != factor) return 0;
         decltype(magnitude_bits(T{})) others = 0;
         for (Index j = 0; j < i; ++j) others |= magnitude_bits(row[j]);
         for (Index j = i + 1; j < B; ++j) others |= magnitude_bits(row[j]);
-        if (others != 0) return 0;
+        if (row[i] != factor || others != 0) return 0;
     }
     return factor;
 }
