@@ -53,7 +53,9 @@ class Peak:
         """The peak; None where it is not known."""
         if self._before is None:
             return None
-        return max(0, self._seen, resident("VmHWM") - self._before)
+        # The kernel's mark is some pages off, and may be lower when it is read again.
+        self._seen = max(0, self._seen, resident("VmHWM") - self._before)
+        return self._seen
 
 
 class LayerPeak:
@@ -65,7 +67,7 @@ class LayerPeak:
 
     def __init__(self, device: torch.device) -> None:
         for peak in Peak._now:
-            peak._seen = peak.bytes() or 0
+            peak.bytes()
         with contextlib.suppress(OSError):
             forget_peak()
         self._device = device if device.type == "cuda" and torch.cuda.is_initialized() else None
@@ -75,7 +77,12 @@ class LayerPeak:
     def bytes(self) -> int | None:
         """The peak of the process; None where it is not known."""
         before = Peak._now[-1]._before if Peak._now else None
-        return None if before is None else max(0, resident("VmHWM") - before)
+        if before is None:
+            return None
+        reached = max(0, resident("VmHWM") - before)
+        for peak in Peak._now:
+            peak._seen = max(peak._seen, reached)
+        return reached
 
     def device_bytes(self) -> int | None:
         """The peak of the device; None for the CPU."""
