@@ -205,11 +205,14 @@ def test_hidden_states_go_to_disk_if_memory_is_short(monkeypatch):
     kept.clear()
     layers = (m for m in made().modules() if isinstance(m, nn.Linear))
     weights = sum(p.numel() * 4 for layer in layers for p in layer.parameters())
-    limit = report.settings["plan"]["memory"] - weights + size  # 4 * size for states and weights
+    outputs = sum(made()(batch).numel() * 4 for batch in batches())
+    # 4 * size for states and weights
+    needed = report.settings["plan"]["memory"] - weights + size - outputs
+    limit = -(-needed * 16 // 15)  # a part is left for what lies between tensors
     options = {"method": "magnitude", "inputs": "pruned", "memory": limit}
     report, found = pruned(made(), batches(), **options)
-    assert report.settings["plan"]["memory"] == limit
-    assert report.settings["plan"]["disk"] == size + weights - 2 * size
+    assert report.settings["plan"]["memory"] == pytest.approx(needed, abs=1)
+    assert report.settings["plan"]["disk"] == pytest.approx(outputs + weights - size, abs=1)
     assert max(memory for memory, _ in kept) == 2 * size
     assert max(disk for _, disk in kept) == size
     assert all(torch.equal(value, found[name]) for name, value in whole.items())

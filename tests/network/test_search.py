@@ -144,7 +144,7 @@ def network():
 def data():
     made = torch.Generator().manual_seed(1)
     mix = torch.randn(8, 8, generator=made)
-    return [torch.randn(20, 8, generator=made) @ mix for _ in range(6)]
+    return [torch.randn(200, 8, generator=made) @ mix for _ in range(6)]
 
 
 SETTINGS = {"sparsity": 0.7, "scope": "model", "held_back": 0.3, "progress": False}

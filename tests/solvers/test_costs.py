@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native.solvers.costs import POINTS, along
-from lobs_native.solvers.problem import Drift
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import prune_groups
 

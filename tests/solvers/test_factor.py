@@ -12,9 +12,10 @@ from helpers.tolerances import distance
 from torch import Tensor
 
 import lobs_native as lobs
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.factor import Factored, factor
 from lobs_native.solvers.inversion import invert
-from lobs_native.solvers.problem import Drift, Problem
+from lobs_native.solvers.problem import Problem
 from lobs_native.solvers.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import lobs_native as lobs
 from lobs_native.solvers import problem, sweep
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.inversion import invert
 from lobs_native.solvers.low_rank import FewSamples, few_samples
-from lobs_native.solvers.problem import Drift
 from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.weight import prune_groups
 

@@ -13,9 +13,9 @@ from lobs_native import ops
 from lobs_native.calibration.partial import Kept, below
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.hessian import Hessian, needs_float64
 from lobs_native.solvers.measurement import pieces, quadratic_form
-from lobs_native.solvers.problem import Drift
 
 __all__ = ["AT_ONCE", "Differences", "Gap"]
 

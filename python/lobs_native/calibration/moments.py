@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from lobs_native.calibration.partial import Kept, States, below, resumable
 from lobs_native.calibration.session import Source
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.hessian import Hessian, few_rows
 from lobs_native.solvers.measurement import error_elsewhere
-from lobs_native.solvers.problem import Drift
 
 __all__ = ["ENOUGH", "Moments", "calibrate"]
 
@@ -100,7 +101,8 @@ class Moments(list[Hessian]):
         difference = self.differences.get(layer.name)
         if difference is None or difference.unlike:
             return None
-        return difference.drift([h.rows for h in self])
+        drift = difference.drift([h.rows for h in self])
+        return dataclasses.replace(drift, rows=self.effective_rows or self[0].rows)
 
     def error(
         self, layer: Layer, weight: Tensor, bias: Tensor | None, *, corrected: bool

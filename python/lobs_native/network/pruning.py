@@ -24,7 +24,7 @@ from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Place, Shelf
 from lobs_native.network import bound
 from lobs_native.network.allocation import budget_costs
-from lobs_native.network.bound import error_bound_of, is_sampled, samples_of
+from lobs_native.network.bound import error_bound_of, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight
@@ -111,7 +111,7 @@ class Pruning:
             weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
             tuned=self.tuned,
-            sampled=is_sampled(self.session, self.jobs, self.settings),
+            sampled=self.settings.measure != "all",
             seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)

@@ -45,8 +45,8 @@ class Workload:
     tokens: int = 0  # bytes of the weights of tokens
     tuning: int = 0  # bytes that tuning a block takes
     passes: float = 0.0  # forward passes over all batches
-    output: int = 0  # bytes of the model's output for a batch, if the original network runs again
-    sample: int = 0  # or else of its outputs for a sample, which wait for the end
+    output: int = 0  # bytes of the model's output for a batch
+    sample: int = 0  # of the original outputs for a sample, which wait for the end
     measuring: int = 0  # bytes that measuring it takes besides
 
 

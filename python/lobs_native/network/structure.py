@@ -168,7 +168,7 @@ def workload(
         passes=passes * all_batches / batches,
         tuning=max((tuning_bytes(block.values()) for block in tuned), default=0),
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
-        output=0 if sampled else size,
+        output=size,
         sample=round(part * batches * size) if sampled else 0,
         measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
     )

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.errors import NonFiniteError
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.extent import Extent
-from lobs_native.solvers.problem import Drift, Problem
+from lobs_native.solvers.problem import Problem
 
 __all__ = [
     "condition",
@@ -35,6 +36,7 @@ __all__ = [
     "measuring_bytes",
     "pieces",
     "quadratic_form",
+    "unmet",
 ]
 
 _PIECE = 1 << 19  # elements of a float64 temporary
@@ -52,8 +54,8 @@ _SURE = 2.0  # standard errors
 
 def energy(problem: Problem) -> float:
     """tr(W H W^T) of the original weights; with a drift, that of the desired outputs."""
-    if problem.drift is not None:
-        return _finite(problem.drift.energy)
+    if problem.desired is not None:
+        return _finite(problem.desired.energy)
     found = _in_float32(problem, lambda g: problem.before[g], 0.0)
     if found is not None:
         return _finite(found)
@@ -67,7 +69,7 @@ def energy(problem: Problem) -> float:
 def error(problem: Problem, weight: Tensor, bias: Tensor | None) -> float:
     """tr(dW H dW^T) of final weights (G, R, C) and biases (G, R), without damping; with a drift,
     the distance of their outputs from the desired ones."""
-    total = inherited = 0.0 if problem.drift is None else problem.drift.inherited
+    total = inherited = 0.0 if problem.desired is None else problem.desired.inherited
     found = _in_float32(problem, lambda g: _change(problem, weight, bias, g), inherited)
     if found is not None:
         return _finite(found)
@@ -87,7 +89,7 @@ def error_and_optimality(
     the eps of the weight's type: below about 30 the kept weights are the best there are for their
     mask as far as this type can tell.
     """
-    total = 0.0 if problem.drift is None else problem.drift.inherited
+    total = 0.0 if problem.desired is None else problem.desired.inherited
     worst = 0.0
     for g, H in enumerate(problem.moments):
         for rows in _pieces(problem):
@@ -158,8 +160,10 @@ def error_and_optimality_of_some(
             total += float(known[g].sum() + R * off.mean())
             doubt += R * float(off.std()) / math.sqrt(len(off))
         worst = max(worst, _optimality(problem, dW, G, removed, g, rows))
-    if known is not None and _SURE * doubt <= _LOST * total:
-        return _finite(total), worst
+    if known is not None:
+        total += unmet(problem, weight, bias)
+        if _SURE * doubt <= _LOST * total:
+            return _finite(total), worst
     return error(problem, weight, bias), worst
 
 
@@ -201,6 +205,21 @@ def _optimality(
     residual = torch.where(moved, G / norm / largest, 0.0).norm(dim=1)
     size = torch.where(moved, dW / largest, 1.0).norm(dim=1) * (eps * H.shape[0])
     return float((residual / size).max())
+
+
+def unmet(problem: Problem, weight: Tensor, bias: Tensor | None) -> float:
+    """How much farther from the desired outputs those of these weights are than from what the
+    solver aims at, where that is a share of the way."""
+    left, desired = 1.0 - problem.trusted, problem.desired
+    if desired is None or not left:
+        return 0.0
+    moved = 0.0
+    for g in range(len(problem.moments)):
+        for rows in _pieces(problem):
+            moved += _gained(
+                problem, _change(problem, weight, bias, g, rows, torch.float64), g, rows
+            )
+    return left * ((2.0 - left) * desired.inherited - moved)
 
 
 def error_of_nothing(problem: Problem) -> float:
@@ -265,9 +284,9 @@ def _change(
 
 def _gained(problem: Problem, dW: Tensor, g: int, rows: slice) -> float:
     """What a change of the original weights gains by following the drift."""
-    if problem.drift is None:
+    if problem.desired is None:
         return 0.0
-    return 2.0 * float((problem.drift.pull[g][:, rows].T * dW).sum())
+    return 2.0 * float((problem.desired.pull[g][:, rows].T * dW).sum())
 
 
 def _in_float32(
@@ -300,7 +319,7 @@ def _in_float32(
             rows, upto = slice(first, first + _STRIP), slice(0, first + _STRIP)
             below += _dot(H[rows, upto], S[rows, upto].to(torch.float64))
         gained = 0.0
-        for rows in _pieces(problem) if problem.drift is not None else ():
+        for rows in _pieces(problem) if problem.desired is not None else ():
             gained += _gained(problem, dW[rows], g, rows)
         total += 2 * below - apart - gained
         doubt += _ROUNDING * (apart + abs(gained))

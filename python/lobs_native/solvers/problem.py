@@ -17,32 +17,20 @@ from torch import Tensor
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, NonFiniteError, ShapeError
+from lobs_native.solvers.drift import Drift, trusted_share
 from lobs_native.solvers.factor import factor
 from lobs_native.solvers.inversion import Inverse, invert
 from lobs_native.solvers.low_rank import few_samples
 from lobs_native.solvers.workspace import Workspace
 
-__all__ = ["Drift", "Problem", "in_errors", "nearest_count", "scaled_", "spectral_norm"]
+__all__ = ["Problem", "in_errors", "nearest_count", "scaled_", "spectral_norm"]
 
 _FLOAT64_BELOW = 1e-4  # damping under which float32 kernels lose too much
 _WIDE = 512  # columns from which on a factor in float32 saves more than a millisecond
 _CONDITION = 1.5e5  # up to which it has three digits
+_FEW = 0.5  # share of a correction below which a note says so
 _NORM_STEPS = 12  # of the power iteration; second moments have a dominant direction
 _NORM_GAIN = 1e-3  # of a step, below which it ends
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The distance of a layer with its original weights, on its inputs x, from desired outputs y:
-    means over the samples, of all groups together.
-
-    The best weights are then not the original ones but, with damping, ``W + (A pull)^T``: the
-    minimum of ``|y - x W'^T|^2`` plus the damping times ``|W' - W|^2``.
-    """
-
-    pull: Sequence[Tensor]  # G times (D, R) float64: x^T (y - x W^T)
-    inherited: float  # |y - x W^T|^2
-    energy: float  # the unit of relative errors
 
 
 @dataclass
@@ -60,7 +48,9 @@ class Problem:
     mask: Tensor | None  # (G, R, C) bool, True = may stay
     precise: bool  # kernels run in float64
     workspace: Workspace
-    drift: Drift | None = None
+    drift: Drift | None = None  # that of ``desired`` which is made up for
+    desired: Drift | None = None  # by which errors are measured
+    trusted: float = 1.0  # the share of ``desired`` in ``drift``
     _norms: dict[int, float] = field(default_factory=dict, repr=False)  # see norm()
 
     @classmethod
@@ -106,10 +96,17 @@ class Problem:
                 if inverse is None and factor_alone:
                     inverse = factor(H, damping, name.format(g), dtype=dtype)
                 inverses.append(inverse or invert(H, damping, name.format(g)))
+        desired, trusted = drift, 1.0
         if drift is not None:
+            corrections = [
+                inverse.times(pull).div_(inverse.scale)
+                for inverse, pull in zip(inverses, drift.pull, strict=True)
+            ]
+            trusted = trusted_share(drift, corrections, inverses, moments)
+            drift = drift.shrunk(trusted)
             before = original.clone()
-            for w, inverse, pull in zip(before, inverses, drift.pull, strict=True):
-                w += inverse.times(pull).div_(inverse.scale).T
+            for w, correction in zip(before, corrections, strict=True):
+                w += correction.mul_(trusted).T
             checks.check_finite(before, "weight, corrected for what came before it")
         little = any(i.damping < _FLOAT64_BELOW for i in inverses)
         problem = cls(
@@ -125,8 +122,15 @@ class Problem:
             precise=double or little,
             workspace=workspace,
             drift=drift,
+            desired=desired,
+            trusted=trusted,
             _norms=norms,
         )
+        if trusted < _FEW:
+            workspace.note(
+                f"{trusted:.0%} of the correction was made: the rest would follow the noise of few "
+                "rows; more calibration data would help"
+            )
         if problem.damping_raised:
             workspace.note(
                 f"Cholesky failed with damping {damping:g}; {problem.damping:g} was used"

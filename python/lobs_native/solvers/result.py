@@ -83,6 +83,7 @@ def finish(
             weight, bias = problem.rounded(solve(problem, removed, precise=True, from_kept=True))
             error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
     energy = measurement.energy(problem)
+    unmet = measurement.unmet(problem, weight, bias)
     C = problem.in_features
     lost = measurement.lost_in_rounding(problem, weight, removed)
     return PrunedWeight(
@@ -101,13 +102,17 @@ def finish(
         dead_columns=sum(int(d.sum()) for d in problem.dead),
         optimality=optimality,
         swaps=pruned.swaps,
-        predicted=None if costs is None else max(0.0, costs.predicted),
+        predicted=None if costs is None else max(0.0, costs.predicted + unmet),
         curve_sparsity=None if costs is None else costs.sparsity,
-        curve_error=None if costs is None else costs.error,
+        curve_error=None if costs is None else _raised(costs.error, unmet),
         energy=energy,
         condition=measurement.condition(problem),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _raised(errors: tuple[float, ...] | None, by: float) -> tuple[float, ...] | None:
+    return None if errors is None else tuple(max(0.0, error + by) for error in errors)
 
 
 def first_group(out: PrunedWeight) -> PrunedWeight:

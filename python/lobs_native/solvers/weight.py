@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lobs_native import checks, ops
+from lobs_native.solvers.drift import Drift
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment
 from lobs_native.solvers.methods import method_of
-from lobs_native.solvers.problem import Drift, Problem
+from lobs_native.solvers.problem import Problem
 from lobs_native.solvers.pruning import prune_problem
 from lobs_native.solvers.result import PrunedWeight, finish, first_group
 from lobs_native.solvers.settings import LayerSettings
