@@ -62,7 +62,7 @@ def fold_weights(model: nn.Module) -> list[str]:
     -----
     A layer is tried on random inputs of two sizes, and is replaced if a plain layer with the weight
     of its product or convolution returns the same. ``nn.Conv2d`` that pads by the size of its
-    input, as TensorFlow does, becomes a :class:`SamePaddedConv2d`.
+    input, as TensorFlow does, becomes a :class:`~lobs_native.network.folding.SamePaddedConv2d`.
 
     Call this before making the optimizer, since the parameters are new; in training, the weights
     are no longer standardized. **The state of a folded model belongs to a folded model.** Keys and
