@@ -310,6 +310,7 @@ def test_every_public_name_exists_and_is_documented():
 def test_no_absolute_paths_or_hosts_in_the_tree():
     here = re.compile(r"(?<![\w.])/(work|root|home|tmp)/\w|\bpypi\.org|\bnpmjs\.|\bdebian\.org")
     suffixes = {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".sh", ".toml", ".yml", ".yaml", ".txt"}
+    suffixes |= {".json"}
     folders = ("python", "csrc", "cuda", "tests", "bench", "docs", "examples", "findings")
     paths = [path for folder in (*folders, ".github") for path in (ROOT / folder).rglob("*")]
     for path in (*paths, *ROOT.glob("*.*")):

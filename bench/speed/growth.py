@@ -50,6 +50,7 @@ from lobs_native import ops
 from speed import shapes
 from speed.baselines import exact as baselines
 from speed.cases.exact import useful_flops
+from speed.paired import backends
 
 SIZES = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 LARGE = 1024  # from here on the arithmetic outweighs the steps' overhead: a fit of its own
@@ -244,7 +245,7 @@ def about() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "lobs_native": lobs.__version__,
-        "backends": lobs.backends(),
+        "backends": backends(),
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "load": os.getloadavg(),
         "command": ["python", "bench/speed/growth.py", *sys.argv[1:]],

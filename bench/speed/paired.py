@@ -180,10 +180,15 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "lobs_native": lobs.__version__,
-        "backends": lobs.backends(),
+        "backends": backends(),
         "date": datetime.date.today().isoformat(),
         "load_at_start": os.getloadavg(),
     }
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """``lobs_native.backends()`` without reasons, which name folders of this machine."""
+    return [(name, ready, text if ready else "") for name, ready, text in lobs.backends()]
 
 
 def _cpu_model() -> str:
