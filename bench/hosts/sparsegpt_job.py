@@ -18,9 +18,9 @@ perplexities of both results on other text are compared.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +39,8 @@ if __name__ == "__main__":  # run as a script: modules are found from the folder
 import torch
 
 from hosts.sparsegpt_script import BLOCKS, WINDOW, WINDOWS, loaded
+from lobs_native.errors import LobsError
+from lobs_native.network.peak import resident
 from quality.llm.material import make_folder
 from speed.paired import bootstrap_interval, machine
 
@@ -77,7 +79,9 @@ class Spent:
         reading = threading.Thread(target=lambda: said.append(process.stderr.read()))
         reading.start()
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            peak = max(peak, _most(process.pid))
+            # wait4 knows the most as well, but begins with that of the process that starts another.
+            with contextlib.suppress(OSError, LobsError):  # it is just ending
+                peak = max(peak, resident("VmHWM", process.pid))
             time.sleep(EVERY)
         _, status, used = os.wait4(process.pid, 0)
         reading.join()
@@ -85,13 +89,6 @@ class Spent:
         if process.returncode:
             raise SystemExit(f"{' '.join(words[:6])} ...: {said[0][-2000:]}")
         return cls(used.ru_utime + used.ru_stime, peak)
-
-
-def _most(pid: int) -> int:
-    """The most bytes that a process has taken so far; 0 if it has ended. (wait4 has them too, but
-    begins with those of the process that started it.)"""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 # ---- the model and the text ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lobs_native.calibration.session import Source
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 
-__all__ = ["HeldBack", "divided"]
+__all__ = ["HeldBack", "divided", "in_between"]
 
 
 def divided(batches: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -30,11 +30,17 @@ def divided(batches: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequen
             f"held_back: {share:g} of {len(every)} batches leaves none to calibrate on; pass more, "
             "or smaller, batches"
         )
-    chosen = {(2 * i + 1) * len(every) // (2 * count) for i in range(count)}
+    chosen = in_between(count, len(every))
     return (
         [batch for i, batch in enumerate(every) if i not in chosen],
         [every[i] for i in sorted(chosen)],
     )
+
+
+def in_between(count: int, total: int) -> set[int]:
+    """``count`` of ``total`` numbers from 0, evenly spaced, with as many before the first as after
+    the last."""
+    return {(2 * i + 1) * total // (2 * count) for i in range(count)}
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ def measure_change(
     sample: Sample | None = None,
     *,
     held_back: bool = False,
+    vocabulary: int | None = None,
 ) -> Change | None:
     """How far the outputs are from the original network's; padding does not count. None if there
     are no floating-point tensors, or others than the original network returns.
@@ -157,7 +158,9 @@ def measure_change(
     With a ``sample``, that is what is compared. Without one, the original network runs again:
     ``limit`` bounds the bytes of its output that are in memory while the other network runs (the
     rest waits on disk), and ``rows`` is the size of a sample of batches; see
-    :func:`sample_outputs`. ``held_back``: on the batches that nothing is calibrated on.
+    :func:`sample_outputs`. ``held_back``: on the batches that nothing is calibrated on. If some
+    outputs have ``vocabulary`` columns, the change is the sum of the Kullback-Leibler divergences
+    of their rows, and its size the number of these.
     """
     total = Change(0.0, 0.0, 0.0, 0)
     batches, each = _data(session, held_back)
@@ -165,7 +168,7 @@ def measure_change(
     for number, batch in enumerate(each("measure")):
         if number not in chosen:
             continue
-        change = _change_of(session, batch, limit, number, sample)
+        change = _change_of(session, batch, limit, number, sample, vocabulary)
         if change is None:
             return None
         total = Change(*map(operator.add, astuple(total), astuple(change)))
@@ -174,20 +177,14 @@ def measure_change(
     return total
 
 
-@torch.no_grad()
 def held_back_loss(session: Session, limit: int | None = None) -> float | None:
     """How far the output is from the original network's on the batches held back: the mean
     Kullback-Leibler divergence, in nats, of logits over the vocabulary of the model's ``config``;
     or, for other outputs, the squared change over the squared size. ``limit`` as above. None if the
     outputs cannot be compared."""
     vocabulary = getattr(getattr(session.model, "config", None), "vocab_size", None)
-    total = Change(0.0, 0.0, 0.0, 0)
-    for number, batch in enumerate(session.each_held_back("measure")):
-        change = _change_of(session, batch, limit, number, None, vocabulary)
-        if change is None:
-            return None
-        total = Change(*map(operator.add, astuple(total), astuple(change)))
-    return total.difference / total.size if total.size else None
+    change = measure_change(session, limit, held_back=True, vocabulary=vocabulary)
+    return None if change is None or not change.size else change.difference / change.size
 
 
 def _evenly(count: int, total: int) -> set[int]:
@@ -202,11 +199,10 @@ def _change_of(
     limit: int | None,
     number: int,
     sample: Sample | None,
-    vocabulary: int | None = None,
+    vocabulary: int | None,
 ) -> Change | None:
-    """The change on one batch. If some outputs have ``vocabulary`` columns, it is the sum of the
-    divergences of their rows, and its size the number of these. A function of its own, so that the
-    outputs are freed before the model runs on the next one."""
+    """The change on one batch. It is a function of its own so that the outputs are freed before the
+    model runs on the next one."""
     difference = size = rows = 0.0
     mask = session.output_mask(batch)
     with Shelf(limit) as again:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 
-__all__ = ["sensitivities"]
+__all__ = ["requiring_gradients", "sensitivities"]
 
 _WAY_OUT = "; pass sensitivity=None"
 _AT_ONCE = 256  # rows of gradients converted to float64, which stay in the cache
@@ -68,7 +68,7 @@ def sensitivities(
     meters = [_Meter(layer, tokens) for layer in layers if not layer.watched]
     sums = _Meters(meters, tokens)
     half = any(tensor.dtype == torch.float16 for tensor in state)
-    with _no_weight_gradients(session.model), torch.enable_grad():
+    with requiring_gradients(session.model.parameters(), False), torch.enable_grad():
         for batch in resumable(session, "sensitivity", "sensitivity", sums, states):
             mask = session.mask(batch)
             with attached([handle for meter in meters for handle in meter.handles(session, mask)]):
@@ -116,15 +116,16 @@ def _backward(projected: Tensor, meters: Sequence[_Meter], batch: int, *, again:
 
 
 @contextlib.contextmanager
-def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def requiring_gradients(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """Parameters require gradients, or none does, for a while."""
+    others = [p for p in parameters if p.requires_grad != wanted]
     try:
-        for p in trainable:
-            p.requires_grad_(False)
+        for p in others:
+            p.requires_grad_(wanted)
         yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        for p in others:
+            p.requires_grad_(not wanted)
 
 
 def _projected(output: Any, mask: Tensor | None) -> Tensor:

@@ -20,9 +20,9 @@ from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files import regular, safefile, strict_json
 from lobs_native.files.atomic import writing
 from lobs_native.huggingface import gguf
-from lobs_native.huggingface.library import one_line, quiet, transformers_library
+from lobs_native.huggingface.library import one_line, quiet, some_of, transformers_library
 from lobs_native.huggingface.spelling import restore, spelled
-from lobs_native.huggingface.verification import check_zeros, compare, digests, some_of
+from lobs_native.huggingface.verification import check_zeros, compare, digests
 from lobs_native.layers import layers_for
 
 __all__ = [

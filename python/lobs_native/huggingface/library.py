@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lobs_native.errors import LobsError
 
-__all__ = ["OLDEST", "one_line", "quiet", "transformers_library"]
+__all__ = ["OLDEST", "one_line", "quiet", "some_of", "transformers_library"]
 
 OLDEST = (4, 56)  # the oldest version of transformers, see pyproject.toml
 
@@ -51,3 +51,8 @@ def quiet(transformers: Any) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The type and message of an error on one line, at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, for an error."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native.errors import CheckpointError
+from lobs_native.huggingface.library import some_of
 from lobs_native.layers import stored_weights
 
-__all__ = ["check_zeros", "compare", "digests", "some_of"]
+__all__ = ["check_zeros", "compare", "digests"]
 
 
 def digests(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, str]:
@@ -49,8 +50,3 @@ def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
             )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names of a list, for an error."""
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -273,7 +273,7 @@ def error_bound_of(
     )
 
 
-def is_sampled(session: Session, jobs: Sequence[LayerJob], settings: NetworkSettings) -> bool:
+def _is_sampled(session: Session, jobs: Sequence[LayerJob], settings: NetworkSettings) -> bool:
     """Whether a sample of the data is enough to measure the change of the output: unless all of it
     is asked for, or the bound may hold."""
     if settings.measure == "all":
@@ -301,7 +301,7 @@ def samples_of(
 
     some_held_back = bool(session.held_back) and settings.measure != "all"
     return Samples(
-        sample(False) if is_sampled(session, jobs, settings) else None,
+        sample(False) if _is_sampled(session, jobs, settings) else None,
         sample(True) if some_held_back else None,
     )
 

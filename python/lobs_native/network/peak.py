@@ -107,19 +107,21 @@ def keep_tight() -> None:
 
 
 def give_back() -> None:
-    """Have glibc return to the system what has been freed; before work that takes much memory of
-    its own, this takes some milliseconds."""
+    """Have glibc return to the system what has been freed. It takes some milliseconds, which pay
+    before work that takes much memory of its own."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def resident(name: str = "VmRSS") -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` the most since :func:`forget_peak`.
+def resident(name: str = "VmRSS", process: int | str = "self") -> int:
+    """Bytes of a process, by default of this one: ``VmRSS`` now, ``VmHWM`` the most since
+    :func:`forget_peak`.
 
     OSError or LobsError where the system does not report it.
     """
-    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    path = Path(f"/proc/{process}/status")
+    match = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     if match is None:
-        raise LobsError(f"/proc/self/status has no {name}")
+        raise LobsError(f"{path} has no {name}")
     return int(match[1]) * 1024

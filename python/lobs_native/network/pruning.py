@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,13 +152,9 @@ class Pruning:
                 limited = self.settings.memory is not None
                 ledger.states.largest = plan.scratch if limited else None
             with self.stages.stage("keeping original weights"):
-                for job in self.selected:
-                    for name, parameter in job.layer.parameters.items():
-                        session.originals.put_copy(name, parameter, self.places.get(name))
-                for names in self.tuned:
-                    for name, parameter in names.items():
-                        if name not in session.originals:
-                            session.originals.put_copy(name, parameter, self.places.get(name))
+                pruned = [job.layer.parameters for job in self.selected]
+                for name, parameter in ChainMap({}, *pruned, *self.tuned).items():
+                    session.originals.put_copy(name, parameter, self.places.get(name))
             try:
                 with self.stages.stage("measuring the output"):
                     samples = samples_of(session, self.jobs, self.settings, plan.sample_limit, kept)

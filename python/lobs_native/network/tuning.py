@@ -9,20 +9,21 @@ pruned network. A tenth of the batches is held back and decides what is kept.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native.calibration.blocks import Stack
+from lobs_native.calibration.held_back import in_between
 from lobs_native.calibration.outputs import tokens_in
 from lobs_native.calibration.partial import readable
 from lobs_native.calibration.replay import Replay
+from lobs_native.calibration.sensitivity import requiring_gradients
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
@@ -185,11 +186,11 @@ def tune_block(
     """
     begun = time.perf_counter()
     replay.forget_repeats()
-    with Shelf(limit) as targets, _tracking_gradients(parameters.values()):
+    with Shelf(limit) as targets, requiring_gradients(parameters.values(), True):
         aim = _Aim(replay, targets)
         numbers = range(len(replay.batches))
         count = len(numbers) // _HELD_BACK or 1
-        held_back = {(2 * i + 1) * len(numbers) // (2 * count) for i in range(count)}
+        held_back = in_between(count, len(numbers))
         training = [n for n in numbers if n not in held_back]
         before = aim.error(training), aim.error(held_back)
         best = before[1]
@@ -279,18 +280,6 @@ class _Steps:
         """Give the parameters these values."""
         for p, x in zip(self.parameters, values, strict=True):
             overwrite(p, x)
-
-
-@contextlib.contextmanager
-def _tracking_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -137,13 +137,15 @@ def error_and_optimality_of_some(
     bias: Tensor | None,
     removed: Tensor,
     costs: Tensor | None,
+    apart: float,
 ) -> tuple[float, float]:
     """:func:`error`, and the optimality ratio as in :func:`error_and_optimality` of 32 rows of each
     group, evenly spaced: enough for weights that are not meant to be the best.
 
     ``costs`` (G, R) float64 is what the removals cost in each row with the damped H, as far as
     known. The error of a large layer is then their sum, less what damping adds, and less what they
-    are off on average on the 32 rows, unless they are off by too different amounts there.
+    are off on average on the 32 rows, unless they are off by too different amounts there; and
+    ``apart``, see :func:`unmet`.
     """
     R = problem.before.shape[1]
     rows = slice(None, None, -(-R // _SAMPLE))
@@ -160,10 +162,9 @@ def error_and_optimality_of_some(
             total += float(known[g].sum() + R * off.mean())
             doubt += R * float(off.std()) / math.sqrt(len(off))
         worst = max(worst, _optimality(problem, dW, G, removed, g, rows))
-    if known is not None:
-        total += unmet(problem, weight, bias)
-        if _SURE * doubt <= _LOST * total:
-            return _finite(total), worst
+    total += apart
+    if known is not None and _SURE * doubt <= _LOST * total:
+        return _finite(total), worst
     return error(problem, weight, bias), worst
 
 
@@ -216,9 +217,8 @@ def unmet(problem: Problem, weight: Tensor, bias: Tensor | None) -> float:
     moved = 0.0
     for g in range(len(problem.moments)):
         for rows in _pieces(problem):
-            moved += _gained(
-                problem, _change(problem, weight, bias, g, rows, torch.float64), g, rows
-            )
+            dW = _change(problem, weight, bias, g, rows, torch.float64)
+            moved += _gained(problem, dW, g, rows)
     return left * ((2.0 - left) * desired.inherited - moved)
 
 

@@ -69,9 +69,10 @@ def finish(
     """
     removed, costs = pruned.removed, pruned.costs
     weight, bias = problem.rounded(pruned.weights)
+    unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
     if not pruned.optimal:
         error, optimality = measurement.error_and_optimality_of_some(
-            problem, weight, bias, removed, None if costs is None else costs.rows
+            problem, weight, bias, removed, None if costs is None else costs.rows, unmet
         )
     else:
         error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
@@ -81,9 +82,9 @@ def finish(
                 f"{optimality:.3g}"
             )
             weight, bias = problem.rounded(solve(problem, removed, precise=True, from_kept=True))
+            unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
             error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
     energy = measurement.energy(problem)
-    unmet = measurement.unmet(problem, weight, bias)
     C = problem.in_features
     lost = measurement.lost_in_rounding(problem, weight, removed)
     return PrunedWeight(
