@@ -33,10 +33,9 @@ def test_a_copy_in_any_order_is_followed_to_the_parameter(order, of_columns, tra
     copy = source.contiguous().clone()
     copies = Copies[str]()
     assert copies.note("it", parameter, source, copy)
-    found = copies.of(copy)
+    (found,) = copies.of(copy)
     operand = copy.reshape(math.prod(copy.shape[:of_columns]), -1)
     operand = operand.T if transposed else operand
-    assert found is not None
     assert found.owner == "it"
     block = found.block(operand)
     assert torch.equal(entries(block), operand.long())
@@ -53,8 +52,8 @@ def test_operands_in_the_parameter_itself_and_rows_that_are_not_alike():
     copies = Copies[str]()
     copy = parameter.view(2, 3, 4).transpose(1, 2).contiguous()
     copies.note("it", parameter, parameter.view(2, 3, 4).transpose(1, 2), copy)
-    assert copies.of(copy).block(copy.view(-1)[1:21].view(4, 5)) is None
-    assert copies.of(parameter) is None
+    assert copies.of(copy)[0].block(copy.view(-1)[1:21].view(4, 5)) is None
+    assert not copies.of(parameter)
     assert not copies.note("it", parameter, parameter[:1], parameter.expand(2, 24))
 
 
@@ -63,12 +62,12 @@ def test_a_copy_that_is_freed_is_forgotten():
     copy = parameter.clone()
     copies.note("it", parameter, parameter, copy)
     where = address(copy)
-    assert copies.of(copy[5:]) is not None
+    assert copies.of(copy[5:])
     del copy
     for _ in range(20):
         again = torch.ones(5000)
         if address(again) == where:
-            assert copies.of(again) is None
+            assert not copies.of(again)
     copies.clear()
     assert not copies
 
@@ -85,3 +84,18 @@ def test_blocks_cover_a_parameter_once_or_not_at_all():
     sizes, steps = strided(3, 4, heads)
     assert sorted(torch.arange(24).as_strided(sizes, steps).flatten().tolist()) == [*range(24)]
     assert merged([(2, 12), (3, 4), (1, 7), (4, 1)]) == ((24, 1),)
+
+
+def test_pieces_of_an_operand_go_to_the_copies_they_lie_in():
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    copies = Copies[str]()
+    tall = torch.cat([a, torch.zeros(1, 3), b])
+    assert copies.note_joined([a, torch.zeros(1, 3), b], [("a", a), None, ("b", b)], tall, 0, False)
+    found = copies.pieces(tall.T)
+    assert [(p.owner, p.rows) for p in found] == [("a", slice(0, 2)), ("b", slice(3, 7))]
+    for piece, source in zip(found, (a, b), strict=True):
+        assert torch.equal(entries(piece.block(tall.T)), source.T.long())
+    assert copies.owners(tall) == ["a", "b"]
+    assert [p.owner for p in copies.pieces(tall)] == ["a", "b"]  # cut between columns
+    assert [p.owner for p in copies.pieces(tall[3:].T)] == ["b"]
+    assert copies.pieces(tall.view(3, 7)) is None  # rows of both that are folded across each other

@@ -1,5 +1,5 @@
-"""Weights that are copied in another order or dtype before they are multiplied, or multiplied in
-parts that do not lie together, are pruned like all others."""
+"""Weights that are copied in another order or dtype before they are multiplied, joined with others,
+or multiplied in parts that do not lie together, are pruned like all others."""
 
 from __future__ import annotations
 
@@ -75,3 +75,71 @@ def test_corrected_inputs_masks_and_other_targets_work_in_that_order_too(kind):
     assert again.removed == 0.75 * again.weights
     for name, mask in again.masks.items():
         assert not bool((mask & ~report.masks[name]).any())  # zeros stay
+
+
+# ---- weights that are joined in one tensor first -------------------------------------------------
+
+JOINED = {  # and the part of the inputs (n, 16) that each weight is multiplied by
+    "rows": (
+        lambda m, x: functional.linear(x, torch.cat([m.a, m.b])),
+        {"a": (slice(None), (3, 16)), "b": (slice(None), (5, 16))},
+    ),
+    "rows, and something fixed": (
+        lambda m, x: functional.linear(x, torch.cat([m.a, m.fixed, m.b])),
+        {"a": (slice(None), (3, 16)), "b": (slice(None), (4, 16))},
+    ),
+    "columns": (
+        lambda m, x: functional.linear(x, torch.cat([m.a, m.b], 1)),
+        {"a": (slice(0, 6), (8, 6)), "b": (slice(6, 16), (8, 10))},
+    ),
+    "transposed": (
+        lambda m, x: x @ torch.cat([m.a.T, m.b.T], -1),
+        {"a": (slice(None), (3, 16)), "b": (slice(None), (5, 16))},
+    ),
+    "stacked": (
+        lambda m, x: torch.einsum("nc,erc->ner", x, torch.stack([m.a, m.b])).flatten(1),
+        {"a": (slice(None), (4, 16)), "b": (slice(None), (4, 16))},
+    ),
+    "stacked in the middle": (
+        lambda m, x: torch.einsum("nc,rec->nre", x, torch.stack([m.a, m.b], 1)).flatten(1),
+        {"a": (slice(None), (4, 16)), "b": (slice(None), (4, 16))},
+    ),
+}
+
+
+def joined(kind: str) -> tuple[Net, dict[str, slice]]:
+    forward, parts = JOINED[kind]
+    net = Net(forward, **{name: torch.randn(shape) for name, (_, shape) in parts.items()})
+    net.register_buffer("fixed", torch.randn(1, 16).double())
+    return net, {name: part for name, (part, _) in parts.items()}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_weights_joined_before_they_are_multiplied_are_pruned_each_with_its_own_inputs(kind):
+    net, parts = joined(kind)
+    batches = rows()
+    before = {name: getattr(net, name).detach().clone() for name in parts}
+    report = prune(net, batches, inputs="dense")
+    assert report.skipped == ()
+    assert [layer.name for layer in report.layers] == [*parts, "last"]
+    for layer in report.layers[:-1]:
+        inputs = torch.cat(batches)[:, parts[layer.name]]
+        change = (getattr(net, layer.name).detach() - before[layer.name]) @ inputs.T
+        assert layer.rows == len(inputs)
+        assert layer.error == pytest.approx(float(change.square().sum()) / len(inputs), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_joined_weights_are_corrected_too(kind):
+    net, parts = joined(kind)
+    report = prune(net, rows(), inputs="corrected")
+    assert [layer.sparsity for layer in report.layers] == [0.5] * (len(parts) + 1)
+
+
+def test_weights_that_are_joined_and_then_changed_are_named():
+    net, _ = joined("rows")
+    for change in (lambda w: w - w.mean(), lambda w: 2 * w):
+        net.run = lambda m, x, change=change: functional.linear(x, change(torch.cat([m.a, m.b])))
+        report = prune(net, rows())
+        assert [layer.name for layer in report.skipped] == ["a", "b"]
+        assert all("before it is multiplied" in layer.reason for layer in report.skipped)

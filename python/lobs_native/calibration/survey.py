@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
-from lobs_native.calibration.copies import COPYING, VIEWING, Copies, Copy, address
+from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, address, joined
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.mode import Mode
 from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
@@ -164,6 +164,11 @@ class Survey(Mode):
             self._other(name, tensors, direct, origins, result)
             if func in COPYING and len(direct[0]) == 1:
                 self._copies.note(direct[0][0], direct[0][0], tensors[0], result)
+            elif func in JOINING and not any(origins):
+                known = zip(tensors, direct, strict=True)
+                if all(len(ps) == 1 or (not ps and self._static(x)) for x, ps in known):
+                    owners = [(ps[0], ps[0]) if ps else None for ps in direct]
+                    self._copies.note_joined(tensors, owners, result, *joined(func, args, kwargs))
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -225,49 +230,54 @@ class Survey(Mode):
     def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter], shift: Tensor | None) -> None:
         """a (n, C) @ b (C, m), and what is added to it (n, m), from the memory of ``added``."""
         sides = ((b, a), (a.T, b.T))
-        copies = [self._copies.of(weight) for weight, _ in sides]
-        parameters = [
-            [copy.owner] if copy is not None else self._direct(weight)
-            for copy, (weight, _) in zip(copies, sides, strict=True)
-        ]
+        parameters = [self._copies.owners(weight) or self._direct(weight) for weight, _ in sides]
         for k, (weight, x) in enumerate(sides):
-            offset = None
-            if shift is not None and len(added) == 1:
-                offset = _offset(shift if k == 0 else shift.T, added[0])
-            for p in parameters[k]:
-                if parameters[1 - k] and not self._owned(p):
-                    if self._owned(parameters[1 - k][0]):
-                        self._note(p, "inputs")
-                    else:
-                        self._note(p, "both")
-                else:
-                    block = self._operand(p, weight, copies[k], len(x))
-                    use = self.uses[p]
-                    use.biases[None if offset is None else self._names[added[0]]] = None
-                    if block is not None and offset is not None:
-                        use.shifts.setdefault(block, set()).add(offset)
-            for p, chain in self._origins(weight).items() if copies[k] is None else ():
-                if parameters[1 - k]:
+            shifted = shift if shift is None or k == 0 else shift.T
+            others = parameters[1 - k]
+            for p, block, part in self._operands(weight):
+                if others and not self._owned(p):
+                    self._note(p, "inputs" if self._owned(others[0]) else "both")
+                    continue
+                offset = None
+                if shifted is not None and len(added) == 1:
+                    offset = _offset(shifted[:, part], added[0])
+                self._operand(p, block, len(x), None if offset is None else (added[0], offset))
+            for p, chain in self._origins(weight).items() if not self._copies.of(weight) else ():
+                if others:
                     self._note(p, "inputs")
                 else:
                     self._note(p, "changed", *chain)
 
-    def _operand(
-        self, p: nn.Parameter, weight: Tensor, copy: Copy[nn.Parameter] | None, rows: int
-    ) -> Block | None:
-        """x (rows, C) @ weight (C, R), which lies in the memory of ``p`` or a copy: as a block of
-        it."""
-        if copy is not None:
-            block = copy.block(weight)
+    def _operands(self, weight: Tensor) -> Iterator[tuple[nn.Parameter, Block | None, slice]]:
+        """The parameters in whose memory, or in copies of which, ``weight`` (C, R) lies: each with
+        its block, None if it is none, and the part of the R rows that it is."""
+        whole = slice(None)
+        if not (copied := self._copies.owners(weight)):
+            for p in self._direct(weight):
+                offset = (weight.data_ptr() - p.data_ptr()) // p.element_size()
+                yield p, Block.of(weight, offset), whole
+        elif (pieces := self._copies.pieces(weight)) is None:
+            yield from ((p, None, whole) for p in copied)
         else:
-            block = Block.of(weight, (weight.data_ptr() - p.data_ptr()) // p.element_size())
+            yield from ((piece.owner, piece.block(weight), piece.rows) for piece in pieces)
+
+    def _operand(
+        self,
+        p: nn.Parameter,
+        block: Block | None,
+        rows: int,
+        bias: tuple[nn.Parameter, int] | None,
+    ) -> None:
+        """x (rows, C) @ a block of ``p`` (C, R), to which a bias is added from an entry on."""
+        use = self.uses[p]
+        use.biases[None if bias is None else self._names[bias[0]]] = None
         if block is None:
             self._note(p, "parts")
-            return None
-        use = self.uses[p]
+            return
+        if bias is not None:
+            use.shifts.setdefault(block, set()).add(bias[1])
         use.blocks[block] = use.blocks.get(block, 0) + rows
         self._place(p, "blocks")
-        return block
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
         added = self._direct(bias) if isinstance(bias, Tensor) else []

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from lobs_native.calibration.copies import COPYING, VIEWING, Copies
+from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, joined
 from lobs_native.calibration.mode import Mode
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Matrix
@@ -79,7 +79,7 @@ class Watch(Mode):
         viewing = getattr(func, "is_view", False) or func in VIEWING
         if not (viewing or any(x.is_nested for x in tensors)):
             touched = [layer for x in tensors for layer, _, _ in self._touching(x)]
-            copies = [copy.owner for x in tensors if (copy := self._copies.of(x)) is not None]
+            copies = [owner for x in tensors for owner in self._copies.owners(x)]
             if (touched or copies) and func in PRODUCTS:
                 at = PRODUCTS[func]
                 self._product(*args[at : at + 2])
@@ -92,14 +92,29 @@ class Watch(Mode):
                         result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-                copied = touched[0] if func in COPYING and len(touched) == 1 else None
-                if isinstance(copied, Product):
+                if not copies and (func in COPYING or func in JOINING):
                     result = func(*args, **kwargs)
-                    if self._copies.note(copied, _operand(copied), tensors[0], result):
+                    if self._copied(func, tensors, args, kwargs, result):
                         return result
                 for layer in dict.fromkeys([*touched, *copies]):
                     self.fail(layer, f"used by {func.name()}")
         return func(*args, **kwargs)
+
+    def _copied(
+        self, func: Any, sources: list[Tensor], args: Any, kwargs: Any, result: Any
+    ) -> bool:
+        """Remember what an operation has copied; whether that is possible."""
+        owners: list[tuple[Product, Tensor] | None] = []
+        for x in sources:
+            touching = [layer for layer, _, _ in self._touching(x)]
+            own = [layer for layer in touching if isinstance(layer, Product)]
+            if len(own) < len(touching) or len(own) > 1:
+                return False
+            owners.append((own[0], _operand(own[0])) if own else None)
+        if func in COPYING:
+            (owned,) = owners
+            return owned is not None and self._copies.note(*owned, sources[0], result)
+        return self._copies.note_joined(sources, owners, result, *joined(func, args, kwargs))
 
     def _touching(self, x: Tensor) -> Iterator[tuple[Layer, Tensor, int]]:
         """The watched weights whose memory overlaps that of ``x``: (layer, its operand, the address
@@ -123,8 +138,12 @@ class Watch(Mode):
     def _uses(self, x: Tensor, weight: Tensor) -> None:
         """Report x (n, C) @ weight (C, r), whose r columns may be rows of several layers or
         groups."""
-        if (copy := self._copies.of(weight)) is not None:
-            self._use_of_block(copy.owner, x, copy.block(weight))
+        if copies := self._copies.owners(weight):
+            pieces = self._copies.pieces(weight)
+            for owner in copies if pieces is None else ():
+                self._use_of_block(owner, x, None)
+            for piece in pieces or ():
+                self._use_of_block(piece.owner, x[:, piece.columns], piece.block(weight))
             return
         for layer, matrices, start in self._touching(weight):
             if isinstance(layer, Product):
