@@ -24,7 +24,8 @@ from quality.small_models import NotMadeError
 
 __all__ = ["made", "types"]
 
-LARGE, LARGEST = 1_500_000, 22_000_000  # parameters: to be made smaller, and not to be tried
+# Parameters: to be made smaller, by all means, and not to be tried.
+LARGE, LARGER, LARGEST = 1_500_000, 12_000_000, 22_000_000
 _TRIED = 6  # networks of a family that are compared
 _SMALL = re.compile(
     r"atto|femto|pico|nano|tiny|xxs|xxt|_xs|_s\d|small|_t\d?_|_t\d?$|_b0|0_?5|lite|test|10|18"
@@ -160,7 +161,7 @@ def _smallest(family: str) -> Chosen:
         if found is not None and found < size:
             chosen, size = Chosen(name, changes), found
             break
-    if size > LARGEST:
+    if size > LARGER:
         others = [Chosen(name, changes, instead=True) for changes in _INSTEAD]
         chosen = min([chosen, *others], key=lambda x: x.size() or math.inf)
         size = chosen.size() or size
