@@ -51,6 +51,10 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
 
+    help_ = "put plain layers in the place of those that standardize or scale their weight in each "
+    help_ += "call first; for module:function; see lobs_native.fold_weights"
+    add("--fold-weights", action="store_true", help=help_)
+
     far = command.add_argument_group("how far (one of them, or an N:M pattern)")
     target = far.add_mutually_exclusive_group()
     how = command.add_argument_group("how (see lobs_native.prune)")

@@ -170,7 +170,12 @@ def _prune(options: argparse.Namespace) -> int:
         if not options.plan:
             out = _check_out(options)
         task = job.find(
-            options.model, options.calibration, text, planning=options.plan, seed=options.seed
+            options.model,
+            options.calibration,
+            text,
+            planning=options.plan,
+            seed=options.seed,
+            fold=options.fold_weights,
         )
         settings = settings_of(options)
         if options.plan:

@@ -32,6 +32,7 @@ from lobs_native.huggingface.spelling import places_of, same_bits
 from lobs_native.huggingface.text import GENERATE, generated_batches, text_batches
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import pruner
+from lobs_native.network.folding import fold_weights
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.selection import candidates_of
 from lobs_native.network.settings import NetworkSettings, globs_of
@@ -74,6 +75,7 @@ def find(
     *,
     planning: bool = False,
     seed: int = 0,
+    fold: bool = False,
 ) -> Job:
     """The network that the command line names.
 
@@ -91,6 +93,8 @@ def find(
         Batches are not needed.
     seed : int
         Of what the network writes.
+    fold : bool
+        Call :func:`lobs_native.fold_weights` on the network of a function.
 
     Raises
     ------
@@ -99,13 +103,21 @@ def find(
     """
     begun = time.perf_counter()
     if Path(source).is_dir() or source.endswith(".gguf"):
+        if fold:
+            raise ArgumentError(
+                "--fold-weights: the class that config.json names would compute the weights once "
+                "more from those in the new folder; for a network of module:function, which can "
+                "load it and is called again to use the result"
+            )
         found = _folder(Path(source), calibration, dict(text), planning, seed)
     else:
-        found = _of_function(source, calibration, text)
+        found = _of_function(source, calibration, text, fold)
     return dataclasses.replace(found, loading=time.perf_counter() - begun)
 
 
-def _of_function(source: str, calibration: Path | str | None, text: Mapping[str, Any]) -> Job:
+def _of_function(
+    source: str, calibration: Path | str | None, text: Mapping[str, Any], fold: bool
+) -> Job:
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
             f"MODEL: {source!r} is not a folder or GGUF file here, and not of the form "
@@ -118,13 +130,14 @@ def _of_function(source: str, calibration: Path | str | None, text: Mapping[str,
             "own batches"
         )
     model, batches, forward = _call(source)
+    settings = {"folded weights": fold_weights(model)} if fold else {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise DtypeError(
                 f"MODEL: {name!r} in the state of {source}'s model is a {type(value).__name__}; "
                 "only tensors can be written"
             )
-    return Job(model, batches, forward, None, functools.partial(_save_state, model))
+    return Job(model, batches, forward, None, functools.partial(_save_state, model), settings)
 
 
 def _folder(

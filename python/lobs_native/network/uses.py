@@ -190,7 +190,8 @@ def _of_layer(
         if outside:
             return Reason(f"outside the calls of its module, {made.text}", made.on_purpose)
         text = f"in a forward of its own, {made.text}; a layer type can describe it"
-        return Reason(f"{text} (lobs_native.register_layer)")
+        more = ", or lobs_native.fold_weights replace it" if use.changed else ""
+        return Reason(f"{text} (lobs_native.register_layer){more}")
     made.notes[:] = [*layer.notes, *made.notes]
     if made.bias() is None and layer.bias() is not None:
         made.notes.append("its bias was not updated: it is not seen to be added in each product")
