@@ -149,6 +149,18 @@ def test_the_condition_is_estimated_from_below_within_a_factor_of_two(condition,
     assert true / 2 < out.condition <= true * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("method", ["sweep", "exact"])
+def test_many_small_groups_have_the_condition_of_the_worst(method):
+    moments = [conditioned(9, 10.0**g) for g in range(4)]
+    unit = torch.eye(9, dtype=F64)
+    damped = [H + 0.01 * H.diagonal().mean() * unit for H in moments]
+    settings = LayerSettings(sparsity=0.5, method=method, damping=0.01)
+    dead = torch.zeros(9, 9, dtype=F64)
+    out = prune_groups(torch.randn(5, 2, 9, dtype=F64), [*moments, dead], settings)
+    worst = max(float(torch.linalg.cond(H)) for H in damped)
+    assert out.condition == pytest.approx(worst, rel=1e-9)
+
+
 def test_a_moment_that_is_not_inverted_has_no_condition_and_zero_has_the_best():
     W, H = layer(4, 6)
     assert lobs.prune_weight(W, H, sparsity=0.5, method="wanda").condition is None
