@@ -13,8 +13,8 @@ lines; the seconds of ``prune`` itself on this machine; the CPU seconds of the w
 other programs on the machine disturb less; and the memory that it took besides the model, as
 planned and as measured. Rows that FILE holds already are not computed again. ``--only admm exact
 layer`` means those two methods at that scope, with all inputs. Rows marked "rows", "tokens" or
-"tuned" weight these by the output's sensitivity, or tune blocks; the others are "plain". With one
-budget for the model, rows are weighted in all of them.
+"tuned" weight these by the output's sensitivity, or tune blocks ("network tuned": the network); the
+others are "plain". With one budget for the model, rows are weighted in all of them.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ MORE: dict[str, list[str]] = {
     "rows and tokens": ["--token-weights", "output"],
     "tuned": ["--tune", "blocks"],
     "rows, tokens, tuned": ["--token-weights", "output", "--tune", "blocks"],
+    "network tuned": ["--tune", "network"],
+    "rows, tokens, network tuned": ["--token-weights", "output", "--tune", "network"],
 }
 MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
     ("admm", scope, inputs, more)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from lobs_native.network.descent import Course
 from lobs_native.network.tuning import tunable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,8 +59,8 @@ def test_blocks_return_more_nearly_what_they_did(inputs):
     plain, tuned, original = Net(), Net(), Net()
     before = lobs.prune(plain, data(), inputs=inputs, **{**OPTIONS, "tune": None})
     after = lobs.prune(tuned, data(), inputs=inputs, **OPTIONS)
-    first, second = after.settings["tuned blocks"]
-    assert (first["block"], second["block"]) == ("blocks.0", "blocks.1")
+    first, second = after.settings["tuned"]
+    assert (first["name"], second["name"]) == ("blocks.0", "blocks.1")
     for block in (first, second):
         assert block["kept"]
         assert block["held_back_after"] < block["held_back_before"]
@@ -82,7 +83,7 @@ def test_the_error_is_that_of_the_block_on_the_data_that_is_held_back():
         x = batches[6]  # the middle of the only tenth
         y, now = original.blocks[0](x), tuned.blocks[0](x)
     expected = float((now - y).norm() / y.norm())
-    assert report.settings["tuned blocks"][0]["held_back_after"] == pytest.approx(expected, 1e-5)
+    assert report.settings["tuned"][0]["held_back_after"] == pytest.approx(expected, 1e-5)
 
 
 def test_the_same_seed_gives_the_same_network():
@@ -94,11 +95,12 @@ def test_the_same_seed_gives_the_same_network():
 
 
 def test_a_block_that_does_not_get_better_keeps_its_values(monkeypatch):
-    monkeypatch.setattr("lobs_native.network.tuning._RATE", 3.0)
+    too_far = Course(passes=2, rate=3.0, seed=0)
+    monkeypatch.setattr("lobs_native.network.tuning._BLOCKS", too_far)
     plain, tuned = Net(), Net()
     lobs.prune(plain, data(), **{**OPTIONS, "tune": None})
     report = lobs.prune(tuned, data(), **OPTIONS)
-    assert [block["kept"] for block in report.settings["tuned blocks"]] == [False, False]
+    assert [block["kept"] for block in report.settings["tuned"]] == [False, False]
     assert all(torch.equal(p, tuned.get_parameter(n)) for n, p in plain.named_parameters())
     assert not any("errors are of before" in n for layer in report.layers for n in layer.notes)
 
@@ -111,7 +113,7 @@ def test_a_run_that_was_killed_resumes_with_the_bits_of_a_whole_one(tmp_path, mo
     whole, resumed = Net(), Net()
     lobs.prune(whole, data(), **OPTIONS)
     calls = 0
-    really = tuning.tune_block
+    really = tuning.descend
 
     def tune(*args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -125,17 +127,17 @@ def test_a_run_that_was_killed_resumes_with_the_bits_of_a_whole_one(tmp_path, mo
 
     untouched = Net().state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "tune_block", tune)
+        patch.setattr(tuning, "descend", tune)
         patch.setattr(pruning, "error_bound_of", end)
         with pytest.raises(KeyboardInterrupt):
             lobs.prune(resumed, data(), run_dir=tmp_path / "run", **OPTIONS)
     assert all(torch.equal(v, untouched[k]) for k, v in resumed.state_dict().items())
     calls, left = 0, 2 - stopped
     stopped = 2
-    monkeypatch.setattr(tuning, "tune_block", tune)
+    monkeypatch.setattr(tuning, "descend", tune)
     report = lobs.prune(resumed, data(), run_dir=tmp_path / "run", **OPTIONS)
     assert calls == left
-    assert len(report.settings["tuned blocks"]) == 2
+    assert len(report.settings["tuned"]) == 2
     assert all("errors are of before" in layer.notes[-1] for layer in report.layers)
     for name, p in whole.named_parameters():
         assert torch.equal(p, resumed.get_parameter(name)), name
@@ -144,7 +146,7 @@ def test_a_run_that_was_killed_resumes_with_the_bits_of_a_whole_one(tmp_path, mo
 def test_half_precision_is_tuned_in_single_precision():
     model = Net().bfloat16()
     report = lobs.prune(model, [x.bfloat16() for x in data()], **OPTIONS)
-    assert any(block["kept"] for block in report.settings["tuned blocks"])
+    assert any(block["kept"] for block in report.settings["tuned"])
     assert int((model.blocks[0].up.weight == 0).sum()) >= round(0.6 * 128)
     assert model.blocks[0].up.weight.dtype == torch.bfloat16
 
@@ -175,11 +177,11 @@ def test_it_is_refused_without_blocks_or_data_to_hold_back(wrong):
 
 
 def test_the_plan_counts_what_tuning_takes(monkeypatch):
-    """The targets as a third set of hidden states; and six copies of the values in float32, with
+    """The targets as a third set of hidden states; and four copies of the values in float32, with
     masks, where that is more than a layer takes."""
     plans = [lobs.plan_prune(Net(), data(), **{**OPTIONS, "tune": t}) for t in (None, "blocks")]
     assert plans[1].states == plans[0].states * 1.5
     assert plans[1].layer == plans[0].layer
     monkeypatch.setattr("lobs_native.network.resources._layer_memory", lambda *_: 1000)
     plan = lobs.plan_prune(Net(), data(), **OPTIONS)
-    assert plan.layer == 25 * (2 * 8 + 2 * 8 * 16 + 16 + 8)
+    assert plan.layer == 17 * (2 * 8 + 2 * 8 * 16 + 16 + 8)

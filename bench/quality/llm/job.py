@@ -27,7 +27,7 @@ from quality.encoder import TEXT
 from quality.llm.material import TARGETS, Windows, loaded
 from quality.llm.rivals import RIVALS
 
-AT_ONCE = 4  # windows in a batch of ours
+AT_ONCE = 4  # windows in a batch of ours; where the network is tuned, one, which is a step
 ROWS = 512  # of logits whose logarithms are in memory at a time
 # Settings of lobs.prune; the others of METHODS are rivals.
 OURS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,9 @@ OURS: dict[str, dict[str, Any]] = {
     "admm, dense inputs": {"method": "admm", "inputs": "dense"},
     "exact, dense inputs": {"method": "exact", "inputs": "dense"},
     "model": {"scope": "model"},
+    "tuned": {"tune": "network"},
+    "tuned, pruned inputs": {"tune": "network", "inputs": "pruned"},
+    "sweep, tuned, pruned inputs": {"method": "sweep", "tune": "network", "inputs": "pruned"},
     "wanda": {"method": "wanda", "inputs": "pruned"},
     "magnitude": {"method": "magnitude", "inputs": "pruned"},
 }
@@ -54,7 +57,7 @@ def prune(model: Any, windows: Tensor, case: dict[str, Any], rivals: Path | None
     if method in OURS:
         lobs.prune(
             model,
-            list(windows.split(AT_ONCE)),
+            list(windows.split(1 if "tune" in OURS[method] else AT_ONCE)),
             include=[f"model.layers.{block}.*" for block in range(blocks)],
             progress=False,
             **{**TARGETS[target], **OURS[method]},

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lobs_native.calibration.session import Session
 from lobs_native.files.shelf import Shelf
@@ -21,12 +21,15 @@ __all__ = [
     "Change",
     "Sample",
     "Samples",
+    "counted_rows",
     "floating_tensors",
     "held_back_loss",
+    "keep_output",
     "measure_change",
     "sample_outputs",
     "sizes_of",
     "tokens_in",
+    "vocabulary_of",
 ]
 
 SAMPLE = 512  # rows of output in a sample
@@ -107,20 +110,20 @@ def sample_outputs(
     for number, batch in enumerate(each("outputs")):
         if number not in chosen:
             continue
-        found = _keep(outputs, number, session.call(session.model, batch), session, batch)
+        found = keep_output(outputs, number, session.call(session.model, batch), session, batch)
         if number == 0:
             chosen = _enough(batches, rows, found)
     return Sample(outputs, frozenset(chosen))
 
 
-def _keep(shelf: Shelf, number: int, output: Any, session: Session, batch: Any) -> float:
+def keep_output(shelf: Shelf, number: int, output: Any, session: Session, batch: Any) -> float:
     """Put a copy of the output for a batch on a shelf. Returns the number of its rows that
     count."""
     rows, mask = 0.0, session.output_mask(batch)
     for i, x in enumerate(floating_tensors(output)):
         shelf.put_copy((number, i, x.shape), x.reshape(-1))
         if x.numel():
-            tokens, width = _rows(x, mask)
+            tokens, width = counted_rows(x, mask)
             entries = x.numel() if tokens is None else int(tokens.sum()) * width
             rows += entries / x.shape[-1]
     return rows
@@ -182,9 +185,15 @@ def held_back_loss(session: Session, limit: int | None = None) -> float | None:
     Kullback-Leibler divergence, in nats, of logits over the vocabulary of the model's ``config``;
     or, for other outputs, the squared change over the squared size. ``limit`` as above. None if the
     outputs cannot be compared."""
-    vocabulary = getattr(getattr(session.model, "config", None), "vocab_size", None)
+    vocabulary = vocabulary_of(session.model)
     change = measure_change(session, limit, held_back=True, vocabulary=vocabulary)
     return None if change is None or not change.size else change.difference / change.size
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """The number of tokens that logits of the model are over, if its ``config`` says it."""
+    found = getattr(getattr(model, "config", None), "vocab_size", None)
+    return found if isinstance(found, int) else None
 
 
 def _evenly(count: int, total: int) -> set[int]:
@@ -210,7 +219,7 @@ def _change_of(
         if sample is not None:
             before = sample.outputs
         else:
-            _keep(again, number, session.call_original(batch), session, batch)
+            keep_output(again, number, session.call_original(batch), session, batch)
         now = list(floating_tensors(session.call(session.model, batch)))
         keys = [(number, i, x.shape) for i, x in enumerate(now)]
         if not now or keys != sorted(key for key in before if key[0] == number):
@@ -219,7 +228,7 @@ def _change_of(
         for key, x in zip(keys, now, strict=True):
             if not x.numel() or (logits and x.shape[-1] != vocabulary):
                 continue
-            tokens, width = _rows(x, mask, x.shape[-1] if logits else 1)
+            tokens, width = counted_rows(x, mask, x.shape[-1] if logits else 1)
             step = max(1, _PIECE // width) * width
             parts = zip(x.reshape(-1).split(step), before.parts(key, step), strict=True)
             for k, (a, b) in enumerate(parts):
@@ -243,7 +252,7 @@ def _divergence(original: Tensor, other: Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def _rows(x: Tensor, mask: Tensor | None, width: int = 1) -> tuple[Tensor | None, int]:
+def counted_rows(x: Tensor, mask: Tensor | None, width: int = 1) -> tuple[Tensor | None, int]:
     """Which rows of the flat ``x`` count, and how many entries each has; None, and ``width``, if
     all do."""
     tokens = tokens_in(x, mask)

@@ -211,7 +211,7 @@ def error_bound_of(
         if session.weights is not None:
             raise NotAChainError("errors are weighted by token_weights, but not the output's")
         if settings.tune is not None:
-            raise NotAChainError("errors are those before blocks were tuned")
+            raise NotAChainError("errors are those before tuning")
         last = max(done, key=chain.index)
         if inputs == "corrected" and done[last].inherited is None:
             raise NotAChainError(f"layer {last}, the last one pruned, was not corrected")

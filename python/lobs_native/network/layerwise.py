@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,7 +79,7 @@ class LayerLoop:
         self.ledger = context.ledger
         self.states = None if context.ledger is None else context.ledger.states
         self.stage = context.stages.stage
-        self.tuner = context.tuner
+        self.tuner = context.tuner if context.settings.tune == "blocks" else None
         self.names = [
             job.layer.name for _, groups in structure.parts for group in groups for job in group
         ]
@@ -222,11 +222,16 @@ class LayerLoop:
             assert replay is not None
             self._advance(replay, block)
             with self.stage("tuning blocks"):
-                kept = tuner.tune(replay)
-        for layer, report in self.done.items():
-            if kept and stack.block_of(layer) == block:
-                notes = (*report.notes, "tuned with its block afterwards: errors are of before")
-                self.done[layer] = dataclasses.replace(report, notes=notes)
+                kept = tuner.tune_block(replay)
+        if kept:
+            self.tuned_with("block", [x for x in self.done if stack.block_of(x) == block])
+
+    def tuned_with(self, whole: str, layers: Iterable[str]) -> None:
+        """Note that these layers were tuned with their block, or with the network."""
+        for layer in layers:
+            report = self.done[layer]
+            notes = (*report.notes, f"tuned with its {whole} afterwards: errors are of before")
+            self.done[layer] = dataclasses.replace(report, notes=notes)
 
     def _repeat_finished(self, replay: Replay) -> None:
         """Let the parts of the current block repeat their outputs whose layers are all pruned."""

@@ -36,7 +36,7 @@ from lobs_native.network.sensitive import sensitive_of, weighted_of
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
-from lobs_native.network.tuning import Tuner, blocks_to_tune
+from lobs_native.network.tuning import Tuner, blocks_to_tune, network_to_tune
 from lobs_native.network.uses import settle
 from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
@@ -100,7 +100,9 @@ class Pruning:
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
         self.structure = structure_of(self.jobs, flow, self.session, self.settings, settled.seen)
         self.tuned: list[dict[str, nn.Parameter]] = []
-        if self.settings.tune is not None:
+        if self.settings.tune == "network":
+            self.tuned = network_to_tune(self._pruned(), self.session)
+        elif self.settings.tune is not None:
             stacks, reasons = self.structure.stacks, self.structure.reasons
             self.tuned = blocks_to_tune(stacks, reasons, self._pruned(), self.session)
         work = workload(
@@ -180,6 +182,11 @@ class Pruning:
         jobs = [self._with_share(job, shares.get(job.layer.name)) for job in self.jobs]
         loop = self._loop(jobs, plan, sensitivity, ledger, self.stages)
         loop.carry_out()
+        if self.settings.tune == "network":
+            assert loop.context.tuner is not None
+            with self.stages.stage("tuning the network"):
+                if loop.context.tuner.tune_network(self.structure.stacks):
+                    loop.tuned_with("network", list(loop.done))
         if ledger is not None:
             ledger.states.clear()
         limit = plan.output_limit
@@ -201,7 +208,7 @@ class Pruning:
         """The loop over the layers, with these settings for each."""
         tuner = None
         if self.tuned:
-            tuner = Tuner(self.session, self._pruned(), ledger, plan.states_limit)
+            tuner = Tuner(self.session, self._pruned(), ledger, plan)
         context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
         return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
 
@@ -350,8 +357,8 @@ class Pruning:
             "peak memory": peak.bytes(),
             "peak memory of sensitivities": peak.before_reset if measured else None,
         }
-        if loop.tuner is not None:
-            settings["tuned blocks"] = [dataclasses.asdict(x) for x in loop.tuner.done]
+        if loop.context.tuner is not None:
+            settings["tuned"] = [dataclasses.asdict(x) for x in loop.context.tuner.done]
         if ledger is not None:
             settings["run_dir"] = str(ledger.run.path)
             settings["resumed layers"] = ledger.resumed

@@ -43,7 +43,8 @@ class Workload:
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     others: int = 0  # bytes of everything else that blocks are called with
     tokens: int = 0  # bytes of the weights of tokens
-    tuning: int = 0  # bytes that tuning a block takes
+    tuning: int = 0  # bytes that tuning a block, or the network, takes
+    targets: int = 0  # bytes of the original outputs that the network is tuned towards, on disk
     passes: float = 0.0  # forward passes over all batches
     output: int = 0  # bytes of the model's output for a batch
     sample: int = 0  # of the original outputs for a sample, which wait for the end
@@ -56,7 +57,7 @@ class RunPlan:
     pass). ``str()`` gives a line to read."""
 
     largest: str  # the layer that needs the most
-    layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning it
+    layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning
     statistics: int  # second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # original weights and outputs, results that wait or weights that are swapped
@@ -185,7 +186,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         measured = most > max(needs[largest], work.tuning)
         what = "measuring the output" if measured else f"layer {largest!r}"
         if not measured and most > needs[largest]:
-            what = "tuning a block"
+            what = f"tuning ({settings.tune!r})"
         raise MemoryError(
             f"memory: {what} needs {most:,} bytes, and masks, weights of tokens and what blocks "
             f"are called with {fixed - most:,}: {fixed:,} together, more than the {memory:,} "
@@ -224,7 +225,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         masks=masks,
         tokens=work.tokens,
         output=output + work.measuring,
-        disk=elsewhere + work.sample - waiting,
+        disk=elsewhere + work.sample - waiting + work.targets,
         seconds=_searching(_seconds(jobs, work, corrected), settings),
         limit=memory,
         scratch=scratch,

@@ -182,10 +182,11 @@ class NetworkSettings(LayerOptions):
     )
     tune: str | None = option(
         None,
-        choices=("blocks",),
+        choices=("blocks", "network"),
         optional=True,
-        help="blocks: tune all parameters of every block together once its layers are pruned, by "
-        "gradients, with the zeros held; default: off",
+        help="tune all that was pruned together, by gradients, towards what the original network "
+        "returned, with the zeros held: the network at the end, or every block once its layers are "
+        "pruned; default: off",
     )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"

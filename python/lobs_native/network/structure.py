@@ -16,10 +16,12 @@ from lobs_native.calibration.observe import Observation
 from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
+from lobs_native.network.descent import tuning_bytes
+from lobs_native.network.output_aim import aiming_bytes
 from lobs_native.network.resources import Workload
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.tuning import TUNING, tuning_bytes
+from lobs_native.network.tuning import tuning_passes
 
 __all__ = [
     "Structure",
@@ -140,6 +142,8 @@ def workload(
     part = min(1.0, SAMPLE / max(1.0, measured)) if sampled else 1.0
     passes = 2.0 * part + 3.0 * (sensitive or bool(weighted)) + shared_budget
     passes += 1.0 / batches  # the look at the first batch
+    whole = bool(tuned) and settings.tune == "network"
+    by_blocks = bool(tuned) and not whole
     for stack, groups in structure.parts:
         if stack is None:
             passes += doubled * len(groups)
@@ -148,7 +152,11 @@ def workload(
         runs = _UNTIL_KNOWN * len(groups) + len(stack.modules) - 1
         runs += 0 if stack.hollow else len(stack.modules)
         passes += doubled * runs / stack.all_blocks
-        passes += len(stack.modules) * TUNING / stack.all_blocks if tuned else 0
+        if by_blocks:
+            passes += len(stack.modules) / stack.all_blocks * tuning_passes(False, False)
+    if whole:
+        recomputed = settings.memory is not None and bool(structure.stacks)
+        passes += tuning_passes(True, recomputed)
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
     repeated = max((s.hidden_bytes * structure.repeating(s) for s in structure.stacks), default=0)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
@@ -162,11 +170,13 @@ def workload(
         batches=batches,
         forward=forward,
         rows=dict(rows),
-        states=round(states * all_batches * (doubled + bool(tuned))),  # and targets
+        states=round(states * all_batches * (doubled + by_blocks)),  # and targets
         repeated=round(repeated * all_batches * doubled),
         others=round(others * all_batches * doubled),
         passes=passes * all_batches / batches,
-        tuning=max((tuning_bytes(block.values()) for block in tuned), default=0),
+        tuning=max((tuning_bytes(part.values()) for part in tuned), default=0)
+        + (aiming_bytes(size) if whole else 0),
+        targets=round(batches * size) if whole else 0,
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=size,
         sample=round(part * batches * size) if sampled else 0,

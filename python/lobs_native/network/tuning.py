@@ -1,25 +1,23 @@
-"""Tuning a block after its layers have been pruned: all of its parameters together, with the zeros
-held, towards what the block returned in the original network.
+"""Tuning what has been pruned, towards what the original network returned: all parameters of pruned
+layers, and norms and biases, together, with the zeros held.
 
 Layers are compensated one by one and by least squares. What is left is what they can only make up
-for together, across norms and nonlinearities. Adam (Kingma & Ba 2015) minimises the mean squared
-distance of the block's output from the original one, on the inputs that the block receives in the
-pruned network. A tenth of the batches is held back and decides what is kept.
+for together, across norms and nonlinearities. A block is tuned towards its own original output, on
+the inputs that it receives in the pruned network (mean squared distance); the network towards its
+own, see :mod:`lobs_native.network.output_aim`. How is in :mod:`lobs_native.network.descent`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native.calibration.blocks import Stack
-from lobs_native.calibration.held_back import in_between
 from lobs_native.calibration.outputs import tokens_in
 from lobs_native.calibration.partial import readable
 from lobs_native.calibration.replay import Replay
@@ -28,39 +26,25 @@ from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.layers import overwrite
+from lobs_native.network.descent import HELD_BACK, Aim, Course, Tuned, descend
+from lobs_native.network.output_aim import OutputAim, check_differentiable, recomputing
+from lobs_native.network.resources import RunPlan
 from lobs_native.report.records import plain
 from lobs_native.rundir.ledger import Ledger
 
-__all__ = ["TUNING", "TunedBlock", "Tuner", "blocks_to_tune", "tuning_bytes"]
+__all__ = ["Tuner", "blocks_to_tune", "network_to_tune", "tuning_passes"]
 
-_PASSES = 2  # over the batches that are not held back
-_RATE = 2e-3  # of a step at first, relative to the root mean square of a parameter
-_BETAS = (0.9, 0.95)
-TUNING = 3.0 + 3.0 * _PASSES  # of a block, in its forward passes
-_TINY = 1e-12
-_HELD_BACK = 10  # one batch of so many
+_BLOCKS = Course(passes=2, rate=2e-3, seed=0)
+_NETWORK = Course(passes=3, rate=4e-3, seed=0)
+_NAME = "network"  # among what was tuned
 
 
-@dataclass(frozen=True)
-class TunedBlock:
-    """What tuning a block changed: mean squared distances of a row of its output, over the root of
-    those of the original one, on the data that it was tuned on and on what was held back."""
-
-    block: str
-    error_before: float
-    error_after: float
-    held_back_before: float
-    held_back_after: float
-    kept: bool
-    seconds: float
-
-
-def tunable(block: nn.Module, pruned: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
-    """The names of the block's parameters that may be tuned: those of its pruned layers, and all
-    norms and biases, but for those of modules with a weight that is not pruned, and those that are
-    used outside of the block as well."""
+def tunable(part: nn.Module, pruned: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
+    """The names of the parameters of a part of the model that may be tuned: those of its pruned
+    layers, and all norms and biases, but for those of modules with a weight that is not pruned, and
+    those that are used outside of the part as well."""
     own = {id(p) for p in pruned.values()}
-    inside = {id(module) for module in block.modules()}
+    inside = {id(module) for module in part.modules()}
     elsewhere = {
         id(p)
         for module in model.modules()
@@ -73,11 +57,20 @@ def tunable(block: nn.Module, pruned: Mapping[str, nn.Parameter], model: nn.Modu
             continue
         parts = dict(module.named_parameters(recurse=False))
         left_alone = any(p.ndim > 1 and id(p) not in own for p in parts.values())
-        for part, p in parts.items():
+        for key, p in parts.items():
             small = p.ndim <= 1 and not left_alone
             if p.is_floating_point() and (id(p) in own or small) and id(p) not in elsewhere:
-                chosen.setdefault(id(p), f"{name}.{part}" if name else part)
+                chosen.setdefault(id(p), f"{name}.{key}" if name else key)
     return list(chosen.values())
+
+
+def _check(session: Session) -> None:
+    """Raise ArgumentError if nothing can be differentiated."""
+    if any(p.is_inference() for p in session.model.parameters()):
+        raise ArgumentError(
+            "tune: the model was made or loaded inside torch.inference_mode(), so that nothing can "
+            "be differentiated; make it outside, or use None"
+        )
 
 
 def blocks_to_tune(
@@ -96,11 +89,7 @@ def blocks_to_tune(
             "'pruned', and two batches, one of them to hold back; there are "
             f"{batches} batches and {len(stacks)} stacks{why}; use None"
         )
-    if any(p.is_inference() for p in session.model.parameters()):
-        raise ArgumentError(
-            "tune: the model was made or loaded inside torch.inference_mode(), so that nothing can "
-            "be differentiated; make it outside, or use None"
-        )
+    _check(session)
     return [
         {name: session.model.get_parameter(name) for name in tunable(block, pruned, session.model)}
         for stack in stacks
@@ -109,16 +98,35 @@ def blocks_to_tune(
     ]
 
 
-def tuning_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes that tuning these takes besides a backward pass: values in float32, two more copies of
-    them, two moments, and gradients."""
-    return sum(p.numel() * (6 * _wide(p).itemsize + 1) for p in parameters)
+def network_to_tune(
+    pruned: Mapping[str, nn.Parameter], session: Session
+) -> list[dict[str, nn.Parameter]]:
+    """The same for the network as one part. ArgumentError if its output cannot be differentiated,
+    or there is no data to hold back."""
+    if (batches := len(session.batches)) < 2:
+        raise ArgumentError(
+            "tune: 'network' needs two batches, one of them to hold back; there is "
+            f"{batches}; pass more, or smaller, batches, or use None"
+        )
+    _check(session)
+    model = session.model
+    found = {name: model.get_parameter(name) for name in tunable(model, pruned, model)}
+    check_differentiable(session, list(found.values()))
+    return [found]
+
+
+def tuning_passes(network: bool, recomputed: bool) -> float:
+    """The forward passes over all batches that tuning takes, of all blocks or of the ``network``;
+    those that are ``recomputed`` for a backward pass count as well."""
+    course = _NETWORK if network else _BLOCKS
+    return 1.0 + course.passes * (3.0 + recomputed) + (course.passes + 3.0) / HELD_BACK
 
 
 class Tuner:
-    """The blocks of a run that are tuned, one after another, and kept in its run directory.
+    """What of a run is tuned, one part after another, and kept in its run directory.
 
-    ``pruned`` are the parameters of all pruned layers, by name.
+    ``pruned`` are the parameters of all pruned layers, by name. The ``plan`` bounds the bytes of
+    original outputs in memory; the rest waits on disk.
     """
 
     def __init__(
@@ -126,91 +134,78 @@ class Tuner:
         session: Session,
         pruned: Mapping[str, nn.Parameter],
         ledger: Ledger | None,
-        limit: int | None,
+        plan: RunPlan,
     ) -> None:
         self.session = session
         self.pruned = pruned
         self.ledger = ledger
-        self.limit = limit
-        self.done: list[TunedBlock] = []
+        self.plan = plan
+        self.done: list[Tuned] = []
 
-    def committed(self, block: str) -> bool:
-        """Whether the run directory holds the block as it was tuned."""
-        return self.ledger is not None and self.ledger.block(block) is not None
+    def committed(self, name: str) -> bool:
+        """Whether the run directory holds a part as it was tuned."""
+        return self.ledger is not None and self.ledger.tuned(name) is not None
 
     def all_committed(self, stack: Stack) -> bool:
         """Whether it holds all blocks of the stack with pruned layers."""
         blocks = {stack.block_of(name) for name in self.pruned} - {None}
         return all(self.committed(stack.names[i]) for i in blocks if i is not None)
 
-    def tune(self, replay: Replay) -> bool:
+    def tune_block(self, replay: Replay) -> bool:
         """Tune the current block in the model, and commit it. Whether it is better than before."""
-        names = tunable(replay.model, self.pruned, self.session.model)
-        parameters = {name: self.session.model.get_parameter(name) for name in names}
-        self.session.changed.update(names)
-        tuned = tune_block(
-            replay, parameters, self.pruned, seed=self.session.seed, limit=self.limit
+        replay.forget_repeats()
+        name = replay.stack.names[replay.block]
+        with Shelf(self.plan.states_limit) as targets:
+            aim = _BlockAim(replay, targets)
+            course = dataclasses.replace(_BLOCKS, seed=self.session.seed + replay.block)
+            return self._tune(name, replay.model, aim, len(replay.batches), course)
+
+    def tune_network(self, stacks: Sequence[Stack]) -> bool:
+        """Tune the whole model, and commit it; or give it the values that it was tuned to before.
+        Whether it is better than before. With a limit on memory, blocks of ``stacks`` are
+        recomputed."""
+        if self.committed(_NAME):
+            return self.load(_NAME)
+        model = self.session.model
+        torch.manual_seed(self.session.seed)
+        with contextlib.ExitStack() as scope:
+            targets = scope.enter_context(Shelf(self.plan.sample_limit))
+            aim = OutputAim(self.session, targets)
+            scope.enter_context(requiring_gradients(model.parameters(), False))
+            if self.plan.limit is not None:
+                scope.enter_context(recomputing(b for stack in stacks for b in stack.modules))
+            course = dataclasses.replace(_NETWORK, seed=self.session.seed)
+            return self._tune(_NAME, model, aim, len(aim.batches), course)
+
+    def _tune(self, name: str, part: nn.Module, aim: Aim, batches: int, course: Course) -> bool:
+        session = self.session
+        names = tunable(part, self.pruned, session.model)
+        parameters = {n: session.model.get_parameter(n) for n in names}
+        session.changed.update(names)
+        course = dataclasses.replace(
+            course, progress=session.progress, stoppable=self.ledger is not None
         )
+        tuned = descend(name, aim, batches, parameters, self.pruned, course)
         self.done.append(tuned)
         if self.ledger is not None:
-            values = {name: p.detach() for name, p in parameters.items()} if tuned.kept else {}
-            self.ledger.keep_block(tuned.block, values, plain(dataclasses.asdict(tuned)))
+            values = {n: p.detach() for n, p in parameters.items()} if tuned.kept else {}
+            self.ledger.keep_tuned(name, values, plain(dataclasses.asdict(tuned)))
         return tuned.kept
 
-    def load(self, block: str) -> bool:
-        """Give a committed block the values that it was tuned to. Whether there are any."""
+    def load(self, name: str) -> bool:
+        """Give a committed part the values that it was tuned to. Whether there are any."""
         assert self.ledger is not None
-        record = self.ledger.block(block)
+        record = self.ledger.tuned(name)
         assert record is not None
-        with readable(f"block {block}"):
-            self.done.append(TunedBlock(**record.info))
-            for name, value in self.ledger.run.load(record).items():
-                self.session.changed.add(name)
-                overwrite(self.session.model.get_parameter(name), value)
+        with readable(f"tuned {name}"):
+            self.done.append(Tuned(**record.info))
+            for parameter, value in self.ledger.run.load(record).items():
+                self.session.changed.add(parameter)
+                overwrite(self.session.model.get_parameter(parameter), value)
         return self.done[-1].kept
 
 
-def tune_block(
-    replay: Replay,
-    parameters: Mapping[str, nn.Parameter],
-    pruned: Mapping[str, nn.Parameter],
-    *,
-    seed: int,
-    limit: int | None = None,
-) -> TunedBlock:
-    """Tune ``parameters`` of the current block, by name; zeros of those in ``pruned`` stay zeros.
-
-    They are changed in place where that lowers the error on what is held back, and have their old
-    values otherwise. ``limit`` bounds the bytes of the block's original outputs in memory; the rest
-    waits on disk.
-    """
-    begun = time.perf_counter()
-    replay.forget_repeats()
-    with Shelf(limit) as targets, requiring_gradients(parameters.values(), True):
-        aim = _Aim(replay, targets)
-        numbers = range(len(replay.batches))
-        count = len(numbers) // _HELD_BACK or 1
-        held_back = in_between(count, len(numbers))
-        training = [n for n in numbers if n not in held_back]
-        before = aim.error(training), aim.error(held_back)
-        best = before[1]
-        steps = _Steps(parameters, pruned, _PASSES * len(training))
-        kept = steps.values()
-        generator = torch.Generator().manual_seed(seed + replay.block)
-        for _ in range(_PASSES):
-            for i in torch.randperm(len(training), generator=generator).tolist():
-                steps.step(aim.loss(training[i]))
-            if (now := aim.error(held_back)) < best:
-                best, kept = now, steps.values()
-        steps.put(kept)
-        after = aim.error(training), aim.error(held_back)
-    seconds = time.perf_counter() - begun
-    name = replay.stack.names[replay.block]
-    errors = before[0], after[0], before[1], after[1]
-    return TunedBlock(name, *errors, kept=best < before[1], seconds=seconds)
-
-
-class _Aim:
+class _BlockAim:
     """What the current block should return, and how far it is from that."""
 
     def __init__(self, replay: Replay, targets: Shelf) -> None:
@@ -223,10 +218,15 @@ class _Aim:
             self._counted[number] = tokens_in(target, replay.mask(batch))
             self._energy[number] = float(self._sum(number, target))
 
+    @property
+    def measure(self) -> str:
+        """What errors are."""
+        return "change of the block's output relative to its size"
+
     def _sum(self, number: int, difference: Tensor) -> Tensor:
         """The sum of squares over the rows that count."""
         tokens = self._counted[number]
-        squares = difference.to(_wide(difference)).square()
+        squares = difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
         return (squares if tokens is None else squares * tokens).sum()
 
     def loss(self, number: int) -> Tensor:
@@ -241,52 +241,3 @@ class _Aim:
         some = list(numbers)
         squares = [float(self._sum(n, self.replay.run(n) - self.targets[n])) for n in some]
         return math.sqrt(sum(squares) / (sum(self._energy[n] for n in some) or 1.0))
-
-
-class _Steps:
-    """Steps of Adam for parameters in place, with values in float32 at least."""
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor], steps: int
-    ) -> None:
-        self.parameters = list(parameters.values())
-        self.kept = [p.detach() != 0 if name in pruned else None for name, p in parameters.items()]
-        self.masters = [p.detach().to(_wide(p), copy=True) for p in self.parameters]
-        sizes = [_size(x) for x in self.masters]
-        usual = max(sizes)  # for biases that are still zero
-        groups = [
-            {"params": [x], "lr": _RATE * (size or usual)}
-            for x, size in zip(self.masters, sizes, strict=True)
-        ]
-        self.adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, steps)
-
-    def step(self, loss: Tensor) -> None:
-        """One step against the gradient of ``loss``; none if that is not finite."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        if all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
-            for x, g, kept in zip(self.masters, gradients, self.kept, strict=True):
-                g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-                x.grad = g if kept is None else g * kept
-            self.adam.step()
-            self.put(self.masters)
-        self.schedule.step()
-
-    def values(self) -> list[Tensor]:
-        """Copies of the present values."""
-        return [x.clone() for x in self.masters]
-
-    def put(self, values: Sequence[Tensor]) -> None:
-        """Give the parameters these values."""
-        for p, x in zip(self.parameters, values, strict=True):
-            overwrite(p, x)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _size(x: Tensor) -> float:
-    """The root mean square of the entries that are not zero; 0 if all are."""
-    count = int((x != 0).sum())
-    return float((x.double().square().sum() / count).sqrt()) if count else 0.0

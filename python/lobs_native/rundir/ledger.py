@@ -139,17 +139,18 @@ class Ledger:
         tensors = {name: x.to(W.device) for name, x in self.run.load(record, expected).items()}
         return report_of_layer(record.info), tensors["weight"], tensors.get("bias"), tensors["mask"]
 
-    # ---- blocks ----------------------------------------------------------------------------------
+    # ---- what was tuned --------------------------------------------------------------------------
 
-    def keep_block(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Commit a block that was tuned: its parameters by name, and what became of it."""
-        self.run.commit(name, tensors, info, kind="block")
+    def keep_tuned(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Commit a block that was tuned, or the network: its parameters by name, and what became of
+        it."""
+        self.run.commit(name, tensors, info, kind="tuned")
         if stop.is_set():
             raise StoppedError
 
-    def block(self, name: str) -> ManifestRecord | None:
-        """The record of a block that was tuned; None if there is none."""
-        return self.run.find(name, kind="block")
+    def tuned(self, name: str) -> ManifestRecord | None:
+        """The record of a part that was tuned; None if there is none."""
+        return self.run.find(name, kind="tuned")
 
     # ---- the budget ------------------------------------------------------------------------------
 
