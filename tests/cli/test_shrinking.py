@@ -71,11 +71,12 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
     capsys.readouterr()
     wrong = [
-        ("--parameters, --neurons, --heads: give", []),
-        ("--parameters, --neurons, --heads: give", ["--parameters", "0.5", "--heads", "0.5"]),
+        ("--parameters, --multiplications, --heads, --neurons, --channels: give one", []),
+        ("--neurons, --channels: give one", ["--parameters", "0.5", "--heads", "0.5"]),
+        ("--neurons, --channels: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
         ("--neurons: 0.0; something has to stay", ["--neurons", "0"]),
         ("--heads: 1.5; it is a fraction", ["--heads", "1.5"]),
-        ("--heads, --neurons: with ", ["--neurons", "1"]),  # all units stay
+        ("--heads, --neurons, --channels: with ", ["--neurons", "1"]),  # all units stay
         ("--multiple: ", ["--neurons", "0.5", "--multiple", "0"]),
         ("--parameters: 0.001; with the fewest", ["--parameters", "0.001"]),
         ("--damping: ", ["--neurons", "0.5", "--damping", "-1"]),

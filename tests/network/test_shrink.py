@@ -56,6 +56,7 @@ def test_a_llama_keeps_half_of_its_neurons_and_heads_and_its_class_loads_it(tmp_
         assert block.self_attn.q_proj.weight.shape == (16, 32)
         assert block.self_attn.k_proj.weight.shape == block.self_attn.v_proj.weight.shape == (8, 32)
         assert block.self_attn.o_proj.weight.shape == (32, 16)
+        assert (block.self_attn.o_proj.in_features, block.mlp.up_proj.out_features) == (16, 32)
     config = model.config
     assert (config.intermediate_size, config.num_attention_heads) == (32, 2)
     assert (config.num_key_value_heads, config.head_dim) == (1, 8)
@@ -80,7 +81,7 @@ def test_it_computes_what_the_repaired_network_with_zeros_does():
     lobs.prune(
         zeroed,
         data,
-        include=[x.consumer for x in report.layers],
+        include=[x.readers[0] for x in report.layers],
         overrides={"*o_proj": {"pattern": "16 columns"}},
         pattern="columns",
         sparsity=0.5,
@@ -89,7 +90,7 @@ def test_it_computes_what_the_repaired_network_with_zeros_does():
     for batch in data:
         assert torch.allclose(first(small(batch)), first(zeroed(batch)), atol=1e-6)
     for layer in report.layers:
-        weight = zeroed.get_submodule(layer.consumer).weight
+        weight = zeroed.get_submodule(layer.readers[0]).weight
         size = weight.shape[1] // layer.units
         kept = (weight != 0).any(0).view(-1, size).any(1).nonzero()[:, 0].tolist()
         assert kept == list(layer.kept)
@@ -244,6 +245,7 @@ def test_a_square_weight_that_is_stored_the_other_way_round():
     report = lobs.shrink(model, tokens(), keep=0.5, progress=False)
     assert [len(x.kept) for x in report.layers] == [16, 16]
     assert model.transformer.h[0].mlp.c_proj.weight.shape == (16, 32)
+    assert model.transformer.h[0].mlp.c_proj.nx == model.transformer.h[0].mlp.c_fc.nf == 16
     assert report.configured
 
 
@@ -264,15 +266,16 @@ def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ArgumentError, "keep, parameters: give exactly one"),
-        ({"keep": 0.5, "parameters": 0.5}, ArgumentError, "keep, parameters: give exactly one"),
+        ({}, ArgumentError, "keep, parameters, multiplications: give exactly one"),
+        ({"keep": 0.5, "parameters": 0.5}, ArgumentError, "multiplications: give exactly one"),
         ({"keep": 0.0}, ArgumentError, "keep: 0.0; something has to stay"),
         ({"keep": 1.0}, ArgumentError, "all units stay"),
         ({"keep": 1.5}, ArgumentError, "keep"),
         ({"parameters": 0.01}, ArgumentError, "parameters: 0.01; with the fewest units"),
         ({"keep": "half"}, DtypeError, "keep"),
         ({"keep": {"layers": 0.5}}, ArgumentError, "keep"),
-        ({"keep": 0.5, "kinds": ("channels",)}, ArgumentError, "kinds"),
+        ({"keep": 0.5, "kinds": ("layers",)}, ArgumentError, "kinds"),
+        ({"keep": 0.5, "kinds": ("channels",)}, ArgumentError, "channels stay: a Llama"),
         ({"keep": 0.5, "multiple": 0}, ArgumentError, "multiple"),
         ({"keep": 0.5, "method": "admm"}, ArgumentError, "method"),
     ],
@@ -287,5 +290,7 @@ def test_wrong_arguments_are_named_before_anything_is_changed(arguments, error, 
 
 def test_a_model_without_units_is_refused():
     assert list(families_of(nn.Sequential(nn.Linear(4, 4)))) == []
-    with pytest.raises(ArgumentError, match="model: it has no feed-forward layers or attention"):
+    with pytest.raises(
+        ArgumentError, match="model: it has no feed-forward layers, attention or ch"
+    ):
         lobs.shrink(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)], keep=0.5)

@@ -12,16 +12,17 @@ from lobs_native.cli.job import Job
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError
 from lobs_native.files.atomic import new_folder
-from lobs_native.network.families import KINDS
 from lobs_native.network.shrink import shrink
+from lobs_native.network.units import KINDS
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["add_shrink", "by_option", "run", "table"]
 
-_OPTIONS = ("parameters", "multiple", "method", "inputs", "damping", "seed")
+_BUDGETS = ("parameters", "multiplications")
+_OPTIONS = (*_BUDGETS, "multiple", "method", "inputs", "damping", "seed")
 
-_SHRINK = """Make a transformer smaller: remove neurons and attention heads, repair what reads them.
+_SHRINK = """Make a network smaller: remove neurons, heads or channels, and repair what reads them.
 
 MODEL is as for prune. The new folder holds the smaller weights and the configuration with the new
 sizes, so that stock transformers loads it; everything else in the old folder; report.json, and
@@ -33,7 +34,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     """The ``shrink`` command with its options."""
     command: argparse.ArgumentParser = commands.add_parser(
         "shrink",
-        help="make a transformer smaller and faster: fewer neurons and attention heads",
+        help="make a network smaller and faster: fewer neurons, attention heads, channels",
         description=_SHRINK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,14 +44,22 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
-    far = command.add_argument_group("how far (--parameters, or the others)").add_argument
-    help_ = "share of the parameters of the layers concerned that stays"
-    far("--parameters", type=float, metavar="X", help=help_)
+    title = "how far (--parameters, --multiplications, or some of the others)"
+    far = command.add_argument_group(title).add_argument
+    for budget in _BUDGETS:
+        help_ = f"share of the {budget} of the layers concerned that stays at most"
+        far(f"--{budget}", type=float, metavar="X", help=help_)
     for kind in KINDS:
         help_ = f"share of the {kind} that stays; default: all"
         far(f"--{kind}", type=float, metavar="X", help=help_)
     how = command.add_argument_group("how (see lobs_native.shrink)").add_argument
-    how("--multiple", type=int, default=8, metavar="N", help="of neurons; default: %(default)s")
+    how(
+        "--multiple",
+        type=int,
+        default=8,
+        metavar="N",
+        help="of neurons and channels; default: %(default)s",
+    )
     how("--method", choices=tuple(COLUMNS), default="exact", help="default: %(default)s")
     inputs = ("corrected", "pruned", "dense")
     how("--inputs", choices=inputs, default="corrected", help="default: %(default)s")
@@ -71,9 +80,11 @@ def by_option(message: str) -> str:
 def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Shrink the job's network and write it; the content of report.json."""
     keep = {kind: share for kind in KINDS if (share := getattr(options, kind)) is not None}
-    if bool(keep) == (options.parameters is not None):
+    budgets = [name for name in _BUDGETS if getattr(options, name) is not None]
+    if bool(keep) + len(budgets) != 1:
         raise ArgumentError(
-            "--parameters, --neurons, --heads: give the first, or some of the others"
+            f"{', '.join(f'--{name}' for name in (*_BUDGETS, *KINDS))}: give one of the first two, "
+            "or some of the others"
         )
     with new_folder(out, overwrite=options.overwrite) as folder:
         before = None if job.measure is None else job.measure()
@@ -81,7 +92,7 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
             job.model,
             job.batches,
             keep=keep or None,
-            parameters=options.parameters,
+            **{name: getattr(options, name) for name in budgets},
             multiple=options.multiple,
             method=options.method,
             inputs=options.inputs,
@@ -105,9 +116,9 @@ def table(result: dict[str, Any]) -> str:
     errors = {layer["name"]: layer["relative_error"] for layer in result["pruning"]["layers"]}
     rows = [("before", "units", "stay", "relative error")]
     for layer in result["layers"]:
-        error = f"{float(errors[layer['consumer']]):.4g}"
-        stay = str(len(layer["kept"]))
-        rows.append((visible(layer["consumer"]), f"{layer['units']} {layer['kind']}", stay, error))
+        for name in layer["readers"]:
+            units, stay = f"{layer['units']} {layer['kind']}", str(len(layer["kept"]))
+            rows.append((visible(name), units, stay, f"{float(errors[name]):.4g}"))
     (p, q), (m, n) = result["parameters"], result["multiplications"]
     lines = [aligned(rows), *map(visible, result["notes"])]
     lines.append(f"{p:,} -> {q:,} parameters; {n / m:.0%} of the multiplications in these layers")

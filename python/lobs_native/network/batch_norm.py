@@ -15,7 +15,7 @@ from lobs_native.calibration.hooks import Enough
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError, DtypeError
 
-__all__ = ["reestimate_batch_norm"]
+__all__ = ["reestimate_batch_norm", "statistics_of"]
 
 _PIECE = 1 << 22  # elements converted to float64 at a time
 
@@ -108,6 +108,12 @@ def reestimate_batch_norm(
             module.training = mode
         raise
     return len(calls)
+
+
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of all batch normalisation."""
+    normed = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return [x for m in normed for x in (m.running_mean, m.running_var) if x is not None]
 
 
 def _layers(model: Any) -> dict[str, _BatchNorm]:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lobs_native.network.families import Family, linear_shape
 from lobs_native.network.surgery import replace
+from lobs_native.network.units import Family
 
 __all__ = ["configurable", "fits_its_class", "new_counts"]
 
 
-def new_counts(
-    families: Sequence[Family], counts: Mapping[str, int]
-) -> Iterable[tuple[Any, str, int]]:
+def new_counts(families: Sequence[Family], counts: Sequence[int]) -> Iterable[tuple[Any, str, int]]:
     """Fields of modules and configurations, each once, with their new values."""
     done: set[tuple[int, str]] = set()
-    for f in families:
+    for f, count in zip(families, counts, strict=True):
         for owner, name, factor in f.counts:
             if (id(owner), name) not in done:
                 done.add((id(owner), name))
-                yield owner, name, factor * counts[f.consumer]
+                yield owner, name, factor * count
 
 
 def configurable(model: nn.Module, families: Sequence[Family], notes: list[str]) -> list[Family]:
@@ -38,30 +36,29 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
     left_out: set[str] = set()
     for some in alike.values():
         left_out |= _misfits(model, some)
-    for kind in dict.fromkeys(f.kind for f in families if f.consumer in left_out):
+    for kind in dict.fromkeys(f.kind for f in families if not left_out.isdisjoint(f.readers)):
         notes.append(
             f"{kind} stay: a {type(model).__name__} made from its configuration cannot have "
             "another number of them alone (configured=False removes them nevertheless)"
         )
-    return [f for f in families if f.consumer not in left_out]
+    return [f for f in families if left_out.isdisjoint(f.readers)]
 
 
 def _misfits(model: nn.Module, alike: Sequence[Family]) -> set[str]:
-    """The consumers of families of one kind and size that the model's class, with one unit fewer in
+    """The readers of families of one kind and size that the model's class, with one unit fewer in
     each of them, would not make as small as that takes."""
     with contextlib.ExitStack() as undo:
-        for owner, name, value in new_counts(alike, {f.consumer: f.units - 1 for f in alike}):
+        for owner, name, value in new_counts(alike, [f.units - 1 for f in alike]):
             replace(owner, name, value, undo)
         sizes = _sizes_of_class(model)
     if sizes is None:
-        return {f.consumer for f in alike}
-    misfits = set()
+        return {name for f in alike for name in f.readers}
+    misfits = set[str]()
     for f in alike:
-        for p in f.producers:
-            shape = linear_shape(model.get_submodule(p.name))
-            assert shape is not None
-            if shape[0] - p.rows * p.parts not in sizes.get(f"{p.name}.weight", ()):
-                misfits.add(f.consumer)
+        for slot in f.slots:
+            fewer = int((slot.units != 0).sum())
+            if slot.name.endswith(".weight") and fewer not in sizes.get(slot.name, ()):
+                misfits.update(f.readers)
     return misfits
 
 

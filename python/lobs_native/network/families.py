@@ -1,5 +1,5 @@
-"""Families: parts of a network whose outputs one linear layer reads, and which can be removed unit
-by unit.
+"""The neurons and heads of a transformer, found by name: parts of a network whose outputs one
+linear layer reads, and which can be removed unit by unit.
 
 A unit is a neuron of a feed-forward layer (with its gate), or a group of attention heads that share
 keys and values. It is found by the names that libraries give to the layers, and by sizes that fit;
@@ -8,15 +8,15 @@ keys and values. It is found by the names that libraries give to the layers, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["KINDS", "Family", "Producer", "families_of", "inputs_axis", "linear_shape"]
+from lobs_native.network.units import Family, Slot, inputs_axis, linear_shape
 
-KINDS = ("heads", "neurons")
+__all__ = ["families_of"]
 
 # Layers that make what the last one reads, below one module.
 _NEURONS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -54,52 +54,7 @@ _KV_FIELDS = ("num_key_value_heads",)
 _WIDTH_FIELDS = ("all_head_size",)
 
 
-@dataclass(frozen=True)
-class Producer:
-    """A layer some of whose outputs are a unit's: ``rows`` neighbouring ones in each of ``parts``
-    equal parts."""
-
-    name: str
-    rows: int
-    parts: int = 1
-
-
-@dataclass(frozen=True)
-class Family:
-    """``units`` of one kind; ``counts`` are attributes of modules and fields of configurations that
-    hold their number times a factor."""
-
-    kind: str
-    consumer: str  # the layer that reads them, ``columns`` neighbouring inputs for each
-    producers: tuple[Producer, ...]
-    units: int
-    columns: int
-    counts: tuple[tuple[Any, str, int], ...] = field(repr=False)  # (object, name, factor)
-
-    @property
-    def label(self) -> str:
-        """As the report names it."""
-        return f"{self.units} {self.kind} before {self.consumer}"
-
-
-def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """(out_features, in_features) of a linear layer, or of transformers' Conv1D; else None."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if module is not None and type(module).__name__ == "Conv1D":
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight.shape[1], weight.shape[0]
-    return None
-
-
-def inputs_axis(module: nn.Module) -> int:
-    """The dimension of its inputs in the weight of a module that has a :func:`linear_shape`:
-    transformers' Conv1D is stored the other way round."""
-    return 1 if isinstance(module, nn.Linear) else 0
-
-
-def families_of(model: nn.Module, kinds: tuple[str, ...] = KINDS) -> Iterator[Family]:
+def families_of(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> Iterator[Family]:
     """The families of a model in the order of its modules, each consumer once."""
     seen: set[str] = set()
     for name, module in model.named_modules():
@@ -107,8 +62,8 @@ def families_of(model: nn.Module, kinds: tuple[str, ...] = KINDS) -> Iterator[Fa
             if kind not in kinds:
                 continue
             family = find(model, name, module)
-            if family is not None and family.consumer not in seen:
-                seen.add(family.consumer)
+            if family is not None and seen.isdisjoint(family.readers):
+                seen.update(family.readers)
                 yield family
 
 
@@ -147,10 +102,13 @@ def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
             continue
         return Family(
             kind="neurons",
-            consumer=_joined(name, consumer),
-            producers=tuple(Producer(_joined(name, path), 1, parts) for path in producers),
             units=units,
-            columns=1,
+            readers=(_joined(name, consumer),),
+            producers=tuple(_joined(name, path) for path in producers),
+            slots=(
+                *_outputs(model, name, producers, units, (1,) * len(producers), parts),
+                _inputs(model, _joined(name, consumer), 1),
+            ),
             counts=tuple(_counts(model, name, dict.fromkeys(_NEURON_FIELDS, units), units)),
         )
     return None
@@ -174,15 +132,44 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
         expected |= dict.fromkeys(_WIDTH_FIELDS, q)
         return Family(
             kind="heads",
-            consumer=_joined(name, consumer),
-            producers=tuple(
-                Producer(_joined(name, path), n) for path, n in zip(producers, rows, strict=True)
-            ),
             units=groups,
-            columns=each * size,
+            readers=(_joined(name, consumer),),
+            producers=tuple(_joined(name, path) for path in producers),
+            slots=(
+                *_outputs(model, name, producers, groups, rows),
+                _inputs(model, _joined(name, consumer), each * size),
+            ),
             counts=tuple(_counts(model, inner, expected, groups)),
         )
     return None
+
+
+def _outputs(
+    model: nn.Module,
+    name: str,
+    producers: Sequence[str],
+    units: int,
+    rows: Sequence[int],
+    parts: int = 1,
+) -> Iterator[Slot]:
+    """The outputs of layers below a module: so many neighbouring rows of each for a unit, in each
+    of ``parts`` equal parts."""
+    for path, each in zip(producers, rows, strict=True):
+        of_rows = torch.arange(units).repeat_interleave(each).repeat(parts)
+        layer = _joined(name, path)
+        module = model.get_submodule(layer)
+        yield Slot(f"{layer}.weight", 1 - inputs_axis(module), of_rows)
+        if getattr(module, "bias", None) is not None:
+            yield Slot(f"{layer}.bias", 0, of_rows)
+
+
+def _inputs(model: nn.Module, layer: str, columns: int) -> Slot:
+    """The inputs of a layer: so many neighbouring columns for a unit."""
+    module = model.get_submodule(layer)
+    shape = linear_shape(module)
+    assert shape is not None
+    of_columns = torch.arange(shape[1] // columns).repeat_interleave(columns)
+    return Slot(f"{layer}.weight", inputs_axis(module), of_columns, read=True)
 
 
 def _joined(name: str, path: str) -> str:

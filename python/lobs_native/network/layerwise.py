@@ -120,6 +120,7 @@ class LayerLoop:
                 moments,
                 elsewhere=elsewhere,
                 calibrating=calibrating,
+                mask=job.mask,
                 importance=self.context.sensitivity.get(job.layer.name),
                 memory=self.context.plan.scratch,
                 backend=self.context.settings.backend,

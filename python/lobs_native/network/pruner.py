@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lobs_native.calibration.replay import UnlikeError
 from lobs_native.calibration.session import Forward
@@ -318,9 +318,11 @@ def carried_out(
     calibration: Iterable[Any],
     settings: NetworkSettings,
     places: Mapping[str, Place] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Report:
-    """:func:`prune`; ``places`` says where parameters lie in files, as far as known."""
-    pruning = Pruning(model, calibration, settings, places)
+    """:func:`prune`; ``places`` says where parameters lie in files, as far as known, and ``masks``
+    (G, R, C) what may stay of some layers, which then lose the rest and nothing else."""
+    pruning = Pruning(model, calibration, settings, places, masks)
     try:
         return pruning.carry_out()
     except UnlikeError as error:  # seen at the end: what flows between blocks has changed
@@ -328,7 +330,7 @@ def carried_out(
             raise
         reason = str(error).removesuffix("; pass blocks=None")
     whole = dataclasses.replace(settings, blocks=None)
-    report = Pruning(model, pruning.batches, whole, places).carry_out()
+    report = Pruning(model, pruning.batches, whole, places, masks).carry_out()
     return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
 
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lobs_native import checks
@@ -45,6 +45,7 @@ class LayerJob:
     layer: Layer
     settings: LayerSettings
     shared: bool = False  # whether its sparsity comes from a budget for the whole model
+    mask: Tensor | None = None  # (G, R, C) bool: what may stay, if that is decided already
 
     @property
     def scope(self) -> str:
@@ -81,6 +82,11 @@ class LayerJob:
         """How many weights of the layer may be removed."""
         layer = self.layer
         return layer.groups * layer.rows * (layer.width + self.settings.prune_bias)
+
+    def with_mask(self, mask: Tensor) -> LayerJob:
+        """The same, to lose what a mask (G, R, C) removes, and nothing else."""
+        settings = dataclasses.replace(self.settings, sparsity=None)
+        return dataclasses.replace(self, settings=settings, mask=mask)
 
     def with_sparsity(self, share: float) -> LayerJob:
         """The same with another sparsity."""

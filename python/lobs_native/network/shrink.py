@@ -1,11 +1,10 @@
-"""Shrinking: neurons and attention heads are removed, what reads them is repaired, and the layers
-get smaller."""
+"""Shrinking: neurons, attention heads and channels are removed, what reads them is repaired, and
+the layers get smaller."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,20 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native import checks
-from lobs_native.calibration.outputs import floating_tensors
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import overwrite
-from lobs_native.network.configured import configurable, fits_its_class, new_counts
-from lobs_native.network.families import (
-    KINDS,
-    Family,
-    families_of,
-    inputs_axis,
-    linear_shape,
-)
-from lobs_native.network.pruner import prune
+from lobs_native.network.alike import alike, apart, output_of
+from lobs_native.network.batch_norm import reestimate_batch_norm, statistics_of
+from lobs_native.network.configured import fits_its_class, new_counts
+from lobs_native.network.pruner import carried_out
+from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shrink_plan import Goal, ShrinkPlan, plan_shrinking
 from lobs_native.network.surgery import replace, take_out
+from lobs_native.network.units import KINDS, Family, inputs_axis
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import COLUMNS
 
@@ -37,15 +33,14 @@ _DEPENDS = (
     "model: without the removed units it does not compute what it does with them set to zero, so "
     "something else depends on them; it was left as it was"
 )
-_AGREES = 16.0  # times rounding to the power of 3/4: 1e-4 in float32, 0.09 in float16
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What was removed before one layer."""
+    """What was removed of one family of units."""
 
-    kind: str  # "neurons" or "heads" (groups of heads that share keys and values)
-    consumer: str  # the layer that reads them, and was repaired
+    kind: str  # "neurons", "heads" (groups that share keys and values) or "channels"
+    readers: tuple[str, ...]  # the layers that read them, and were repaired
     producers: tuple[str, ...]  # the layers that lost outputs
     units: int  # before
     kept: tuple[int, ...]  # indices of those that stay, rising
@@ -57,7 +52,9 @@ class ShrinkReport:
 
     layers: tuple[Shrunk, ...]
     parameters: tuple[int, int]  # of the whole model, before and after
-    multiplications: tuple[int, int]  # of the layers concerned, for one row, before and after
+    # Of the layers concerned, before and after: for one row of inputs of the layer that has fewest.
+    multiplications: tuple[int, int]
+    batch_norm: int  # layers of batch normalisation whose statistics were re-estimated
     configured: bool  # whether the model's own class, with its configuration, has the new sizes
     notes: tuple[str, ...]
     pruning: Report = field(repr=False)  # errors of the repaired layers, change of the output
@@ -71,7 +68,7 @@ class ShrinkReport:
     def __str__(self) -> str:
         (p, q), (m, n) = self.parameters, self.multiplications
         return (
-            f"shrunk {len(self.layers)} layers: {p:,} -> {q:,} parameters, {m:,} -> {n:,} "
+            f"shrunk {len(self.layers)} kinds of units: {p:,} -> {q:,} parameters, {m:,} -> {n:,} "
             f"multiplications for a row in the layers concerned ({n / m:.0%})"
         )
 
@@ -82,6 +79,7 @@ def shrink(
     *,
     keep: float | Mapping[str, float] | None = None,
     parameters: float | None = None,
+    multiplications: float | None = None,
     kinds: Sequence[str] = KINDS,
     multiple: int = 8,
     method: str = "exact",
@@ -95,13 +93,14 @@ def shrink(
     progress: bool = True,
     seed: int = 0,
 ) -> ShrinkReport:
-    """Make a transformer smaller in place, without retraining: remove neurons of its feed-forward
-    layers and heads of its attention, and repair the layers that read them.
+    """Make a network smaller in place, without retraining: remove neurons of the feed-forward
+    layers and heads of the attention of a transformer, or channels of a convolutional network, and
+    repair the layers that read them.
 
-    A unit (a neuron with its gate; the heads that share keys and values) costs what the layer that
-    reads it loses when all its other inputs make up for it as well as they can. The cheapest one is
-    removed, the others are repaired, and so on, layer after layer, as in :func:`prune` with pattern
-    "columns". Then the removed units leave the weights.
+    A unit (a neuron with its gate; the heads that share keys and values; a channel with all that is
+    tied to it by residual connections) costs what the layers that read it lose when all their other
+    inputs make up for it as well as they can. The cheapest one is removed, the others are repaired,
+    and so on, as in :func:`prune` with pattern "columns". Then the removed units leave the weights.
 
     Parameters
     ----------
@@ -110,27 +109,34 @@ def shrink(
         up to date. On any error it is as it was.
     calibration : iterable of batches
         As in :func:`prune`.
-    keep : float in (0, 1], or {"neurons": float, "heads": float}
-        The share of the units that stays, the same in every layer. Kinds that are left out of a
-        mapping stay whole.
-    parameters : float in (0, 1]
-        Instead of ``keep``: the share of the parameters of the layers concerned that stays, which
-        is also that of their multiplications.
-    kinds : of "neurons" and "heads"
-        What may be removed.
+    keep : float in (0, 1], or {"neurons": float, "heads": float, "channels": float}
+        The share of the units that stays, the same everywhere. Kinds that are left out of a mapping
+        stay whole.
+    parameters, multiplications : float in (0, 1]
+        Instead of ``keep``: the share of the weights of the layers concerned, or of their
+        multiplications, that stays at most. Where the class of a model has one number for all
+        layers, it is reached by one share for all units. Otherwise, again and again those units go
+        that cost least for what they save, by costs that are multiplied by the sensitivity of the
+        network's output, so that layers get sizes of their own.
+    kinds : of "neurons", "heads" and "channels"
+        What may be removed. Channels are outputs of convolutions and linear layers, found by
+        running the first batch: what adds them, normalises, pools, flattens or concatenates them
+        loses them as well. Where something else reads them, they stay, and ``notes`` says why.
     multiple : int
-        Numbers of neurons are rounded to a multiple of this, as hardware likes it, and are at least
-        this (or all there are).
+        Numbers of neurons and channels are rounded to a multiple of this, as hardware likes it, and
+        are at least this (or all there are).
     method : "exact", "magnitude" or "wanda"
-        How units are chosen: by what they cost with repair, or by the norms of the reading layer's
-        columns, without repair.
+        How units are chosen: by what they cost with repair, or by the norms of the reading layers'
+        columns, without repair. Channels are chosen on the original network, for all their readers
+        together; neurons and heads on the network as pruned so far, if ``inputs`` says so.
     refine : None or "solve"
         "solve" repairs what "magnitude" and "wanda" leave.
     inputs, damping, forward, device, memory, progress, seed
         As in :func:`prune`.
     configured : bool
         Leave out a kind for which the model's own class, made from its configuration, would not
-        have the new sizes. With False, such a model can be saved only as a whole.
+        have the new sizes; that holds for all channels of a model with a configuration. With False,
+        such a model can be saved only as a whole.
 
     Returns
     -------
@@ -147,6 +153,10 @@ def shrink(
 
     Notes
     -----
+    Where channels were removed, the statistics of batch normalisation are re-estimated at the end,
+    as by :func:`reestimate_batch_norm`; the old ones come back unless that brings the output for
+    the first batch closer to the original network's.
+
     Sources: Hassibi & Stork 1993 for the cost of a group with repair; Kurtic et al. 2023 (ZipLM)
     for using it on structures of transformers. Corrected inputs are those of :func:`prune`.
     """
@@ -154,187 +164,115 @@ def shrink(
     for kind in kinds:
         checks.check_choice(kind, "kinds", KINDS)
     multiple = checks.positive_int(multiple, "multiple")
+    goal = Goal(keep, parameters, multiplications, kinds, multiple, configured)
     batches = batches_of(calibration)
+    if device is not None:
+        model.to(device)
     notes: list[str] = []
-    families = list(families_of(model, tuple(kinds)))
-    if configured:
-        families = configurable(model, families, notes)
-    if not families:
-        raise ArgumentError(
-            "model: it has no feed-forward layers or attention whose units can be removed"
-            + "".join(f"; {note}" for note in notes)
-        )
-    shares = _shares(model, families, keep, parameters, multiple)
-    counts = {f.consumer: _kept(f, shares.get(f.kind, 1.0), multiple) for f in families}
-    families = [f for f in families if counts[f.consumer] < f.units]
-    if not families:
-        raise ArgumentError(
-            f"keep: with {shares} and multiples of {multiple} all units stay; keep less, or pass a "
-            "smaller multiple"
-        )
-    before = _size(model), sum(_work(model, f) for f in families)
-    originals = [
-        (p, p.detach().clone())
-        for f in families
-        for p in model.get_submodule(f.consumer).parameters(recurse=False)
-    ]
+    session = Session(model, batches, forward, device, seed, progress)
+    plan = plan_shrinking(session, goal, notes, method=method, damping=damping, memory=memory)
+    settings = NetworkSettings(
+        sparsity=0.5,
+        method=method,
+        refine=refine,
+        pattern="columns",
+        include=[name for f in plan.families for name in f.readers],
+        overrides=dict(_overrides(plan)),
+        inputs=inputs,
+        damping=damping,
+        forward=forward,
+        device=device,
+        memory=memory,
+        progress=progress,
+        seed=seed,
+        strict=True,
+    )
+    before = _size(model)
+    first = next(iter(session.each("output")))
+    with session.evaluating():
+        original = output_of(session, first)
     with contextlib.ExitStack() as undo:
-        for parameter, original in originals:
-            undo.callback(overwrite, parameter, original)
-        report = prune(
-            model,
-            batches,
-            sparsity=0.5,
-            method=method,
-            refine=refine,
-            pattern="columns",
-            include=[f.consumer for f in families],
-            overrides={
-                f.consumer: {
-                    "pattern": f"{f.columns} columns",
-                    "sparsity": 1 - counts[f.consumer] / f.units,
-                }
-                for f in families
-            },
-            inputs=inputs,
-            damping=damping,
-            forward=forward,
-            device=device,
-            memory=memory,
-            progress=progress,
-            seed=seed,
-            strict=True,
-        )
-        wanted = _first_output(model, batches, forward, device, seed)
-        kept = {f.consumer: _kept_units(model, f, report.masks[f.consumer]) for f in families}
-        for f in families:
-            take_out(model, f, kept[f.consumer], undo)
-        for owner, name, value in new_counts(families, counts):
+        for name in settings.include or ():
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                undo.callback(overwrite, parameter, parameter.detach().clone())
+        report = carried_out(model, batches, settings, masks=plan.masks(model))
+        with session.evaluating():
+            wanted = output_of(session, first)
+        stay = []
+        for i, family in enumerate(plan.families):
+            known = plan.kept(i)
+            stay.append(_kept_units(model, family, report.masks) if known is None else known)
+            take_out(model, family, stay[-1], undo)
+        for owner, name, value in new_counts(plan.families, plan.counts):
             replace(owner, name, value, undo)
-        try:
-            found = _first_output(model, batches, forward, device, seed)
-        except Exception as error:  # sizes that do not fit any more
-            raise ArgumentError(_DEPENDS) from error
-        _check_same(wanted, found)
+        _check_same(session, first, wanted)
+        normed = 0
+        if any(family.kind == "channels" for family in plan.families):
+            normed = _renormed(session, first, original)
         undo.pop_all()
     return ShrinkReport(
         layers=tuple(
-            Shrunk(
-                kind=f.kind,
-                consumer=f.consumer,
-                producers=tuple(p.name for p in f.producers),
-                units=f.units,
-                kept=tuple(kept[f.consumer].tolist()),
-            )
-            for f in families
+            Shrunk(f.kind, f.readers, f.producers, f.units, tuple(units.tolist()))
+            for f, units in zip(plan.families, stay, strict=True)
         ),
-        parameters=(before[0], _size(model)),
-        multiplications=(before[1], sum(_work(model, f) for f in families)),
+        parameters=(before, _size(model)),
+        multiplications=plan.multiplications,
+        batch_norm=normed,
         configured=fits_its_class(model),
         notes=tuple(dict.fromkeys(notes)),
         pruning=report,
     )
 
 
-# ---- how many ------------------------------------------------------------------------------------
+def _overrides(plan: ShrinkPlan) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What each reader is to lose: so many units, or (by a mask) those that are chosen already."""
+    for family, count in zip(plan.families, plan.counts, strict=True):
+        for name in family.readers:
+            settings: dict[str, Any] = {"sparsity": 1 - count / family.units}
+            if family.single:
+                columns = len(family.read_at(name).units) // family.units
+                settings["pattern"] = f"{columns} columns"
+            yield name, settings
 
 
-def _shares(
-    model: nn.Module,
-    families: Sequence[Family],
-    keep: float | Mapping[str, float] | None,
-    parameters: float | None,
-    multiple: int,
-) -> dict[str, float]:
-    """The share of each kind's units that stays."""
-    if (keep is None) == (parameters is None):
-        raise ArgumentError("keep, parameters: give exactly one of them")
-    if parameters is not None:
-        target = _share(parameters, "parameters")
-        whole = sum(_work(model, f) for f in families)
-
-        def left(share: float) -> float:
-            each = (_work(model, f) * _kept(f, share, multiple) / f.units for f in families)
-            return sum(each) / whole
-
-        low, high = 0.0, 1.0
-        if left(low) > target:
-            raise ArgumentError(
-                f"parameters: {target:g}; with the fewest units that can stay it is {left(low):.3g}"
-                ", so pass more, or a smaller multiple"
-            )
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if left(middle) <= target else (low, middle)
-        return dict.fromkeys(KINDS, low)
-    if isinstance(keep, Mapping):
-        for kind in keep:
-            checks.check_choice(kind, "keep", KINDS)
-        return {kind: _share(value, f"keep[{kind!r}]") for kind, value in keep.items()}
-    return dict.fromkeys(KINDS, _share(keep, "keep"))
+def _kept_units(model: nn.Module, family: Family, masks: Mapping[str, Tensor]) -> Tensor:
+    """The units that stay, by the mask of the only reader in the layout of its weight."""
+    (reader,) = family.readers
+    columns = masks[reader].any(1 - inputs_axis(model.get_submodule(reader)))
+    units: Tensor = family.read_at(reader).units[columns.cpu()].unique()
+    return units
 
 
-def _share(value: Any, name: str) -> float:
-    checks.sparsity(value, name)
-    if not value > 0:
-        raise ArgumentError(f"{name}: {value}; something has to stay, so pass more than 0")
-    return float(value)
+def _check_same(session: Session, batch: Any, wanted: Sequence[Tensor]) -> None:
+    """ArgumentError if the model does not return this any more, but for rounding."""
+    try:
+        with session.evaluating():
+            found = output_of(session, batch)
+    except Exception as error:  # sizes that do not fit any more
+        raise ArgumentError(_DEPENDS) from error
+    if not alike(wanted, found):
+        raise ArgumentError(_DEPENDS)
 
 
-def _kept(family: Family, share: float, multiple: int) -> int:
-    """How many units stay: at least one, neurons in multiples."""
-    step = multiple if family.kind == "neurons" else 1
-    nearest = step * math.floor(share * family.units / step + 0.5)
-    return min(family.units, max(step, nearest))
-
-
-def _kept_units(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
-    """The units that stay, by the mask of the consumer in the layout of its weight."""
-    columns = mask.any(1 - inputs_axis(model.get_submodule(family.consumer)))
-    return columns.view(family.units, family.columns).any(1).nonzero()[:, 0].cpu()
-
-
-# ---- sizes and outputs ---------------------------------------------------------------------------
+def _renormed(session: Session, batch: Any, original: Sequence[Tensor]) -> int:
+    """Re-estimate batch normalisation if that brings the output for a batch closer to the original
+    one; how many layers then have new statistics."""
+    model = session.model
+    old = [(x, x.clone()) for x in statistics_of(model)]
+    if not old:
+        return 0
+    with session.evaluating():
+        before = apart(original, output_of(session, batch))
+    count = reestimate_batch_norm(
+        model, session.batches, forward=session.forward, device=session.device
+    )
+    with session.evaluating():
+        if apart(original, output_of(session, batch)) < before:
+            return count
+    for x, value in old:
+        x.copy_(value)
+    return 0
 
 
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _work(model: nn.Module, family: Family) -> int:
-    """Multiplications of its layers for one row: their weights."""
-    total = 0
-    for name in (*(p.name for p in family.producers), family.consumer):
-        shape = linear_shape(model.get_submodule(name))
-        assert shape is not None
-        total += shape[0] * shape[1]
-    return total
-
-
-@torch.no_grad()
-def _first_output(
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward | None,
-    device: torch.device | str | None,
-    seed: int,
-) -> list[Tensor]:
-    """The floating-point tensors that the model returns for the first batch."""
-    first = next(iter(batches))
-    session = Session(model, [first], forward, device, seed, progress=False)
-    with session.evaluating():
-        torch.manual_seed(seed)
-        return [x.clone() for x in floating_tensors(session.call(model, first))]
-
-
-def _check_same(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    """ArgumentError if two outputs differ by more than rounding."""
-    alike = len(wanted) == len(found) and all(
-        a.shape == b.shape for a, b in zip(wanted, found, strict=True)
-    )
-    for a, b in zip(wanted, found, strict=True) if alike else ():
-        norm = float(a.double().norm()) or 1.0
-        apart = float((a.double() - b.double()).norm()) / norm
-        alike = alike and apart <= _AGREES * torch.finfo(a.dtype).eps ** 0.75
-    if not alike:
-        raise ArgumentError(_DEPENDS)

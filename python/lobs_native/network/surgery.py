@@ -1,16 +1,20 @@
-"""Taking units out of the layers of a family: smaller tensors in the place of the old ones."""
+"""Taking units out of the tensors of a family: smaller ones in the place of the old ones."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from lobs_native.network.families import Family, Producer, inputs_axis
+from lobs_native.calibration.session import Session
+from lobs_native.network.alike import alike, output_of
+from lobs_native.network.units import Family, Slot, inputs_axis, linear_shape
 
-__all__ = ["replace", "take_out"]
+__all__ = ["replace", "stands_alone", "take_out"]
 
 
 def replace(owner: object, name: str, value: object, undo: contextlib.ExitStack) -> None:
@@ -20,38 +24,77 @@ def replace(owner: object, name: str, value: object, undo: contextlib.ExitStack)
 
 
 def take_out(model: nn.Module, family: Family, kept: Tensor, undo: contextlib.ExitStack) -> None:
-    """Leave only the units ``kept`` (sorted int64 indices) in the layers of a family.
+    """Leave only the units ``kept`` (sorted int64 indices) in the tensors of a family.
 
-    Parameters are replaced by new ones; nothing is written into the old ones.
+    Parameters and buffers are replaced by new ones; nothing is written into the old ones.
     """
-    for producer in family.producers:
-        rows = _rows(producer, family.units, kept)
-        _slice(model.get_submodule(producer.name), rows, 0, undo)
-    inside = torch.arange(family.columns)
-    columns = (kept[:, None] * family.columns + inside).view(-1)
-    _slice(model.get_submodule(family.consumer), columns, 1, undo)
+    for slot in family.slots:
+        _slice(model, slot, slot.kept(kept), undo)
 
 
-def _rows(producer: Producer, units: int, kept: Tensor) -> Tensor:
-    """The outputs of a producer that stay."""
-    inside = torch.arange(producer.rows)
-    one = (kept[:, None] * producer.rows + inside).view(-1)
-    parts = torch.arange(producer.parts) * (units * producer.rows)
-    return (parts[:, None] + one).view(-1)
+def stands_alone(session: Session, batch: Any, family: Family) -> bool:
+    """Whether the model, with one unit taken out of a family, returns what it does with that unit
+    set to zero in all that reads it; inside :meth:`Session.evaluating`. Nothing is changed."""
+    model = session.model
+    made = [set(slot.units.tolist()) - {-1} for slot in family.slots if not slot.read]
+    spare = [u for u in range(family.units) if all(some != {u} for some in made)]
+    if len(spare) < min(2, family.units):
+        return False
+    gone = torch.tensor(spare[:1])
+    units = torch.arange(family.units)
+    with contextlib.ExitStack() as undo:
+        for slot in family.slots:
+            if slot.read:
+                at = torch.isin(slot.units, gone).nonzero()[:, 0]
+                old = _tensor(model, slot)
+                _put(model, old, old.detach().index_fill(slot.axis, at.to(old.device), 0), undo)
+        wanted = output_of(session, batch)
+        take_out(model, family, units[~torch.isin(units, gone)], undo)
+        try:
+            return alike(wanted, output_of(session, batch))
+        except Exception:  # sizes that do not fit any more
+            return False
 
 
-def _slice(module: nn.Module, which: Tensor, side: int, undo: contextlib.ExitStack) -> None:
-    """Keep some outputs (side 0) or inputs (side 1) of a linear layer."""
-    inputs = inputs_axis(module)
-    axis = inputs if side == 1 else 1 - inputs
-    names: Sequence[str] = ("weight", "bias") if side == 0 else ("weight",)
-    for name in names:
-        old = getattr(module, name, None)
-        if not isinstance(old, nn.Parameter):
-            continue
-        at = axis if old.ndim > 1 else 0
-        new = old.detach().index_select(at, which.to(old.device)).contiguous()
-        replace(module, name, nn.Parameter(new, requires_grad=old.requires_grad), undo)
-    for name in ("out_features", "nf") if side == 0 else ("in_features", "nx"):
-        if hasattr(module, name):
-            replace(module, name, len(which), undo)
+def _tensor(model: nn.Module, slot: Slot) -> Tensor:
+    path, _, part = slot.name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), part)
+    return tensor
+
+
+def _slice(model: nn.Module, slot: Slot, which: Tensor, undo: contextlib.ExitStack) -> None:
+    """Keep some indices along an axis."""
+    old = _tensor(model, slot)
+    _put(model, old, old.detach().index_select(slot.axis, which.to(old.device)).contiguous(), undo)
+
+
+def _put(model: nn.Module, old: Tensor, new: Tensor, undo: contextlib.ExitStack) -> None:
+    """Put a tensor in the place of a parameter or buffer, in all modules that have it."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for name, held in [*module._parameters.items(), *module._buffers.items()]:
+            if held is old:
+                replace(module, name, new, undo)
+                _count_again(module, undo)
+
+
+def _count_again(module: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let a module know its new sizes, by its weight."""
+    weight = getattr(module, "weight", None)
+    counts: dict[str, int] = {}
+    if isinstance(module, _ConvNd) and weight is not None:
+        depthwise = module.groups > 1
+        out, inside = (1, 0) if module.transposed else (0, 1)
+        counts = {"out_channels": weight.shape[out], "in_channels": weight.shape[inside]}
+        if depthwise:  # a filter for each channel: other groups are left whole
+            counts = dict.fromkeys(("groups", "in_channels", "out_channels"), weight.shape[0])
+    elif isinstance(module, _BatchNorm):
+        known = next(x for x in (weight, module.running_mean) if x is not None)
+        counts = {"num_features": len(known)}
+    elif linear_shape(module) is not None and weight is not None:
+        names = ("out_features", "in_features") if inputs_axis(module) == 1 else ("nx", "nf")
+        counts = dict(zip(names, weight.shape, strict=True))
+    for name, count in counts.items():
+        if hasattr(module, name) and getattr(module, name) != count:
+            replace(module, name, count, undo)

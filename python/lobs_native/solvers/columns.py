@@ -32,7 +32,7 @@ from lobs_native.solvers.problem import Problem, in_errors, nearest_count
 from lobs_native.solvers.ranked import Magnitude, Ranked, Wanda
 from lobs_native.solvers.repair import solve
 
-__all__ = ["ExactColumns", "MagnitudeColumns", "WandaColumns"]
+__all__ = ["ColumnGroup", "ExactColumns", "MagnitudeColumns", "WandaColumns"]
 
 _PANEL = 64  # columns whose updates are made together
 
@@ -52,7 +52,7 @@ class ExactColumns(Method):
         self.common = max(i.scale for i in problem.inverses)
         self.order: list[int] = []  # of removal: g * units + unit
         self.spent: list[float] = []  # what each removal cost
-        self._groups: list[_Group] | None = None
+        self._groups: list[ColumnGroup] | None = None
         self._latest = -1  # units that the latest choice removes
 
     # ---- plans -----------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class ExactColumns(Method):
             self.spent.append(groups[g].remove(unit))
             self.order.append(g * self.units + unit)
 
-    def _group(self, g: int) -> _Group:
+    def _group(self, g: int) -> ColumnGroup:
         problem, pattern = self.problem, self.pattern
         C = problem.in_features
         w = problem.working(g, torch.float64)[:, :C]
@@ -130,7 +130,7 @@ class ExactColumns(Method):
         if self.importance is not None and float(self.importance.max()) > 0:
             w *= (self.importance[g] / self.importance.mean()).sqrt()[:, None]
         inverse = problem.inverses[g]
-        group = _Group(w, inverse.A[:C, :C], pattern.unit, inverse.scale / self.common)
+        group = ColumnGroup(w, inverse.A[:C, :C], pattern.unit, inverse.scale / self.common)
         group.first[zero] = ZERO
         if problem.mask is not None:
             forced = ~problem.mask[g, 0].view(self.units, -1)[:, 0]
@@ -138,7 +138,7 @@ class ExactColumns(Method):
         return group
 
 
-class _Group:
+class ColumnGroup:
     """What is left of one second moment's inputs, unit by unit.
 
     Removed units leave the matrices whenever a quarter of what is there has gone.
@@ -165,23 +165,28 @@ class _Group:
         self.late = self.A.new_empty(3, max(_PANEL, b), n * b)  # q, A q and c, transposed
         self.count = 0  # of their rows
 
-    def cheapest(self) -> tuple[float, int]:
-        """What goes next: its rank, which is below zero for those that go first and else its cost;
-        and its unit."""
+    def costs(self) -> Tensor:
+        """What removing each of ``self.unit`` would cost now, (n,) float64; for units that have
+        gone, anything."""
         if self.size == 1:
             cost = (self.b / self.a).view(-1)
         else:
             with one_thread():
                 cost = torch.linalg.solve(self.a, self.b).diagonal(dim1=1, dim2=2).sum(1)
         self.cost = cost.mul_(self.scale).clamp_(min=0.0)
-        first = self.first[self.unit]
-        rank = torch.where(first < 0, first, self.cost)
+        return self.cost
+
+    def cheapest(self) -> tuple[float, int]:
+        """What goes next: its rank, which is below zero for those that go first and else its cost;
+        and its unit."""
+        first, cost = self.first[self.unit], self.costs()
+        rank = torch.where(first < 0, first, cost)
         rank[self._gone[self.unit]] = torch.inf
         lowest = int(rank.argmin())
         return float(rank[lowest]), int(self.unit[lowest])
 
     def remove(self, unit: int) -> float:
-        """Remove it, and return what that costs; :meth:`cheapest` was called since the last."""
+        """Remove it, and return what that costs; :meth:`costs` was called since the last."""
         n, b, at = len(self.unit), self.size, int(self.place[unit])
         columns = slice(at * b, (at + 1) * b)
         q, a, c = self.late[:, : self.count]

@@ -1,0 +1,180 @@
+"""What :func:`lobs_native.shrink` is about to remove: which families, how many units of each, and,
+where that is decided before anything is pruned, which ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.calibration.flow import flow_of
+from lobs_native.calibration.session import Session
+from lobs_native.errors import ArgumentError
+from lobs_native.layers import layers_of
+from lobs_native.network.channels import channel_families
+from lobs_native.network.configured import configurable
+from lobs_native.network.families import families_of
+from lobs_native.network.removals import removals_of
+from lobs_native.network.sizes import Counts, Work, divided, kept, share_of, shares_of, uniform
+from lobs_native.network.surgery import stands_alone
+from lobs_native.network.units import Family, columns_of
+from lobs_native.solvers.joint import Removal
+
+__all__ = ["Goal", "ShrinkPlan", "plan_shrinking"]
+
+_BOUND = "without one of them the network does not compute what it does with it set to zero"
+_BUDGETS = ("parameters", "multiplications")
+_Cost = Callable[[str, int, int], float]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How small a network is to get: exactly one of the first three, as :func:`shrink` has them."""
+
+    keep: float | Mapping[str, float] | None
+    parameters: float | None
+    multiplications: float | None
+    kinds: Sequence[str]
+    multiple: int
+    configured: bool  # only what the class of the model can express
+
+    def budget(self) -> tuple[str, float] | None:
+        """The argument that sets a budget, and its value, checked; None with ``keep``."""
+        given = {name: getattr(self, name) for name in ("keep", *_BUDGETS)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            raise ArgumentError("keep, parameters, multiplications: give exactly one of them")
+        ((name, value),) = given.items()
+        return None if name == "keep" else (name, share_of(value, name))
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """The families that lose units, how many of each stay, and in which order they go, as far as
+    that is known."""
+
+    families: list[Family]
+    counts: Counts
+    removals: list[Removal | None]
+    multiplications: tuple[int, int]  # of the layers of all families, before and after
+
+    def kept(self, f: int) -> Tensor | None:
+        """The units of a family that stay, if they are known, rising."""
+        removal, family = self.removals[f], self.families[f]
+        if removal is None:
+            return None
+        gone = torch.tensor(removal.order[: family.units - self.counts[f]], dtype=torch.int64)
+        units = torch.arange(family.units)
+        return units[~torch.isin(units, gone)]
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """(G, R, C) bool for each reader of the units that are known: what may stay of it."""
+        layers = {layer.name: layer for layer in layers_of(model)}
+        masks = {}
+        for f, family in enumerate(self.families):
+            if (units := self.kept(f)) is None:
+                continue
+            for name in family.readers:
+                layer = layers[name]
+                columns = columns_of(layer, family.read_at(name))
+                stays = (columns < 0) | torch.isin(columns, units)
+                weight = layer.weight()
+                masks[name] = stays.to(weight.device).expand(weight.shape).contiguous()
+        return masks
+
+
+def plan_shrinking(
+    session: Session,
+    goal: Goal,
+    notes: list[str],
+    *,
+    method: str,
+    damping: float,
+    memory: int | None,
+) -> ShrinkPlan:
+    """Find the units of a model and decide what goes. Nothing is changed."""
+    model, budget = session.model, goal.budget()
+    shares = {} if goal.keep is None else shares_of(goal.keep)
+    with session.evaluating():
+        families = _families(session, goal, notes)
+        costs = {"parameters": _weights, "multiplications": _multiplications(families, session)}
+        one_size = goal.configured and getattr(model, "config", None) is not None
+        if budget is not None and one_size:
+            name, target = budget
+            shares = uniform(Work(model, families, costs[name]), target, goal.multiple, name)
+        order: dict[int, Removal] = {}
+        wanted = [f for f in families if not f.single or not (shares or one_size)]
+        if wanted:
+            found = removals_of(wanted, session, method=method, damping=damping, memory=memory)
+            order = {id(f): removal for f, removal in zip(wanted, found, strict=True)}
+    removals = [order.get(id(f)) for f in families]
+    if budget is not None and not one_size:
+        name, target = budget
+        work = Work(model, families, costs[name], removals)
+        counts = divided(work, target, goal.multiple, name)
+    else:
+        counts = [kept(f, shares.get(f.kind, 1.0), goal.multiple) for f in families]
+        counts = [
+            n if r is None else max(n, f.units - len(r.order))
+            for f, n, r in zip(families, counts, removals, strict=True)
+        ]
+    every = Work(model, families, costs["multiplications"], removals)
+    fewer = [i for i, f in enumerate(families) if counts[i] < f.units]
+    if not fewer:
+        raise ArgumentError(
+            f"keep: with {shares} and multiples of {goal.multiple} all units stay; keep less, or "
+            "pass a smaller multiple"
+        )
+    return ShrinkPlan(
+        [families[i] for i in fewer],
+        [counts[i] for i in fewer],
+        [None if families[i].single else removals[i] for i in fewer],
+        (round(every.total([f.units for f in families])), round(every.total(counts))),
+    )
+
+
+def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
+    """The families of the kinds asked for, each reader in one of them."""
+    model = session.model
+    families = list(families_of(model, goal.kinds))
+    if goal.configured:
+        families = configurable(model, families, notes)
+    if "channels" in goal.kinds:
+        if not goal.configured or getattr(model, "config", None) is None:
+            named = {name for f in families_of(model) for name in f.readers}
+            batch = next(iter(session.each("channels")))
+            channels = channel_families(model, session, batch, notes)
+            channels = [f for f in channels if named.isdisjoint(f.readers)]
+            for family in channels:
+                if stands_alone(session, batch, family):
+                    families.append(family)
+                else:
+                    notes.append(f"{', '.join(family.producers)}: their outputs stay: {_BOUND}")
+        elif not families:
+            notes.append(
+                f"channels stay: a {type(model).__name__} made from its configuration cannot have "
+                "other numbers of them (configured=False removes them nevertheless)"
+            )
+    if not families:
+        raise ArgumentError(
+            "model: it has no feed-forward layers, attention or channels whose units can be removed"
+            + "".join(f"; {note}" for note in notes)
+        )
+    return families
+
+
+def _weights(name: str, rows: int, columns: int) -> float:
+    return float(rows * columns)
+
+
+def _multiplications(families: Sequence[Family], session: Session) -> _Cost:
+    """Of a weight with so many rows and columns, for one row of inputs of the layer that has fewest
+    of them: a convolution's weight is used at every position."""
+    concerned = {slot.name for f in families for slot in f.slots}
+    layers = [x for x in layers_of(session.model) if f"{x.name}.weight" in concerned]
+    rows = flow_of(layers, session).rows
+    fewest = min(rows.values(), default=1.0)
+    times = {f"{name}.weight": count / fewest for name, count in rows.items()}
+    return lambda name, rows, columns: times.get(name, 0.0) * rows * columns

@@ -1,0 +1,84 @@
+"""Families: parts of a network that can be removed unit by unit, whatever they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native.layers import Layer
+
+__all__ = ["KINDS", "Family", "Slot", "columns_of", "inputs_axis", "linear_shape"]
+
+KINDS = ("heads", "neurons", "channels")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The places of units along one axis of a parameter or buffer."""
+
+    name: str
+    axis: int
+    units: Tensor  # int64: the unit of each index; -1 for what stays
+    read: bool = False  # whether it is the inputs of a reader
+
+    def kept(self, units: Tensor) -> Tensor:
+        """The indices that stay with these units, rising."""
+        return ((self.units < 0) | torch.isin(self.units, units)).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """``units`` of one kind; ``counts`` are attributes of modules and fields of configurations that
+    hold their number times a factor."""
+
+    kind: str
+    units: int
+    readers: tuple[str, ...]  # the layers that read them, and are repaired
+    producers: tuple[str, ...]  # the layers that have them as outputs
+    slots: tuple[Slot, ...] = field(repr=False)  # of all tensors that have them
+    # (object, name, factor)
+    counts: tuple[tuple[Any, str, int], ...] = field(default=(), repr=False)
+
+    @property
+    def label(self) -> str:
+        """As messages name it."""
+        more = f" and {len(self.readers) - 1} more" if len(self.readers) > 1 else ""
+        return f"{self.units} {self.kind} before {self.readers[0]}{more}"
+
+    @property
+    def single(self) -> bool:
+        """Whether it has one reader, whose columns of a unit lie together."""
+        return self.kind != "channels"
+
+    def read_at(self, layer: str) -> Slot:
+        """The places of the units among the inputs of a reader."""
+        return next(s for s in self.slots if s.read and s.name == f"{layer}.weight")
+
+
+def columns_of(layer: Layer, slot: Slot) -> Tensor:
+    """The unit of each column (C,) of a layer's weight (G, R, C), by its units among the inputs as
+    stored; -1 for what stays."""
+    stored = layer.stored(layer.weight_part)
+    view = [1] * stored.ndim
+    view[slot.axis] = -1
+    return layer.pack(slot.units.view(view).expand(stored.shape))[0, 0]
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, or of transformers' Conv1D; else None."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if module is not None and type(module).__name__ == "Conv1D":
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def inputs_axis(module: nn.Module) -> int:
+    """The dimension of its inputs in the weight of a module that has a :func:`linear_shape`:
+    transformers' Conv1D is stored the other way round."""
+    return 1 if isinstance(module, nn.Linear) else 0

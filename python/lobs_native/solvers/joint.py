@@ -1,0 +1,117 @@
+"""Removal of units that several layers read: one costs the sum of what all its readers lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lobs_native.solvers.columns import ColumnGroup
+from lobs_native.solvers.problem import Problem, in_errors
+
+__all__ = ["Reader", "Removal", "cheapest_first", "joint_removal"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads units: ``problem`` with one second moment, which is inverted; ``columns``
+    (C,) int64, the unit of each input, or -1; ``importance`` (R,) multiplies the errors of its
+    rows."""
+
+    problem: Problem
+    columns: Tensor
+    importance: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """(R, C) float64 in the problem's working unit, each row multiplied by the square root of
+        its importance."""
+        w = self.problem.working(0, torch.float64)[:, : len(self.columns)]
+        return w if self.importance is None else w * self.importance.sqrt()[:, None]
+
+    def group(self) -> tuple[ColumnGroup, Tensor]:
+        """The inputs that are units, in the order of the units; and which units these are."""
+        order = self.columns.argsort(stable=True)
+        order = order[self.columns[order] >= 0]
+        units, count = self.columns[order].unique_consecutive(return_counts=True)
+        inverse = self.problem.inverses[0]
+        scale = in_errors(inverse.scale, self.problem.exponent)
+        A = inverse.A[order][:, order]
+        return ColumnGroup(self.weights[:, order], A, int(count[0]), scale), units
+
+
+@dataclass(frozen=True)
+class Removal:
+    """An order in which units can be removed, and what each removal costs."""
+
+    order: list[int]
+    spent: list[float]
+
+
+def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor] = ()) -> Removal:
+    """Remove the unit that costs least in all readers together, repair all of them, and repeat.
+
+    Parameters
+    ----------
+    readers : Sequence[Reader]
+        A unit need not be read by all of them; those that read it have as many columns for it as
+        for any other. Not modified.
+    units : int
+        How many there are.
+    parts : Sequence[(n,) int64]
+        Sets of units of which one has to stay each: what one layer makes. One unit stays always.
+
+    Returns
+    -------
+    Removal
+        Every prefix of its order is the choice for its length. The costs are the errors
+        ``tr(dW H dW^T)`` of all readers, damped, times the importances of rows.
+    """
+    groups = [reader.group() for reader in readers]
+    place = [dict(zip(of.tolist(), range(len(of)), strict=True)) for _, of in groups]
+    sets = [set(part.tolist()) - {-1} for part in parts] + [set(range(units))]
+    dear = torch.zeros(units, dtype=torch.float64)  # infinite for what has gone, or has to stay
+    order, spent = list[int](), list[float]()
+    while True:
+        for part in sets:
+            if len(part) == 1:
+                dear[next(iter(part))] = math.inf
+        total = dear.clone()
+        for group, of in groups:
+            total.index_add_(0, of[group.unit].cpu(), group.costs().cpu())
+        unit = int(total.argmin())
+        if math.isinf(float(total[unit])):
+            return Removal(order, spent)
+        order.append(unit)
+        spent.append(
+            sum(
+                group.remove(at[unit])
+                for (group, _), at in zip(groups, place, strict=True)
+                if unit in at
+            )
+        )
+        dear[unit] = math.inf
+        for part in sets:
+            part.discard(unit)
+
+
+def cheapest_first(
+    readers: Sequence[Reader], units: int, parts: Sequence[Tensor], scores: Sequence[Tensor]
+) -> Removal:
+    """Units by the sums of the scores (C,) of their columns in all readers, without repair; as many
+    stay as :func:`joint_removal` leaves."""
+    total = torch.zeros(units, dtype=torch.float64)
+    for reader, score in zip(readers, scores, strict=True):
+        known = reader.columns >= 0
+        total.index_add_(0, reader.columns[known].cpu(), score[known].cpu())
+    sets = [set(part.tolist()) - {-1} for part in parts] + [set(range(units))]
+    order = []
+    for unit in total.argsort(stable=True).tolist():
+        if all(len(part) > 1 for part in sets if unit in part):
+            order.append(unit)
+            for part in sets:
+                part.discard(unit)
+    return Removal(order, total[order].tolist())
