@@ -120,7 +120,6 @@ class LayerLoop:
                 moments,
                 elsewhere=elsewhere,
                 calibrating=calibrating,
-                mask=job.mask,
                 importance=self.context.sensitivity.get(job.layer.name),
                 memory=self.context.plan.scratch,
                 backend=self.context.settings.backend,
@@ -282,20 +281,19 @@ def prune_layer(
     *,
     calibrating: float,
     elsewhere: Moments | None = None,
-    mask: Tensor | None = None,
     importance: Tensor | None = None,
     memory: int | None = None,
     backend: str | None = None,
 ) -> tuple[LayerReport, PrunedWeight]:
     """Prune one layer, given the second moments of its inputs; nothing is written to it.
 
-    ``mask`` (G, R, C) bool, True = may be kept; ``calibrating``: seconds spent on its moments;
+    ``calibrating``: seconds spent on its moments;
     ``elsewhere``: those of rows that are held back, on which the result is measured as well. Errors
     name the layer.
     """
     layer = job.layer
     peak = LayerPeak(layer.weight().device)
-    notes = [*layer.notes, *moments.notes(layer)]
+    notes, mask = [*layer.notes, *moments.notes(layer)], job.mask
     drift = moments.drift(layer)
     settings, zeros = job.settings, layer.weight() == 0
     if (more := more_zeros(zeros, job)) is not None:

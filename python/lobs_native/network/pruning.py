@@ -67,7 +67,7 @@ class Pruning:
         places: Mapping[str, Place] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.masks = masks or {}  # (G, R, C) bool by layer, of those whose mask is decided already
+        self.masks = masks or {}  # by layer, where what may stay is decided already
         self.stages = Stages()
         self.places = places or {}
         self.settings = settings
@@ -94,10 +94,7 @@ class Pruning:
     def look(self) -> RunPlan:
         """Run the model to see how it uses its weights and in which order, and plan the run."""
         settled = settle(self.candidates, self.session, self.settings)
-        self.selected = [
-            job.with_mask(self.masks[job.layer.name]) if job.layer.name in self.masks else job
-            for job in settled.jobs
-        ]
+        self.selected = [job.with_mask(self.masks.get(job.layer.name)) for job in settled.jobs]
         self.skipped = settled.skipped
         self.sensitive = sensitive_of(self.selected, self.settings)
         self.weighted = weighted_of(self.selected, self.settings)

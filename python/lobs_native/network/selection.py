@@ -45,7 +45,7 @@ class LayerJob:
     layer: Layer
     settings: LayerSettings
     shared: bool = False  # whether its sparsity comes from a budget for the whole model
-    mask: Tensor | None = None  # (G, R, C) bool: what may stay, if that is decided already
+    mask: Tensor | None = None  # (G, R, C) bool: what may stay
 
     @property
     def scope(self) -> str:
@@ -83,8 +83,10 @@ class LayerJob:
         layer = self.layer
         return layer.groups * layer.rows * (layer.width + self.settings.prune_bias)
 
-    def with_mask(self, mask: Tensor) -> LayerJob:
-        """The same, to lose what a mask (G, R, C) removes, and nothing else."""
+    def with_mask(self, mask: Tensor | None) -> LayerJob:
+        """The same, to lose what a mask (G, R, C) removes, if there is one, and nothing else."""
+        if mask is None:
+            return self
         settings = dataclasses.replace(self.settings, sparsity=None)
         return dataclasses.replace(self, settings=settings, mask=mask)
 

@@ -6,6 +6,7 @@ Importing this module needs llm-compressor, and registers the modifier for its r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -287,11 +288,11 @@ class LOBSModifier(Modifier):
         moments = self._moments.pop(layer.name)
         if not moments.rows > 0:
             raise LobsError(f"layer {layer.name!r}: all rows that it saw are padding")
+        kept = layer.weight() != 0 if self.preserve_sparsity_mask else None
         report, out = prune_layer(
-            job,
+            dataclasses.replace(job, mask=kept),
             moments,
             calibrating=self._seconds.pop(layer.name),
-            mask=layer.weight() != 0 if self.preserve_sparsity_mask else None,
             backend=self.backend,
         )
         logger.info(
