@@ -45,7 +45,8 @@ def network(folder: Path = DEFAULT_FOLDER) -> nn.Sequential:
 def prune(model: nn.Module, images: Images, kept: Sequence[float], **settings: Any) -> lobs.Report:
     """Prune in place to the given shares of kept weights, calibrated on the first 5,000 images."""
     overrides = {name: {"sparsity": 1 - k} for name, k in zip(LAYERS, kept, strict=True)}
-    batches = images.part(0, CALIBRATION).batches()
+    # Each batch is a step where the network is tuned.
+    batches = images.part(0, CALIBRATION).batches(*([50] if "tune" in settings else []))
     return lobs.prune(model, batches, sparsity=0.5, overrides=overrides, progress=False, **settings)
 
 
@@ -119,6 +120,8 @@ def main() -> None:
         ways[f"weighted {name}, rows and samples"] = {**ways[name], **samples}
     for name in ("exact, model", "exact, model, corrected"):
         ways[f"weighted {name}, rows and samples"] = {**ways[name], **samples}
+    for name in ("exact, layer, corrected", "exact, model, corrected"):
+        ways[f"tuned {name}"] = {**ways[name], "tune": "network", "tune_passes": 10}
     for kept, inputs in settings_of(arguments.sparsities):
         shares = " / ".join(f"{100 * k:g}" for k in kept)
         for name, settings in ways.items():

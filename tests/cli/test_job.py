@@ -38,8 +38,7 @@ def triple():
     return network(), [{"x": x} for x in batches], lambda model, batch: model(batch["x"])
 
 def shared():
-    model = network()
-    model.alias = model[2].bias
+    model = network(); model.alias = model[2].bias
     return model, batches, lambda model, x: model[2](model[1](model[0](x)))
 
 class Bilinear(torch.nn.Module):
@@ -164,10 +163,10 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --search 3 --search-seconds 60 --sensitivity none --token-weights output "
-        "--budget flops --blocks none --token-mask none --tune blocks --refine solve --exclude 2 "
+        "--budget flops --blocks none --token-mask none --tune blocks --tune-passes 5 --exclude 2 "
         "--inputs dense --include 0 --include 2 --strict --damping 0.5 --prune-bias --device cpu "
-        "--memory 1.5MiB --backend reference --seed 7 --run-dir kept --resume never "
-        "--measure all --held-back 0.25 --no-progress"
+        "--memory 1.5MiB --backend reference --seed 7 --run-dir kept --resume never --measure all "
+        "--refine solve --held-back 0.25 --no-progress"
     )
     assert cli.main(line.split()) == cli.INTERRUPTED
     assert seen == {
@@ -184,6 +183,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "token_mask": None,
         "token_weights": "output",
         "tune": "blocks",
+        "tune_passes": 5,
         "search": 3,
         "search_seconds": 60.0,
         "measure": "all",

@@ -104,17 +104,17 @@ def test_logits_come_closer_to_the_original_ones():
     assert all("tuned with its network" in layer.notes[-1] for layer in report.layers)
 
 
-def test_other_outputs_come_closer_by_the_squared_distance():
+def test_other_outputs_come_closer_by_the_squared_distance_and_more_so_with_more_passes():
     plain, model, original = Language(None), Language(None), Language(None)
     lobs.prune(plain, data(), inputs="dense", **{**OPTIONS, "tune": None})
-    found = tuned(lobs.prune(model, data(), inputs="dense", **OPTIONS))
+    found = tuned(lobs.prune(model, data(), inputs="dense", tune_passes=20, **OPTIONS))
     (held_back,) = data()[5:6]
     counts = held_back["attention_mask"] == 1
     with torch.no_grad():
         y, before, after = (m(**held_back)[counts] for m in (original, plain, model))
     assert found["held_back_before"] == pytest.approx(float((before - y).norm() / y.norm()), 1e-4)
     assert found["held_back_after"] == pytest.approx(float((after - y).norm() / y.norm()), 1e-4)
-    assert found["held_back_after"] < 0.95 * found["held_back_before"]
+    assert found["held_back_after"] < 0.7 * found["held_back_before"]
 
 
 def test_padding_does_not_count():
@@ -312,6 +312,8 @@ def test_an_output_that_cannot_be_differentiated_is_refused(way):
 def test_it_is_refused_without_data_to_hold_back_or_in_inference_mode():
     with pytest.raises(ArgumentError, match=r"tune: 'network' needs two batches.*there is 1"):
         lobs.prune(Language(), data(1), **OPTIONS)
+    with pytest.raises(ArgumentError, match="tune_passes: it is how long to tune"):
+        lobs.prune(Language(), data(2), tune_passes=2, **{**OPTIONS, "tune": None})
     with torch.inference_mode():
         model = Language()
     with pytest.raises(ArgumentError, match=r"tune: the model was made .*inference_mode"):

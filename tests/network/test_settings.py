@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "sensitivity": ("fisher", ArgumentError),
     "token_weights": ("loss", ArgumentError),
     "tune": ("layers", ArgumentError),
+    "tune_passes": (0, ArgumentError),
     "budget": (None, DtypeError),
     "inputs": ("sparse", ArgumentError),
     "blocks": (True, DtypeError),

@@ -48,6 +48,7 @@ def prune(
     inputs: str = "corrected",
     blocks: str | None = "auto",
     tune: str | None = None,
+    tune_passes: int | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
@@ -188,6 +189,9 @@ def prune(
         present inputs), in the same way.
         ``report.settings["tuned"]`` has the errors before and after, on the batches held back and
         on as many others, and the seconds; errors of layers are of before.
+    tune_passes : int, optional
+        How often tuning goes through the data: 3 times for the network and twice for each block
+        where nothing is said. Small networks can do with 10 and more.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional
@@ -298,6 +302,7 @@ def prune(
         inputs=inputs,
         blocks=blocks,
         tune=tune,
+        tune_passes=tune_passes,
         forward=forward,
         device=device,
         memory=memory,

@@ -211,7 +211,7 @@ class Pruning:
         """The loop over the layers, with these settings for each."""
         tuner = None
         if self.tuned:
-            tuner = Tuner(self.session, self._pruned(), ledger, plan)
+            tuner = Tuner(self.session, self._pruned(), ledger, plan, self.settings.tune_passes)
         context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
         return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
 

@@ -63,6 +63,10 @@ def _count(value: Any, name: str) -> int:
     return value
 
 
+def _passes(value: Any, name: str) -> int | None:
+    return None if value is None else checks.positive_int(value, name)
+
+
 def _seconds(value: Any, name: str) -> float | None:
     if value is None:
         return None
@@ -188,6 +192,11 @@ class NetworkSettings(LayerOptions):
         "returned, with the zeros held: the network at the end, or every block once its layers are "
         "pruned; default: off",
     )
+    tune_passes: int | None = option(
+        None,
+        check=_passes,
+        help="of tuning, over the calibration data; default: 3 for the network, 2 for blocks",
+    )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"
     )
@@ -244,6 +253,8 @@ class NetworkSettings(LayerOptions):
             )
         if self.search_seconds is not None and not self.search:
             raise ArgumentError("search_seconds: it limits a search; pass search, for example 20")
+        if self.tune_passes is not None and self.tune is None:
+            raise ArgumentError("tune_passes: it is how long to tune; pass tune, as 'network'")
         if not self.overrides:
             self._common()  # raises if what all layers are pruned with does not fit together
 

@@ -153,10 +153,14 @@ def workload(
         runs += 0 if stack.hollow else len(stack.modules)
         passes += doubled * runs / stack.all_blocks
         if by_blocks:
-            passes += len(stack.modules) / stack.all_blocks * tuning_passes(False, False)
+            passes += (
+                len(stack.modules)
+                / stack.all_blocks
+                * tuning_passes(False, settings.tune_passes, False)
+            )
     if whole:
         recomputed = settings.memory is not None and bool(structure.stacks)
-        passes += tuning_passes(True, recomputed)
+        passes += tuning_passes(True, settings.tune_passes, recomputed)
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
     repeated = max((s.hidden_bytes * structure.repeating(s) for s in structure.stacks), default=0)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)

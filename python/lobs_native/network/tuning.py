@@ -115,18 +115,18 @@ def network_to_tune(
     return [found]
 
 
-def tuning_passes(network: bool, recomputed: bool) -> float:
-    """The forward passes over all batches that tuning takes, of all blocks or of the ``network``;
-    those that are ``recomputed`` for a backward pass count as well."""
-    course = _NETWORK if network else _BLOCKS
-    return 1.0 + course.passes * (3.0 + recomputed) + (course.passes + 3.0) / HELD_BACK
+def tuning_passes(network: bool, passes: int | None, recomputed: bool) -> float:
+    """The forward passes over all batches that so many ``passes`` of tuning take, of all blocks or
+    of the ``network``; those that are ``recomputed`` for a backward pass count as well."""
+    times = passes or (_NETWORK if network else _BLOCKS).passes
+    return 1.0 + times * (3.0 + recomputed) + (times + 3.0) / HELD_BACK
 
 
 class Tuner:
     """What of a run is tuned, one part after another, and kept in its run directory.
 
     ``pruned`` are the parameters of all pruned layers, by name. The ``plan`` bounds the bytes of
-    original outputs in memory; the rest waits on disk.
+    original outputs in memory; the rest waits on disk. ``passes`` replaces the usual number.
     """
 
     def __init__(
@@ -135,11 +135,13 @@ class Tuner:
         pruned: Mapping[str, nn.Parameter],
         ledger: Ledger | None,
         plan: RunPlan,
+        passes: int | None = None,
     ) -> None:
         self.session = session
         self.pruned = pruned
         self.ledger = ledger
         self.plan = plan
+        self.passes = passes
         self.done: list[Tuned] = []
 
     def committed(self, name: str) -> bool:
@@ -183,7 +185,10 @@ class Tuner:
         parameters = {n: session.model.get_parameter(n) for n in names}
         session.changed.update(names)
         course = dataclasses.replace(
-            course, progress=session.progress, stoppable=self.ledger is not None
+            course,
+            passes=self.passes or course.passes,
+            progress=session.progress,
+            stoppable=self.ledger is not None,
         )
         tuned = descend(name, aim, batches, parameters, self.pruned, course)
         self.done.append(tuned)
