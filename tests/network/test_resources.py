@@ -142,9 +142,43 @@ def test_the_plan_is_that_of_the_run():
     assert plan.largest == "2"
     assert plan.seconds > 0
     assert plan.masks == 20 * 30 / 8 + (30 * 30 + 4) / 8  # a bit for each weight
-    outputs = 4 * 3 * 50 * 30  # of the original network, in case no bound holds
-    assert plan.kept == 2 * 4 * (21 * 30 + 31 * 30) + outputs
+    assert plan.kept == 2 * 4 * (21 * 30 + 31 * 30)
     assert plan.statistics == 8 * 21**2
+
+
+def test_the_original_network_s_outputs_wait_only_where_no_bound_holds():
+    covered, other = network(), network()
+    other[1] = nn.SiLU()
+    for measure, outputs in (("sample", 4 * 3 * 50 * 30), ("all", 0)):
+        kept, more = (
+            lobs.plan_prune(model, data(), sparsity=0.5, measure=measure).kept
+            for model in (covered, other)
+        )
+        assert more - kept == outputs
+
+
+def test_the_norms_of_the_bound_are_in_the_plan():
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 300), nn.Linear(300, 300))
+    x = [torch.randn(4, 2)]
+    with_norms = lobs.plan_prune(model, x, sparsity=0.5, include="0")
+    assert with_norms.output >= (4 + 16) * 300**2
+    model[1] = nn.SiLU()
+    assert lobs.plan_prune(model, x, sparsity=0.5, include="0").output < 300**2
+
+
+@pytest.mark.parametrize(
+    ("backward", "settings"),
+    [
+        (False, {}),
+        (False, {"scope": "model", "sensitivity": "bound"}),
+        (True, {"scope": "model"}),
+        (True, {"token_weights": "output"}),
+    ],
+)
+def test_the_plan_says_that_it_does_not_count_a_backward_pass(backward, settings):
+    plan = lobs.plan_prune(network(), data(), sparsity=0.5, **settings)
+    assert plan.backward == backward
+    assert ("a forward and a backward pass (" in str(plan)) == backward
 
 
 @pytest.mark.parametrize("method", ["exact", "admm"])

@@ -28,11 +28,20 @@ from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer
+from lobs_native.layers.computed import value_of
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import ErrorBound, LayerReport
 
-__all__ = ["NotAChainError", "amplifications", "chain_of", "theorem_parts"]
+__all__ = [
+    "NotAChainError",
+    "amplifications",
+    "chain_of",
+    "covered_weights",
+    "norm_bytes",
+    "norm_flops",
+    "theorem_parts",
+]
 
 
 class NotAChainError(Exception):
@@ -273,27 +282,39 @@ def error_bound_of(
     )
 
 
-def _is_sampled(session: Session, jobs: Sequence[LayerJob], settings: NetworkSettings) -> bool:
-    """Whether a sample of the data is enough to measure the change of the output: unless all of it
-    is asked for, or the bound may hold."""
-    if settings.measure == "all":
-        return False
+def covered_weights(session: Session, jobs: Sequence[LayerJob]) -> list[Tensor]:
+    """The weights of the layers of a network that the theorem covers, as far as known before it is
+    pruned; none if it does not."""
     try:
-        _chain_of_pruned(session, jobs)
+        names = _chain_of_pruned(session, jobs)
     except NotAChainError:
-        return True
-    return False
+        return []
+    modules = dict(session.model.named_modules())
+    return [value_of(modules[name], "weight") for name in names]
+
+
+def norm_bytes(weight: Tensor) -> int:
+    """Bytes that the norms of a weight take, as measured: it is loaded, converted and copied."""
+    return (weight.element_size() + 2 * 8) * weight.numel()
+
+
+def norm_flops(weight: Tensor) -> float:
+    """Operations of the norms of a weight in float64, as products of matrices would be counted that
+    take as long; measured."""
+    return 2.0 * weight.numel() * min(weight.shape)
 
 
 def samples_of(
     session: Session,
-    jobs: Sequence[LayerJob],
     settings: NetworkSettings,
     limit: int | None,
     kept: contextlib.ExitStack,
+    *,
+    sampled: bool,
 ) -> Samples:
-    """What the network, before it is pruned, returns for samples of the data, as far as these are
-    enough. At most ``limit`` bytes of each are in memory, until ``kept`` is closed."""
+    """What the network, before it is pruned, returns for samples of the data: of what is calibrated
+    on if ``sampled``, and of what is held back. At most ``limit`` bytes of each are in memory,
+    until ``kept`` is closed."""
 
     def sample(held_back: bool) -> Sample:
         shelf = kept.enter_context(Shelf(limit))
@@ -301,7 +322,7 @@ def samples_of(
 
     some_held_back = bool(session.held_back) and settings.measure != "all"
     return Samples(
-        sample(False) if _is_sampled(session, jobs, settings) else None,
+        sample(False) if sampled else None,
         sample(True) if some_held_back else None,
     )
 

@@ -19,13 +19,13 @@ from lobs_native.calibration.held_back import divided
 from lobs_native.calibration.outputs import Samples, held_back_loss
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
-from lobs_native.calibration.session import Forward, Session, batches_of
+from lobs_native.calibration.session import Session, batches_of
 from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Place, Shelf
 from lobs_native.network import bound
 from lobs_native.network.allocation import budget_costs
-from lobs_native.network.bound import error_bound_of, samples_of
+from lobs_native.network.bound import covered_weights, error_bound_of, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight
@@ -40,7 +40,7 @@ from lobs_native.network.tuning import Tuner, blocks_to_tune, network_to_tune
 from lobs_native.network.uses import settle
 from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
-from lobs_native.rundir.fingerprints import fingerprints
+from lobs_native.rundir.fingerprints import fingerprints, name_of
 from lobs_native.rundir.ledger import Ledger
 from lobs_native.version import versions
 
@@ -108,16 +108,19 @@ class Pruning:
         elif self.settings.tune is not None:
             stacks, reasons = self.structure.stacks, self.structure.reasons
             self.tuned = blocks_to_tune(stacks, reasons, self._pruned(), self.session)
+        covered = covered_weights(self.session, self.jobs)
+        self.sampled = self.settings.measure != "all" and not covered
         work = workload(
             self.structure,
             self.session,
             self.rows,
             self.settings,
-            sensitive=bool(self.sensitive),
+            sensitive=bool(self.sensitive) and self.settings.sensitivity != "bound",
             weighted=[job.layer.name for job in self.weighted],
             shared_budget=any(job.shared for job in self.jobs),
             tuned=self.tuned,
-            sampled=self.settings.measure != "all",
+            sampled=self.sampled,
+            covered=covered,
             seen=settled.seen,
         )
         return plan_run(self.jobs, work, self.settings)
@@ -162,7 +165,9 @@ class Pruning:
                     session.originals.put_copy(name, parameter, self.places.get(name))
             try:
                 with self.stages.stage("measuring the output"):
-                    samples = samples_of(session, self.jobs, self.settings, plan.sample_limit, kept)
+                    samples = samples_of(
+                        session, self.settings, plan.sample_limit, kept, sampled=self.sampled
+                    )
                 loop, error_bound = self._prune(plan, ledger, peak, samples)
             except BaseException as error:
                 session.restore()
@@ -228,6 +233,7 @@ class Pruning:
             measured = known[0]
         else:
             measured = self._measured(None if ledger is None else ledger.states)
+            give_back()
             peak.reset()
             if ledger is not None and (measured is not None or tokens is not None):
                 ledger.keep_sensitivity(measured, None if tokens is None else tokens.kept())
@@ -325,7 +331,7 @@ class Pruning:
                 "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             },
             "fingerprints": fingerprints(self.session.model, self.batches),
-            "forward": _name_of(self.settings.forward),
+            "forward": name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],
             "machine": {"threads": ops.threads(), "backends": self._backends()},
             "versions": versions(),
@@ -384,14 +390,6 @@ class Pruning:
                 for job in self.jobs
             },
         )
-
-
-def _name_of(forward: Forward | None) -> str | None:
-    """The qualified name of a function, to compare with the one in another process."""
-    if forward is None:
-        return None
-    named = forward if hasattr(forward, "__qualname__") else type(forward)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _show(plan: RunPlan, progress: bool) -> None:

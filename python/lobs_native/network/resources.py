@@ -46,15 +46,18 @@ class Workload:
     tuning: int = 0  # bytes that tuning a block, or the network, takes
     targets: int = 0  # bytes of the original outputs that the network is tuned towards, on disk
     passes: float = 0.0  # forward passes over all batches
+    backward: bool = False  # whether there is a backward pass too
+    norms: float = 0.0  # float64 operations of the norms of Theorem 3.2
     output: int = 0  # bytes of the model's output for a batch
     sample: int = 0  # of the original outputs for a sample, which wait for the end
-    measuring: int = 0  # bytes that measuring it takes besides
+    measuring: int = 0  # bytes that measuring it, or the norms of Theorem 3.2, takes besides
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Bytes besides the network, its data, and its own forward pass (with sensitivities, backward
-    pass). ``str()`` gives a line to read."""
+    """Bytes besides the network, its data, and its own forward pass, or forward and ``backward``
+    pass, whose peak the report has ("peak memory of sensitivities"). ``str()`` gives a line to
+    read."""
 
     largest: str  # the layer that needs the most
     layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning
@@ -65,6 +68,7 @@ class RunPlan:
     tokens: int  # weights of tokens
     output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states, weights and outputs that do not fit into memory
+    backward: bool  # sensitivities are measured, which takes the memory of a backward pass
     seconds: float  # an estimate; expect half to twice of it
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer
@@ -96,8 +100,9 @@ class RunPlan:
         limit = "" if self.limit is None else f" of {mb(self.limit)} allowed"
         minutes, seconds = divmod(round(self.seconds), 60)
         about = f"{minutes} min {seconds} s" if minutes else f"{max(1, seconds)} s"
+        passes = "a forward and a backward pass" if self.backward else "a forward pass"
         return (
-            f"plan: {mb(self.memory)}{limit} besides the model, the data and a forward pass "
+            f"plan: {mb(self.memory)}{limit} besides the model, the data and {passes} "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
             f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights, {mb(self.masks)} "
             f"masks; then {mb(self.output)} to measure the output); {mb(self.disk)} on disk; about "
@@ -226,6 +231,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         tokens=work.tokens,
         output=output + work.measuring,
         disk=elsewhere + work.sample - waiting + work.targets,
+        backward=work.backward,
         seconds=_searching(_seconds(jobs, work, corrected), settings),
         limit=memory,
         scratch=scratch,
@@ -249,7 +255,7 @@ def _searching(once: float, settings: NetworkSettings) -> float:
 
 def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
-    products = doubles = removals = 0.0
+    products, doubles, removals = 0.0, work.norms, 0.0
     for job in jobs:
         extent, N = job.extent, work.rows.get(job.layer.name, 0.0) * work.batches
         products += N * extent.squares

@@ -16,6 +16,7 @@ from lobs_native.calibration.observe import Observation
 from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
+from lobs_native.network.bound import norm_bytes, norm_flops
 from lobs_native.network.descent import tuning_bytes
 from lobs_native.network.output_aim import aiming_bytes
 from lobs_native.network.resources import Workload
@@ -130,12 +131,14 @@ def workload(
     weighted: Sequence[str],
     shared_budget: bool,
     sampled: bool,
+    covered: Sequence[Tensor] = (),
     tuned: Sequence[Mapping[str, Tensor]] = (),
     seen: Observation | None = None,
 ) -> Workload:
     """The work ahead; it includes passes for sensitivities if ``sensitive`` or for the ``weighted``
     layers, one for the costs if there is a ``shared_budget``, and the output's change on a sample
-    if ``sampled``, else on all data. What was ``seen`` on the first batch spares another run."""
+    if ``sampled``, else on all data, with the norms of the weights that are ``covered`` by Theorem
+    3.2. What was ``seen`` on the first batch spares another run."""
     batches, doubled = session.size(), 2.0 if settings.inputs == "corrected" else 1.0
     all_batches = batches * (1 + len(session.held_back) / len(session.batches))
     measured = batches * min(rows.values(), default=1.0)  # rows of output, or a little more
@@ -178,13 +181,18 @@ def workload(
         repeated=round(repeated * all_batches * doubled),
         others=round(others * all_batches * doubled),
         passes=passes * all_batches / batches,
+        backward=sensitive or bool(weighted),
+        norms=sum(norm_flops(weight) for weight in covered),
         tuning=max((tuning_bytes(part.values()) for part in tuned), default=0)
         + (aiming_bytes(size) if whole else 0),
         targets=round(batches * size) if whole else 0,
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=size,
         sample=round(part * batches * size) if sampled else 0,
-        measuring=min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
+        measuring=max(
+            min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
+            max(map(norm_bytes, covered), default=0),
+        ),
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["fingerprints"]
+__all__ = ["fingerprints", "name_of"]
 
 
 def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
@@ -47,3 +47,11 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     else:
         for i, part in enumerate(tree_leaves(value)):
             yield f"{path}.{i}", part
+
+
+def name_of(function: Callable[..., Any] | None) -> str | None:
+    """The qualified name of a function, to compare with the one in another process."""
+    if function is None:
+        return None
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
