@@ -71,7 +71,10 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
     capsys.readouterr()
     wrong = [
-        ("--parameters, --multiplications, --heads, --neurons, --channels: give one", []),
+        (
+            "--parameters, --multiplications, --latency, --heads, --neurons, --channels: give one",
+            [],
+        ),
         ("--neurons, --channels: give one", ["--parameters", "0.5", "--heads", "0.5"]),
         ("--neurons, --channels: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
         ("--neurons: 0.0; something has to stay", ["--neurons", "0"]),

@@ -266,8 +266,8 @@ def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ArgumentError, "keep, parameters, multiplications: give exactly one"),
-        ({"keep": 0.5, "parameters": 0.5}, ArgumentError, "multiplications: give exactly one"),
+        ({}, ArgumentError, "keep, parameters, multiplications, latency: give exactly one"),
+        ({"keep": 0.5, "parameters": 0.5}, ArgumentError, "latency: give exactly one"),
         ({"keep": 0.0}, ArgumentError, "keep: 0.0; something has to stay"),
         ({"keep": 1.0}, ArgumentError, "all units stay"),
         ({"keep": 1.5}, ArgumentError, "keep"),

@@ -13,14 +13,14 @@ from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError
 from lobs_native.files.atomic import new_folder
 from lobs_native.network.shrink import shrink
+from lobs_native.network.shrink_plan import BUDGETS
 from lobs_native.network.units import KINDS
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["add_shrink", "by_option", "run", "table"]
 
-_BUDGETS = ("parameters", "multiplications")
-_OPTIONS = (*_BUDGETS, "multiple", "method", "inputs", "damping", "seed")
+_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", "inputs", "damping", "seed")
 
 _SHRINK = """Make a network smaller: remove neurons, heads or channels, and repair what reads them.
 
@@ -44,11 +44,13 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
-    title = "how far (--parameters, --multiplications, or some of the others)"
+    title = "how far (one of the first three, or some of the others)"
     far = command.add_argument_group(title).add_argument
-    for budget in _BUDGETS:
+    for budget in BUDGETS:
         help_ = f"share of the {budget} of the layers concerned that stays at most"
         far(f"--{budget}", type=float, metavar="X", help=help_)
+    help_ = "JSON file of times for --latency, read and written; default: none"
+    far("--latency-table", metavar="FILE", help=help_)
     for kind in KINDS:
         help_ = f"share of the {kind} that stays; default: all"
         far(f"--{kind}", type=float, metavar="X", help=help_)
@@ -74,24 +76,27 @@ def by_option(message: str) -> str:
     name, colon, rest = message.partition(": ")
     kinds = [kind for kind in KINDS if name in (f"keep[{kind!r}]", "keep")]
     options = kinds or [option for option in _OPTIONS if name == option]
-    return ", ".join(f"--{option}" for option in options) + colon + rest if options else message
+    return (
+        ", ".join(f"--{option.replace('_', '-')}" for option in options) + colon + rest
+        if options
+        else message
+    )
 
 
 def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Shrink the job's network and write it; the content of report.json."""
     keep = {kind: share for kind in KINDS if (share := getattr(options, kind)) is not None}
-    budgets = [name for name in _BUDGETS if getattr(options, name) is not None]
+    budgets = [name for name in BUDGETS if getattr(options, name) is not None]
     if bool(keep) + len(budgets) != 1:
-        raise ArgumentError(
-            f"{', '.join(f'--{name}' for name in (*_BUDGETS, *KINDS))}: give one of the first two, "
-            "or some of the others"
-        )
+        names = ", ".join(f"--{name}" for name in (*BUDGETS, *KINDS))
+        raise ArgumentError(f"{names}: give one of the first three, or some of the others")
     with new_folder(out, overwrite=options.overwrite) as folder:
         before = None if job.measure is None else job.measure()
         report = shrink(
             job.model,
             job.batches,
             keep=keep or None,
+            latency_table=options.latency_table,
             **{name: getattr(options, name) for name in budgets},
             multiple=options.multiple,
             method=options.method,

@@ -1,5 +1,5 @@
-"""In which order the units of each family can be removed, and what that costs the output of the
-network: measured on the original network, before anything is removed."""
+"""In which order the units of each family can be removed, and what that costs: measured on the
+original network, before anything is removed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.calibration.moments import Moments, calibrate
-from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Session
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.layers import Layer, layers_of
 from lobs_native.network.units import Family, columns_of
 from lobs_native.solvers.joint import Reader, Removal, cheapest_first, joint_removal
+from lobs_native.solvers.measurement import energy
 from lobs_native.solvers.problem import Problem
 from lobs_native.solvers.workspace import Workspace
 
@@ -33,31 +33,28 @@ def removals_of(
 ) -> list[Removal]:
     """The order of removal of each family; inside :meth:`Session.evaluating`.
 
-    With method "exact" costs are those with repair, times the sensitivities of the network's output
-    to the readers' rows, so that families can be compared; otherwise the squares of the method's
-    scores, without repair. Takes one pass over the data for the sensitivities, and one for so many
-    second moments as fit into half of ``memory`` bytes.
+    With method "exact" costs are the errors that are left after repair, otherwise the squares of
+    the method's scores, of each reader relative to its outputs ``tr(W H W^T)``, so that readers and
+    families can be compared. (Errors times the sensitivity of the network's output, which compare
+    single weights, do worse here: ``docs/results/shrinking.md``.) Takes a pass over the data for so
+    many second moments as fit into half of ``memory`` bytes.
     """
     layers = {layer.name: layer for layer in layers_of(session.model)}
-    importance: Mapping[str, Tensor] = {}
-    if method == "exact":
-        readers = [layers[name] for family in families for name in family.readers]
-        importance = sensitivities(session, readers)
     removals = []
     for piece in _pieces(families, layers, _AT_ONCE if memory is None else memory // 2):
         some = [layers[name] for family in piece for name in family.readers]
         moments = calibrate(some, session, f"costs of {len(piece)} kinds of units")
         for family in piece:
-            readers_ = [
-                _reader(layers[name], family, moments.pop(name), method, damping, importance)
+            readers = [
+                _reader(layers[name], family, moments.pop(name), method, damping)
                 for name in family.readers
             ]
             parts = [s.units for s in family.slots if s.name.endswith(".weight") and not s.read]
             if method == "exact":
-                removals.append(joint_removal(readers_, family.units, parts))
+                removals.append(joint_removal(readers, family.units, parts))
             else:
-                scores = [_scores(reader, method) for reader in readers_]
-                removals.append(cheapest_first(readers_, family.units, parts, scores))
+                scores = [_scores(reader, method) for reader in readers]
+                removals.append(cheapest_first(readers, family.units, parts, scores))
     return removals
 
 
@@ -84,7 +81,6 @@ def _reader(
     moments: Moments,
     method: str,
     damping: float,
-    importance: Mapping[str, Tensor],
 ) -> Reader:
     weight = layer.weight()
     try:
@@ -100,12 +96,8 @@ def _reader(
         )
     except (NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error
-    of_rows = importance.get(layer.name)
-    return Reader(
-        problem,
-        columns_of(layer, family.read_at(layer.name)).to(weight.device),
-        None if of_rows is None else of_rows[0].to(weight.device),
-    )
+    columns = columns_of(layer, family.read_at(layer.name)).to(weight.device)
+    return Reader(problem, columns, 1 / (energy(problem) or 1.0))
 
 
 def _scores(reader: Reader, method: str) -> Tensor:
@@ -114,4 +106,4 @@ def _scores(reader: Reader, method: str) -> Tensor:
     squares = problem.before[0, :, : problem.in_features].double().square().sum(0)
     if method == "wanda":
         squares *= problem.moments[0].diagonal()[: problem.in_features]
-    return squares
+    return squares * reader.importance

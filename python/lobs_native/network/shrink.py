@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,8 @@ def shrink(
     keep: float | Mapping[str, float] | None = None,
     parameters: float | None = None,
     multiplications: float | None = None,
+    latency: float | None = None,
+    latency_table: str | os.PathLike[str] | None = None,
     kinds: Sequence[str] = KINDS,
     multiple: int = 8,
     method: str = "exact",
@@ -112,12 +115,16 @@ def shrink(
     keep : float in (0, 1], or {"neurons": float, "heads": float, "channels": float}
         The share of the units that stays, the same everywhere. Kinds that are left out of a mapping
         stay whole.
-    parameters, multiplications : float in (0, 1]
+    parameters, multiplications, latency : float in (0, 1]
         Instead of ``keep``: the share of the weights of the layers concerned, or of their
-        multiplications, that stays at most. Where the class of a model has one number for all
+        multiplications, or of the time that their calls take here on the first batch, that stays at
+        most. Where the class of a model has one number for all
         layers, it is reached by one share for all units. Otherwise, again and again those units go
-        that cost least for what they save, by costs that are multiplied by the sensitivity of the
-        network's output, so that layers get sizes of their own.
+        that cost least for what they save, relative to the outputs of their readers, so that layers
+        get sizes of their own.
+    latency_table : path, optional
+        With ``latency``: a JSON file of the times of layers by their sizes. What it does not have
+        is measured, and it is written again. Without it, all is measured.
     kinds : of "neurons", "heads" and "channels"
         What may be removed. Channels are outputs of convolutions and linear layers, found by
         running the first batch: what adds them, normalises, pools, flattens or concatenates them
@@ -164,7 +171,16 @@ def shrink(
     for kind in kinds:
         checks.check_choice(kind, "kinds", KINDS)
     multiple = checks.positive_int(multiple, "multiple")
-    goal = Goal(keep, parameters, multiplications, kinds, multiple, configured)
+    goal = Goal(
+        keep=keep,
+        parameters=parameters,
+        multiplications=multiplications,
+        latency=latency,
+        latency_table=latency_table,
+        kinds=kinds,
+        multiple=multiple,
+        configured=configured,
+    )
     batches = batches_of(calibration)
     if device is not None:
         model.to(device)

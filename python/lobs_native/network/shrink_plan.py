@@ -3,6 +3,8 @@ where that is decided before anything is pruned, which ones."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,36 +18,39 @@ from lobs_native.layers import layers_of
 from lobs_native.network.channels import channel_families
 from lobs_native.network.configured import configurable
 from lobs_native.network.families import families_of
+from lobs_native.network.latency import LatencyTable, inputs_of, table_of
 from lobs_native.network.removals import removals_of
 from lobs_native.network.sizes import Counts, Work, divided, kept, share_of, shares_of, uniform
 from lobs_native.network.surgery import stands_alone
 from lobs_native.network.units import Family, columns_of
 from lobs_native.solvers.joint import Removal
 
-__all__ = ["Goal", "ShrinkPlan", "plan_shrinking"]
+__all__ = ["BUDGETS", "Goal", "ShrinkPlan", "plan_shrinking"]
 
 _BOUND = "without one of them the network does not compute what it does with it set to zero"
-_BUDGETS = ("parameters", "multiplications")
-_Cost = Callable[[str, int, int], float]
+BUDGETS = ("parameters", "multiplications", "latency")
+_Cost = Callable[[str, Sequence[int]], float]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How small a network is to get: exactly one of the first three, as :func:`shrink` has them."""
+    """How small a network is to get: exactly one of the first four, as :func:`shrink` has them."""
 
     keep: float | Mapping[str, float] | None
     parameters: float | None
     multiplications: float | None
+    latency: float | None
+    latency_table: str | os.PathLike[str] | None
     kinds: Sequence[str]
     multiple: int
     configured: bool  # only what the class of the model can express
 
     def budget(self) -> tuple[str, float] | None:
         """The argument that sets a budget, and its value, checked; None with ``keep``."""
-        given = {name: getattr(self, name) for name in ("keep", *_BUDGETS)}
+        given = {name: getattr(self, name) for name in ("keep", *BUDGETS)}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
-            raise ArgumentError("keep, parameters, multiplications: give exactly one of them")
+            raise ArgumentError(f"keep, {', '.join(BUDGETS)}: give exactly one of them")
         ((name, value),) = given.items()
         return None if name == "keep" else (name, share_of(value, name))
 
@@ -99,7 +104,12 @@ def plan_shrinking(
     shares = {} if goal.keep is None else shares_of(goal.keep)
     with session.evaluating():
         families = _families(session, goal, notes)
-        costs = {"parameters": _weights, "multiplications": _multiplications(families, session)}
+        each = _multiplications(families, session)
+        costs: dict[str, _Cost] = {"parameters": _weights, "multiplications": each}
+        table = None
+        if goal.latency is not None:
+            table = table_of(goal.latency_table)
+            costs["latency"] = _latency(families, session, table)
         one_size = goal.configured and getattr(model, "config", None) is not None
         if budget is not None and one_size:
             name, target = budget
@@ -120,6 +130,8 @@ def plan_shrinking(
             n if r is None else max(n, f.units - len(r.order))
             for f, n, r in zip(families, counts, removals, strict=True)
         ]
+    if table is not None and goal.latency_table is not None:
+        table.save(goal.latency_table)
     every = Work(model, families, costs["multiplications"], removals)
     fewer = [i for i, f in enumerate(families) if counts[i] < f.units]
     if not fewer:
@@ -165,8 +177,8 @@ def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
     return families
 
 
-def _weights(name: str, rows: int, columns: int) -> float:
-    return float(rows * columns)
+def _weights(name: str, shape: Sequence[int]) -> float:
+    return float(math.prod(shape))
 
 
 def _multiplications(families: Sequence[Family], session: Session) -> _Cost:
@@ -177,4 +189,20 @@ def _multiplications(families: Sequence[Family], session: Session) -> _Cost:
     rows = flow_of(layers, session).rows
     fewest = min(rows.values(), default=1.0)
     times = {f"{name}.weight": count / fewest for name, count in rows.items()}
-    return lambda name, rows, columns: times.get(name, 0.0) * rows * columns
+    return lambda name, shape: times.get(name, 0.0) * math.prod(shape)
+
+
+def _latency(families: Sequence[Family], session: Session, table: LatencyTable) -> _Cost:
+    """Seconds of a layer's calls on the first batch, with a weight of that shape."""
+    concerned = {slot.name.removesuffix(".weight") for f in families for slot in f.slots}
+    modules = {x.name: x.module for x in layers_of(session.model) if x.name in concerned}
+    batch = next(iter(session.each("latency")))
+    shapes = inputs_of(modules.values(), session, batch)
+
+    def seconds(name: str, shape: Sequence[int]) -> float:
+        module = modules.get(name.removesuffix(".weight"))
+        if module is None:
+            return 0.0
+        return sum(table.seconds(module, x, shape) for x in shapes.get(module, ()))
+
+    return seconds

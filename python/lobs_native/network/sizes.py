@@ -46,24 +46,22 @@ def kept(family: Family, share: float, multiple: int) -> int:
 
 
 class Work:
-    """What the layers of some families cost: the sum, over their weights, of a cost of (rows,
-    columns). ``removals`` says which units of a family go first; without one any do.
-
-    ``each(name, rows, columns)`` is that cost of a weight with so many outputs and so many inputs,
-    kernel positions included.
+    """What the layers of some families cost: the sum, over their weights, of ``each(name, shape)``.
+    ``removals`` says which units of a family go first; without one any do.
     """
 
     def __init__(
         self,
         model: nn.Module,
         families: Sequence[Family],
-        each: Callable[[str, int, int], float],
+        each: Callable[[str, Sequence[int]], float],
         removals: Sequence[Removal | None] = (),
     ) -> None:
         self.each = each
         self.families = families
         self.removals = removals
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         # weight -> (family, axis, how many of its indices the first k removals take)
         self._losses: dict[str, list[tuple[int, int, Tensor]]] = {}
         for f, family in enumerate(families):
@@ -97,7 +95,10 @@ class Work:
         shape = list(self._shapes[name])
         for f, axis, taken in self._losses[name]:
             shape[axis] -= int(taken[self.families[f].units - counts[f]])
-        return self.each(name, shape[0], math.prod(shape[1:]))
+        key = name, tuple(shape)
+        if key not in self._known:
+            self._known[key] = self.each(*key)
+        return self._known[key]
 
 
 def uniform(work: Work, target: float, multiple: int, name: str) -> dict[str, float]:
@@ -120,10 +121,9 @@ def divided(work: Work, target: float, multiple: int, name: str) -> Counts:
     """How many units of each family stay, so that the work is at most ``target`` of the whole:
     again and again, those go that cost least for the work that they save.
 
-    Costs hold for small changes, and add up worse the more goes: every family keeps at least 0.7 of
-    what it would keep with one share for all. Without such a bound, the residual network of
-    ``bench/quality/convnets.py`` lost three quarters of two families and all others none, and erred
-    twice as often as with one share.
+    Costs add up only where little goes: every family keeps at least 0.7 of what it would keep with
+    one share for all. Without such a bound, some families lose nearly everything, and the network
+    more than with one share: ``docs/results/shrinking.md``.
     """
     families, removals = work.families, [r for r in work.removals if r is not None]
     counts = [f.units for f in families]

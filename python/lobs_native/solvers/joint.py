@@ -18,19 +18,11 @@ __all__ = ["Reader", "Removal", "cheapest_first", "joint_removal"]
 @dataclass(frozen=True)
 class Reader:
     """A layer that reads units: ``problem`` with one second moment, which is inverted; ``columns``
-    (C,) int64, the unit of each input, or -1; ``importance`` (R,) multiplies the errors of its
-    rows."""
+    (C,) int64, the unit of each input, or -1; ``importance`` multiplies its errors."""
 
     problem: Problem
     columns: Tensor
-    importance: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        """(R, C) float64 in the problem's working unit, each row multiplied by the square root of
-        its importance."""
-        w = self.problem.working(0, torch.float64)[:, : len(self.columns)]
-        return w if self.importance is None else w * self.importance.sqrt()[:, None]
+    importance: float = 1.0
 
     def group(self) -> tuple[ColumnGroup, Tensor]:
         """The inputs that are units, in the order of the units; and which units these are."""
@@ -38,9 +30,9 @@ class Reader:
         order = order[self.columns[order] >= 0]
         units, count = self.columns[order].unique_consecutive(return_counts=True)
         inverse = self.problem.inverses[0]
-        scale = in_errors(inverse.scale, self.problem.exponent)
-        A = inverse.A[order][:, order]
-        return ColumnGroup(self.weights[:, order], A, int(count[0]), scale), units
+        scale = in_errors(inverse.scale, self.problem.exponent) * self.importance
+        w = self.problem.working(0, torch.float64)[:, order]
+        return ColumnGroup(w, inverse.A[order][:, order], int(count[0]), scale), units
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor]
     -------
     Removal
         Every prefix of its order is the choice for its length. The costs are the errors
-        ``tr(dW H dW^T)`` of all readers, damped, times the importances of rows.
+        ``tr(dW H dW^T)`` of all readers, damped, times their importances.
     """
     groups = [reader.group() for reader in readers]
     place = [dict(zip(of.tolist(), range(len(of)), strict=True)) for _, of in groups]

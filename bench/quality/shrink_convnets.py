@@ -1,0 +1,247 @@
+"""Two convolutional networks with half of their multiplications: errors and times, not retrained.
+
+    apt-get install dataset-fashion-mnist
+    python bench/quality/shrink_convnets.py [--images FOLDER] [--cache PREFIX] [--seeds N]
+        [--threads N] [--pairs N] [--out FILE]
+
+The networks of `convnets.py`, trained as there, calibrated on the same 2,000 images and measured on
+the 10,000 test images. Half of the multiplications of the whole network go, by removing channels:
+
+- ours: ``lobs.shrink`` with a budget for the whole network ("multiplications"), or with one share
+  for all channels ("keep");
+- the rival: in every family of tied channels those with the least L1 norms of their filters (Li et
+  al. 2017), one share for all, and batch normalisation estimated again.
+
+Then the times of a batch in torch, and, where they are installed, in onnxruntime and OpenVINO: the
+original's over the shrunk one's, in interleaved pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.calibration.session import Session
+from lobs_native.files.atomic import write_file
+from lobs_native.network.channels import channel_families
+from lobs_native.network.surgery import take_out
+from lobs_native.network.units import Family
+from paper.data import FASHION
+from paper.networks import percent_wrong
+from quality.convnets import AT_ONCE, CALIBRATION, NETWORKS, fashion, trained
+from speed.paired import bootstrap_interval
+
+LEFT = 0.5  # of the multiplications
+MULTIPLE = 4
+OURS: dict[str, dict[str, Any]] = {
+    "ours, budget": {},
+    "ours, budget, pruned inputs": {"inputs": "pruned"},
+    "ours, one share": {},
+}
+
+
+def multiplications(model: nn.Module, image: Tensor) -> float:
+    """Of convolutions and linear layers, for one image."""
+    total = 0.0
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module.weight, Tensor)
+        positions = output[0, 0].numel() if output.ndim > 2 else 1
+        total += module.weight.numel() * positions
+
+    modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [m.register_forward_hook(count) for m in modules]
+    with torch.no_grad():
+        model(image[None])
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def smallest_enough(
+    shrink: Callable[[nn.Module, float], None], model: nn.Module, image: Tensor
+) -> nn.Module:
+    """The network shrunk by the largest share with which the whole has ``LEFT`` of its
+    multiplications at most."""
+    whole, share = multiplications(model, image), 1.0
+    while True:
+        share -= 1 / 64
+        small = copy.deepcopy(model)
+        shrink(small, share)
+        if multiplications(small, image) <= LEFT * whole:
+            return small
+
+
+def families_of(model: nn.Module, batch: Tensor) -> list[Family]:
+    """Its families of channels."""
+    session = Session(model, [batch], None, None, 0, progress=False)
+    with session.evaluating():
+        return channel_families(model, session, batch, [])
+
+
+def by_norms(model: nn.Module, share: float, batch: Tensor) -> None:
+    """Keep the channels whose filters have the largest L1 norms."""
+    for family in families_of(model, batch):
+        norms = torch.zeros(family.units)
+        for slot in family.slots:
+            weight = model.get_parameter(slot.name) if "running" not in slot.name else None
+            if weight is not None and weight.ndim > 1 and not slot.read:
+                sizes = weight.detach().abs().movedim(slot.axis, 0).flatten(1).sum(1)
+                known = slot.units >= 0
+                norms.index_add_(0, slot.units[known], sizes[known])
+        count = max(MULTIPLE, MULTIPLE * round(share * family.units / MULTIPLE))
+        kept = norms.argsort(descending=True)[:count].sort().values
+        take_out(model, family, kept, ExitStack())
+
+
+def shrunk(choice: str, model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """A copy with half of the multiplications."""
+    image = batches[0][0]
+    if choice.startswith("L1"):
+        small = smallest_enough(lambda m, share: by_norms(m, share, batches[0]), model, image)
+        if any(isinstance(m, nn.BatchNorm2d) for m in small.modules()):
+            lobs.reestimate_batch_norm(small, batches)
+        return small
+    settings = {"multiple": MULTIPLE, "progress": False, **OURS[choice]}
+    if choice == "ours, one share":
+        cheap = {**settings, "method": "magnitude", "inputs": "dense"}
+
+        def by_share(m: nn.Module, share: float) -> None:
+            lobs.shrink(m, batches[:1], keep=share, **cheap)
+            m.share = share  # type: ignore[assignment]
+
+        share = smallest_enough(by_share, model, image).share
+        small = copy.deepcopy(model)
+        lobs.shrink(small, batches, keep=float(share), **settings)
+        return small
+    whole = multiplications(model, image)
+    concerned = copy.deepcopy(model)
+    report = lobs.shrink(concerned, batches[:1], keep=0.5, multiple=MULTIPLE, progress=False)
+    fixed = whole - report.multiplications[0]  # of layers that cannot be shrunk
+    small = copy.deepcopy(model)
+    share = (LEFT * whole - fixed) / report.multiplications[0]
+    lobs.shrink(small, batches, multiplications=share, **settings)
+    return small
+
+
+# ---- times -------------------------------------------------------------------------------------
+
+
+def runners(model: nn.Module, batch: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
+    """Name of a runtime -> what runs the network on a batch in it."""
+    found: dict[str, Callable[[], Any]] = {"torch": lambda: model(batch)}
+    if importlib.util.find_spec("onnx") is None:
+        return found
+    folder = tempfile.mkdtemp()
+    file = str(Path(folder) / "network.onnx")
+    torch.onnx.export(model, (batch,), file, dynamo=False, input_names=["x"])
+    if importlib.util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        wanted = model(batch).detach()
+        given = torch.from_numpy(session.run(None, {"x": batch.numpy()})[0])
+        assert torch.allclose(wanted, given, rtol=1e-3, atol=1e-3)
+        found["onnxruntime"] = lambda: session.run(None, {"x": batch.numpy()})
+    if importlib.util.find_spec("openvino") is not None:
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = openvino.Core().compile_model(file, "CPU", settings)
+        found["OpenVINO"] = lambda: compiled(batch.numpy())
+    return found
+
+
+@torch.no_grad()
+def speed_ups(
+    before: nn.Module, after: nn.Module, batch: Tensor, pairs: int, threads: int
+) -> dict[str, list[float]]:
+    """Runtime -> the median of the ratios of times, and its 95 % interval."""
+    old, new = (runners(m, batch, threads) for m in (before, after))
+    result = {}
+    for name in old:
+        ratios = []
+        for pair in range(pairs + 1):
+            seconds = {}
+            for which in ("old", "new") if pair % 2 else ("new", "old"):
+                begun = time.perf_counter()
+                (old if which == "old" else new)[name]()
+                seconds[which] = time.perf_counter() - begun
+            ratios.append(seconds["old"] / seconds["new"])
+        del ratios[0]
+        result[name] = [statistics.median(ratios), *bootstrap_interval(ratios)]
+    return result
+
+
+def main() -> None:
+    """Print the table as it grows, and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=Path, default=FASHION, help="folder of Fashion-MNIST")
+    parser.add_argument("--cache", help="prefix of files with trained weights")
+    parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=15, help="of timed runs, default %(default)s")
+    parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    training, tested = fashion(arguments.images, "train"), fashion(arguments.images, "t10k")
+    batches = list(training.x[:CALIBRATION].split(AT_ONCE))
+    rows: list[dict[str, Any]] = []
+    print("| network | choice | multiplications | error, % | CPU s | times faster |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for network in NETWORKS:
+        for seed in range(arguments.seeds):
+            model = trained(network, training, seed, arguments.cache)
+            whole = multiplications(model, batches[0][0])
+            for choice in ("dense", *OURS, "L1 norms"):
+                begun = time.process_time()
+                small = model if choice == "dense" else shrunk(choice, model, batches)
+                row: dict[str, Any] = {
+                    "network": network,
+                    "seed": seed,
+                    "choice": choice,
+                    "seconds": time.process_time() - begun,
+                    "multiplications": multiplications(small, batches[0][0]) / whole,
+                    "error": percent_wrong(small, tested),
+                }
+                if choice == "ours, budget":
+                    pairs, threads = arguments.pairs, arguments.threads
+                    row["faster"] = speed_ups(model, small, batches[0], pairs, threads)
+                rows.append(row)
+                faster = ", ".join(
+                    f"{name} {median:.2f} [{low:.2f}, {high:.2f}]"
+                    for name, (median, low, high) in row.get("faster", {}).items()
+                )
+                print(
+                    f"| {network} {seed} | {choice} | {row['multiplications']:.2f} | "
+                    f"{row['error']:.2f} | {row['seconds']:.0f} | {faster} |",
+                    flush=True,
+                )
+    if arguments.out:
+        about = {"torch": torch.__version__, "lobs_native": lobs.__version__}
+        about |= {"threads": arguments.threads, "rows": rows}
+        write_file(arguments.out, json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Measured times of layers at sizes that they may get, and what a network of such sizes takes."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lobs_native import ops
+from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.session import Session
+from lobs_native.errors import ArgumentError, CheckpointError
+from lobs_native.files.atomic import write_file
+from lobs_native.files.strict_json import parse_json
+from lobs_native.network.units import inputs_axis
+
+__all__ = ["LatencyTable", "inputs_of", "least_seconds", "table_of"]
+
+_SHARES = (0.25, 0.5, 0.75, 1.0)  # of outputs and inputs that are measured; times between: lines
+_SECONDS = 0.02  # each size is run for so long, at least _RUNS times; the least time counts
+_RUNS = 5
+_FORMAT = "lobs-native latency table"
+
+
+class LatencyTable:
+    """Seconds of layers by (outputs, inputs). Sizes that are asked for are measured once, on this
+    machine; :meth:`save` and :meth:`load` keep them.
+
+    A layer goes by what its time depends on besides: its kind, what a convolution is called with,
+    the shape of its input, dtype, device and the number of threads.
+    """
+
+    def __init__(self, times: Mapping[str, Mapping[tuple[int, int], float]] | None = None) -> None:
+        self.times = {key: dict(of) for key, of in (times or {}).items()}
+
+    def seconds(self, layer: nn.Module, shape: Sequence[int], weight: Sequence[int]) -> float:
+        """Of a call on an input of ``shape``, if the layer's weight had the shape ``weight``: by
+        lines between a quarter, a half, three quarters and all of its outputs and inputs."""
+        whole = layer.weight
+        assert isinstance(whole, Tensor)
+        rows, columns = (_grid(size) for size in _sizes(layer, whole.shape))
+        outputs, inputs = _sizes(layer, weight)
+        i, u = _between(rows, outputs)
+        if _is_depthwise(layer):
+            corners = [(rows[i + k], rows[i + k], a) for k, a in enumerate((1 - u, u)) if a]
+        else:
+            j, v = _between(columns, inputs)
+            corners = [
+                (rows[i + k], columns[j + m], a * b)
+                for k, a in enumerate((1 - u, u))
+                for m, b in enumerate((1 - v, v))
+                if a * b
+            ]
+        return sum(a * self._measured(layer, shape, r, c) for r, c, a in corners)
+
+    def _measured(self, layer: nn.Module, shape: Sequence[int], outputs: int, inputs: int) -> float:
+        of = self.times.setdefault(_key(layer, shape), {})
+        if (outputs, inputs) not in of:
+            small, x = _resized(layer, shape, outputs, inputs)
+            of[outputs, inputs] = least_seconds(lambda: small(x), x.device)
+        return of[outputs, inputs]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON."""
+        times = {key: [[*size, t] for size, t in of.items()] for key, of in self.times.items()}
+        write_file(Path(path), json.dumps({"format": _FORMAT, "times": times}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what :meth:`save` wrote. ArgumentError if it is not that."""
+        try:
+            content = parse_json(Path(path).read_bytes(), "latency_table")
+            if content["format"] != _FORMAT:
+                raise ValueError(content["format"])
+            return cls(
+                {
+                    str(key): {(int(r), int(c)): float(t) for r, c, t in of}
+                    for key, of in content["times"].items()
+                }
+            )
+        except (OSError, CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(
+                f"latency_table: {os.fspath(path)!r} is no table of times ({error}); pass another "
+                "name, and one is written there"
+            ) from error
+
+
+def table_of(path: str | os.PathLike[str] | None) -> LatencyTable:
+    """The table in a file, if there is one."""
+    return LatencyTable.load(path) if path is not None and Path(path).exists() else LatencyTable()
+
+
+@torch.no_grad()
+def least_seconds(run: Any, device: torch.device) -> float:
+    """The least time of a call, of several."""
+    times: list[float] = []
+    run()
+    while len(times) < _RUNS or sum(times) < _SECONDS:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def inputs_of(
+    layers: Iterable[nn.Module], session: Session, batch: Any
+) -> dict[nn.Module, list[tuple[int, ...]]]:
+    """The shapes of the inputs of these layers' calls on a batch; inside
+    :meth:`Session.evaluating`."""
+    shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            shapes.setdefault(module, []).append(tuple(args[0].shape))
+
+    with attached([layer.register_forward_pre_hook(see) for layer in layers]):
+        session.call(session.model, batch)
+    return shapes
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, _ConvNd) and layer.groups > 1
+
+
+def _sizes(layer: nn.Module, weight: Sequence[int]) -> tuple[int, int]:
+    """The outputs and inputs of a layer with a weight of this shape."""
+    if _is_depthwise(layer):
+        return weight[0], weight[0]
+    outputs_first = not layer.transposed if isinstance(layer, _ConvNd) else inputs_axis(layer) == 1
+    return (weight[0], weight[1]) if outputs_first else (weight[1], weight[0])
+
+
+def _grid(size: int) -> list[int]:
+    return sorted({max(1, round(share * size)) for share in _SHARES})
+
+
+def _between(grid: Sequence[int], size: int) -> tuple[int, float]:
+    """The place in the grid before a size, and how far it is to the next."""
+    i = min(max(bisect.bisect_right(grid, size) - 1, 0), max(0, len(grid) - 2))
+    if len(grid) == 1:
+        return 0, 0.0
+    return i, (size - grid[i]) / (grid[i + 1] - grid[i])
+
+
+def _key(layer: nn.Module, shape: Sequence[int]) -> str:
+    """What the time of a layer depends on besides its sizes."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    parts: list[Any] = [
+        type(layer).__name__,
+        str(weight.dtype).removeprefix("torch."),
+        str(weight.device),
+    ]
+    rest = list(shape)
+    if isinstance(layer, _ConvNd):
+        rest[-len(layer.kernel_size) - 1] = -1
+        parts += [layer.kernel_size, layer.stride, layer.padding, layer.dilation]
+        parts.append("depthwise" if _is_depthwise(layer) else "whole")
+    else:
+        rest[-1] = -1
+    return " ".join(
+        map(str, [*parts, tuple(rest), _sizes(layer, weight.shape), f"{ops.threads()} threads"])
+    )
+
+
+def _resized(
+    layer: nn.Module, shape: Sequence[int], outputs: int, inputs: int
+) -> tuple[nn.Module, Tensor]:
+    """A layer of this kind with other sizes and random weights, and an input of it."""
+    small, size = copy.deepcopy(layer), list(shape)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    sizes = list(weight.shape)
+    if isinstance(small, _ConvNd):
+        depthwise = _is_depthwise(small)
+        size[-len(small.kernel_size) - 1] = inputs
+        made, read = (1, 0) if small.transposed else (0, 1)
+        sizes[made], sizes[read] = outputs, 1 if depthwise else inputs
+        small.out_channels, small.in_channels = outputs, inputs
+        small.groups = outputs if depthwise else 1
+    else:
+        made = 0 if isinstance(small, nn.Linear) else 1
+        sizes[made], sizes[1 - made] = outputs, inputs
+        size[-1] = inputs
+        if not isinstance(small, nn.Linear):
+            small.nf = outputs  # type: ignore[assignment]
+    small.weight = nn.Parameter(torch.randn(sizes, dtype=weight.dtype, device=weight.device))
+    if getattr(small, "bias", None) is not None:
+        small.bias = nn.Parameter(torch.randn(outputs, dtype=weight.dtype, device=weight.device))
+    return small.eval(), torch.randn(size, dtype=weight.dtype, device=weight.device)
