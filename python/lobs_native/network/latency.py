@@ -26,7 +26,7 @@ from lobs_native.network.units import inputs_axis
 __all__ = ["LatencyTable", "inputs_of", "least_seconds", "table_of"]
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of outputs and inputs that are measured; times between: lines
-_SECONDS = 0.02  # each size is run for so long, at least _RUNS times; the least time counts
+_SECONDS = 0.1  # each size is run for so long, at least _RUNS times; the least time counts
 _RUNS = 5
 _FORMAT = "lobs-native latency table"
 
