@@ -16,8 +16,8 @@ Then the times of a batch in torch, and, where they are installed, in onnxruntim
 original's over the shrunk one's, in interleaved pairs.
 
 ``--latency`` does something else: half of the time of the layers concerned goes ("latency"), by a
-table of times. Then each layer of the shrunk network is timed on its inputs, and the sum is
-compared with the table's, which has only quarters, and lines between them.
+table of times. Then each layer of the shrunk network is timed on its inputs, with its weights, and
+the sum is compared with the table's.
 """
 
 from __future__ import annotations

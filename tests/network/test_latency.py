@@ -35,13 +35,12 @@ def counted(monkeypatch):
     [
         (nn.Linear(8, 16), (4, 8), (16, 8), 4 * 128),
         (nn.Linear(8, 16), (4, 8), (10, 3), 4 * 30),
-        (nn.Linear(8, 16), (4, 8), (1, 1), 4),  # beyond the grid: the line goes on
         (nn.Conv2d(8, 4, 3, padding=1), (2, 8, 5, 5), (3, 7, 3, 3), 2 * 25 * 21 * 9),
         (nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 5, 5), (5, 1, 3, 3), 2 * 25 * 45),
         (nn.ConvTranspose2d(8, 4, 2, stride=2), (2, 8, 5, 5), (6, 3, 2, 2), 2 * 100 * 18 * 4),
     ],
 )
-def test_times_between_sizes_are_on_lines(counted, layer, shape, weight, expected):
+def test_times_are_of_layers_of_that_size(counted, layer, shape, weight, expected):
     table = LatencyTable()
     seconds = table.seconds(layer, shape, weight)
     assert seconds == pytest.approx(expected + 1000.0)
@@ -82,7 +81,7 @@ def test_a_budget_of_time(counted, tmp_path):
     data, path = [torch.randn(16, 2, 8, 8) for _ in range(2)], tmp_path / "times.json"
     model = network()
     report = lobs.shrink(model, data, latency=0.6, latency_table=path, multiple=2, progress=False)
-    assert len(json.loads(path.read_text())["times"]) == 4  # of four layers
+    assert len(json.loads(path.read_text())["times"]) == 2  # convolutions and linear layers
     after = [m.weight for m in model if hasattr(m, "weight")]
     before = [m.weight for m in network() if hasattr(m, "weight")]
     positions = [64, 64, 1, 1]
