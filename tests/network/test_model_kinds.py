@@ -123,7 +123,7 @@ def test_a_failure_is_undone_however_weights_are_held(held, inputs):
         changed.append(not same(before, bits(model)))
         return run(model, x)
 
-    run = failing(after=7 if inputs == "corrected" else 4)
+    run = failing(after=7 if inputs == "corrected" else 3)
     with pytest.raises(RuntimeError, match="no more"):
         lobs.prune(model, [X], sparsity=0.5, inputs=inputs, forward=forward, progress=False)
     assert any(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from types import SimpleNamespace
@@ -170,6 +171,52 @@ def test_the_change_of_the_output_is_measured_on_a_sample(count, each, chosen):
     bound = report.error_bound
     assert (bound.rows, bound.batches) == (each * len(chosen), len(chosen))
     assert bound.measured == pytest.approx(distance, rel=1e-5)
+
+
+class Noisy(nn.Module):
+    """Adds random numbers to its input, also in eval mode, or a recurrent layer; or neither."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a = kind, nn.Linear(6, 6)
+        if kind == "recurrent":
+            self.recurrent = nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "noisy":
+            x = x + torch.rand_like(x)
+        if self.kind == "recurrent":
+            x = self.recurrent(x[None])[0][0]
+        return self.a(x)
+
+
+@pytest.mark.parametrize(("kind", "looks"), [("plain", 0), ("noisy", 1), ("recurrent", 1)])
+def test_the_look_at_the_first_batch_gives_a_part_of_the_sample_where_it_is_computed_alike(
+    kind, looks
+):
+    torch.manual_seed(0)
+    model, ran = Noisy(kind), []
+    data = [torch.randn(200, 6) for _ in range(8)]
+
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        ran.append(next(i for i, y in enumerate(data) if y is x))
+        return {"out": model(x)}
+
+    original = copy.deepcopy(model)
+    report = lobs.prune(
+        model, data, sparsity=0.5, forward=forward, include=["a"], inputs="pruned", progress=False
+    )
+    before = ran[1 : ran.index(0, 1 + looks)]  # the look; the sample; then all, to calibrate
+    assert before == [0] * looks + [2, 5]
+    distance = 0.0
+    with torch.no_grad():
+        torch.manual_seed(0)
+        outputs = [original(data[i]) for i in (0, 2, 5)]
+        torch.manual_seed(0)
+        for i, y in zip((0, 2, 5), outputs, strict=True):
+            distance += float((model(data[i]) - y).double().square().sum())
+    measured = report.error_bound.measured
+    assert measured == pytest.approx((distance / 600) ** 0.5, rel=1e-5)
 
 
 def test_the_change_of_the_output_is_measured_on_all_batches_if_asked():

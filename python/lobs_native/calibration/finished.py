@@ -13,7 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lobs_native.files.shelf import Shelf
+
 __all__ = ["Finished", "with_forward"]
+
+_Form = tuple[bool, list[bool]]  # of an output: whether it is a tuple, and which parts are tensors
 
 
 @contextlib.contextmanager
@@ -32,10 +36,12 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
 
 
 class Finished:
-    """The outputs of the finished parts of the current block, by batch."""
+    """The outputs of the finished parts of the current block, by batch: ``limit`` bytes of them in
+    memory, the rest on disk."""
 
-    def __init__(self) -> None:
-        self._outputs: dict[nn.Module, dict[int, Any]] = {}
+    def __init__(self, limit: int | None = None) -> None:
+        self._outputs: dict[nn.Module, dict[int, _Form]] = {}  # by batch
+        self._kept = Shelf(limit)  # (part, batch, number of the tensor) -> the tensor
 
     def add(self, part: nn.Module) -> None:
         """Repeat, from the second call from now on, what this part returns. It must be called once
@@ -45,6 +51,7 @@ class Finished:
     def clear(self) -> None:
         """Forget all parts."""
         self._outputs.clear()
+        self._kept.close()
 
     @contextlib.contextmanager
     def repeating(self, number: int, most: int, *, last: bool) -> Iterator[None]:
@@ -53,37 +60,44 @@ class Finished:
         with contextlib.ExitStack() as scope:
             for part, outputs in self._outputs.items():
                 if number in outputs:
-                    kept = outputs.pop(number) if last else outputs[number]
-                    scope.enter_context(with_forward(part, _returning(kept)))
+                    scope.enter_context(with_forward(part, self._returning(part, number)))
                 elif not last:
-                    keeping = _keeping(part.forward, outputs, number, most)
+                    keeping = self._keeping(part, part.forward, number, most)
                     scope.enter_context(with_forward(part, keeping))
             yield
+            if last:
+                for part, outputs in self._outputs.items():
+                    _, tensors = outputs.pop(number, (False, []))
+                    for i in range(len(tensors)):
+                        self._kept.drop((part, number, i))
 
+    def _returning(self, part: nn.Module, number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            several, tensors = self._outputs[part][number]
+            parts = tuple(  # copies: whoever gets them may write to them
+                self._kept[part, number, i].clone() if is_tensor else None
+                for i, is_tensor in enumerate(tensors)
+            )
+            return parts if several else parts[0]
 
-def _returning(kept: Any) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return _copy(kept)  # whoever gets it may write to it
+        return forward
 
-    return forward
+    def _keeping(
+        self, part: nn.Module, forward: Callable[..., Any], number: int, most: int
+    ) -> Callable[..., Any]:
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            several = type(output) is tuple
+            parts = output if several else (output,)
+            if all(x is None or type(x) is Tensor for x in parts):
+                tensors = {i: x for i, x in enumerate(parts) if x is not None}
+                if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
+                    for i, x in tensors.items():
+                        self._kept.put_copy((part, number, i), x)
+                    self._outputs[part][number] = (
+                        several,
+                        [i in tensors for i in range(len(parts))],
+                    )
+            return output
 
-
-def _keeping(
-    forward: Callable[..., Any], outputs: dict[int, Any], number: int, most: int
-) -> Callable[..., Any]:
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        parts = output if type(output) is tuple else (output,)
-        if all(part is None or type(part) is Tensor for part in parts):
-            tensors = [part for part in parts if part is not None]
-            if sum(x.numel() * x.element_size() for x in tensors) <= most:
-                outputs[number] = _copy(output)
-        return output
-
-    return keeping
-
-
-def _copy(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return tuple(map(_copy, output))
-    return None if output is None else output.detach().clone()
+        return keeping

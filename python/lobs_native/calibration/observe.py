@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.flow import Flow, Look
 from lobs_native.calibration.hooks import Columns, attached, hooked
-from lobs_native.calibration.outputs import sizes_of
+from lobs_native.calibration.outputs import First, sizes_of
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Survey, Use
 from lobs_native.calibration.watch import Touch
 from lobs_native.layers import Layer
-from lobs_native.layers.own import recurrent_in_products
+from lobs_native.layers.own import has_recurrent, recurrent_in_products
 
 __all__ = ["Observation", "observe"]
 
@@ -58,13 +58,15 @@ def observe(
     own: Sequence[nn.Parameter],
     trials: Container[str],
     sightings: Sightings | None = None,
+    first: First | None = None,
 ) -> Observation:
     """Run the model to see how it uses its parameters, until all of these layers and parameters
     have been used; inside :meth:`Session.evaluating`.
 
     For the layers whose names are in ``trials``, the module's output is compared with what the
     class that their type describes computes from the same input. ``sightings`` watches the first
-    batch.
+    batch, and ``first`` keeps what the model returns for it: unless it draws random numbers, of
+    which the next batch would then get others, or is computed in another way than usual.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for layer in layers:
@@ -125,9 +127,13 @@ def observe(
     for batch in session.each("survey"):
         if look.batches == 0:
             watching = contextlib.nullcontext() if sightings is None else sightings.watching()
+            drawn = torch.get_rng_state()
             with look.entered(), watching, surveying():
                 output = session.call(session.model, batch)
             look.end_batch()
+            usual = torch.equal(drawn, torch.get_rng_state()) and not has_recurrent(session.model)
+            if first is not None and usual:
+                first.keep(session, batch, output)
             seen.seconds, seen.outputs = survey.seconds, sizes_of(output)
             del output
         elif _uses(session, batch, *idle()):

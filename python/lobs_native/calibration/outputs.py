@@ -19,6 +19,7 @@ __all__ = [
     "MEASURING",
     "SAMPLE",
     "Change",
+    "First",
     "Sample",
     "Samples",
     "counted_rows",
@@ -87,6 +88,19 @@ class Sample:
     chosen: frozenset[int]  # numbers of batches
 
 
+@dataclass
+class First:
+    """What the original network returned for the first batch when it was looked at, if it was kept:
+    a sample then need not run it again."""
+
+    outputs: Shelf  # as in Sample
+    rows: float | None = None  # of outputs that count; None if they were not kept
+
+    def keep(self, session: Session, batch: Any, output: Any) -> None:
+        """Keep a copy of the output for the first batch."""
+        self.rows = keep_output(self.outputs, 0, output, session, batch)
+
+
 class Samples(NamedTuple):
     """What was kept beforehand, if anything was."""
 
@@ -96,19 +110,25 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def sample_outputs(
-    session: Session, outputs: Shelf, rows: int, *, held_back: bool = False
+    session: Session,
+    outputs: Shelf,
+    rows: int,
+    *,
+    held_back: bool = False,
+    first: float | None = None,
 ) -> Sample:
     """Run the model, before it is pruned, on batches that have about so many rows of output
     together: as many as would be enough if all were like the first, evenly spaced. ``held_back``:
-    of the batches that nothing is calibrated on.
+    of the batches that nothing is calibrated on. ``first``: the outputs for the first batch are
+    there already, and have so many rows.
 
     The outputs go into ``outputs``. They are few, and having them spares a second copy of all
     pruned weights while :func:`measure_change` would run the original network.
     """
-    chosen = {0}
     batches, each = _data(session, held_back)
+    chosen = {0} if first is None else _enough(batches, rows, first)
     for number, batch in enumerate(each("outputs")):
-        if number not in chosen:
+        if number not in chosen or (number == 0 and first is not None):
             continue
         found = keep_output(outputs, number, session.call(session.model, batch), session, batch)
         if number == 0:

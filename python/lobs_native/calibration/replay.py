@@ -19,7 +19,16 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
 from lobs_native.layers import Layer
 
-__all__ = ["Replay", "UnlikeError"]
+__all__ = ["Replay", "UnlikeError", "repeated_limit"]
+
+_REPEATED = 1 << 20  # bytes of outputs of finished parts that stay in memory
+
+
+def repeated_limit(stack: Stack) -> int | None:
+    """How many bytes of outputs of finished parts of a block stay in memory, in each network; the
+    rest is on disk. None: all of them, since from a device they would have to be copied first."""
+    on_cpu = all(p.device.type == "cpu" for p in stack.modules[0].parameters())
+    return _REPEATED if on_cpu else None
 
 
 class UnlikeError(LobsError):
@@ -29,10 +38,10 @@ class UnlikeError(LobsError):
 class _Inputs:
     """The arguments of the blocks of one network, by batch."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, repeated: int | None) -> None:
         self.hidden = Shelf(limit)  # hidden states of the current block, by batch
         self.calls: list[list[BlockCall]] = []  # by batch and block, without hidden states
-        self.finished = Finished()  # parts of the current block
+        self.finished = Finished(repeated)  # parts of the current block
 
 
 class Replay:
@@ -55,8 +64,9 @@ class Replay:
         self.states = states
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
-        self._pruned = _Inputs(share)
-        self._original = _Inputs(share) if corrected else None
+        repeated = repeated_limit(stack)
+        self._pruned = _Inputs(share, repeated)
+        self._original = _Inputs(share, repeated) if corrected else None
         self._next = 0  # the number of the next batch
         self._calls_saved = False
         self._repeats = limit is None  # whether there is memory for outputs of finished parts

@@ -33,6 +33,7 @@ from lobs_native.huggingface.text import GENERATE, generated_batches, text_batch
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import pruner
 from lobs_native.network.folding import fold_weights
+from lobs_native.network.peak import keep_tight
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.selection import candidates_of
 from lobs_native.network.settings import NetworkSettings, globs_of
@@ -46,6 +47,7 @@ __all__ = ["Job", "find", "importable_here", "plan", "run"]
 
 SHARD_BYTES = 5_000_000_000
 HEAD = "it makes the logits, and is left alone unless include names it"
+_MAPPED = 4 << 20  # bytes of memory from which on they are mapped apart; this process only prunes
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -342,6 +344,7 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
         No folder has been written; an earlier one is still there.
     """
     settings, skipped = _for_job(job, settings)
+    keep_tight(_MAPPED)
     with new_folder(out, overwrite=overwrite) as folder:
         clock, measured = Stages(), dict[str, float | None]()
         if job.measure is not None:

@@ -19,14 +19,18 @@ __all__ = ["check_zeros", "compare", "digests"]
 def digests(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, str]:
     """For every tensor, a digest of its shape, dtype and bytes, after rounding to its ``stored``
     dtype."""
-    digests = {}
+    digests, tied = {}, dict[Any, str]()
     for name, value in model.state_dict().items():
+        same = (value.data_ptr(), value.shape, value.stride(), value.dtype, stored.get(name))
+        if value.data_ptr() and same in tied:  # an embedding and an output layer, as a rule
+            digests[name] = tied[same]
+            continue
         kept = value.detach().cpu()
         if stored.get(name) not in (None, value.dtype):
             kept = kept.to(stored[name]).to(value.dtype)
         flat = kept.contiguous().reshape(-1).view(torch.uint8)
         digest = hashlib.sha256(flat.numpy().data).hexdigest()
-        digests[name] = f"{tuple(value.shape)} {value.dtype} {digest}"
+        digests[name] = tied[same] = f"{tuple(value.shape)} {value.dtype} {digest}"
     return digests
 
 
@@ -45,7 +49,7 @@ def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     weights = stored_weights(model)
     for name, mask in masks.items():
         weight = weights[name]
-        nonzero = int((weight[~mask.to(weight.device)] != 0).sum())
+        nonzero = int(((weight != 0) & ~mask.to(weight.device)).sum())
         if nonzero:
             raise CheckpointError(
                 f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"

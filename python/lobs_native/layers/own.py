@@ -18,7 +18,7 @@ from lobs_native.layers.conv import Conv, ConvCall
 from lobs_native.layers.conv_transpose import ConvTranspose
 from lobs_native.layers.matrix import Matrix
 
-__all__ = ["OwnConv", "OwnConvTranspose", "Product", "recurrent_in_products"]
+__all__ = ["OwnConv", "OwnConvTranspose", "Product", "has_recurrent", "recurrent_in_products"]
 
 
 class Product(Matrix):
@@ -80,11 +80,16 @@ class Product(Matrix):
             yield
 
 
+def has_recurrent(model: nn.Module) -> bool:
+    """Whether there are layers that :func:`recurrent_in_products` lets run in another way."""
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+
 @contextlib.contextmanager
 def recurrent_in_products(model: nn.Module) -> Iterator[None]:
     """Where ``model`` has recurrent layers, let these run as matrix products, one per time step,
     instead of in fused kernels, which hide the inputs of their weights."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if not has_recurrent(model):
         yield
         return
     mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lobs_native.calibration.outputs import SAMPLE, Sample, Samples, measure_change, sample_outputs
+from lobs_native.calibration.outputs import (
+    SAMPLE,
+    First,
+    Sample,
+    Samples,
+    measure_change,
+    sample_outputs,
+)
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
@@ -307,24 +314,23 @@ def norm_flops(weight: Tensor) -> float:
 def samples_of(
     session: Session,
     settings: NetworkSettings,
-    limit: int | None,
+    first: First,
     kept: contextlib.ExitStack,
     *,
     sampled: bool,
 ) -> Samples:
     """What the network, before it is pruned, returns for samples of the data: of what is calibrated
-    on if ``sampled``, and of what is held back. At most ``limit`` bytes of each are in memory,
-    until ``kept`` is closed."""
-
-    def sample(held_back: bool) -> Sample:
-        shelf = kept.enter_context(Shelf(limit))
-        return sample_outputs(session, shelf, SAMPLE, held_back=held_back)
-
-    some_held_back = bool(session.held_back) and settings.measure != "all"
-    return Samples(
-        sample(False) if sampled else None,
-        sample(True) if some_held_back else None,
-    )
+    on if ``sampled``, and of what is held back, until ``kept`` is closed. ``first`` holds what it
+    returned for the first batch."""
+    calibrated = held_back = None
+    if sampled:
+        calibrated = sample_outputs(session, first.outputs, SAMPLE, first=first.rows)
+    else:
+        first.outputs.close()
+    if session.held_back and settings.measure != "all":
+        shelf = kept.enter_context(Shelf(first.outputs.limit))
+        held_back = sample_outputs(session, shelf, SAMPLE, held_back=True)
+    return Samples(calibrated, held_back)
 
 
 def _held_back(

@@ -31,7 +31,7 @@ from lobs_native.layers import Layer
 from lobs_native.network.allocation import passes
 from lobs_native.network.experts import error_of_each, prune_experts, zeros_of_each
 from lobs_native.network.packed import PackedMask
-from lobs_native.network.peak import LayerPeak
+from lobs_native.network.peak import LayerPeak, give_back
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
@@ -115,6 +115,7 @@ class LayerLoop:
         self, job: LayerJob, moments: Moments, elsewhere: Moments | None, calibrating: float
     ) -> _New:
         with self.stage("removing weights"):
+            give_back(before=job.moment_bytes)
             report, out = prune_layer(
                 job,
                 moments,

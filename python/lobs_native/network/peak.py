@@ -15,6 +15,7 @@ from lobs_native.errors import LobsError
 
 __all__ = ["LayerPeak", "Peak", "forget_peak", "give_back", "keep_tight", "resident"]
 
+_LARGE = 1 << 20  # bytes
 _M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
 
@@ -94,21 +95,23 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def keep_tight() -> None:
-    """Have glibc map every allocation of a megabyte or more separately, so that it returns to the
-    system when it is freed.
+def keep_tight(size: int = 1 << 20) -> None:
+    """Have glibc map every allocation of ``size`` bytes or more separately, so that it returns to
+    the system when it is freed. It holds for the whole process, from now on.
 
     By default, glibc comes to keep allocations of up to 32 MB, and the gaps between those in use
     count against a limit: 25 to 70 MB in a test, varying from run to run.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, size)
 
 
-def give_back() -> None:
-    """Have glibc return to the system what has been freed. It takes some milliseconds, which pay
-    before work that takes much memory of its own."""
+def give_back(*, before: int = _LARGE) -> None:
+    """Have glibc return to the system what has been freed, before work that takes so many bytes. It
+    takes some milliseconds, and is left out where that is little."""
+    if before < _LARGE:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

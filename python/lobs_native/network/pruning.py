@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
-from lobs_native.calibration.outputs import Samples, held_back_loss
+from lobs_native.calibration.outputs import First, Samples, held_back_loss
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Session, batches_of
@@ -29,7 +29,7 @@ from lobs_native.network.bound import covered_weights, error_bound_of, samples_o
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight
-from lobs_native.network.resources import RunPlan, plan_run
+from lobs_native.network.resources import RunPlan, plan_run, waiting_limit
 from lobs_native.network.search import Search
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.sensitive import sensitive_of, weighted_of
@@ -91,9 +91,10 @@ class Pruning:
             held_back=held_back,
         )
 
-    def look(self) -> RunPlan:
-        """Run the model to see how it uses its weights and in which order, and plan the run."""
-        settled = settle(self.candidates, self.session, self.settings)
+    def look(self, first: First | None = None) -> RunPlan:
+        """Run the model to see how it uses its weights and in which order, and plan the run.
+        ``first`` keeps what it returns for the first batch."""
+        settled = settle(self.candidates, self.session, self.settings, first)
         self.selected = [job.with_mask(self.masks.get(job.layer.name)) for job in settled.jobs]
         self.skipped = settled.skipped
         self.sensitive = sensitive_of(self.selected, self.settings)
@@ -145,8 +146,9 @@ class Pruning:
         """Prune; on any exception, all weights get their old values back."""
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
+            first = First(kept.enter_context(Shelf(waiting_limit(self.settings.memory))))
             with self.stages.stage("looking at the model"):
-                plan = self.look()
+                plan = self.look(None if self.settings.measure == "all" else first)
             self._warn("prune", 4)
             _show(plan, session.progress)
             if plan.limit is not None:
@@ -165,9 +167,7 @@ class Pruning:
                     session.originals.put_copy(name, parameter, self.places.get(name))
             try:
                 with self.stages.stage("measuring the output"):
-                    samples = samples_of(
-                        session, self.settings, plan.sample_limit, kept, sampled=self.sampled
-                    )
+                    samples = samples_of(session, self.settings, first, kept, sampled=self.sampled)
                 loop, error_bound = self._prune(plan, ledger, peak, samples)
             except BaseException as error:
                 session.restore()

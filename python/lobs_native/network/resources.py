@@ -22,7 +22,7 @@ from lobs_native.solvers.measurement import measuring_bytes
 from lobs_native.solvers.method import Method
 from lobs_native.solvers.methods import method_of
 
-__all__ = ["RunPlan", "Workload", "plan_run"]
+__all__ = ["RunPlan", "Workload", "plan_run", "waiting_limit"]
 
 STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
 _WAITING = 4 << 20  # bytes of outputs that wait in memory without a limit
@@ -30,6 +30,12 @@ _REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative t
 _BETWEEN = 16  # the part of a limit that is left for what lies between tensors in memory
 _MEASURED = 512  # order of the products that are timed
 _SHORT, _BRIEFLY, _LONG = 2.0, 0.002, 0.2  # seconds: of a short job, and of measuring the speed
+
+
+def waiting_limit(memory: int | None) -> int:
+    """Bytes of the original network's outputs that wait in memory, given the limit on that of a
+    run; the rest is on disk."""
+    return _WAITING if memory is None else 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Workload:
     rows: dict[str, float]  # rows of the first batch for each layer
     states: int = 0  # bytes of hidden states between blocks, of all batches
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
+    put_aside: int = 0  # more of them, on disk
     others: int = 0  # bytes of everything else that blocks are called with
     tokens: int = 0  # bytes of the weights of tokens
     tuning: int = 0  # bytes that tuning a block, or the network, takes
@@ -77,11 +84,6 @@ class RunPlan:
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
     output_limit: int | None
-
-    @property
-    def sample_limit(self) -> int:
-        """Bytes of the original network's outputs that wait in memory; the rest is on disk."""
-        return _WAITING if self.limit is None else 0
 
     @property
     def memory(self) -> int:
@@ -209,7 +211,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     states_limit = kept_limit = swapped_limit = output_limit = None
     kept, statistics, output = keeping, more, work.output
     states = work.states + work.repeated
-    waiting = min(work.sample, _WAITING) if memory is None else 0
+    waiting = min(work.sample, waiting_limit(memory))
     if memory is not None:
         left = max(0, memory - fixed - memory // _BETWEEN)
         statistics = min(more, left // 2)
@@ -220,7 +222,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         swapped_limit = kept_limit if corrected else needs[largest]
         output_limit = most - work.measuring
         output = min(output, output_limit)
-    elsewhere = 0 if memory is None else work.states + keeping - states - kept
+    elsewhere = work.put_aside if memory is None else work.states + keeping - states - kept
     return RunPlan(
         largest=largest,
         layer=max(needs[largest], work.tuning),

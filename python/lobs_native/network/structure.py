@@ -14,6 +14,7 @@ from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
 from lobs_native.calibration.observe import Observation
 from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
+from lobs_native.calibration.replay import repeated_limit
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
 from lobs_native.network.bound import norm_bytes, norm_flops
@@ -165,7 +166,12 @@ def workload(
         recomputed = settings.memory is not None and bool(structure.stacks)
         passes += tuning_passes(True, settings.tune_passes, recomputed)
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
-    repeated = max((s.hidden_bytes * structure.repeating(s) for s in structure.stacks), default=0)
+    repeated = put_aside = 0  # outputs of finished parts, in memory and on disk
+    for stack in structure.stacks:
+        every = round(stack.hidden_bytes * structure.repeating(stack) * all_batches * doubled)
+        most = repeated_limit(stack)
+        stays = every if most is None else min(every, round(most * doubled))
+        repeated, put_aside = max(repeated, stays), max(put_aside, every - stays)
     others = max((stack.other_bytes for stack in structure.stacks), default=0)
     if seen is not None and session.first_is_largest:
         forward, outputs = batches * seen.seconds, seen.outputs
@@ -178,7 +184,8 @@ def workload(
         forward=forward,
         rows=dict(rows),
         states=round(states * all_batches * (doubled + by_blocks)),  # and targets
-        repeated=round(repeated * all_batches * doubled),
+        repeated=repeated,
+        put_aside=put_aside,
         others=round(others * all_batches * doubled),
         passes=passes * all_batches / batches,
         backward=sensitive or bool(weighted),

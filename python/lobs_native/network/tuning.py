@@ -28,7 +28,7 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.layers import overwrite
 from lobs_native.network.descent import HELD_BACK, Aim, Course, Tuned, descend
 from lobs_native.network.output_aim import OutputAim, check_differentiable, recomputing
-from lobs_native.network.resources import RunPlan
+from lobs_native.network.resources import RunPlan, waiting_limit
 from lobs_native.report.records import plain
 from lobs_native.rundir.ledger import Ledger
 
@@ -171,7 +171,7 @@ class Tuner:
         model = self.session.model
         torch.manual_seed(self.session.seed)
         with contextlib.ExitStack() as scope:
-            targets = scope.enter_context(Shelf(self.plan.sample_limit))
+            targets = scope.enter_context(Shelf(waiting_limit(self.plan.limit)))
             aim = OutputAim(self.session, targets)
             scope.enter_context(requiring_gradients(model.parameters(), False))
             if self.plan.limit is not None:

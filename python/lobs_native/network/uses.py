@@ -9,6 +9,7 @@ from torch import nn
 
 from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.observe import Observation, observe
+from lobs_native.calibration.outputs import First
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Use
 from lobs_native.calibration.watch import unobservable
@@ -81,8 +82,11 @@ def _is_settled(layer: Layer) -> bool:
     return layer.forward_is_known() and base is not None and type(layer.caller) is base
 
 
-def settle(candidates: Candidates, session: Session, settings: NetworkSettings) -> Settled:
-    """Run the model to see how it uses the candidates, and decide what is pruned and how.
+def settle(
+    candidates: Candidates, session: Session, settings: NetworkSettings, first: First | None = None
+) -> Settled:
+    """Run the model to see how it uses the candidates, and decide what is pruned and how. ``first``
+    keeps what it returns for the first batch.
 
     A layer that cannot be pruned is an error with ``strict``, or if ``include`` names it.
     """
@@ -91,7 +95,7 @@ def settle(candidates: Candidates, session: Session, settings: NetworkSettings) 
     sightings = None
     if settings.inputs != "dense" and settings.blocks == "auto":
         sightings = Sightings(session.model, [layer.name for layer in candidates.layers])
-    seen = observe(session, candidates.layers, own, trials, sightings)
+    seen = observe(session, candidates.layers, own, trials, sightings, first)
     modules = dict(session.model.named_modules())
     settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
     for layer in candidates.layers:
