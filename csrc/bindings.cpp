@@ -402,4 +402,26 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("backend"), py::arg("w"), py::arg("g"), py::arg("p"), py::arg("h"),
         py::arg("removed"), py::arg("rr"), py::arg("threads"), py::arg("device") = py::none());
+    module.def(
+        "sliced_linear",
+        [](const std::string& backend, const py::tuple& y, const py::tuple& x,
+           std::uintptr_t values, lobs::Dtype dtype, std::uintptr_t columns, std::uintptr_t steps,
+           std::uintptr_t start, Index width, std::uintptr_t bias, int threads,
+           const py::object& device) {
+            auto* run = operation(backend, &Backend::sliced_linear, "sliced_linear", device);
+            const AnyMatrix out = matrix(y), in = matrix(x);
+            const lobs::SlicedWeight weight{address<const void>(values),
+                                            dtype,
+                                            address<const unsigned char>(columns),
+                                            address<const unsigned char>(steps),
+                                            address<const Index>(start),
+                                            out.columns,
+                                            width};
+            return released(threads, device, [&](const lobs::Context& c) {
+                return run(out, in, weight, address<const float>(bias), c);
+            });
+        },
+        py::arg("backend"), py::arg("y"), py::arg("x"), py::arg("values"), py::arg("dtype"),
+        py::arg("columns"), py::arg("steps"), py::arg("start"), py::arg("width"), py::arg("bias"),
+        py::arg("threads"), py::arg("device") = py::none());
 }

@@ -9,6 +9,7 @@
 #include "inverse.h"
 #include "ranking.h"
 #include "saliency.h"
+#include "sliced.h"
 #include "solve.h"
 #include "static_order.h"
 #include "sweep.h"
@@ -29,7 +30,8 @@ namespace lobs {
     COLUMN(ExchangeFn, exchange)                    \
     COLUMN(SweepBlockFn, sweep_block)               \
     COLUMN(AdmmStepFn, admm_step)                   \
-    COLUMN(ConjugateStepFn, conjugate_step)
+    COLUMN(ConjugateStepFn, conjugate_step)         \
+    COLUMN(SlicedLinearFn, sliced_linear)
 
 // A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing
 // is rerouted silently. Callers ask backend_has first and say which backend they used instead.
@@ -45,7 +47,7 @@ struct Backend {
 
 // The C entry of a backend that lives in a shared object of its own (`lobs_backend`). It fills *row
 // and returns 0, or returns non-zero if `version` is not the one it was built for.
-constexpr int kBackendVersion = 4;
+constexpr int kBackendVersion = 5;
 using BackendEntry = int(int version, Backend* row);
 
 // All rows, the fastest first among those that run here. The first call looks for the CUDA object.

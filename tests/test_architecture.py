@@ -82,6 +82,7 @@ def test_there_are_operations():
         "inverse",
         "ranking",
         "saliency",
+        "sliced",
         "solve",
         "static_order",
         "sweep",

@@ -31,6 +31,13 @@ from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrink import ShrinkReport, Shrunk, shrink
+from lobs_native.network.sparse_linear import (
+    SparseLayers,
+    SparseLinear,
+    from_sparse,
+    sparse_linear,
+    to_sparse,
+)
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped
@@ -67,6 +74,8 @@ __all__ = [
     "ShrinkReport",
     "Shrunk",
     "Skipped",
+    "SparseLayers",
+    "SparseLinear",
     "StreamingInverse",
     "WeightTrace",
     "__version__",
@@ -75,6 +84,7 @@ __all__ = [
     "backends",
     "compat",
     "fold_weights",
+    "from_sparse",
     "keep_masks",
     "plan_memory",
     "plan_prune",
@@ -83,5 +93,7 @@ __all__ = [
     "reestimate_batch_norm",
     "register_layer",
     "shrink",
+    "sparse_linear",
+    "to_sparse",
     "trace_weight",
 ]

@@ -213,3 +213,17 @@ def conjugate_step(
     threads: int,
     device: _Device | None = None,
 ) -> tuple[Status, int]: ...
+def sliced_linear(
+    backend: str,
+    y: _Tensor,
+    x: _Tensor,
+    values: int,
+    dtype: Dtype,
+    columns: int,
+    steps: int,
+    start: int,
+    width: int,
+    bias: int,
+    threads: int,
+    device: _Device | None = None,
+) -> tuple[Status, int]: ...

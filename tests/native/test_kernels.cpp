@@ -3,6 +3,7 @@
 // Every level that this machine can run is checked against plain loops in double, on sizes around
 // the tile edges. Padding between rows is poisoned, so that reads and writes outside a view are
 // detected.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -577,6 +578,61 @@ void check_conjugate(const Backend& backend, Index R, Index C, int threads) {
     check(worst < tolerance<T>(), "conjugate step");
 }
 
+// ---- the product with a sparse weight -----------------------------------------------------------
+
+// All that is stored at once lies in memory of exactly its size, so that reads beyond are detected.
+void check_sliced(const Backend& backend, Index N, Index R, Index C, Index width, int threads) {
+    const Index S = (R + 15) / 16, K = (C + width - 2) / (width - 1);
+    std::vector<double> dense(static_cast<std::size_t>(R * C), 0.0);
+    for (double& w : dense)
+        if (uniform() > 0.4) w = static_cast<double>(static_cast<float>(uniform()));
+    std::vector<float> values;
+    std::vector<unsigned char> columns, steps;
+    std::vector<Index> start{0};
+    for (Index s = 0; s < S; ++s) {
+        for (Index k = 0; k < K; ++k) {
+            std::vector<std::vector<Index>> kept(16);
+            std::size_t most = 0;
+            for (Index l = 0; l < 16 && s * 16 + l < R; ++l) {
+                auto& lane = kept[static_cast<std::size_t>(l)];
+                for (Index c = k * (width - 1); c < std::min(C, (k + 1) * (width - 1)); ++c)
+                    if (dense[static_cast<std::size_t>((s * 16 + l) * C + c)] != 0)
+                        lane.push_back(c);
+                most = std::max(most, lane.size());
+            }
+            for (std::size_t j = 0; j < most; ++j)
+                for (Index l = 0; l < 16; ++l) {
+                    const auto& lane = kept[static_cast<std::size_t>(l)];
+                    const bool there = j < lane.size();
+                    const Index c = there ? lane[j] : 0;
+                    const auto at = static_cast<std::size_t>((s * 16 + l) * C + c);
+                    values.push_back(there ? static_cast<float>(dense[at]) : 0.0f);
+                    const Index column = there ? c - k * (width - 1) : width - 1;
+                    columns.push_back(static_cast<unsigned char>(column));
+                }
+            steps.push_back(static_cast<unsigned char>(most));
+        }
+        start.push_back(static_cast<Index>(values.size()) / 16);
+    }
+    Table<float> x(N, C), y(N, R);
+    x.fill();
+    const lobs::SlicedWeight weight{values.data(), Dtype::f32, columns.data(), steps.data(),
+                                    start.data(),  R,          width};
+    const std::vector<float> bias(static_cast<std::size_t>(R), 0.5f);
+    const Info info =
+        run(backend, backend.sliced_linear, threads, y.view(), x.view(), weight, bias.data());
+    check(info.status == Status::ok, "sliced status");
+    double worst = 0;
+    for (Index n = 0; n < N; ++n)
+        for (Index r = 0; r < R; ++r) {
+            double sum = 0.5;
+            for (Index c = 0; c < C; ++c)
+                sum += dense[static_cast<std::size_t>(r * C + c)] * static_cast<double>(x.at(n, c));
+            worst = std::fmax(worst, std::fabs(sum - static_cast<double>(y.at(n, r))));
+        }
+    check(worst < tolerance<float>(), "sliced product");
+}
+
 // ---- the loop -----------------------------------------------------------------------------------
 
 void check_parallel() {
@@ -933,6 +989,12 @@ void check_row(const Backend& row) {
         for (const Index N : {7, 4096, 9001})
             check_hessian_variants(row, dtype, N, 13, N == 7 ? 2 : 1, 2);
     for (const int threads : {1, 3}) {
+        if (row.sliced_linear != nullptr)
+            for (const Index N : {1, 7, 9, 45, 161})
+                for (const Index width : {16, 64}) {
+                    check_sliced(row, N, 37, 130, width, threads);
+                    check_sliced(row, N, 1, 1, width, threads);
+                }
         if (row.exchange != nullptr)
             for (const Index C : {2, 9, 40, 150}) {
                 check_exchange(row, 3, C, 0, threads);

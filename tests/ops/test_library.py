@@ -46,6 +46,9 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     gone, none = half().to(torch.uint8), torch.zeros(R, C, dtype=torch.uint8)
     blocks = torch.eye(4).repeat(4, 1, 1).contiguous()
     p = W.masked_fill(half(), 0)
+    sliced = ops.SlicedWeight.pack(W.masked_fill(half(), 0), width=16)
+    parts = (sliced.values, sliced.columns, sliced.steps)
+    sizes = {"rows": R, "features": C, "width": 16}
     return {
         "hessian_accumulate_": [
             ((torch.zeros(C, C, dtype=torch.float64), X), {}),
@@ -74,6 +77,10 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         "saliency_argmin": [
             ((W, A.diagonal(), half()), {}),
             ((W, A.diagonal().expand(R, C), half()[0]), {}),
+        ],
+        "sliced_linear": [
+            ((X.float(), *parts), sizes),
+            ((X.bfloat16(), *parts, torch.ones(R)), {**sizes, "backend": "reference"}),
         ],
         "rank_lowest": [((score, 5), {}), ((score, 0), {}), ((score, C), {"backend": "reference"})],
         "rank_rows": [((score, half()), {}), ((score, half() & (score > 2)), {})],

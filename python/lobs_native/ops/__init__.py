@@ -18,6 +18,7 @@ from lobs_native.ops.native import (
 from lobs_native.ops.native import core as _core
 from lobs_native.ops.ranking import rank_lowest, rank_rows
 from lobs_native.ops.saliency import saliency_argmin
+from lobs_native.ops.sliced import SlicedWeight, sliced_linear
 from lobs_native.ops.solve import support_solve_
 from lobs_native.ops.static_order import static_order_prune_
 from lobs_native.ops.sweep import sweep_block_
@@ -25,6 +26,7 @@ from lobs_native.ops.sweep import sweep_block_
 __all__ = [
     "MAX_BLOCK",
     "AdmmStep",
+    "SlicedWeight",
     "Trace",
     "WeightState",
     "_core",
@@ -46,6 +48,7 @@ __all__ = [
     "rank_rows",
     "saliency_argmin",
     "select_backend",
+    "sliced_linear",
     "static_order_prune_",
     "support_solve_",
     "sweep_block_",

@@ -197,3 +197,23 @@ def _(
     p: Tensor, d: Tensor, x: Tensor, removed: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.float64)
+
+
+@_operation(
+    "(Tensor x, Tensor values, Tensor columns, Tensor steps, Tensor? bias=None, *, int rows, "
+    "int features, int width=64, str? backend=None) -> Tensor"
+)
+def sliced_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    steps: Tensor,
+    bias: Tensor | None = None,
+    **how: Any,
+) -> Tensor:
+    return ops.sliced_linear(x, values, columns, steps, bias, **how)
+
+
+@sliced_linear.register_fake
+def _(x: Tensor, *_: Any, rows: int, **__: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rows)

@@ -328,3 +328,40 @@ def conjugate_step_(
     g.copy_(torch.where(good[:, None], after, residual))
     p.copy_(torch.where(good[:, None], onward, direction))
     rr.copy_(torch.where(good, t, 0.0))
+
+
+def unsliced(
+    values: Tensor, columns: Tensor, steps: Tensor, rows: int, features: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """The matrix (R, C) that slices stand for, and where a weight of it is stored (bool)."""
+    lanes, none = values.shape[1], width - 1
+    weight = torch.zeros(rows, features, dtype=values.dtype)
+    stored = torch.zeros(rows, features, dtype=torch.bool)
+    counted = steps.reshape(-1).long()
+    slice_and_block = torch.arange(len(counted)).repeat_interleave(counted)[:, None]
+    row = slice_and_block // max(steps.shape[1], 1) * lanes + torch.arange(lanes)
+    column = slice_and_block % max(steps.shape[1], 1) * none + columns
+    real = columns != none
+    weight[row[real], column[real]] = values[real]
+    stored[row[real], column[real]] = True
+    return weight, stored
+
+
+def sliced_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    steps: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    features: int,
+    width: int,
+) -> Tensor:
+    """x (N, C) times the transposed weight (R, C) in slices, row by row over its stored weights."""
+    weight, stored = unsliced(values, columns, steps, rows, features, width)
+    y = torch.zeros(len(x), rows, dtype=torch.float64)
+    for r in range(rows):
+        y[:, r] = x[:, stored[r]].to(torch.float64) @ weight[r, stored[r]].to(torch.float64)
+    if bias is not None:
+        y += bias.to(torch.float64)
+    return y.to(x.dtype)
