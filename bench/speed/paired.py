@@ -1,7 +1,7 @@
 """Native kernels against their rivals, in interleaved pairs.
 
     python bench/speed/paired.py [--quick] [--json FILE] [--page FOLDER] [--pairs N] [--threads N]
-                                 [--only OPERATION ...]
+                                 [--only OPERATION ...] [--processor-time]
 
 A shared machine changes its speed from second to second, so two series taken one after the other
 cannot be compared. Here every ratio comes from one pair of runs taken back to back, in the order
@@ -28,6 +28,7 @@ import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 
 import lobs_native as lobs
+from speed import case as timing
 from speed import results_page
 from speed.case import Case, Side
 from speed.cases import (
@@ -176,6 +178,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if timing.now is time.process_time else "wall",
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -239,11 +242,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--pairs", type=int, help=f"default {PAIRS}, or {QUICK_PAIRS} with --quick")
     parser.add_argument("--threads", type=int, help="for both sides; default torch's")
+    help_ = "seconds of the processor, not of the clock; with --threads 1"
+    parser.add_argument("--processor-time", action="store_true", help=help_)
     parser.add_argument("--page", type=Path, help="write benchmarks.md and its picture there")
     parser.add_argument("--only", choices=GROUPS, nargs="+", help="some of the operations")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.processor_time:
+        if torch.get_num_threads() > 1:
+            parser.error("--processor-time adds up the time of all threads: pass --threads 1")
+        timing.now = time.process_time
     pairs = arguments.pairs or (QUICK_PAIRS if arguments.quick else PAIRS)
 
     about = machine()

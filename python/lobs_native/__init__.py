@@ -38,6 +38,7 @@ from lobs_native.network.sparse_linear import (
     sparse_linear,
     to_sparse,
 )
+from lobs_native.network.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped
@@ -55,12 +56,14 @@ __all__ = [
     "CheckpointError",
     "Coverage",
     "DtypeError",
+    "EngineSpeed",
     "ErrorBound",
     "Hessian",
     "HostError",
     "KeptMasks",
     "Layer",
     "LayerReport",
+    "LayerSpeed",
     "LobsError",
     "MemoryPlan",
     "NetworkSettings",
@@ -76,6 +79,7 @@ __all__ = [
     "Skipped",
     "SparseLayers",
     "SparseLinear",
+    "SpeedReport",
     "StreamingInverse",
     "WeightTrace",
     "__version__",
@@ -86,6 +90,7 @@ __all__ = [
     "fold_weights",
     "from_sparse",
     "keep_masks",
+    "measure_speed",
     "plan_memory",
     "plan_prune",
     "prune",

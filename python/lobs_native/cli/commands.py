@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lobs_native
-from lobs_native.cli import demo, doctor, job, shrinking
+from lobs_native.cli import demo, doctor, job, shrinking, speed
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     add_prune(commands).set_defaults(run_command=_prune, by_option=by_option)
     shrinking.add_shrink(commands).set_defaults(run_command=_shrink, by_option=shrinking.by_option)
 
+    speed.add_speed(commands).set_defaults(run_command=_speed, by_option=speed.by_option)
+
     help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
     command = commands.add_parser("resume", help=help_, description=f"{help_}. {more}")
@@ -215,6 +217,13 @@ def _shrink(options: argparse.Namespace) -> int:
     print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
     if not options.json:
         print(f"wrote {visible(out)}")
+    return OK
+
+
+def _speed(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+        report = speed.run(options)
+    print(speed.as_json(report) if options.json else speed.table(report))
     return OK
 
 

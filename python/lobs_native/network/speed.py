@@ -1,0 +1,290 @@
+"""How fast a pruned network is on this machine, against its dense counterpart."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native import checks
+from lobs_native.errors import ArgumentError
+from lobs_native.network import engines
+from lobs_native.network.sparse_linear import sparse_linear
+from lobs_native.ops import backends
+
+__all__ = ["EngineSpeed", "LayerSpeed", "SpeedReport", "measure_speed"]
+
+RESAMPLES = 1000
+PAYS = 1.05  # what the whole interval must lie above
+SIZABLE = 1 << 16  # weights of a layer worth a row of its own
+
+
+@dataclass(frozen=True)
+class EngineSpeed:
+    """One engine: medians, and the dense time over the pruned time with its 95 % interval."""
+
+    engine: str
+    version: str
+    dense_seconds: float
+    pruned_seconds: float
+    ratio: float  # within pairs; above 1, the pruned network is faster
+    interval: tuple[float, float]
+    difference: float  # largest between its output and torch's, relative to the largest output
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """One linear layer in torch and as a ``SparseLinear``, for as many rows as the network has."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    rows: int
+    dense_seconds: float
+    pruned_seconds: float  # as a SparseLinear
+    ratio: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What :func:`measure_speed` found."""
+
+    engines: tuple[EngineSpeed, ...]
+    left: dict[str, str]  # engine -> why it was not measured
+    layers: tuple[LayerSpeed, ...]  # the first of every shape
+    sparsity: float  # of all linear layers together
+    parameters: tuple[int, int]  # dense, pruned
+    counterpart: str  # what the pruned network was compared with
+    advice: str
+    pairs: int
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return asdict(self)
+
+
+def measure_speed(
+    model: nn.Module,
+    batch: Any,
+    *,
+    against: nn.Module | None = None,
+    runtimes: Sequence[str] | None = None,
+    pairs: int = 7,
+) -> SpeedReport:
+    """Time a pruned network against its dense counterpart, in the runtimes that are installed.
+
+    Each ratio comes from pairs of runs back to back, in the order A, B, B, A, ..., so that a
+    machine that changes its speed does not distort it. Times are those of the clock, on the threads
+    that torch uses.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The pruned network, on the CPU. Not modified, but evaluated in eval mode.
+    batch : Tensor, tuple or dict of tensors
+        What the network is called with: ``model(batch)``, ``model(*batch)`` or ``model(**batch)``.
+    against : nn.Module, optional
+        The dense network. Default: a copy of ``model`` with small random numbers in place of the
+        zeros of its linear layers, which takes as long as the dense network did.
+    runtimes : sequence of str, optional
+        Some of "torch", "lobs.to_sparse", "torch.compile", "onnxruntime" and "openvino". Default:
+        all that are installed. ``lobs.to_sparse`` is compared with dense torch.
+    pairs : int
+        Pairs of runs per runtime.
+
+    Returns
+    -------
+    SpeedReport
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        An argument does not fit. A runtime that fails is named in the report with its reason.
+    """
+    pairs = checks.positive_int(pairs, "pairs")
+    for name in runtimes or ():
+        checks.check_choice(name, "runtimes", tuple(engines.ENGINES))
+        if why := engines.missing(name):
+            raise ArgumentError(f"runtimes: {name} {why}")
+    pruned = copy.deepcopy(model).eval()
+    dense = copy.deepcopy(against or model).eval()
+    if against is None:
+        _fill_zeros(dense)
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = []
+        for name, side in (("dense", dense), ("pruned", pruned)):
+            subjects.append(engines.Subject(side, batch, Path(folder) / name))
+            subjects[-1].folder.mkdir()
+        measured, left = _engines(subjects, runtimes, pairs)
+        layers = tuple(_layers(subjects[1], pairs))
+    linear = {n: m for n, m in pruned.named_modules() if type(m) is nn.Linear}
+    zeros = sum(int((m.weight == 0).sum()) for m in linear.values())
+    total = sum(m.weight.numel() for m in linear.values())
+    sparsity = zeros / total if total else 0.0
+    return SpeedReport(
+        engines=tuple(measured),
+        left=left,
+        layers=layers,
+        sparsity=sparsity,
+        parameters=(_size(dense), _size(pruned)),
+        counterpart="the network given" if against else "itself with its zeros filled",
+        advice=advice(measured, layers, sparsity),
+        pairs=pairs,
+        machine=_machine(),
+    )
+
+
+def _engines(
+    subjects: Sequence[engines.Subject], runtimes: Sequence[str] | None, pairs: int
+) -> tuple[list[EngineSpeed], dict[str, str]]:
+    """What was measured, and why the others were not."""
+    dense, pruned = subjects
+    measured: list[EngineSpeed] = []
+    left: dict[str, str] = {}
+    baseline = engines.ENGINES["torch"](dense)
+    wanted = torch.as_tensor(engines.ENGINES["torch"](pruned)())
+    for name, make in engines.ENGINES.items():
+        if runtimes is not None and name not in runtimes:
+            continue
+        if why := engines.missing(name):
+            left[name] = why
+            continue
+        try:
+            fast = make(pruned)
+            slow = baseline if name == "lobs.to_sparse" else make(dense)
+            found = torch.as_tensor(fast())
+            slow()
+        except Exception as error:  # whatever another program's converter raises
+            left[name] = str(error).strip().split("\n")[0] or type(error).__name__
+            continue
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        summary = _summary(*_interleaved(slow, fast, pairs))
+        measured.append(EngineSpeed(name, engines.engine_version(name), *summary, difference))
+    return measured, left
+
+
+def advice(measured: Sequence[EngineSpeed], layers: Sequence[LayerSpeed], sparsity: float) -> str:
+    """One sentence: whether the sparsity pays here, and what would."""
+    paying = [row for row in measured if row.interval[0] > PAYS]
+    if paying:
+        best = min(paying, key=lambda row: row.pruned_seconds)
+        return (
+            f"It pays here: {best.engine} runs the pruned network {best.ratio:.2f} times as fast "
+            "as the dense one."
+        )
+    rows = max((layer.rows for layer in layers), default=0)
+    way = "lobs-native shrink makes a network smaller, and faster in every runtime"
+    if sparsity < 0.7:
+        return (
+            f"It does not pay here: {sparsity:.0%} of the linear weights are zero, and to_sparse "
+            f"needs about 70 % for few rows and 80 % for 100 ({rows} here); {way}."
+        )
+    return (
+        f"It does not pay here in what was measured, with {rows} rows per layer: to_sparse is for "
+        f"few rows, such as one token at a time; {way}."
+    )
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            weight = module.weight.detach()
+            noise = torch.randn(weight.shape, generator=generator) * 1e-3
+            weight.copy_(torch.where(weight == 0, noise.to(weight.dtype), weight))
+
+
+def _interleaved(
+    slow: engines.Run, fast: engines.Run, pairs: int
+) -> tuple[list[float], list[float]]:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    sides = ((slow, seconds[0]), (fast, seconds[1]))
+    for pair in range(pairs):
+        for run, into in sides if pair % 2 == 0 else reversed(sides):
+            begun = time.perf_counter()
+            run()
+            into.append(time.perf_counter() - begun)
+    return seconds
+
+
+def _summary(
+    slow: Sequence[float], fast: Sequence[float]
+) -> tuple[float, float, float, tuple[float, float]]:
+    """Medians of both, the median ratio, and its 95 % interval by resampling the pairs."""
+    ratios = torch.tensor([a / b for a, b in zip(slow, fast, strict=True)], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)
+    medians = ratios[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    middle = float(ratios.quantile(0.5))
+    return statistics.median(slow), statistics.median(fast), middle, (low, high)
+
+
+def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
+    """The first layer of every shape, on the rows that it gets from this batch."""
+    linear = {n: m for n, m in subject.model.named_modules() if type(m) is nn.Linear}
+    rows: dict[str, Tensor] = {}
+    handles = []
+    for name, module in linear.items():
+        if module.weight.numel() < SIZABLE or module.weight.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+        ):
+            continue
+        shape = tuple(module.weight.shape)
+        if any(tuple(linear[other].weight.shape) == shape for other in rows):
+            continue
+        rows[name] = module.weight  # its place; replaced by the input
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            rows[name] = inputs[0].detach().clone()
+
+        handles.append(module.register_forward_pre_hook(keep))
+    try:
+        engines.ENGINES["torch"](subject)()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for name, x in rows.items():
+        module, sparse = linear[name], sparse_linear(linear[name])
+        with torch.inference_mode():
+            module(x), sparse(x)
+            sides = functools.partial(module, x), functools.partial(sparse, x)
+            seconds = _interleaved(*sides, pairs)
+        summary = _summary(*seconds)
+        shape = (module.out_features, module.in_features)
+        share = float((module.weight == 0).float().mean())
+        found.append(LayerSpeed(name, shape, share, x.numel() // shape[1], *summary))
+    return found
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _machine() -> dict[str, Any]:
+    lines: list[str] = []
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "level": next(detail for name, _, detail in backends() if name == "cpu"),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,114 @@
+"""Times of a pruned network against its dense counterpart: what is compared, and what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lobs_native as lobs
+from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.network import engines, speed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BOTH = ("torch", "lobs.to_sparse")
+
+
+def network(sparsity: float = 0.8) -> nn.Module:
+    model = nn.Sequential(nn.Linear(260, 270), nn.ReLU(), nn.Dropout(), nn.Linear(270, 8))
+    with torch.no_grad():
+        model[0].weight.masked_fill_(torch.rand(270, 260) < sparsity, 0)
+    return model
+
+
+def row(engine: str, ratio: float, low: float, seconds: float = 1.0) -> lobs.EngineSpeed:
+    return lobs.EngineSpeed(engine, "1.0", ratio, seconds, ratio, (low, 9.0), 0.0)
+
+
+def layer(rows: int) -> lobs.LayerSpeed:
+    return lobs.LayerSpeed("fc", (8, 8), 0.5, rows, 1.0, 1.0, 1.0, (1.0, 1.0))
+
+
+def test_the_report_holds_every_side_and_the_network_stays_as_it_is():
+    model, x = network(), torch.randn(3, 260)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = lobs.measure_speed(model, x, runtimes=BOTH, pairs=3)
+    assert model.training
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert [each.engine for each in report.engines] == [*BOTH]
+    for each in report.engines:
+        assert each.difference < 1e-5
+        assert min(each.dense_seconds, each.pruned_seconds) > 0
+        assert each.interval[0] <= each.ratio <= each.interval[1]
+    (only,) = report.layers  # the last layer is too small for a row
+    assert (only.name, only.shape, only.rows) == ("0", (270, 260), 3)
+    zeros = int((model[0].weight == 0).sum())
+    assert report.sparsity == pytest.approx(zeros / (270 * 260 + 8 * 270))
+    assert report.parameters[0] == report.parameters[1]
+    assert report.to_dict()["engines"][0]["engine"] == "torch"
+
+
+def test_the_counterpart_has_no_zeros_and_is_as_large():
+    model = network()
+    speed._fill_zeros(model)
+    assert not bool((model[0].weight == 0).any())
+    other = nn.Sequential(nn.Linear(260, 4))
+    report = lobs.measure_speed(
+        other, torch.randn(1, 260), against=network(), runtimes=["torch"], pairs=1
+    )
+    assert report.counterpart == "the network given"
+    assert report.parameters[1] < report.parameters[0]
+
+
+def test_batches_may_be_tuples_and_dicts():
+    class Sum(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, None]:
+            return a + b, None
+
+    a, b = torch.ones(2), torch.ones(2)
+    for batch in ((a, b), {"b": b, "a": a}):
+        subject = engines.Subject(Sum(), batch, None)  # type: ignore[arg-type]
+        assert engines.ENGINES["torch"](subject)().tolist() == [2.0, 2.0]
+    with pytest.raises(DtypeError, match="batch"):
+        lobs.measure_speed(Sum(), (a, 1), runtimes=["torch"])
+
+
+def test_an_engine_that_fails_is_named_with_its_reason(monkeypatch):
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no kernel for this\nand a long trace")
+
+    monkeypatch.setitem(engines.ENGINES, "openvino", broken)
+    monkeypatch.setattr(engines, "_NEEDS", {"onnxruntime": ("a_module_that_is_not_there",)})
+    monkeypatch.delitem(engines.ENGINES, "torch.compile")
+    report = lobs.measure_speed(network(), torch.randn(1, 260), pairs=1)
+    assert [each.engine for each in report.engines] == [*BOTH]
+    assert report.left["openvino"] == "no kernel for this"
+    assert "pip install a_module_that_is_not_there" in report.left["onnxruntime"]
+    with pytest.raises(ArgumentError, match="onnxruntime needs"):
+        lobs.measure_speed(network(), torch.randn(1, 260), runtimes=["onnxruntime"])
+    with pytest.raises(ArgumentError, match="runtimes: 'tensorrt'"):
+        lobs.measure_speed(network(), torch.randn(1, 260), runtimes=["tensorrt"])
+    with pytest.raises(ArgumentError, match="pairs"):
+        lobs.measure_speed(network(), torch.randn(1, 260), pairs=0)
+
+
+def test_the_interval_is_that_of_the_ratios_in_pairs():
+    slow, fast, ratio, (low, high) = speed._summary([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
+    assert (slow, fast, ratio) == (4.0, 1.0, 3.0)
+    assert (low, high) == (2.0, 4.0)
+
+
+def test_the_advice_follows_from_what_was_measured():
+    gains = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 2.0, 1.8, 0.5), row("other", 3.0, 2.0)]
+    assert "lobs.to_sparse runs the pruned network 2.00 times" in speed.advice(gains, [], 0.9)
+    uncertain = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 1.5, 1.01)]
+    few = speed.advice(uncertain, [layer(128)], 0.5)
+    assert "does not pay" in few
+    assert "50%" in few
+    assert "(128 here)" in few
+    assert "shrink" in few
+    many = speed.advice(uncertain, [layer(4096)], 0.8)
+    assert "4096 rows" in many
+    assert "shrink" in many
