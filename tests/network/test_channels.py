@@ -214,6 +214,38 @@ def test_a_unit_that_the_program_counts_itself_stays():
     assert not notes
 
 
+def test_computed_weights_stay():
+    model = mixing(lambda x: x)
+    model.b = nn.utils.parametrizations.weight_norm(conv(8, 4))
+    found, notes = families(made(lambda: model))
+    assert found == {}
+    assert any(note.startswith("a: its outputs stay: aten::convolution") for note in notes)
+
+
+class Mixing(nn.Module):
+    """A feed-forward layer by its names, with a convolution in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.between = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.between(self.fc1(x).mT).mT.relu())
+
+
+def test_what_is_seen_between_layers_goes_with_them():
+    torch.manual_seed(0)
+    model = Mixing().eval()
+    report = lobs.shrink(model, [torch.randn(8, 12, 4)], keep=0.5, progress=False)
+    assert [(x.kind, len(x.kept)) for x in report.layers] == [("channels", 8)]
+    assert (model.between.groups, model.fc2.in_features) == (8, 8)
+    with pytest.raises(ArgumentError, match="something else depends on them"):
+        lobs.shrink(
+            Mixing().eval(), [torch.randn(8, 12, 4)], keep=0.5, kinds=("neurons",), progress=False
+        )
+
+
 def test_a_budget_gives_layers_sizes_of_their_own():
     model = made(residual)
     report = lobs.shrink(model, images(), multiplications=0.5, multiple=1, progress=False)

@@ -321,9 +321,9 @@ class Ties(Mode):
     def _op_convolution(self, call: _Call) -> Any:
         x, weight, bias = (None if a is None else self._label(a) for a in call.args[:3])
         transposed, groups = call.args[6], call.args[8]
-        if weight is None or weight.sources.keys() != weight.axes.keys():
-            return None
         made = 1 if transposed else 0
+        if weight is None or not {0, 1} <= weight.sources.keys():
+            return None  # a weight that is computed
         rows, channels = weight.axes[made], _at(x, 1)
         if groups == 1:
             self._contracts(x, 1, weight, 1 - made)

@@ -155,11 +155,13 @@ def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
         families = configurable(model, families, notes)
     if "channels" in goal.kinds:
         if not goal.configured or getattr(model, "config", None) is None:
-            named = {name for f in families_of(model) for name in f.readers}
             batch = next(iter(session.each("channels")))
-            channels = channel_families(model, session, batch, notes)
-            channels = [f for f in channels if named.isdisjoint(f.readers)]
-            for family in channels:
+            found = channel_families(model, session, batch, notes)
+            # Names are believed unless more is seen to have the units: a convolution in between.
+            named = {f.readers[0]: f.tensors for f in families_of(model)}
+            wider = [f for f in found if not f.tensors <= named.get(f.readers[0], set())]
+            families = [f for f in families if all(f.readers[0] not in w.readers for w in wider)]
+            for family in wider:
                 if stands_alone(session, batch, family):
                     families.append(family)
                 else:

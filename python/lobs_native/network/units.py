@@ -49,6 +49,11 @@ class Family:
         return f"{self.units} {self.kind} before {self.readers[0]}{more}"
 
     @property
+    def tensors(self) -> set[str]:
+        """The names of all that has them."""
+        return {slot.name for slot in self.slots}
+
+    @property
     def single(self) -> bool:
         """Whether it has one reader, whose columns of a unit lie together."""
         return self.kind != "channels"
