@@ -26,7 +26,13 @@ from lobs_native.errors import (
 from lobs_native.layers import Layer, register_layer
 from lobs_native.network.batch_norm import reestimate_batch_norm
 from lobs_native.network.folding import fold_weights
-from lobs_native.network.masks import KeptMasks, apply_masks, as_torch_prune, keep_masks
+from lobs_native.network.masks import (
+    KeptMasks,
+    apply_masks,
+    as_torch_prune,
+    keep_masks,
+    pack_masks,
+)
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
@@ -91,6 +97,7 @@ __all__ = [
     "from_sparse",
     "keep_masks",
     "measure_speed",
+    "pack_masks",
     "plan_memory",
     "plan_prune",
     "prune",

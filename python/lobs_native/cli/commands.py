@@ -189,7 +189,12 @@ def _prune(options: argparse.Namespace) -> int:
                 _telling(settings.progress and not options.json),
             ):
                 report = job.run(
-                    task, settings, out, overwrite=options.overwrite, masks=options.masks
+                    task,
+                    settings,
+                    out,
+                    overwrite=options.overwrite,
+                    masks=options.masks,
+                    mask_bits=options.mask_bits,
                 )
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else plan_table(planned))

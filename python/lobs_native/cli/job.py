@@ -33,6 +33,7 @@ from lobs_native.huggingface.text import GENERATE, generated_batches, text_batch
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import pruner
 from lobs_native.network.folding import fold_weights
+from lobs_native.network.masks import pack_masks
 from lobs_native.network.peak import keep_tight
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.selection import candidates_of
@@ -325,7 +326,15 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
     }
 
 
-def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, masks: bool) -> Report:
+def run(
+    job: Job,
+    settings: NetworkSettings,
+    out: Path,
+    *,
+    overwrite: bool,
+    masks: bool,
+    mask_bits: bool = False,
+) -> Report:
     """Prune the network and write it with its report into a new folder.
 
     Parameters
@@ -336,7 +345,7 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
         The arguments of :func:`lobs_native.prune`, but for ``forward``, which the job brings.
     out : Path
         Gets the weights, report.json, report.html, and masks.safetensors (layer name -> bool, True
-        = kept) if ``masks`` says so.
+        = kept) if ``masks`` says so; with one bit per weight if ``mask_bits`` does.
 
     Raises
     ------
@@ -367,11 +376,11 @@ def run(job: Job, settings: NetworkSettings, out: Path, *, overwrite: bool, mask
             seconds=sum(seconds.values()),
             settings={**report.settings, "seconds": seconds, **job.settings, **measured, **saved},
         )
-        if masks:
+        if masks or mask_bits:
             path = folder / "masks.safetensors"
             with writing(path):
                 tensors = {name: mask.cpu().contiguous() for name, mask in report.masks.items()}
-                save_file(tensors, path)
+                save_file(pack_masks(tensors) if mask_bits else tensors, path)
         report.save(folder / "report.json")
         report.save(folder / "report.html")
     return report

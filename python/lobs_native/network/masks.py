@@ -20,8 +20,9 @@ from torch.optim.optimizer import (
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, DtypeError, ShapeError
 from lobs_native.layers import layers_of
+from lobs_native.network.packed import PackedMask, packed_bytes
 
-__all__ = ["KeptMasks", "apply_masks", "as_torch_prune", "keep_masks"]
+__all__ = ["KeptMasks", "apply_masks", "as_torch_prune", "keep_masks", "pack_masks"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
         weights.
     masks : {layer name: bool tensor}
         As in ``report.masks``: shaped like the layer's weight, True where a weight is kept, on any
-        device; copied.
+        device; copied. A name may also be that of the weight ("layer.weight", as in weight files),
+        and a mask that of :func:`pack_masks`.
 
     Returns
     -------
@@ -189,6 +191,36 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     else:
         handle._watch(register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
     return handle
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Store masks with one bit per weight, an eighth of their size.
+
+    Parameters
+    ----------
+    masks : {name: bool tensor}
+        As in ``report.masks``; not modified.
+
+    Returns
+    -------
+    {name: uint8 tensor}
+        One-dimensional, eight weights in a byte, in the order of the flattened mask, the first in
+        the lowest bit (``numpy.packbits(..., bitorder="little")``). :func:`keep_masks`,
+        :func:`apply_masks` and :func:`as_torch_prune` take them as they are.
+
+    Raises
+    ------
+    DtypeError
+        A mask is not a bool tensor.
+    """
+    if not isinstance(masks, Mapping):
+        raise DtypeError(f"masks: expected a mapping, got {type(masks).__name__}")
+    return {
+        name: PackedMask.of(
+            checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool,)).contiguous()
+        ).bits
+        for name, mask in masks.items()
+    }
 
 
 @torch.no_grad()
@@ -272,7 +304,9 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise DtypeError(f"masks: a key is a {type(name).__name__}, expected a layer's name")
-        place = places.get(name)
+        # Weight files call the weight of a layer "layer.weight".
+        short = "" if name == "weight" else name.removesuffix(".weight")
+        place = places.get(name) or places.get(short)
         if place is None:
             some = ", ".join(repr(n) for n in list(places)[:8])
             raise ArgumentError(
@@ -280,7 +314,9 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
                 f"computed from others); there are {some or 'none'}"
             )
         weight = checks.tensor(place.weight, f"{name}: weight")
-        kept = checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool,))
+        kept = checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool, torch.uint8))
+        if kept.dtype == torch.uint8:
+            kept = _unpacked(kept, weight.shape, f"masks[{name!r}]")
         if kept.shape != weight.shape:
             raise ShapeError(
                 f"masks[{name!r}]: its shape is {tuple(kept.shape)}, but that of the layer's "
@@ -288,6 +324,19 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
             )
         fitting[name] = (place, ~kept.to(weight.device))
     return fitting
+
+
+def _unpacked(bits: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """The bool tensor of this shape of which :func:`pack_masks` made ``bits``."""
+    entries = shape.numel()
+    if bits.shape != (packed_bytes(entries),):
+        raise ShapeError(
+            f"{name}: uint8 of shape {tuple(bits.shape)}; a mask is bool of shape {tuple(shape)}, "
+            f"or {packed_bytes(entries)} bytes of one bit per weight, as pack_masks makes them"
+        )
+    if entries % 8 and int(bits[-1]) >> entries % 8:
+        raise ArgumentError(f"{name}: has bits beyond its {entries} weights; it is damaged")
+    return PackedMask(bits.contiguous(), shape, 0).unpacked()
 
 
 def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
