@@ -104,10 +104,11 @@ class Pruning:
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
         self.structure = structure_of(self.jobs, flow, self.session, self.settings, settled.seen)
         self.tuned: list[dict[str, nn.Parameter]] = []
+        stacks, reasons = self.structure.stacks, self.structure.reasons
         if self.settings.tune == "network":
-            self.tuned = network_to_tune(self._pruned(), self.session)
+            limited = self.settings.memory is not None
+            self.tuned = network_to_tune(stacks, self._pruned(), self.session, limited)
         elif self.settings.tune is not None:
-            stacks, reasons = self.structure.stacks, self.structure.reasons
             self.tuned = blocks_to_tune(stacks, reasons, self._pruned(), self.session)
         covered = covered_weights(self.session, self.jobs)
         self.sampled = self.settings.measure != "all" and not covered

@@ -99,10 +99,13 @@ def blocks_to_tune(
 
 
 def network_to_tune(
-    pruned: Mapping[str, nn.Parameter], session: Session
+    stacks: Sequence[Stack],
+    pruned: Mapping[str, nn.Parameter],
+    session: Session,
+    limited: bool,
 ) -> list[dict[str, nn.Parameter]]:
     """The same for the network as one part. ArgumentError if its output cannot be differentiated,
-    or there is no data to hold back."""
+    or there is no data to hold back. ``limited``: as memory will be."""
     if (batches := len(session.batches)) < 2:
         raise ArgumentError(
             "tune: 'network' needs two batches, one of them to hold back; there is "
@@ -111,8 +114,14 @@ def network_to_tune(
     _check(session)
     model = session.model
     found = {name: model.get_parameter(name) for name in tunable(model, pruned, model)}
-    check_differentiable(session, list(found.values()))
+    with _within(stacks, limited):
+        check_differentiable(session, list(found.values()))
     return [found]
+
+
+def _within(stacks: Sequence[Stack], limited: bool) -> contextlib.AbstractContextManager[None]:
+    """With a limit on memory, blocks are recomputed in backward passes."""
+    return recomputing(b for stack in stacks for b in stack.modules if limited)
 
 
 def tuning_passes(network: bool, passes: int | None, recomputed: bool) -> float:
@@ -174,8 +183,7 @@ class Tuner:
             targets = scope.enter_context(Shelf(waiting_limit(self.plan.limit)))
             aim = OutputAim(self.session, targets)
             scope.enter_context(requiring_gradients(model.parameters(), False))
-            if self.plan.limit is not None:
-                scope.enter_context(recomputing(b for stack in stacks for b in stack.modules))
+            scope.enter_context(_within(stacks, self.plan.limit is not None))
             course = dataclasses.replace(_NETWORK, seed=self.session.seed)
             return self._tune(_NAME, model, aim, len(aim.batches), course)
 
