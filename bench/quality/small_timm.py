@@ -51,7 +51,8 @@ _SMALLER: tuple[dict[str, Any], ...] = (
 )
 # The same in the place of what functions and configurations say; the smallest network counts.
 _INSTEAD: tuple[dict[str, Any], ...] = (
-    *_SMALLER,
+    *(changes for changes in _SMALLER if "dims" not in changes),
+    {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)},  # whole heads of 32
     {"depth": 2},
     {"depth": 8, "w0": 16, "wa": 16.0, "wm": 2.0, "group_size": 8, "stem_width": 16},
     {"num_blocks": 2, "embed_dim": 96},
