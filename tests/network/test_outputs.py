@@ -137,7 +137,7 @@ def change_of(count: int, each: int, **options: Any) -> tuple[lobs.Report, list[
     ran: list[int] = []
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
-        ran.append(next(i for i, y in enumerate(data) if y is x))
+        ran.append(next(i for i, y in enumerate(data) if torch.equal(y, x)))
         return model(x)
 
     model, before = network(), network()
@@ -199,7 +199,7 @@ def test_the_look_at_the_first_batch_gives_a_part_of_the_sample_where_it_is_comp
     data = [torch.randn(200, 6) for _ in range(8)]
 
     def forward(model: nn.Module, x: Tensor) -> Any:
-        ran.append(next(i for i, y in enumerate(data) if y is x))
+        ran.append(next(i for i, y in enumerate(data) if torch.equal(y, x)))
         return {"out": model(x)}
 
     original = copy.deepcopy(model)

@@ -21,6 +21,7 @@ from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.flow import Flow, Look
 from lobs_native.calibration.hooks import Columns, attached, hooked
 from lobs_native.calibration.outputs import First, sizes_of
+from lobs_native.calibration.partial import random_state, set_random_state
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Survey, Use
 from lobs_native.calibration.watch import Touch
@@ -136,9 +137,12 @@ def observe(
                 first.keep(session, batch, output)
             seen.seconds, seen.outputs = survey.seconds, sizes_of(output)
             del output
-        elif _uses(session, batch, *idle()):
-            with surveying():
-                session.call(session.model, batch)
+        else:
+            random = random_state()
+            if _uses(session, batch, *idle()):
+                set_random_state(random)  # for a model that draws the way it takes
+                with surveying():
+                    session.call(session.model, batch)
         if not any(idle()):
             break
     if look.complete and len(known) == len(layers):

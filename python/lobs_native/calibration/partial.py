@@ -13,7 +13,17 @@ from torch import Tensor
 from lobs_native.calibration.session import Source
 from lobs_native.errors import CheckpointError
 
-__all__ = ["Kept", "States", "Summing", "below", "passed_before", "readable", "resumable"]
+__all__ = [
+    "Kept",
+    "States",
+    "Summing",
+    "below",
+    "passed_before",
+    "random_state",
+    "readable",
+    "resumable",
+    "set_random_state",
+]
 
 Kept = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors, and plain JSON values
 _KEY = "statistics"  # one key, since there is one pass at a time
@@ -103,13 +113,13 @@ def resumable(
     done = start
     for batch in source.each(label, start):
         if random:  # continue the random sequence of the pass, for a model that draws numbers
-            _set_random(random)
+            set_random_state(random)
             random = {}
         yield batch
         done += 1
         if states.due(_KEY, sums.size()):
             tensors, info = sums.kept()
-            drawn = {f"{_RANDOM}/{name}": x for name, x in _random().items()}
+            drawn = {f"{_RANDOM}/{name}": x for name, x in random_state().items()}
             progress = {"pass": purpose, "layers": list(sums.names), "batches": done, "sums": info}
             states.save(_KEY, {**tensors, **drawn}, progress)
 
@@ -148,14 +158,16 @@ def _restored(
     return done, below(f"{_RANDOM}/", tensors)
 
 
-def _random() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's random numbers, of the CPU and of every CUDA device in use."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states |= {str(i): x for i, x in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
-def _set_random(states: Mapping[str, Tensor]) -> None:
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Go back to what :func:`random_state` returned."""
     for name, value in states.items():
         if name == "cpu":
             torch.set_rng_state(value.clone())

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lobs_native.calibration.hooks import unfused_attention
 from lobs_native.calibration.padding import Padding, tokens_of
 from lobs_native.calibration.token_weights import TokenWeights
+from lobs_native.calibration.unchanged import Unchanged
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer, overwrite
@@ -122,10 +123,15 @@ class Session:
     number: int = field(default=0, init=False)  # of the batch of a pass that was last begun
     weights: TokenWeights | None = field(default=None, init=False)
     swapped_limit: int | None = field(default=None, init=False)  # bytes of swapped ones in memory
+    _unchanged: Unchanged = field(default_factory=Unchanged, init=False, repr=False)
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         if self.device is not None:
             batch = _to(batch, self.device)
+        with self._unchanged.given(batch) as given:
+            return self._call(model, given)
+
+    def _call(self, model: nn.Module, batch: Any) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
         if not isinstance(batch, (Tensor, Mapping, list, tuple)):
