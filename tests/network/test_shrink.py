@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.errors import ArgumentError, CheckpointError, DtypeError
+from lobs_native.network import layerwise
 from lobs_native.network.families import families_of
 
 transformers = pytest.importorskip("transformers")
@@ -261,6 +262,40 @@ def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
         lobs.shrink(model, tokens(), keep=0.5, progress=False)
     assert same(states(model), before)
     assert model.config.to_dict() == config
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["neurons and heads", "channels"])
+def test_a_run_that_was_interrupted_is_resumed_with_the_same_bits(kind, tmp_path, monkeypatch):
+    def made() -> tuple[nn.Module, list[Tensor]]:
+        if kind != "channels":
+            return llama(), tokens()
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)]
+        return nn.Sequential(*layers).eval(), [torch.randn(4, 2, 9, 9) for _ in range(2)]
+
+    settings: dict[str, Any] = {"keep": 0.5, "multiple": 2, "progress": False}
+    whole, data = made()
+    lobs.shrink(whole, data, **settings)
+    real, calls = layerwise.prune_layer, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(layerwise, "prune_layer", interrupted)
+    model, _ = made()
+    with pytest.raises(KeyboardInterrupt):
+        lobs.shrink(model, data, run_dir=tmp_path / "run", **settings)
+    report = lobs.shrink(model, data, run_dir=tmp_path / "run", **settings)
+    assert report.pruning.settings["resumed layers"] == 1
+    assert same(states(model), states(whole))
+    other, _ = made()
+    with pytest.raises(CheckpointError):
+        lobs.shrink(other, data, run_dir=tmp_path / "run", **{**settings, "method": "magnitude"})
+    assert same(states(other), states(made()[0]))
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ class Pruning:
                 "pruned": self.coverage.pruned,
                 "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             },
-            "fingerprints": fingerprints(self.session.model, self.batches),
+            "fingerprints": fingerprints(self.session.model, self.batches, self.masks),
             "forward": name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],
             "machine": {"threads": ops.threads(), "backends": self._backends()},

@@ -93,6 +93,8 @@ def shrink(
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: str = "auto",
     progress: bool = True,
     seed: int = 0,
 ) -> ShrinkReport:
@@ -140,6 +142,10 @@ def shrink(
         "solve" repairs what "magnitude" and "wanda" leave.
     inputs, damping, forward, device, memory, progress, seed
         As in :func:`prune`.
+    run_dir, resume
+        As in :func:`prune`: repaired layers are checkpointed. What is removed is decided again,
+        from the original model, and must come out the same: with ``latency``, pass the same
+        ``latency_table``.
     configured : bool
         Leave out a kind for which the model's own class, made from its configuration, would not
         have the new sizes; that holds for all channels of a model with a configuration. With False,
@@ -199,6 +205,8 @@ def shrink(
         forward=forward,
         device=device,
         memory=memory,
+        run_dir=run_dir,
+        resume=resume,
         progress=progress,
         seed=seed,
         strict=True,

@@ -13,9 +13,12 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["fingerprints", "name_of"]
 
 
-def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+def fingerprints(
+    model: nn.Module, batches: Iterable[Any], masks: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """sha256 of the model's parameters and buffers (even those that are not saved, because the
-    output may depend on them) and of the calibration data; and the number of batches."""
+    output may depend on them), of the calibration data, and of masks if there are any; and the
+    number of batches."""
     state = hashlib.sha256()
     parameters = model.named_parameters(remove_duplicate=False)
     for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
@@ -30,7 +33,13 @@ def fingerprints(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
                 plain = isinstance(value, (bool, int, float, str))
                 label = value if plain else type(value).__name__
                 data.update(f"{path} {label!r}\n".encode())
-    return {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
+    found = {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
+    if masks:
+        of_masks = hashlib.sha256()
+        for name, mask in sorted(masks.items()):
+            _add(of_masks, name, mask)
+        found["masks"] = of_masks.hexdigest()
+    return found
 
 
 def _add(digest: Any, name: str, value: Tensor) -> None:
