@@ -306,6 +306,8 @@ def test_a_run_that_was_interrupted_is_resumed_with_the_same_bits(kind, tmp_path
         ({"keep": 0.0}, ArgumentError, "keep: 0.0; something has to stay"),
         ({"keep": 1.0}, ArgumentError, "all units stay"),
         ({"keep": 1.5}, ArgumentError, "keep"),
+        ({"multiplications": 1.0}, ArgumentError, "multiplications: with 1.0 and multiples of 8"),
+        ({"latency": 0.0}, ArgumentError, "latency: 0.0; something has to stay"),
         ({"parameters": 0.01}, ArgumentError, "parameters: 0.01; with the fewest units"),
         ({"keep": "half"}, DtypeError, "keep"),
         ({"keep": {"layers": 0.5}}, ArgumentError, "keep"),

@@ -135,8 +135,9 @@ def plan_shrinking(
     every = Work(model, families, costs["multiplications"], removals)
     fewer = [i for i, f in enumerate(families) if counts[i] < f.units]
     if not fewer:
+        name, value = budget or ("keep", shares)
         raise ArgumentError(
-            f"keep: with {shares} and multiples of {goal.multiple} all units stay; keep less, or "
+            f"{name}: with {value} and multiples of {goal.multiple} all units stay; keep less, or "
             "pass a smaller multiple"
         )
     return ShrinkPlan(
