@@ -25,7 +25,7 @@ from lobs_native.network.units import inputs_axis
 __all__ = ["LatencyTable", "inputs_of", "least_seconds", "table_of"]
 
 _SECONDS = 0.03  # each size is run for so long, at least _RUNS times; the least time counts
-_RUNS = 5
+_RUNS = 10
 _FORMAT = "lobs-native latency table"
 
 
