@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lobs_native
-from lobs_native.cli import demo, doctor, job, shrinking, speed
+from lobs_native.cli import demo, doctor, export, job, shrinking, speed
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     add_prune(commands).set_defaults(run_command=_prune, by_option=by_option)
     shrinking.add_shrink(commands).set_defaults(run_command=_shrink, by_option=shrinking.by_option)
 
-    speed.add_speed(commands).set_defaults(run_command=_speed, by_option=speed.by_option)
+    for also in (speed, export):
+        command = also.add_command(commands)
+        command.set_defaults(run_command=_printing(also.run), by_option=also.by_option)
 
     help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
@@ -188,14 +190,8 @@ def _prune(options: argparse.Namespace) -> int:
                 _remembered(options.arguments),
                 _telling(settings.progress and not options.json),
             ):
-                report = job.run(
-                    task,
-                    settings,
-                    out,
-                    overwrite=options.overwrite,
-                    masks=options.masks,
-                    mask_bits=options.mask_bits,
-                )
+                masks = {"masks": options.masks, "mask_bits": options.mask_bits}
+                report = job.run(task, settings, out, overwrite=options.overwrite, **masks)
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else plan_table(planned))
         return OK
@@ -225,11 +221,16 @@ def _shrink(options: argparse.Namespace) -> int:
     return OK
 
 
-def _speed(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
-        report = speed.run(options)
-    print(speed.as_json(report) if options.json else speed.table(report))
-    return OK
+def _printing(work: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
+    """A command that prints what ``work`` returns, and nothing that a model's code prints."""
+
+    def command(options: argparse.Namespace) -> int:
+        with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+            text = work(options)
+        print(text)
+        return OK
+
+    return command
 
 
 @contextlib.contextmanager

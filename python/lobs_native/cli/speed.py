@@ -20,7 +20,7 @@ from lobs_native.network.engines import ENGINES
 from lobs_native.network.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
 from lobs_native.report.text import visible
 
-__all__ = ["add_speed", "as_json", "by_option", "run", "table"]
+__all__ = ["add_command", "batch_of", "by_option", "run", "table"]
 
 _SPEED = """Time a pruned network on this machine, against its dense counterpart.
 
@@ -30,7 +30,7 @@ a function's network on its first batch. Runs alternate between both networks; e
 """
 
 
-def add_speed(commands: Any) -> argparse.ArgumentParser:
+def add_command(commands: Any) -> argparse.ArgumentParser:
     """The ``speed`` command with its options."""
     command: argparse.ArgumentParser = commands.add_parser(
         "speed",
@@ -60,15 +60,15 @@ def by_option(message: str) -> str:
     return option + colon + rest if option else message
 
 
-def run(options: argparse.Namespace) -> SpeedReport:
-    """Find the networks, time them, and draw the picture."""
+def run(options: argparse.Namespace) -> str:
+    """Find the networks, time them, draw the picture; the table or JSON."""
     if options.picture is not None:
         _check_matplotlib()
     if options.threads is not None:
         torch.set_num_threads(checks.positive_int(options.threads, "--threads"))
     pruned = job.find(options.model, None, {}, planning=True)
     dense = None if options.against is None else job.find(options.against, None, {}, planning=True)
-    batch = _batch(pruned, options)
+    batch = batch_of(pruned, options)
     report = measure_speed(
         pruned.model,
         batch,
@@ -78,14 +78,16 @@ def run(options: argparse.Namespace) -> SpeedReport:
     )
     if options.picture is not None:
         write_file(options.picture, _png(report))
-    return report
+    if options.json:
+        return json.dumps(report.to_dict(), indent=1, allow_nan=False)
+    return table(report)
 
 
-def _batch(found: job.Job, options: argparse.Namespace) -> Any:
+def batch_of(found: job.Job, options: argparse.Namespace) -> Any:
     """The first batch of a function, or random tokens for a folder."""
     if found.forward is not None:
         raise ArgumentError(
-            "MODEL: its function returns a forward function too; speed calls the network itself"
+            "MODEL: its function returns a forward function too; here the network itself is called"
         )
     if found.batches is not None:
         for batch in found.batches:
@@ -124,11 +126,6 @@ def _cells(row: EngineSpeed | LayerSpeed) -> tuple[str, str, str]:
     low, high = row.interval
     times = f"{row.ratio:.2f} [{low:.2f}, {high:.2f}]"
     return f"{row.dense_seconds * 1e3:.3f}", f"{row.pruned_seconds * 1e3:.3f}", times
-
-
-def as_json(report: SpeedReport) -> str:
-    """The report as one JSON object."""
-    return json.dumps(report.to_dict(), indent=1, allow_nan=False)
 
 
 def _check_matplotlib() -> None:
