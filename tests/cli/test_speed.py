@@ -57,6 +57,24 @@ def test_json_picture_and_another_dense_network(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_folder_runs_on_random_tokens(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    arguments = ["speed", str(tmp_path / "model"), *FAST, "--length", "3", "--batch", "2"]
+    assert cli.main(arguments) == 0
+    assert "0.0% of the linear weights are zero" in capsys.readouterr().out
+    assert cli.main([*arguments, "--length", "0"]) == 2
+    assert "--length: 0" in capsys.readouterr().err
+
+
 def test_what_it_cannot_time_is_said(capsys):
     for arguments, words in (
         (["speed_networks:triple"], "forward function"),

@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> str:
 
 def batch_of(found: job.Job, options: argparse.Namespace) -> Any:
     """The first batch of a function, or random tokens for a folder."""
-    if found.forward is not None:
-        raise ArgumentError(
-            "MODEL: its function returns a forward function too; here the network itself is called"
-        )
     if found.batches is not None:
+        if found.forward is not None:
+            raise ArgumentError(
+                "MODEL: its function returns a forward function, but here the network is called"
+            )
         for batch in found.batches:
             return batch
         raise ArgumentError("MODEL: its function returns no batch to run the network on")
