@@ -569,12 +569,22 @@ def test_a_text_of_unknown_words_is_refused(tmp_path, text):
         _raise_again(source, text)
 
 
-def test_an_encoder_decoder_is_refused_with_a_way_out(tmp_path):
-    config = transformers.T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+def test_an_encoder_of_sounds_is_refused_with_a_way_out(tmp_path):
+    config = transformers.WhisperConfig(
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "in")
-    with pytest.raises(ArgumentError, match=r"an encoder and a decoder.*module:function"):
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(ArgumentError, match=r"reads input_features.*module:function"):
         hf.load(hf.examine(tmp_path / "in"))
 
 

@@ -179,7 +179,7 @@ def load(checkpoint: Checkpoint) -> nn.Module:
     LobsError
         transformers is missing or too old.
     ArgumentError
-        The network is an encoder-decoder, which a text alone cannot run.
+        The network has an encoder that reads no text.
     CheckpointError
         transformers cannot load it, or weights are missing, which would be random.
     """
@@ -204,10 +204,12 @@ def load(checkpoint: Checkpoint) -> nn.Module:
             f"which would be random: {some_of(missing)}; correct 'architectures' in config.json, "
             "or complete the checkpoint"
         )
-    if getattr(model.config, "is_encoder_decoder", False):
+    reads = getattr(model, "main_input_name", "input_ids")
+    if getattr(model.config, "is_encoder_decoder", False) and reads != "input_ids":
         raise ArgumentError(
-            f"MODEL: {type(model).__name__} has an encoder and a decoder, which a text file alone "
-            "cannot run; pass a function as module:function that returns the model and batches"
+            f"MODEL: {type(model).__name__} has an encoder that reads {reads}, which a text file "
+            "alone cannot run; pass a function as module:function that returns the model and "
+            "batches"
         )
     return model
 

@@ -65,7 +65,7 @@ def text_batches(
         The number of tokens in a sequence. For a causal language model, the lines are joined with
         line breaks and divided into blocks of this length; a remainder is dropped. For other
         networks, each line is a sequence with the tokenizer's special tokens, truncated to this
-        length.
+        length. A decoder beside an encoder reads the same line, from its start token on.
     batch_size : int
         The largest number of sequences in a batch. All sequences of a batch have the same length.
 
@@ -91,7 +91,7 @@ def text_batches(
         file, lines, min_words, words=tokens if lines is None else None
     )
     tokenizer = _tokenizer_of(checkpoint)
-    blocks = _is_causal(model)
+    blocks, start = _is_causal(model), _start_of_decoder(model)
     if blocks and tokens is not None and tokens < length:
         raise ArgumentError(f"--tokens: {tokens}; one block has {length}; pass more or a --length")
     held_back: list[Sequence[int]] = []
@@ -109,7 +109,7 @@ def text_batches(
     if tokens is not None:
         rows = _within(rows, tokens)
     unknown = _check_tokens(rows, tokenizer, config)
-    settings = {
+    settings: dict[str, Any] = {
         "text": str(file),
         "text as": f"blocks of {length} tokens" if blocks else f"lines of at most {length} tokens",
         "lines": len(chosen),
@@ -118,9 +118,12 @@ def text_batches(
         "tokens": sum(map(len, rows)),
         "unknown tokens": unknown,
     }
+    if start is not None:
+        settings["text as"] += ", which the decoder reads as well"
     if held_back:
         settings["tokens held back"] = sum(map(len, held_back))
-    return Text(list(_batches(rows, batch_size)), settings, list(_batches(held_back, batch_size)))
+    batches = list(_batches(rows, batch_size, start))
+    return Text(batches, settings, list(_batches(held_back, batch_size)))
 
 
 def generated_batches(
@@ -237,6 +240,19 @@ def _is_causal(model: nn.Module) -> bool:
     return named or bool(getattr(model.config, "is_decoder", False))
 
 
+def _start_of_decoder(model: nn.Module) -> int | None:
+    """The token with which the decoder of an encoder-decoder begins; None for other networks."""
+    config: Any = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        if isinstance(token := getattr(config, name, None), int):
+            return token
+    raise ArgumentError(
+        "MODEL: config.json has no decoder_start_token_id, with which its decoder begins; add it"
+    )
+
+
 def _check_length(config: Any, length: int) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
@@ -349,11 +365,18 @@ def _check_tokens(rows: Sequence[Sequence[int]], tokenizer: Any, config: Any) ->
     return unknown
 
 
-def _batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    rows: Sequence[Sequence[int]], size: int, start: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Sequences of one length together; with ``start``, a decoder reads them from that on."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)
     for _, same_length in sorted(by_length.items()):
         for first in range(0, len(same_length), size):
             ids = torch.tensor(same_length[first : first + size])
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if start is not None:
+                begin = torch.full_like(ids[:, :1], start)
+                batch["decoder_input_ids"] = torch.cat([begin, ids[:, :-1]], 1)
+            yield batch
