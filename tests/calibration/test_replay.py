@@ -3,6 +3,7 @@ needed."""
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from helpers.stacks import Model, batches, made
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from lobs_native.calibration import replay
 from lobs_native.calibration.blocks import find_stacks
 from lobs_native.calibration.finished import Finished
 from lobs_native.calibration.replay import Replay
 from lobs_native.calibration.session import Session
+from lobs_native.files import shelf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +183,34 @@ def test_a_part_of_a_block_is_computed_once_more_after_its_last_layer_was_pruned
     # there is a check on the first batch. Corrected, there are two more looks at the first batch.
     saved = [b - a for a, b in zip(*calls, strict=True)]
     assert saved == ([6, 6, 4] if inputs == "pruned" else [6 + 8, 6 + 8, 4 + 6])
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_layer_that_others_wait_for_is_computed_once_more_if_the_disk_has_room(room, monkeypatch):
+    calls: list[int] = []
+
+    def watched(model: nn.Module) -> nn.Module:
+        first = model.layers[0].mlp[0]
+
+        def forward(x: Tensor, forward: Any = first.forward) -> Tensor:
+            calls.append(1)
+            return forward(x)
+
+        first.forward = forward
+        return model
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    _, expected = pruned(watched(made(Parts)), batches(), inputs="pruned", memory=10**9)
+    every, calls[:] = len(calls), []
+    monkeypatch.setattr(replay, "_REPEATED", 0)
+    if not room:
+        monkeypatch.setattr(shelf._OnDisk, "write", full)
+    _, found = pruned(watched(made(Parts)), batches(), inputs="pruned")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    # It is computed and kept for the second layer of the mlp, and not again to the next block.
+    assert every - len(calls) == (3 if room else 0)
 
 
 def test_outputs_that_take_more_memory_than_hidden_states_are_not_repeated():

@@ -1,8 +1,10 @@
 """Parts of a block that repeat their outputs.
 
 A block is run once for every tensor that its layers read, and once more at the end. Once all layers
-of a part, such as its attention, have been pruned, the part returns the same in all passes that are
-left: everything that it depends on comes before it and is finished too.
+of a part, such as its attention or one layer of its MLP, have been pruned, the part returns the
+same in all passes that are left: everything that it depends on comes before it and is finished too.
+An output is read from disk in a third of the time that computing it takes, or less. Where there is
+no room for it, it is computed again.
 """
 
 from __future__ import annotations
@@ -92,12 +94,11 @@ class Finished:
             if all(x is None or type(x) is Tensor for x in parts):
                 tensors = {i: x for i, x in enumerate(parts) if x is not None}
                 if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
-                    for i, x in tensors.items():
-                        self._kept.put_copy((part, number, i), x)
-                    self._outputs[part][number] = (
-                        several,
-                        [i in tensors for i in range(len(parts))],
-                    )
+                    with contextlib.suppress(OSError):  # the disk is full
+                        for i, x in tensors.items():
+                            self._kept.put_copy((part, number, i), x)
+                        form = several, [i in tensors for i in range(len(parts))]
+                        self._outputs[part][number] = form
             return output
 
         return keeping

@@ -19,7 +19,9 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
 from lobs_native.layers import Layer
 
-__all__ = ["Replay", "UnlikeError", "repeated_limit"]
+__all__ = ["Replay", "UnlikeError", "repeated_limit", "widest_repeated"]
+
+_WIDEST = 4  # the most hidden states that the output of a finished part on disk may be as large as
 
 _REPEATED = 1 << 20  # bytes of outputs of finished parts that stay in memory
 
@@ -29,6 +31,11 @@ def repeated_limit(stack: Stack) -> int | None:
     rest is on disk. None: all of them, since from a device they would have to be copied first."""
     on_cpu = all(p.device.type == "cpu" for p in stack.modules[0].parameters())
     return _REPEATED if on_cpu else None
+
+
+def widest_repeated(stack: Stack) -> int:
+    """How many times as large as hidden states the output of a finished part may be."""
+    return 1 if repeated_limit(stack) is None else _WIDEST
 
 
 class UnlikeError(LobsError):
@@ -206,7 +213,7 @@ class Replay:
 
     def _run(self, inputs: _Inputs, number: int) -> Any:
         hidden = inputs.hidden[number]
-        most = hidden.numel() * hidden.element_size()
+        most = widest_repeated(self.stack) * hidden.numel() * hidden.element_size()
         try:
             with inputs.finished.repeating(number, most, last=self._advancing):
                 call = inputs.calls[number][self.block]

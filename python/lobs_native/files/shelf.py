@@ -122,7 +122,11 @@ class Shelf(Mapping[Any, Tensor]):
         self._file_count += 1
         place = Place(Path(self._folder.name) / str(self._file_count), 0)
         kept = _OnDisk(place, value.shape, value.dtype, value.device)
-        kept.write(value)
+        try:
+            kept.write(value)
+        except OSError:
+            place.path.unlink(missing_ok=True)  # it takes what room there is
+            raise
         self._files[key] = kept
         self.on_disk += size
 

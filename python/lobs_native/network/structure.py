@@ -4,6 +4,7 @@ stacks of blocks, and which layers share a second moment."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from lobs_native.calibration.blocks import Stack, find_stacks
 from lobs_native.calibration.flow import Flow, flow_of
 from lobs_native.calibration.observe import Observation
 from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
-from lobs_native.calibration.replay import repeated_limit
+from lobs_native.calibration.replay import repeated_limit, widest_repeated
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Linear
 from lobs_native.network.bound import norm_bytes, norm_flops
@@ -63,25 +64,50 @@ class Structure:
         return [stack for stack, _ in self.parts if stack is not None]
 
     def finishing(self, stack: Stack, block: int) -> dict[nn.Module, list[str]]:
-        """The parts of a block, its children, with several layers to prune, none of which is called
-        twice: such a part returns the same from when all of them are pruned. Part -> layers."""
-        names = [
-            job.layer.name
-            for within, groups in self.parts
-            for group in groups
-            for job in group
-            if within is stack and stack.block_of(job.layer.name) == block
-        ]
+        """The parts of a block that return the same from when all of their layers are pruned, none
+        of which is called twice: its children with several layers, and in its last child those
+        layers that others still wait for. Part -> layers."""
+        groups = self._groups_of(stack, block)
+        names = [job.layer.name for group in groups for job in group]
         parts = {}
         for name, part in stack.modules[block].named_children():
             layers = [x for x in names if x.startswith(f"{stack.names[block]}.{name}.")]
             if len(layers) > 1 and self.once.issuperset(layers) and layers[-1] != names[-1]:
                 parts[part] = layers
+        within = {name for layers in parts.values() for name in layers}
+        modules = dict(stack.modules[block].named_modules())
+        for job in itertools.chain.from_iterable(groups[:-1]):
+            name = job.layer.name
+            module = modules.get(name.removeprefix(f"{stack.names[block]}."))
+            if module is not None and name in self.once and name not in within:
+                parts[module] = [name]
         return parts
 
-    def repeating(self, stack: Stack) -> int:
-        """The most parts of a block that repeat their outputs."""
-        return max(len(self.finishing(stack, block)) for block in range(len(stack.modules)))
+    def _groups_of(self, stack: Stack, block: int) -> list[list[LayerJob]]:
+        """The layers of a block, in groups."""
+        return [
+            group
+            for within, groups in self.parts
+            for group in groups
+            if within is stack and stack.block_of(group[0].layer.name) == block
+        ]
+
+    def repeated_bytes(self, stack: Stack, rows: Mapping[str, float]) -> float:
+        """The most bytes of outputs of finished parts of a block on the first batch, on which its
+        layers see so many ``rows``."""
+        most = 0.0
+        for block in range(len(stack.modules)):
+            layers = {job.layer.name: job.layer for g in self._groups_of(stack, block) for job in g}
+            total = 0.0
+            for names in self.finishing(stack, block).values():
+                size = float(stack.hidden_bytes)
+                if len(names) == 1:
+                    layer = layers[names[0]]
+                    each = next(iter(layer.parameters.values())).element_size()
+                    size = rows.get(names[0], 0.0) * layer.groups * layer.rows * each
+                total += size if size <= widest_repeated(stack) * stack.hidden_bytes else 0.0
+            most = max(most, total)
+        return most
 
     def with_jobs(self, jobs: Sequence[LayerJob]) -> Structure:
         """The same structure with other settings for its layers."""
@@ -168,7 +194,7 @@ def workload(
     states = max((stack.hidden_bytes for stack in structure.stacks), default=0)
     repeated = put_aside = 0  # outputs of finished parts, in memory and on disk
     for stack in structure.stacks:
-        every = round(stack.hidden_bytes * structure.repeating(stack) * all_batches * doubled)
+        every = round(structure.repeated_bytes(stack, rows) * all_batches * doubled)
         most = repeated_limit(stack)
         stays = every if most is None else min(every, round(most * doubled))
         repeated, put_aside = max(repeated, stays), max(put_aside, every - stays)
