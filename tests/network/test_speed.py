@@ -94,6 +94,17 @@ def test_an_engine_that_fails_is_named_with_its_reason(monkeypatch):
         lobs.measure_speed(network(), torch.randn(1, 260), pairs=0)
 
 
+def test_few_rows_need_fewer_zeros():
+    model = network(0.6)
+    for rows in (1, 4):
+        for x in (torch.randn(rows, 260), torch.randn(1, rows, 260)):
+            subject = engines.Subject(model, x, None)  # type: ignore[arg-type]
+            assert subject.rows == rows
+    tokens = engines.Subject(model, torch.ones(2, 3, dtype=torch.int64), None)  # type: ignore[arg-type]
+    assert tokens.rows == 6
+    assert (engines.least_sparsity(8), engines.least_sparsity(9)) == (0.5, 0.7)
+
+
 def test_the_interval_is_that_of_the_ratios_in_pairs():
     slow, fast, ratio, (low, high) = speed._summary([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
     assert (slow, fast, ratio) == (4.0, 1.0, 3.0)
@@ -102,7 +113,9 @@ def test_the_interval_is_that_of_the_ratios_in_pairs():
 
 def test_the_advice_follows_from_what_was_measured():
     gains = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 2.0, 1.8, 0.5), row("other", 3.0, 2.0)]
-    assert "lobs.to_sparse runs the pruned network 2.00 times" in speed.advice(gains, [], 0.9)
+    said = speed.advice(gains, [layer(100)], 0.9)
+    assert "lobs.to_sparse (with sparsity=0.7) runs the pruned network 2.00 times" in said
+    assert "other runs" in speed.advice([row("other", 3.0, 2.0)], [layer(1)], 0.9)
     uncertain = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 1.5, 1.01)]
     few = speed.advice(uncertain, [layer(128)], 0.5)
     assert "does not pay" in few
