@@ -49,6 +49,8 @@ def test_it_computes_what_the_dense_layer_computes(bias):
         for shape in ((70,), (1, 70), (2, 3, 70), (40, 70), (0, 70)):
             x = torch.randn(shape)
             torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-6)
+        nothing = lobs.SparseLinear(torch.ones(3, 0))
+        assert nothing(torch.ones(2, 4, 0)).equal(torch.zeros(2, 4, 3))
     assert torch.equal(sparse.weight, dense.weight)
     assert (sparse.bias is None) if not bias else torch.equal(sparse.bias, dense.bias)
 
@@ -76,6 +78,9 @@ def test_the_state_is_that_of_the_dense_layer():
     x = torch.randn(2, 40)
     torch.testing.assert_close(sparse(x), other(x).detach(), rtol=1e-5, atol=1e-6)
     assert copy.deepcopy(sparse)(x).equal(sparse(x))
+    before = sparse(x)
+    sparse.load_state_dict({key: value.double() for key, value in other.state_dict().items()})
+    assert sparse(x).equal(before)
     before = sparse(x)
     for wrong, message in (
         ({"weight": torch.ones(20, 40)}, "Missing key.*bias"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,7 @@ class SparseLinear(nn.Module):
                 "x: requires a gradient, which a SparseLinear does not compute; call the network "
                 "under torch.inference_mode(), or put the dense layers back with from_sparse(model)"
             )
-        rows = x.detach().reshape(-1, sliced.features)
+        rows = x.detach().reshape(math.prod(x.shape[:-1]), sliced.features)
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.lobs_native.sliced_linear(
                 rows,
@@ -171,6 +172,7 @@ class SparseLinear(nn.Module):
                 f"({self.out_features}, {self.in_features})"
             )
             return
+        weight = weight.detach().to(device=_CPU, dtype=self._dtypes[0])
         self._sliced, self._bias = _stored(weight, bias, self._sliced.values.dtype)
 
 
