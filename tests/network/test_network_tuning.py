@@ -246,6 +246,7 @@ def test_the_plan_counts_what_tuning_takes(monkeypatch):
     monkeypatch.setattr("lobs_native.network.resources._layer_memory", lambda *_: 0)
     plan = lobs.plan_prune(Language(), data(), **OPTIONS)
     output = 16 * 12 * TOKENS * 4
+    assert plan.backward
     assert plan.layer == 17 * 2 * (16 + 16 * 8 * 2 + 16 + 8) + output + 48 * output
 
 

@@ -75,7 +75,7 @@ class RunPlan:
     tokens: int  # weights of tokens
     output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states, weights and outputs that do not fit into memory
-    backward: bool  # sensitivities are measured, which takes the memory of a backward pass
+    backward: bool  # for sensitivities, or to tune the network: it takes memory as well
     seconds: float  # an estimate; expect half to twice of it
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer

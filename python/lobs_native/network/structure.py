@@ -214,7 +214,7 @@ def workload(
         put_aside=put_aside,
         others=round(others * all_batches * doubled),
         passes=passes * all_batches / batches,
-        backward=sensitive or bool(weighted),
+        backward=sensitive or bool(weighted) or whole,
         norms=sum(norm_flops(weight) for weight in covered),
         tuning=max((tuning_bytes(part.values()) for part in tuned), default=0)
         + (aiming_bytes(size) if whole else 0),
