@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lobs_native as lobs
+from lobs_native.errors import DtypeError
 
 X = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
 
@@ -164,3 +165,11 @@ def test_sensitivities_of_a_model_made_in_inference_mode_are_refused(where):
         lobs.prune(model, [X], sparsity=0.5, scope="model", progress=False)
     assert same(bits(model), before)
     lobs.prune(model, [X], sparsity=0.5, scope="model", sensitivity=None, progress=False)
+
+
+def test_a_network_that_needs_values_on_the_meta_device_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4, device="meta"))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(DtypeError, match=r"model: 1\.weight, 1\.bias on the meta device.*load or"):
+        lobs.prune(model, [torch.randn(40, 16)], sparsity=0.5, progress=False)
+    assert torch.equal(model[0].weight, before)

@@ -95,7 +95,17 @@ def settle(
     sightings = None
     if settings.inputs != "dense" and settings.blocks == "auto":
         sightings = Sightings(session.model, [layer.name for layer in candidates.layers])
-    seen = observe(session, candidates.layers, own, trials, sightings, first)
+    try:
+        seen = observe(session, candidates.layers, own, trials, sightings, first)
+    except (RuntimeError, NotImplementedError) as error:
+        empty = [name for name, p in session.model.named_parameters() if p.is_meta]
+        if isinstance(error, LobsError) or not empty:
+            raise
+        raise DtypeError(
+            f"model: {', '.join(empty[:4])}{' ...' if len(empty) > 4 else ''} on the meta device, "
+            f"and the model does not run without their values ({' '.join(str(error).split())}); "
+            "load or materialise them first"
+        ) from error
     modules = dict(session.model.named_modules())
     settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
     for layer in candidates.layers:
