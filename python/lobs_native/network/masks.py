@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,27 +18,17 @@ from torch.optim.optimizer import (
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, DtypeError, ShapeError
-from lobs_native.layers import layers_of
+from lobs_native.network.mask_places import Place, pieces_of, places_of, whole_shape
 from lobs_native.network.packed import PackedMask, packed_bytes
 
 __all__ = ["KeptMasks", "apply_masks", "as_torch_prune", "keep_masks", "pack_masks"]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a mask belongs: a parameter of a module, and the part of it that the layer owns."""
-
-    module: nn.Module | None  # None: known to an optimizer only
-    part: str
-    parameter: nn.Parameter
-    weight: Tensor  # a view of the parameter, detached
 
 
 class _Kept:
     """The removed weights of one parameter, and the parameter as it is now: its module may have got
     another one since (``load_state_dict(assign=True)``, a conversion, an assignment)."""
 
-    def __init__(self, place: _Place, removed: Tensor) -> None:
+    def __init__(self, place: Place, removed: Tensor) -> None:
         self.place = place
         self.removed = removed
         self.parameter = place.parameter
@@ -164,7 +153,8 @@ def keep_masks(model_or_optimizer: nn.Module | Optimizer, masks: Mapping[str, Te
     masks : {layer name: bool tensor}
         As in ``report.masks``: shaped like the layer's weight, True where a weight is kept, on any
         device; copied. A name may also be that of the weight ("layer.weight", as in weight files),
-        and a mask that of :func:`pack_masks`.
+        and a mask that of :func:`pack_masks`. Masks of experts may be stacked or one for each
+        expert, under the names of either release of transformers, whichever the model has.
 
     Returns
     -------
@@ -287,11 +277,11 @@ def _model(value: Any) -> nn.Module:
     return value
 
 
-_Fitting = Mapping[str, tuple[_Place, Tensor]]
+_Fitting = Sequence[tuple[str, Place, Tensor]]
 
 
 def _fitting(owner: Any, masks: Any) -> _Fitting:
-    """Layer name -> the place of its weight, and where its mask removes something; all checked."""
+    """Layer name, a place of its weight, and where its mask removes something; all checked."""
     if not isinstance(masks, Mapping):
         raise DtypeError(
             f"masks: expected {{layer name: bool tensor}}, got {type(masks).__name__}; "
@@ -299,30 +289,32 @@ def _fitting(owner: Any, masks: Any) -> _Fitting:
         )
     if not masks:
         raise ArgumentError("masks: there are none; give those of a report")
-    places = dict(_places(owner))
-    fitting = {}
+    places = dict(places_of(owner))
+    fitting = []
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise DtypeError(f"masks: a key is a {type(name).__name__}, expected a layer's name")
-        # Weight files call the weight of a layer "layer.weight".
-        short = "" if name == "weight" else name.removesuffix(".weight")
-        place = places.get(name) or places.get(short)
-        if place is None:
+        pieces = pieces_of(name, places)
+        if not pieces:
             some = ", ".join(repr(n) for n in list(places)[:8])
             raise ArgumentError(
                 f"masks[{name!r}]: no layer of this name has a weight of its own (one that is not "
                 f"computed from others); there are {some or 'none'}"
             )
-        weight = checks.tensor(place.weight, f"{name}: weight")
+        for piece in pieces:
+            checks.tensor(piece.place.weight, f"{name}: weight")
+        shape = whole_shape(pieces)
         kept = checks.tensor(mask, f"masks[{name!r}]", dtypes=(torch.bool, torch.uint8))
         if kept.dtype == torch.uint8:
-            kept = _unpacked(kept, weight.shape, f"masks[{name!r}]")
-        if kept.shape != weight.shape:
+            kept = _unpacked(kept, shape, f"masks[{name!r}]")
+        if kept.shape != shape:
             raise ShapeError(
                 f"masks[{name!r}]: its shape is {tuple(kept.shape)}, but that of the layer's "
-                f"weight is {tuple(weight.shape)}"
+                f"weight is {tuple(shape)}"
             )
-        fitting[name] = (place, ~kept.to(weight.device))
+        for piece in pieces:
+            removed = ~piece.of(kept).to(piece.place.weight.device)
+            fitting.append((name, piece.place, removed))
     return fitting
 
 
@@ -339,41 +331,8 @@ def _unpacked(bits: Tensor, shape: torch.Size, name: str) -> Tensor:
     return PackedMask(bits.contiguous(), shape, 0).unpacked()
 
 
-def _places(owner: Any) -> Iterator[tuple[str, _Place]]:
-    if isinstance(owner, nn.Module):
-        for name, module in owner.named_modules(remove_duplicate=False):
-            for part, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                if parameter.ndim < 2:
-                    continue
-                full = f"{name}.{part}" if name else part
-                place = _Place(module, part, parameter, parameter.detach())
-                yield name if part == "weight" else full, place
-        for layer in layers_of(owner):  # these may own part of a parameter, or one of another name
-            weight = layer.module._parameters.get(layer.weight_part)
-            if weight is not None:
-                stored = layer.stored(layer.weight_part)
-                yield layer.name, _Place(layer.module, layer.weight_part, weight, stored)
-    elif isinstance(owner, Optimizer):
-        for group in owner.param_groups:
-            if "param_names" not in group:
-                raise ArgumentError(
-                    "model_or_optimizer: this optimizer does not know the names of its parameters; "
-                    "make it with model.named_parameters(), or pass the model"
-                )
-            for full, parameter in zip(group["param_names"], group["params"], strict=True):
-                name, _, part = full.rpartition(".")
-                if parameter.ndim >= 2:
-                    name = name if part == "weight" else full
-                    yield name, _Place(None, part, parameter, parameter.detach())
-    else:
-        raise DtypeError(
-            "model_or_optimizer: expected an nn.Module or a torch.optim.Optimizer, got "
-            f"{type(owner).__name__}"
-        )
-
-
 def _refuse_nonzero(fitting: _Fitting) -> None:
-    for name, (place, removed) in fitting.items():
+    for name, place, removed in fitting:
         nonzero = int((place.weight[removed] != 0).sum())
         if nonzero:
             raise ArgumentError(
@@ -383,10 +342,10 @@ def _refuse_nonzero(fitting: _Fitting) -> None:
             )
 
 
-def _merged(fitting: _Fitting) -> list[tuple[_Place, Tensor]]:
+def _merged(fitting: _Fitting) -> list[tuple[Place, Tensor]]:
     """One mask of removed weights for each parameter; several layers may own parts of one."""
-    masks: dict[int, tuple[_Place, Tensor]] = {}
-    for place, removed in fitting.values():
+    masks: dict[int, tuple[Place, Tensor]] = {}
+    for _, place, removed in fitting:
         p, part = place.parameter, place.weight
         if id(p) not in masks:
             whole = torch.empty_strided(p.shape, p.stride(), dtype=torch.bool, device=p.device)
