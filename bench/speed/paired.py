@@ -197,12 +197,16 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def _cpu_model() -> str:
+    """The processor's name, and its family and model: virtual machines leave the rest out."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    said = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    if "model name" not in said:
+        return platform.processor()
+    family, model = said.get("cpu family", "?"), said.get("model", "?")
+    return f"{said['model name']} (family {family}, model {model})"
 
 
 def table_row(row: Row) -> str:
