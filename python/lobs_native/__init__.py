@@ -23,6 +23,7 @@ from lobs_native.errors import (
     PatternError,
     ShapeError,
 )
+from lobs_native.files.compressed import load_compressed, save_compressed
 from lobs_native.layers import Layer, register_layer
 from lobs_native.network.batch_norm import reestimate_batch_norm
 from lobs_native.network.folding import fold_weights
@@ -96,6 +97,7 @@ __all__ = [
     "fold_weights",
     "from_sparse",
     "keep_masks",
+    "load_compressed",
     "measure_speed",
     "pack_masks",
     "plan_memory",
@@ -104,6 +106,7 @@ __all__ = [
     "prune_weight",
     "reestimate_batch_norm",
     "register_layer",
+    "save_compressed",
     "shrink",
     "sparse_linear",
     "to_sparse",
