@@ -140,7 +140,10 @@ def shrink(
         together; neurons and heads on the network as pruned so far, if ``inputs`` says so.
     refine : None or "solve"
         "solve" repairs what "magnitude" and "wanda" leave.
-    inputs, damping, forward, device, memory, progress, seed
+    damping : float >= 0
+        As in :func:`prune`; what is left is repaired with more where rows are few, as generalised
+        cross-validation finds it. The report has the damping used.
+    inputs, forward, device, memory, progress, seed
         As in :func:`prune`.
     run_dir, resume
         As in :func:`prune`: repaired layers are checkpointed. What is removed is decided again,

@@ -193,7 +193,7 @@ def _optimality(
 ) -> float:
     """The worst ratio of some rows of group g, which changed by dW (n, D) float64; ``G = dW H``.
     Both are overwritten."""
-    H, shift = problem.moments[g], problem.shift(g)
+    H, shift = problem.moments[g], problem.shift(g) * problem.repair_factor(g, removed[g])
     norm = problem.norm(g) + shift or 1.0
     if problem.drift is not None:
         dW -= problem.before[g, rows] - problem.original[g, rows]

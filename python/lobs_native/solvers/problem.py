@@ -52,6 +52,10 @@ class Problem:
     drift: Drift | None = None  # that of ``desired`` which is made up for
     desired: Drift | None = None  # by which errors are measured
     trusted: float = 1.0  # the share of ``desired`` in ``drift``
+    samples: Sequence[float] = ()  # of each second moment, as far as known
+    # By group, what was removed from all rows (D,) when their kept weights were last solved for,
+    # and with how many times the damping.
+    repaired: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     _norms: dict[int, float] = field(default_factory=dict, repr=False)  # see norm()
 
     @classmethod
@@ -125,6 +129,7 @@ class Problem:
             drift=drift,
             desired=desired,
             trusted=trusted,
+            samples=samples,
             _norms=norms,
         )
         if trusted < _FEW:
@@ -214,6 +219,18 @@ class Problem:
         if not self.inverses:
             return 0.0
         return self.inverses[g].damping * mean if mean > 0 else 1.0
+
+    def rows(self, g: int) -> float:
+        """How many samples group g's second moment is of, or tells as much as; infinite if that is
+        not known."""
+        known = self.samples[g] if self.samples else math.inf
+        return known if self.desired is None else min(known, self.desired.rows)
+
+    def repair_factor(self, g: int, removed: Tensor) -> float:
+        """How many times the damping the kept weights of group g were solved for with, where
+        ``removed`` (R, D) is; 1 if it was not more."""
+        last, factor = self.repaired.get(g, (removed, 1.0))
+        return factor if factor == 1.0 or bool((removed == last).all()) else 1.0
 
     def damped(self, g: int, rows: slice = slice(None)) -> Tensor:
         """(D, D) float64, or some rows of it: the second moment of group g over its inverse's

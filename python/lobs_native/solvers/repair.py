@@ -8,7 +8,7 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.errors import NotPositiveDefiniteError
 from lobs_native.solvers.conjugate import conjugate_gradients_
-from lobs_native.solvers.inversion import invert_
+from lobs_native.solvers.kept_columns import regressed
 from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem
 
@@ -27,7 +27,8 @@ def solve(
     are fewer: ``w - A[:, P] A[P, P]^-1 w[P]``, or ``w[S] + H[S, S]^-1 H[S, P] w[P]``. ``from_kept``
     takes the second, whose error does not grow with the condition of H. ``precise`` computes in
     float64. Where rows keep so many weights that it is faster, the second is solved by conjugate
-    gradients, for all rows at once. One inverse, in float64, serves rows that all lose the same.
+    gradients, for all rows at once. Rows that all lose the same are served by one inverse, in
+    float64, with more damping where samples are few: :func:`regressed`.
     """
     precise = problem.precise if precise is None else precise
     dtype = torch.float64 if precise else torch.float32
@@ -62,17 +63,17 @@ def solve(
 
 
 def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
-    """(R, D) float64: the best weights of group g where all rows lose the same, (D,) bool. One
-    inverse serves them."""
-    w, kept = problem.working(g, torch.float64), ~removed
-    H = problem.damped(g)
-    pull = w[:, removed] @ H[removed][:, kept]
-    H = H[kept][:, kept]
-    if not invert_(H):
+    """(R, D) float64: the best weights of group g where all rows lose the same, (D,) bool, with
+    more damping where its rows are few; see :func:`regressed`."""
+    w, scale = problem.working(g, torch.float64), problem.inverses[g].scale
+    H = problem.moments[g] / scale
+    found = regressed(H, w[:, removed], removed, problem.shift(g) / scale, problem.rows(g))
+    if found is None:
         raise NotPositiveDefiniteError(
             "hessian: what is kept of it is not positive definite; pass a larger damping"
         )
-    w[:, kept] += pull @ H
+    problem.repaired[g] = (removed, found.factor)
+    w[:, ~removed] += found.change
     return w
 
 

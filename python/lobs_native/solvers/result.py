@@ -33,7 +33,9 @@ class PrunedWeight:
     error: float
     relative_error: float  # error / tr(W H W^T)
     sparsity: float  # share of removed entries among those that could be removed
-    damping: float  # the fraction that was used; 0 where the method inverts nothing
+    # the fraction that was used; 0 where the method inverts nothing. Where all rows lose the same,
+    # the one that the kept weights were solved for with
+    damping: float
     method: str
     backend: str  # the backend that was used
     status: str  # "ok", or "damping raised"
@@ -45,7 +47,8 @@ class PrunedWeight:
     swaps: int = 0  # exchanges of a kept against a removed weight (refine="exchange")
     seconds: float = 0.0
     # the sum of the removals' costs before ``refine``, in units of ``error`` with the damped H, so
-    # that it is at least ``error`` up to rounding. None: the method does not compute it.
+    # that it is at least ``error`` up to rounding. None: the method does not compute it, or the
+    # kept weights were solved for with more damping than the removals were.
     predicted: float | None = None
     # the same at other sparsities: as many errors as sparsities, rising, the chosen one included
     curve_sparsity: tuple[float, ...] | None = None
@@ -67,7 +70,9 @@ def finish(
     Where they are meant to be the best for their mask and are not, they are solved for again.
     Tensors of the result have a leading G; ``begun`` is a time of ``time.perf_counter``.
     """
-    removed, costs = pruned.removed, pruned.costs
+    removed = pruned.removed
+    factor = _repair_factor(problem, removed)
+    costs = None if factor > 1 else pruned.costs  # which reckon with less damping
     weight, bias = problem.rounded(pruned.weights)
     unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
     if not pruned.optimal:
@@ -82,8 +87,17 @@ def finish(
                 f"{optimality:.3g}"
             )
             weight, bias = problem.rounded(solve(problem, removed, precise=True, from_kept=True))
+            factor = _repair_factor(problem, removed)
+            costs = None if factor > 1 else costs
             unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
             error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
+    damping = problem.damping * factor
+    if factor > 1:
+        problem.workspace.note(
+            f"the kept weights were solved for with damping {damping:.3g}, not "
+            f"{problem.damping:.3g}: with less they would follow the noise of few rows "
+            "(generalised cross-validation); more calibration data would help"
+        )
     energy = measurement.energy(problem)
     C = problem.in_features
     lost = measurement.lost_in_rounding(problem, weight, removed)
@@ -95,7 +109,7 @@ def finish(
         error=error,
         relative_error=error / energy if energy > 0 else (0.0 if error == 0 else math.inf),
         sparsity=int(torch.count_nonzero(removed)) / problem.total,
-        damping=problem.damping,
+        damping=damping,
         method=method,
         backend=problem.workspace.backend,
         status="damping raised" if problem.damping_raised else "ok",
@@ -110,6 +124,11 @@ def finish(
         condition=measurement.condition(problem),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _repair_factor(problem: Problem, removed: Tensor) -> float:
+    """How many times the damping the kept weights were solved for with, at the most."""
+    return max(problem.repair_factor(g, gone) for g, gone in enumerate(removed))
 
 
 def _raised(errors: tuple[float, ...] | None, by: float) -> tuple[float, ...] | None:

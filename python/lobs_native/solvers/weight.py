@@ -91,7 +91,8 @@ def prune_weight(
     damping : float >= 0
         Fraction of the mean diagonal of H that is added to the diagonal. Where Cholesky fails, 10
         and 100 times as much is tried; ``damping``, ``status`` and ``notes`` of the result then say
-        so.
+        so. Where all rows lose the same, the kept weights are solved for with more if the rows of
+        ``hessian`` are few, by generalised cross-validation (Golub, Heath & Wahba 1979).
     refine : None, "solve" or "exchange"
         "solve" recomputes the kept weights for the final mask in float64, whatever the method.
         "exchange" then swaps a kept weight of a row against a removed one as long as one swap
