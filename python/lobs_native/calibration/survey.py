@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, address, joined
 from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.mixtures import Mixtures, Outputs
 from lobs_native.calibration.mode import Mode
 from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
 from lobs_native.layers.block import Block
@@ -46,10 +47,13 @@ class Use:
 
     blocks: dict[Block, int] = field(default_factory=dict)  # operands of products, with their rows
     calls: dict[ConvCall, None] = field(default_factory=dict)  # convolutions with it as a filter
+    mixed: dict[ConvCall, int] = field(default_factory=dict)  # with filters mixed from it: samples
     biases: dict[str | None, None] = field(default_factory=dict)  # what is added in these; or None
     shifts: dict[Block, set[int]] = field(default_factory=dict)  # where in it, in entries
     added: int = 0  # how often it was added in a product or convolution as a bias
     changed: dict[str, None] = field(default_factory=dict)  # operations before it is multiplied
+    mixed_bias: bool = False  # biases are mixed from it in the same way
+    routes: bool = False  # its outputs mix them
     parts: bool = False  # multiplied in pieces that are no blocks
     both: bool = False  # multiplied with another parameter, or made into a weight by inputs
     looked_up: dict[str, None] = field(default_factory=dict)
@@ -70,7 +74,7 @@ class Use:
         """Whether it is nothing but an operand of products, or of convolutions."""
         return bool(self.blocks) != bool(self.calls) and not (
             self.changed or self.parts or self.both or self.looked_up or self.entrywise
-            or self.inputs or self.others or self.added
+            or self.inputs or self.others or self.added or self.mixed_bias
         )  # fmt: skip
 
 
@@ -95,6 +99,8 @@ class Survey(Mode):
         self._derived: dict[int, tuple[StorageWeakRef, dict[nn.Parameter, dict[str, None]]]] = {}
         self._copies = Copies[nn.Parameter]()
         self._mixed: dict[int, tuple[StorageWeakRef, list[nn.Parameter]]] = {}
+        self._mixtures = Mixtures[nn.Parameter]()
+        self._outputs = Outputs[nn.Parameter]()
         spans: list[tuple[int, int, nn.Parameter | None]] = []
         for name, parameter in model.named_parameters():
             if isinstance(parameter, UninitializedParameter):
@@ -121,6 +127,8 @@ class Survey(Mode):
         self._derived.clear()
         self._copies.clear()
         self._mixed.clear()
+        self._mixtures.clear()
+        self._outputs.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._stack.append(module)
@@ -139,8 +147,7 @@ class Survey(Mode):
             return self._run(func, args, kwargs)  # nested tensors have no strides to recognise
         direct = [self._direct(x) for x in tensors]
         origins = [self._origins(x) for x in tensors]
-        filtering = func is CONVOLUTION and bool(self._mixed)
-        if not any(direct) and not any(origins) and not filtering:
+        if not any([*direct, *origins, *(self._known(self._mixed, x) for x in tensors)]):
             return self._run(func, args, kwargs)
         if func not in PRODUCTS and func is not CONVOLUTION and isinstance(func, OpOverload):
             with self:  # in inference mode, linear and matmul are not yet decomposed
@@ -156,10 +163,15 @@ class Survey(Mode):
             unscaled = kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1
             left, right = args[first : first + 2]
             self._product(left, right, args[0] if first and unscaled else None)
-            own = [p for ps in direct for p in ps if not self._owned(p)]
+            weights = [*self._weights(left), *self._weights(right)]
+            own = [p for p in weights if not self._owned(p)]
             self._remember(self._mixed, result, own)
+            if len(own) == 1:
+                self._mixtures.note(own[0], own[0], func, args, result)
+            self._outputs.note(weights, result)
         elif func is CONVOLUTION:
             self._convolution(*args)
+            self._outputs.note(self._weights(args[1]), result)
         else:
             self._other(name, tensors, direct, origins, result)
             if func in COPYING and len(direct[0]) == 1:
@@ -175,6 +187,7 @@ class Survey(Mode):
         begun = time.perf_counter()
         result = func(*args, **kwargs)
         self.seconds += time.perf_counter() - begun
+        self._outputs.follow(func, args, result)
         return result
 
     def _other(
@@ -230,7 +243,7 @@ class Survey(Mode):
     def _pair(self, a: Tensor, b: Tensor, added: list[nn.Parameter], shift: Tensor | None) -> None:
         """a (n, C) @ b (C, m), and what is added to it (n, m), from the memory of ``added``."""
         sides = ((b, a), (a.T, b.T))
-        parameters = [self._copies.owners(weight) or self._direct(weight) for weight, _ in sides]
+        parameters = [self._weights(weight) for weight, _ in sides]
         for k, (weight, x) in enumerate(sides):
             shifted = shift if shift is None or k == 0 else shift.T
             others = parameters[1 - k]
@@ -296,8 +309,18 @@ class Survey(Mode):
                 self._place(p, "calls")
         for p, chain in self._origins(weight).items():
             self._note(p, "changed", *chain)
-        for p in self._known(self._mixed, weight) or ():
-            self._note(p, "both")
+        mixture = self._mixtures.of(weight)
+        if mixture is not None and (call := mixture.call(x, weight, arguments)) is not None:
+            seen = self.uses[mixture.owner].mixed
+            seen[call] = seen.get(call, 0) + len(mixture.routing)
+            self._place(mixture.owner, "mixed")
+            for p in self._outputs.of(mixture.routing):
+                self.uses[p].routes = True
+            if (shift := self._mixtures.of(bias)) is not None:
+                self._note(shift.owner, "mixed_bias")
+        else:
+            for p in self._known(self._mixed, weight) or ():
+                self._note(p, "both")
         for p in [*self._direct(x), *self._origins(x)]:
             self._note(p, "inputs")
         for p in added:
@@ -317,6 +340,10 @@ class Survey(Mode):
     def _direct(self, x: Tensor) -> list[nn.Parameter]:
         """The parameters in whose memory ``x`` lies."""
         return [p for p in self._overlapping(x) if p is not None]
+
+    def _weights(self, x: Tensor) -> list[nn.Parameter]:
+        """The parameters in whose memory, or in copies of which, ``x`` lies."""
+        return self._copies.owners(x) or self._direct(x)
 
     def _static(self, x: Tensor) -> bool:
         """Whether ``x`` lies in the memory of a parameter or buffer."""

@@ -18,12 +18,13 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, joined
+from lobs_native.calibration.mixtures import Mixtures
 from lobs_native.calibration.mode import Mode
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Matrix
 from lobs_native.layers.block import Block
 from lobs_native.layers.conv import ConvCall
-from lobs_native.layers.own import OwnConv, Product
+from lobs_native.layers.own import MixedConv, OwnConv, Product
 
 __all__ = [
     "CONVOLUTION",
@@ -71,6 +72,7 @@ class Watch(Mode):
         self._spans = sorted(spans, key=lambda entry: entry[:2])
         self._ends = [end for _, end, _, _ in self._spans]
         self._copies = Copies[Product]()
+        self._mixtures = Mixtures[MixedConv]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,12 +82,16 @@ class Watch(Mode):
         if not (viewing or any(x.is_nested for x in tensors)):
             touched = [layer for x in tensors for layer, _, _ in self._touching(x)]
             copies = [owner for x in tensors for owner in self._copies.owners(x)]
+            filters = any(self._mixtures.of(x) for x in tensors)
+            mixed = [layer for layer in touched if isinstance(layer, MixedConv)]
+            if mixed and func in PRODUCTS:
+                return self._mixing(mixed[0], func, args, kwargs)
             if (touched or copies) and func in PRODUCTS:
                 at = PRODUCTS[func]
                 self._product(*args[at : at + 2])
-            elif touched and func is CONVOLUTION:
+            elif func is CONVOLUTION and (touched or filters):
                 self._convolution(*args)
-            elif touched or copies:
+            elif touched or copies or filters:
                 result: Any = NotImplemented
                 if isinstance(func, OpOverload):
                     with self:  # in inference mode, linear and matmul are not yet decomposed
@@ -99,6 +105,13 @@ class Watch(Mode):
                 for layer in dict.fromkeys([*touched, *copies]):
                     self.fail(layer, f"used by {func.name()}")
         return func(*args, **kwargs)
+
+    def _mixing(self, layer: MixedConv, func: Any, args: Any, kwargs: Any) -> Any:
+        """A product with filters that routing weights mix."""
+        result = func(*args, **kwargs)
+        if not self._mixtures.note(layer, _operand(layer), func, args, result):
+            self.fail(layer, "used in a product of another form")
+        return result
 
     def _copied(
         self, func: Any, sources: list[Tensor], args: Any, kwargs: Any, result: Any
@@ -171,6 +184,12 @@ class Watch(Mode):
             self.see(layer, x, _of_group(group))
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
+        if mixture := self._mixtures.of(weight):
+            mixed, routing = mixture.owner, mixture.routing
+            if mixture.call(x, weight, arguments) == mixed.of_sample:
+                self.see(mixed, x, lambda x: mixed.columns(x, routing))
+            else:
+                self.fail(mixed, "used in a convolution of another form")
         for layer, _, _ in [
             *self._touching(x),
             *(self._touching(bias) if bias is not None else ()),

@@ -8,17 +8,26 @@ What such a layer looks like is not known from its type, but from its use (see
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native.layers.block import Block, strided
-from lobs_native.layers.conv import Conv, ConvCall
+from lobs_native.layers.conv import PATCH_BYTES, Conv, ConvCall
 from lobs_native.layers.conv_transpose import ConvTranspose
 from lobs_native.layers.matrix import Matrix
 
-__all__ = ["OwnConv", "OwnConvTranspose", "Product", "has_recurrent", "recurrent_in_products"]
+__all__ = [
+    "MixedConv",
+    "OwnConv",
+    "OwnConvTranspose",
+    "Product",
+    "has_recurrent",
+    "recurrent_in_products",
+]
 
 
 class Product(Matrix):
@@ -125,3 +134,60 @@ class OwnConv(Conv):
 
 class OwnConvTranspose(OwnConv, ConvTranspose):
     """The same for transposed convolutions."""
+
+
+class MixedConv(OwnConv):
+    """A parameter of E sets of filters, (E, R * groups, C_in / groups, *kernel) in any shape with E
+    first, from which each sample's are mixed by its routing weights: ``W(r) = sum_e r_e W_e``.
+
+    Since ``conv(x, W(r)) = sum_e conv(r_e x, W_e)``, it is one convolution of E times as many
+    channels: at each kernel position, first those for W_1, then those for W_2, and so on.
+
+    Source: Yang, Bender, Le & Ngiam 2019 (CondConv), section 3.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prefix: str,
+        module: nn.Module,
+        part: str,
+        *,
+        call: ConvCall,
+        caller: nn.Module,
+    ) -> None:
+        self.of_sample = call  # with the mixed filters
+        self.experts = len(module._parameters[part])  # type: ignore[arg-type]
+        all_channels = dataclasses.replace(call, in_channels=self.experts * call.in_channels)
+        super().__init__(name, prefix, module, part, "", call=all_channels, caller=caller)
+        self.width *= self.experts
+
+    @property
+    def neighbours(self) -> int:
+        return self.of_sample.in_channels // self.of_sample.groups
+
+    @property
+    def _filters(self) -> tuple[int, int, int, int, int]:
+        """(E, groups, R, C_in / groups, kernel positions)"""
+        positions = math.prod(self.kernel)
+        return self.experts, self.groups, self.rows, self.neighbours, positions
+
+    def pack(self, stored: Tensor) -> Tensor:
+        filters = stored.reshape(self._filters).permute(1, 2, 4, 0, 3)
+        return filters.reshape(self.groups, self.rows, self.width)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        E, G, R, channels, positions = self._filters
+        filters = packed.reshape(G, R, positions, E, channels)
+        return filters.permute(3, 0, 1, 4, 2).reshape(self.shape)
+
+    def columns(  # type: ignore[override]
+        self, inputs: Tensor, routing: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """``inputs`` are (1, B * C_in, *sizes), and ``routing`` the weights (B, E)."""
+        (B, E), sizes = routing.shape, inputs.shape[2:]
+        channels = inputs.reshape(B, self.groups, 1, -1, *sizes)
+        weights = routing.reshape(B, 1, E, 1, *(1 for _ in sizes))
+        at_once = max(1, PATCH_BYTES // (E * channels[0].numel() * inputs.element_size()))
+        for x, r in zip(channels.split(at_once), weights.split(at_once), strict=True):
+            yield from super().columns((x * r).flatten(1, 3))

@@ -8,11 +8,15 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["TABLE", "Conventions"]
+__all__ = ["MIXING", "TABLE", "Conventions"]
 
 _ROUTER = (
     "it is the router of a mixture of experts: a small change of it sends rows to other experts; "
     "include it by name to prune it"
+)
+MIXING = (
+    "it is the router of a convolution whose filters it mixes: a small change of it changes every "
+    "filter; include it by name to prune it"
 )
 _ADAPTER = (
     "it is part of an adapter, and zeros in it are lost when it is merged: merge it first, or keep "

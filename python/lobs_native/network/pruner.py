@@ -131,9 +131,9 @@ def prune(
         those of :func:`lobs_native.register_layer`, and every other parameter (its full name, or
         its module's if it is called "weight") that the model multiplies activations by: in
         functions, in modules with a forward of their own, in recurrent layers. Left alone are
-        routers of mixtures of experts, unless ``include`` names them (by a glob that does not end
-        in a star), adapters such as LoRA, and whatever is looked up or combined entry by entry. A
-        glob that matches nothing is an error.
+        routers of mixtures of experts and of mixed filters, unless ``include`` names them (by a
+        glob that does not end in a star), adapters such as LoRA, and whatever is looked up or
+        combined entry by entry. A glob that matches nothing is an error.
     strict : bool
         What cannot be pruned, or is used in a way that is not understood, is left out, with the
         reason in ``report.skipped``; a warning says so where that is more than 2 % of the weights

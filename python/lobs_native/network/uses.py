@@ -3,6 +3,7 @@ are not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,7 +17,8 @@ from lobs_native.calibration.watch import unobservable
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError, ShapeError
 from lobs_native.layers import Layer
 from lobs_native.layers.block import group_step
-from lobs_native.layers.own import OwnConv, OwnConvTranspose, Product
+from lobs_native.layers.own import MixedConv, OwnConv, OwnConvTranspose, Product
+from lobs_native.network.conventions import MIXING
 from lobs_native.network.coverage import nothing_left
 from lobs_native.network.selection import (
     Candidates,
@@ -108,14 +110,24 @@ def settle(
         ) from error
     modules = dict(session.model.named_modules())
     settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
+
+    def finished(
+        made: Layer | Reason, name: str, parameters: Iterable[nn.Parameter]
+    ) -> LayerJob | Reason:
+        routes = any(p in seen.uses and seen.uses[p].routes for p in parameters)
+        if routes and name not in candidates.named:
+            made = Reason(MIXING, on_purpose=True)
+        return _job_or_reason(made, settings)
+
     for layer in candidates.layers:
-        made = _job_or_reason(_of_layer(layer, seen, modules), settings)
+        of_layer = _of_layer(layer, seen, modules)
+        made = finished(of_layer, layer.name, layer.parameters.values())
         _refuse(made, layer.name, settings, candidates)
         settled.add(made, layer.name, weights_of(layer))
-    found = [
-        (x, _job_or_reason(_of_own(x, seen.uses[x.parameter], seen, modules), settings))
-        for x in candidates.own
-    ]
+    found = []
+    for x in candidates.own:
+        of_own = _of_own(x, seen.uses[x.parameter], seen, modules)
+        found.append((x, finished(of_own, x.name, [x.parameter])))
     of_layers = {
         id(parameter)
         for _, made in found
@@ -250,6 +262,13 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
         kind = OwnConvTranspose if call.transposed else OwnConv
         return kind(own.name, own.prefix, own.module, own.part, bias, call=call, caller=caller)
     parameter = own.parameter
+    if use.mixed:
+        if len(use.mixed) > 1:
+            return Reason("filters are mixed from it for convolutions of several forms")
+        if sum(use.mixed.values()) != sum(use.blocks.values()):  # samples, and rows of products
+            return Reason("filters are mixed from it, and it is multiplied otherwise as well")
+        (call,) = use.mixed
+        return MixedConv(own.name, own.prefix, own.module, own.part, call=call, caller=caller)
     first = next(iter(use.blocks))
     apart = group_step(first, parameter.numel()) if parameter.is_contiguous() else None
     alike = {(block.rows, block.columns) for block in use.blocks}
@@ -305,6 +324,8 @@ def _reason(use: Use) -> Reason:
     if not use.used:
         return Reason("it is not used on the calibration data")
     multiplied = bool(use.blocks or use.calls)
+    if use.mixed_bias:
+        return Reason("biases are mixed from it, which are added to products", True)
     if use.both:
         return Reason("it is multiplied with another weight, or made into one by activations")
     if use.changed.keys() & _STANDARDIZING:
