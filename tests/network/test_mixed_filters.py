@@ -219,6 +219,16 @@ REASONS = {
         ),
         "made into one by activations",
     ),
+    "every other filter": (
+        lambda m, x: pooled(
+            functional.conv2d(
+                x.reshape(1, -1, *x.shape[2:]),
+                (pooled(x)[:, :3] @ m.c.weight).view(-1, *m.c.filters[1:])[::2],
+                groups=len(x),
+            ).view(len(x), 4, 7, 7)
+        ).repeat(1, 2),
+        "made into one by activations",
+    ),
     "for one sample of several": (
         lambda m, x: pooled(
             functional.conv2d(x, (pooled(x)[:, :3] @ m.c.weight)[0].view(m.c.filters))
