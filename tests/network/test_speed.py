@@ -62,6 +62,21 @@ def test_the_counterpart_has_no_zeros_and_is_as_large():
     assert report.parameters[1] < report.parameters[0]
 
 
+def test_a_smaller_network_without_zeros_owes_nothing_to_sparse_kernels():
+    def dense(inner: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(260, inner), nn.ReLU(), nn.Linear(inner, 260))
+
+    small, x = dense(260), torch.randn(3, 260)
+    report = lobs.measure_speed(small, x, against=dense(2600), runtimes=BOTH, pairs=1)
+    assert [each.engine for each in report.engines] == ["torch"]
+    assert "50% zeros" in report.left["lobs.to_sparse"]
+    assert report.layers == ()
+    assert report.sparsity == 0
+    said = speed.advice([row("torch", 1.0, 0.97)], (), 0.0)
+    assert "no linear weight is zero" in said
+    assert "--against" in said
+
+
 def test_batches_may_be_tuples_and_dicts():
     class Sum(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, None]:

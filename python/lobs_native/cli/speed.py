@@ -111,7 +111,8 @@ def table(report: SpeedReport) -> str:
     for layer in report.layers:
         zeros, rows = f"{layer.sparsity:.0%}", str(layer.rows)
         of_layers.append((visible(layer.name), zeros, rows, *_cells(layer)))
-    parts.append(aligned(of_layers))
+    if report.layers:
+        parts.append(aligned(of_layers))
     parts += [f"{name}: not measured: {visible(why)}" for name, why in report.left.items()]
     before, after = report.parameters
     parts.append(

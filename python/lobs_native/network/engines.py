@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobs_native.errors import DtypeError
+from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.sparse_linear import to_sparse
 from lobs_native.version import __version__
 
@@ -110,7 +110,9 @@ def _torch(subject: Subject) -> Run:
 
 def _sparse(subject: Subject) -> Run:
     changed = copy.deepcopy(subject.called)
-    to_sparse(changed, sparsity=least_sparsity(subject.rows))
+    least = least_sparsity(subject.rows)
+    if not to_sparse(changed, sparsity=least).replaced:
+        raise ArgumentError(f"no large linear layer has {least:.0%} zeros or more")
     return _in_torch(changed, subject.tensors)
 
 

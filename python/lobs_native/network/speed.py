@@ -189,6 +189,11 @@ def advice(measured: Sequence[EngineSpeed], layers: Sequence[LayerSpeed], sparsi
             f"It pays here: {best.engine}{how} runs the pruned network {best.ratio:.2f} times as "
             "fast as the dense one."
         )
+    if not sparsity:
+        return (
+            "It does not pay here: no linear weight is zero. If the network is smaller instead, "
+            "give the one before it (against=, --against)."
+        )
     way = "lobs-native shrink makes a network smaller, and faster in every runtime"
     if sparsity < least:
         return (
@@ -246,6 +251,8 @@ def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
             torch.float32,
             torch.bfloat16,
         ):
+            continue
+        if not bool((module.weight == 0).any()):  # nothing for a sparse kernel to skip
             continue
         shape = tuple(module.weight.shape)
         if any(tuple(linear[other].weight.shape) == shape for other in rows):
