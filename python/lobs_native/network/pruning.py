@@ -28,7 +28,7 @@ from lobs_native.network.allocation import budget_costs
 from lobs_native.network.bound import covered_weights, error_bound_of, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
-from lobs_native.network.peak import Peak, give_back, keep_tight
+from lobs_native.network.peak import Peak, give_back, keep_tight, tighter
 from lobs_native.network.resources import RunPlan, plan_run, waiting_limit
 from lobs_native.network.search import Search
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
@@ -148,7 +148,7 @@ class Pruning:
         session, peak = self.session, Peak()
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             first = First(kept.enter_context(Shelf(waiting_limit(self.settings.memory))))
-            with self.stages.stage("looking at the model"):
+            with self.stages.stage("looking at the model"), tighter():
                 plan = self.look(None if self.settings.measure == "all" else first)
             self._warn("prune", 4)
             _show(plan, session.progress)
