@@ -54,14 +54,14 @@ def test_the_plan_of_an_admm_step_keeps_its_settings():
 
 
 def test_cpu_levels_have_every_operation():
-    assert len(OPERATIONS) == 13
+    assert len(OPERATIONS) == 14
     for level, _, _ in ops.levels():
         assert all(native.has(level, operation) for operation in OPERATIONS), level
 
 
 def test_the_cuda_kernels_leave_some_operations_to_others(emulated):
     lacking = {operation for operation in OPERATIONS if not native.has(emulated, operation)}
-    assert lacking == {"rank_rows", "support_solve", "exchange"}
+    assert lacking == {"rank_rows", "support_solve", "exchange", "sliced_linear"}
     empty = torch.empty(0, 0)
     arguments = (native.crossing(empty), empty.data_ptr(), empty.data_ptr())
     with pytest.raises(ValueError, match=f"'{emulated}' has no support_solve"):

@@ -40,8 +40,8 @@ def regressed(
     Minimises ``tr((lost - change) H (lost - change)^T) + s |change|^2``. The shift s is ``shift``
     or, where that gives a lower generalised cross-validation ``error / (1 - freedom / n)^2``, up to
     10,000 times as much: the first minimum, with n half of the ``samples`` (neighbouring rows are
-    alike) and ``freedom = tr(H (H + s I)^-1)``. From 100 samples for each kept column on, ``shift``
-    it is.
+    alike) and ``freedom = tr(H (H + s I)^-1)``. From 100 samples for each kept column on, and
+    where one column alone stays, such as that of a bias, ``shift`` it is.
 
     Parameters
     ----------
@@ -84,6 +84,6 @@ def regressed(
         if best is not None and validated >= least and least < math.inf:
             break
         best, least = Repair(change, factor), validated
-        if part < _MANY or shift == 0:
+        if part < _MANY or shift == 0 or len(M) == 1:
             break
     return best
