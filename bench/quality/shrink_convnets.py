@@ -44,10 +44,10 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native.calibration.session import Session
 from lobs_native.files.atomic import write_file
-from lobs_native.network.channels import channel_families
-from lobs_native.network.latency import LatencyTable, inputs_of, least_seconds
-from lobs_native.network.surgery import take_out
-from lobs_native.network.units import Family
+from lobs_native.network.shrinking.channels import channel_families
+from lobs_native.network.shrinking.latency import LatencyTable, inputs_of, least_seconds
+from lobs_native.network.shrinking.surgery import take_out
+from lobs_native.network.shrinking.units import Family
 from paper.data import FASHION
 from paper.networks import percent_wrong
 from quality.convnets import AT_ONCE, CALIBRATION, NETWORKS, fashion, trained

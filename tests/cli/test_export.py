@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lobs_native.cli import commands as cli
-from lobs_native.network import export as exporting
-from lobs_native.network.export import Stored
+from lobs_native.network.inference import export as exporting
+from lobs_native.network.inference.export import Stored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

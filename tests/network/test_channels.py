@@ -15,8 +15,8 @@ from torch.nn import functional
 import lobs_native as lobs
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
-from lobs_native.network import shrink as shrinking
-from lobs_native.network.channels import channel_families
+from lobs_native.network.shrinking import shrink as shrinking
+from lobs_native.network.shrinking.channels import channel_families
 
 
 class Network(nn.Module):
@@ -266,7 +266,7 @@ def test_a_failure_changes_nothing(monkeypatch):
     def refuse(*_: Any) -> None:
         raise ArgumentError("no")
 
-    monkeypatch.setattr("lobs_native.network.shrink._check_same", refuse)
+    monkeypatch.setattr("lobs_native.network.shrinking.shrink._check_same", refuse)
     with pytest.raises(ArgumentError, match="no"):
         lobs.shrink(model, images(), keep=0.5, multiple=2, progress=False)
     after = model.state_dict()

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
-from lobs_native.network import export as exporting
-from lobs_native.network.export import REFUSED, Stored, export, found_weight
+from lobs_native.network.inference import export as exporting
+from lobs_native.network.inference.export import REFUSED, Stored, export, found_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
-from lobs_native.network import latency
-from lobs_native.network.latency import LatencyTable
+from lobs_native.network.shrinking import latency
+from lobs_native.network.shrinking.latency import LatencyTable
 
 
 @pytest.fixture

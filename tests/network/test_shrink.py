@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError
 from lobs_native.network import layerwise
-from lobs_native.network.families import families_of
+from lobs_native.network.shrinking.families import families_of
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
@@ -257,7 +257,7 @@ def test_after_an_interruption_everything_is_as_it_was(monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lobs_native.network.shrink._check_same", interrupted)
+    monkeypatch.setattr("lobs_native.network.shrinking.shrink._check_same", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lobs.shrink(model, tokens(), keep=0.5, progress=False)
     assert same(states(model), before)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.network import engines, speed
+from lobs_native.network.inference import engines, speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("torch", "lobs.to_sparse")

@@ -11,7 +11,7 @@ from lobs_native.cli import job
 from lobs_native.cli.speed import batch_of
 from lobs_native.cli.tables import aligned
 from lobs_native.files.atomic import new_folder
-from lobs_native.network.export import FORMATS, QUANTIZERS, REFUSED, ExportReport, export
+from lobs_native.network.inference.export import FORMATS, QUANTIZERS, REFUSED, ExportReport, export
 from lobs_native.report.text import visible
 
 __all__ = ["add_command", "by_option", "run", "table"]

@@ -12,9 +12,9 @@ from lobs_native.cli.job import Job
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError
 from lobs_native.files.atomic import new_folder
-from lobs_native.network.shrink import shrink
-from lobs_native.network.shrink_plan import BUDGETS
-from lobs_native.network.units import KINDS
+from lobs_native.network.shrinking.shrink import shrink
+from lobs_native.network.shrinking.shrink_plan import BUDGETS
+from lobs_native.network.shrinking.units import KINDS
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
 

@@ -16,8 +16,8 @@ from lobs_native.cli import job
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError, LobsError
 from lobs_native.files.atomic import write_file
-from lobs_native.network.engines import ENGINES
-from lobs_native.network.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
+from lobs_native.network.inference.engines import ENGINES
+from lobs_native.network.inference.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
 from lobs_native.report.text import visible
 
 __all__ = ["add_command", "batch_of", "by_option", "run", "table"]

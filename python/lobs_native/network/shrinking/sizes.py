@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError
-from lobs_native.network.units import KINDS, Family
+from lobs_native.network.shrinking.units import KINDS, Family
 from lobs_native.solvers.joint import Removal
 
 __all__ = ["Counts", "Work", "divided", "kept", "share_of", "shares_of", "uniform"]

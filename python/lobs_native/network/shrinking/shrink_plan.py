@@ -15,14 +15,22 @@ from lobs_native.calibration.flow import flow_of
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
-from lobs_native.network.channels import channel_families
-from lobs_native.network.configured import configurable
-from lobs_native.network.families import families_of
-from lobs_native.network.latency import LatencyTable, inputs_of, table_of
-from lobs_native.network.removals import removals_of
-from lobs_native.network.sizes import Counts, Work, divided, kept, share_of, shares_of, uniform
-from lobs_native.network.surgery import stands_alone
-from lobs_native.network.units import Family, columns_of
+from lobs_native.network.shrinking.channels import channel_families
+from lobs_native.network.shrinking.configured import configurable
+from lobs_native.network.shrinking.families import families_of
+from lobs_native.network.shrinking.latency import LatencyTable, inputs_of, table_of
+from lobs_native.network.shrinking.removals import removals_of
+from lobs_native.network.shrinking.sizes import (
+    Counts,
+    Work,
+    divided,
+    kept,
+    share_of,
+    shares_of,
+    uniform,
+)
+from lobs_native.network.shrinking.surgery import stands_alone
+from lobs_native.network.shrinking.units import Family, columns_of
 from lobs_native.solvers.joint import Removal
 
 __all__ = ["BUDGETS", "Goal", "ShrinkPlan", "plan_shrinking"]

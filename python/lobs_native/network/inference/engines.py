@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.network.sparse_linear import to_sparse
+from lobs_native.network.inference.sparse_linear import to_sparse
 from lobs_native.version import __version__
 
 __all__ = ["ENGINES", "Run", "Subject", "engine_version", "least_sparsity", "missing"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lobs_native.network.surgery import replace
-from lobs_native.network.units import Family
+from lobs_native.network.shrinking.surgery import replace
+from lobs_native.network.shrinking.units import Family
 
 __all__ = ["configurable", "fits_its_class", "new_counts"]
 

@@ -20,7 +20,7 @@ from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files.atomic import write_file
 from lobs_native.files.strict_json import parse_json
-from lobs_native.network.units import inputs_axis
+from lobs_native.network.shrinking.units import inputs_axis
 
 __all__ = ["LatencyTable", "inputs_of", "least_seconds", "table_of"]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError
-from lobs_native.network import engines
-from lobs_native.network.sparse_linear import sparse_linear
+from lobs_native.network.inference import engines
+from lobs_native.network.inference.sparse_linear import sparse_linear
 from lobs_native.ops import backends
 
 __all__ = ["EngineSpeed", "LayerSpeed", "SpeedReport", "measure_speed"]

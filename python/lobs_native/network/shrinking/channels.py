@@ -13,7 +13,7 @@ from lobs_native.calibration.session import Session
 from lobs_native.calibration.ties import Ties
 from lobs_native.layers import Layer, Linear, layers_of
 from lobs_native.layers.conv import Conv
-from lobs_native.network.units import Family, Slot, columns_of
+from lobs_native.network.shrinking.units import Family, Slot, columns_of
 
 __all__ = ["channel_families"]
 

@@ -3,7 +3,8 @@ linear layer reads, and which can be removed unit by unit.
 
 A unit is a neuron of a feed-forward layer (with its gate), or a group of attention heads that share
 keys and values. It is found by the names that libraries give to the layers, and by sizes that fit;
-:mod:`lobs_native.network.shrink` checks by running the network that nothing else depends on it.
+:mod:`lobs_native.network.shrinking.shrink` checks by running the network that nothing else depends
+on it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lobs_native.network.units import Family, Slot, inputs_axis, linear_shape
+from lobs_native.network.shrinking.units import Family, Slot, inputs_axis, linear_shape
 
 __all__ = ["families_of"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
-from lobs_native.network.engines import Subject
+from lobs_native.network.inference.engines import Subject
 
 __all__ = ["FORMATS", "QUANTIZERS", "REFUSED", "ExportReport", "ExportedWeight", "export"]
 

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lobs_native.calibration.session import Session
-from lobs_native.network.alike import alike, output_of
-from lobs_native.network.units import Family, Slot, inputs_axis, linear_shape
+from lobs_native.network.shrinking.alike import alike, output_of
+from lobs_native.network.shrinking.units import Family, Slot, inputs_axis, linear_shape
 
 __all__ = ["replace", "stands_alone", "take_out"]
 

@@ -12,7 +12,7 @@ from lobs_native.calibration.moments import Moments, calibrate
 from lobs_native.calibration.session import Session
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.layers import Layer, layers_of
-from lobs_native.network.units import Family, columns_of
+from lobs_native.network.shrinking.units import Family, columns_of
 from lobs_native.solvers.joint import Reader, Removal, cheapest_first, joint_removal
 from lobs_native.solvers.measurement import energy
 from lobs_native.solvers.problem import Problem

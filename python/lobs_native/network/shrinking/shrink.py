@@ -17,14 +17,14 @@ from lobs_native import checks
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import overwrite
-from lobs_native.network.alike import alike, apart, output_of
 from lobs_native.network.batch_norm import reestimate_batch_norm, statistics_of
-from lobs_native.network.configured import fits_its_class, new_counts
 from lobs_native.network.pruner import carried_out
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shrink_plan import Goal, ShrinkPlan, plan_shrinking
-from lobs_native.network.surgery import replace, take_out
-from lobs_native.network.units import KINDS, Family, inputs_axis
+from lobs_native.network.shrinking.alike import alike, apart, output_of
+from lobs_native.network.shrinking.configured import fits_its_class, new_counts
+from lobs_native.network.shrinking.shrink_plan import Goal, ShrinkPlan, plan_shrinking
+from lobs_native.network.shrinking.surgery import replace, take_out
+from lobs_native.network.shrinking.units import KINDS, Family, inputs_axis
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import COLUMNS
 
