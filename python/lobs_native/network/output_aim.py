@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lobs_native.calibration.distance import PIECE, Distance
+from lobs_native.calibration.finished import with_forward
 from lobs_native.calibration.outputs import (
     counted_rows,
     floating_tensors,
@@ -130,14 +131,8 @@ def check_differentiable(session: Session, parameters: Sequence[nn.Parameter]) -
 def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """For a while, blocks keep nothing of a forward pass for the backward pass but their inputs,
     and run once more then (Chen et al. 2016). Gradients are the same."""
-    own = {block: vars(block).get("forward") for block in blocks}
-    try:
-        for block in own:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    with contextlib.ExitStack() as scope:
+        for block in blocks:
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            scope.enter_context(with_forward(block, again))
         yield
-    finally:
-        for block, forward in own.items():
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
