@@ -342,6 +342,6 @@ def test_large_rows_are_measured_in_pieces_alike(masked, monkeypatch):
             return dataclasses.astuple(measure_change(session, limit))
 
     whole = measured()
-    monkeypatch.setattr(outputs, "_PIECE", 64)
+    monkeypatch.setattr(outputs, "PIECE", 64)
     assert measured() == pytest.approx(whole)
     assert measured(0) == pytest.approx(whole)

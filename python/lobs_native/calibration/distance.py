@@ -20,9 +20,11 @@ class Distance:
     ``logits``; of squared differences otherwise.
 
     ``size`` is what it is relative to: the number of the rows, or the sum of the original squares.
+    Rows are converted to ``least`` if they are narrower.
     """
 
     logits: bool
+    least: torch.dtype = torch.float32
     difference: float = 0.0
     size: float = 0.0
     entries: int = 0  # that were compared
@@ -51,16 +53,16 @@ class Distance:
             Overwritten by the gradient of the sum with respect to ``x``: ``softmax(x) -
             softmax(original)``, or twice the difference; 0 for rows that do not count.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, self.least)
         begin = 0
         for piece in original:
             end = begin + piece.numel()
-            a, b = x[begin:end].view(-1, width).to(wide), piece.view(-1, width).to(wide)
+            a, b = x[begin:end].view(-1, width), piece.view(-1, width)
             if counts is not None:
                 counted = counts[begin // width : end // width]
                 a, b = a[counted], b[counted]
-            slope = self._rows(a, b)
-            if gradient is not None:
+            slope = self._rows(a.to(wide), b.to(wide), sloped=gradient is not None)
+            if gradient is not None and slope is not None:
                 out = gradient[begin:end].view(-1, width)
                 if counts is None:
                     out.copy_(slope)
@@ -69,8 +71,9 @@ class Distance:
                     out[counted] = slope.to(out.dtype)
             begin = end
 
-    def _rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """Add rows (n, width) of an output and of the original one; the gradient for the former."""
+    def _rows(self, a: Tensor, b: Tensor, *, sloped: bool) -> Tensor | None:
+        """Add rows (n, width) of an output and of the original one. Returns the gradient for the
+        former if ``sloped``."""
         self.entries += a.numel()
         if self.logits:
             q, p = a.log_softmax(1), b.log_softmax(1)
@@ -78,11 +81,11 @@ class Distance:
             p = p.exp_()
             self.difference += float((p * gap).sum(dtype=torch.float64))
             self.size += a.shape[0]
-            return q.exp_().sub_(p)
+            return q.exp_().sub_(p) if sloped else None
         gap = a - b
         self.difference += float(gap.square().sum(dtype=torch.float64))
         self.size += float(b.square().sum(dtype=torch.float64))
-        return gap.mul_(2)
+        return gap.mul_(2) if sloped else None
 
     @property
     def relative(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lobs_native.calibration.distance import PIECE, Distance
 from lobs_native.calibration.session import Session
 from lobs_native.files.shelf import Shelf
 
@@ -22,7 +23,7 @@ __all__ = [
     "First",
     "Sample",
     "Samples",
-    "counted_rows",
+    "compared",
     "floating_tensors",
     "held_back_loss",
     "keep_output",
@@ -34,8 +35,7 @@ __all__ = [
 ]
 
 SAMPLE = 512  # rows of output in a sample
-_PIECE = 1 << 18  # elements converted to float64 at a time
-MEASURING = 4 * 8 * _PIECE  # bytes that measuring takes besides the outputs
+MEASURING = 4 * 8 * PIECE  # bytes that measuring takes besides the outputs
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def keep_output(shelf: Shelf, number: int, output: Any, session: Session, batch:
     for i, x in enumerate(floating_tensors(output)):
         shelf.put_copy((number, i, x.shape), x.reshape(-1))
         if x.numel():
-            tokens, width = counted_rows(x, mask)
+            tokens, width = _counted_rows(x, mask)
             entries = x.numel() if tokens is None else int(tokens.sum()) * width
             rows += entries / x.shape[-1]
     return rows
@@ -232,8 +232,7 @@ def _change_of(
 ) -> Change | None:
     """The change on one batch. It is a function of its own so that the outputs are freed before the
     model runs on the next one."""
-    difference = size = rows = 0.0
-    mask = session.output_mask(batch)
+    rows, mask = 0.0, session.output_mask(batch)
     with Shelf(limit) as again:
         before = again
         if sample is not None:
@@ -245,34 +244,34 @@ def _change_of(
         if not now or keys != sorted(key for key in before if key[0] == number):
             return None
         logits = any(x.shape[-1] == vocabulary for x in now)
-        for key, x in zip(keys, now, strict=True):
-            if not x.numel() or (logits and x.shape[-1] != vocabulary):
-                continue
-            tokens, width = counted_rows(x, mask, x.shape[-1] if logits else 1)
-            step = max(1, _PIECE // width) * width
-            parts = zip(x.reshape(-1).split(step), before.parts(key, step), strict=True)
-            for k, (a, b) in enumerate(parts):
-                if tokens is not None:
-                    counts = tokens[k * step // width :][: len(a) // width]
-                    a, b = a.view(-1, width)[counts], b.view(-1, width)[counts]
-                if logits:
-                    difference += _divergence(b.view(-1, width), a.view(-1, width))
-                    size += a.numel() / width
-                    continue
-                wide = b.double()
-                size += float(wide.square().sum())
-                difference += float((wide - a).square().sum())
-                rows += a.numel() / x.shape[-1]
-    return Change(difference, size, rows, 1)
+        distance = Distance(logits, torch.float64)
+        for x, original, counts, width in compared(
+            now, before, number, mask, vocabulary if logits else None
+        ):
+            entries = distance.entries
+            distance.add(x.reshape(-1), original, counts, width)
+            rows += (distance.entries - entries) / x.shape[-1]
+    return Change(distance.difference, distance.size, rows, 1)
 
 
-def _divergence(original: Tensor, other: Tensor) -> float:
-    """The sum of KL(p || q) over rows (n, V): p is the softmax of ``original``, q of ``other``."""
-    p, q = original.double().log_softmax(1), other.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum())
+def compared(
+    outputs: Sequence[Tensor],
+    originals: Shelf,
+    number: int,
+    mask: Tensor | None,
+    vocabulary: int | None,
+) -> Iterator[tuple[Tensor, Iterator[Tensor], Tensor | None, int]]:
+    """What :meth:`Distance.add` takes for each of the outputs for a batch: it, pieces of the
+    original one, which rows count, and the entries of a row. With a ``vocabulary``, those that are
+    logits over it."""
+    for i, x in enumerate(outputs):
+        if x.numel() and vocabulary in (None, x.shape[-1]):
+            counts, width = _counted_rows(x, mask, vocabulary or 1)
+            step = max(1, PIECE // width) * width
+            yield x, originals.parts((number, i, x.shape), step), counts, width
 
 
-def counted_rows(x: Tensor, mask: Tensor | None, width: int = 1) -> tuple[Tensor | None, int]:
+def _counted_rows(x: Tensor, mask: Tensor | None, width: int = 1) -> tuple[Tensor | None, int]:
     """Which rows of the flat ``x`` count, and how many entries each has; None, and ``width``, if
     all do."""
     tokens = tokens_in(x, mask)

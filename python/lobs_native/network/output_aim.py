@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lobs_native.calibration.distance import PIECE, Distance
 from lobs_native.calibration.finished import with_forward
 from lobs_native.calibration.outputs import (
-    counted_rows,
+    compared,
     floating_tensors,
     keep_output,
     vocabulary_of,
@@ -90,11 +90,7 @@ class OutputAim:
                 "tune: the pruned model returns tensors of other shapes than the original one, "
                 f"which cannot be compared{_WAY_OUT}"
             )
-        for key, x in zip(keys, now, strict=True):
-            if x.numel() and self.width in (None, x.shape[-1]):
-                counts, width = counted_rows(x, mask, self.width or 1)
-                step = max(1, PIECE // width) * width
-                yield x, self.targets.parts(key, step), counts, width
+        yield from compared(now, self.targets, number, mask, self.width)
 
 
 def aiming_bytes(output: int) -> int:
