@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobs_native.calibration.copies import Copies, address
+from lobs_native.calibration.copies import Copies
+from lobs_native.calibration.storages import address
 from lobs_native.layers.block import Block, group_step, merged, strided
 
 

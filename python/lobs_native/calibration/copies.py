@@ -10,11 +10,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from lobs_native.calibration.storages import Storages
 from lobs_native.layers.block import Block, Dims, merged
 
-__all__ = ["COPYING", "JOINING", "VIEWING", "Copies", "Copy", "Piece", "address", "joined"]
+__all__ = ["COPYING", "JOINING", "VIEWING", "Copies", "Copy", "Piece", "joined"]
 
 _aten = torch.ops.aten
 COPYING = (_aten.clone.default, _aten._to_copy.default)
@@ -86,7 +86,7 @@ class Copies(Generic[Owner]):
     """The copies that are in memory."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[StorageWeakRef, tuple[Copy[Owner], ...]]] = {}
+        self._kept = Storages[tuple[Copy[Owner], ...]]()
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -128,19 +128,11 @@ class Copies(Generic[Owner]):
             if size > 1 and step != reached:
                 return False  # not dense: it has been expanded
             reached *= size
-        if not address(result):
-            return False
-        self._kept[address(result)] = (StorageWeakRef(result.untyped_storage()), tuple(copies))
-        return True
+        return self._kept.note(result, tuple(copies))
 
     def of(self, x: Tensor) -> tuple[Copy[Owner], ...]:
         """The copies in whose storage ``x`` lies."""
-        if not self._kept or (entry := self._kept.get(address(x))) is None:
-            return ()
-        if entry[0].expired():
-            del self._kept[address(x)]
-            return ()
-        return entry[1]
+        return self._kept.of(x) or ()
 
     def owners(self, x: Tensor) -> list[Owner]:
         """The owners of these copies, each once."""
@@ -207,14 +199,6 @@ def _runs(copies: Sequence[Copy[Owner]], entries: Tensor) -> list[tuple[int, sli
     ends = lengths.cumsum(0).tolist()
     begins = [0, *ends[:-1]]
     return [(k, slice(*ends)) for k, *ends in zip(each.tolist(), begins, ends, strict=True)]
-
-
-def address(x: Tensor) -> int:
-    """The address of a tensor's storage; 0 if it has none."""
-    try:
-        return x.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def _factors(values: Tensor) -> Dims | None:

@@ -4,17 +4,15 @@ each of B samples filters of its own, which one convolution with B times as many
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
-from lobs_native.calibration.copies import address
+from lobs_native.calibration.storages import Storages, tensors_in
 from lobs_native.layers.conv import ConvCall
 
 __all__ = ["Mixture", "Mixtures", "Outputs"]
@@ -54,7 +52,7 @@ class Mixtures(Generic[Owner]):
     """The mixed filters that are in memory."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[StorageWeakRef, Mixture[Owner]]] = {}
+        self._kept = Storages[Mixture[Owner]]()
 
     def note(self, owner: Owner, parameter: Tensor, func: Any, args: Any, result: Any) -> bool:
         """Remember what a product has made of activations and a whole parameter (E, ...); whether
@@ -64,19 +62,14 @@ class Mixtures(Generic[Owner]):
         routing, filters = args
         whole = filters.data_ptr() == parameter.data_ptr() and filters.numel() == parameter.numel()
         in_order = filters.is_contiguous() and parameter.is_contiguous() and result.is_contiguous()
-        if not (whole and in_order and len(filters) == len(parameter) and address(result)):
+        if not (whole and in_order and len(filters) == len(parameter)):
             return False
-        self._kept = {at: entry for at, entry in self._kept.items() if not entry[0].expired()}
-        mixture = Mixture(owner, routing, result.numel())
-        self._kept[address(result)] = StorageWeakRef(result.untyped_storage()), mixture
-        return True
+        self._kept.forget_freed()  # with their routing weights
+        return self._kept.note(result, Mixture(owner, routing, result.numel()))
 
     def of(self, x: Any) -> Mixture[Owner] | None:
         """The mixture in whose memory a tensor lies, if it is one and does."""
-        if not self._kept or not isinstance(x, Tensor):
-            return None
-        reference, mixture = self._kept.get(address(x), (None, None))
-        return None if reference is None or reference.expired() else mixture
+        return self._kept.of(x) if isinstance(x, Tensor) else None
 
     def clear(self) -> None:
         """Forget all."""
@@ -88,26 +81,23 @@ class Outputs(Generic[Owner]):
     as routing weights are."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[StorageWeakRef, list[Owner]]] = {}
+        self._kept = Storages[dict[Owner, None]]()
 
-    def note(self, owners: list[Owner], result: Any) -> None:
+    def note(self, owners: Iterable[Owner], result: Any) -> None:
         """Remember the output of a layer, by the owners of its weights."""
-        for x in tree_leaves(result):
-            if owners and isinstance(x, Tensor) and address(x):
-                self._kept[address(x)] = StorageWeakRef(x.untyped_storage()), owners
+        if each := dict.fromkeys(owners):
+            self._kept.note(result, each)
 
     def follow(self, func: Any, args: Any, result: Any) -> None:
         """Remember what an operation makes of outputs."""
         if self._kept and isinstance(func, OpOverload):
             name = func._schema.name.split("::")[-1]
             if torch.Tag.pointwise in func.tags or name in _FOLLOWED:
-                read = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-                self.note([owner for x in read for owner in self.of(x)], result)
+                self.note((owner for x in tensors_in(args) for owner in self.of(x)), result)
 
-    def of(self, x: Tensor) -> list[Owner]:
+    def of(self, x: Tensor) -> Collection[Owner]:
         """Of which layers a tensor is the output."""
-        reference, owners = self._kept.get(address(x), (None, []))
-        return [] if reference is None or reference.expired() else owners
+        return self._kept.of(x) or {}
 
     def clear(self) -> None:
         """Forget all."""

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from torch._compile import _disable_dynamo
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Mode"]
@@ -18,6 +19,8 @@ class Mode(TorchDispatchMode):
     that, which takes as long as importing torch. Here that is done only where it has been imported.
     """
 
+    supports_higher_order_operators = True
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
         raw = cls.__torch_dispatch__
@@ -28,6 +31,15 @@ class Mode(TorchDispatchMode):
             return run(self, func, types, args, kwargs)
 
         cls.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
+
+    def decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation as those that it consists of, which this mode observes in turn, and
+        return its result; NotImplemented if it consists of no others. In inference mode, linear and
+        matmul are not yet decomposed."""
+        if not isinstance(func, OpOverload):
+            return NotImplemented
+        with self:
+            return func.decompose(*args, **kwargs)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.mode import Mode
+from lobs_native.calibration.storages import address, tensors_in
 
 __all__ = ["Sums"]
 
@@ -27,8 +27,6 @@ class Sums(Mode):
 
     ``then(name)`` is called after each sum.
     """
-
-    supports_higher_order_operators = True
 
     def __init__(
         self, modules: Mapping[str, nn.Module], then: Callable[[str], None] | None = None
@@ -60,9 +58,9 @@ class Sums(Mode):
     def _hook(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
-            if isinstance(output, Tensor) and not output.is_nested and _address(output):
+            if isinstance(output, Tensor) and not output.is_nested and address(output):
                 # The reference keeps the address from being used again.
-                self._outputs[_address(output)] = (name, output)
+                self._outputs[address(output)] = (name, output)
             else:
                 self.elsewhere.add(name)
 
@@ -76,8 +74,8 @@ class Sums(Mode):
         if func in _ADDS and kwargs.get("alpha", 1) == 1:
             summed = self._sum(*args[:2])
         if summed is None:
-            for x in tree_leaves((args, kwargs)):
-                if isinstance(x, Tensor) and (used := self._outputs.get(_address(x))):
+            for x in tensors_in((args, kwargs)):
+                if used := self._outputs.get(address(x)):
                     self.elsewhere.add(used[0])
         result = func(*args, **kwargs)
         if summed is not None and self.then is not None:
@@ -86,26 +84,18 @@ class Sums(Mode):
 
     def _sum(self, a: Any, b: Any) -> str | None:
         """The name of the module whose output is added to something else; None if there is none."""
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or _address(a) == _address(b):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or address(a) == address(b):
             return None
         if a.is_nested or b.is_nested:
             return None
         for y, other in ((a, b), (b, a)):
-            if (known := self._outputs.get(_address(y))) is None:
+            if (known := self._outputs.get(address(y))) is None:
                 continue
             name, output = known
             if len(self.addends[name]) == self.calls[name]:
                 continue  # a second use of the same output
             alike = y.shape == output.shape == other.shape and y.dtype == other.dtype
-            if alike and y.stride() == output.stride() and _address(other) not in self._outputs:
+            if alike and y.stride() == output.stride() and address(other) not in self._outputs:
                 self.addends[name].append(other.detach().clone())
                 return name
         return None
-
-
-def _address(x: Tensor) -> int:
-    """The address of a tensor's storage; 0 if it has none."""
-    try:
-        return x.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0

@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
-from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, address, joined
+from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, joined
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.mixtures import Mixtures, Outputs
 from lobs_native.calibration.mode import Mode
+from lobs_native.calibration.storages import Storages, tensors_in
 from lobs_native.calibration.watch import CONVOLUTION, PRODUCTS, span
 from lobs_native.layers.block import Block
 from lobs_native.layers.conv import ConvCall
@@ -84,8 +82,6 @@ class Survey(Mode):
     ``owners`` has, for some parameters, the modules by whose calls they are meant to be used.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(
         self, model: nn.Module, owners: Mapping[nn.Parameter, Sequence[nn.Module]]
     ) -> None:
@@ -96,9 +92,9 @@ class Survey(Mode):
         self.seconds = 0.0  # of the operations alone, without looking at them
         self._names: dict[nn.Parameter, str] = {}
         self._stack: list[nn.Module] = [model]
-        self._derived: dict[int, tuple[StorageWeakRef, dict[nn.Parameter, dict[str, None]]]] = {}
+        self._derived = Storages[dict[nn.Parameter, dict[str, None]]]()  # with the operations
         self._copies = Copies[nn.Parameter]()
-        self._mixed: dict[int, tuple[StorageWeakRef, list[nn.Parameter]]] = {}
+        self._mixed = Storages[list[nn.Parameter]]()  # with activations
         self._mixtures = Mixtures[nn.Parameter]()
         self._outputs = Outputs[nn.Parameter]()
         spans: list[tuple[int, int, nn.Parameter | None]] = []
@@ -141,21 +137,20 @@ class Survey(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in((args, kwargs))
         viewing = getattr(func, "is_view", False) or func in VIEWING
         if viewing or any(x.is_nested for x in tensors):
             return self._run(func, args, kwargs)  # nested tensors have no strides to recognise
         direct = [self._direct(x) for x in tensors]
         origins = [self._origins(x) for x in tensors]
-        if not any([*direct, *origins, *(self._known(self._mixed, x) for x in tensors)]):
+        if not any([*direct, *origins, *(self._mixed.of(x) for x in tensors)]):
             return self._run(func, args, kwargs)
-        if func not in PRODUCTS and func is not CONVOLUTION and isinstance(func, OpOverload):
-            with self:  # in inference mode, linear and matmul are not yet decomposed
-                result = func.decompose(*args, **kwargs)
+        if func not in PRODUCTS and func is not CONVOLUTION:
+            result = self.decomposed(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = self._run(func, args, kwargs)
-        if not any(isinstance(x, Tensor) and x.numel() for x in tree_leaves(result)):
+        if not any(x.numel() for x in tensors_in(result)):
             return result  # a comparison, or of no rows: nothing of the weights goes on
         name = func.name().removeprefix("aten::").partition(".")[0]
         if func in PRODUCTS:
@@ -165,7 +160,8 @@ class Survey(Mode):
             self._product(left, right, args[0] if first and unscaled else None)
             weights = [*self._weights(left), *self._weights(right)]
             own = [p for p in weights if not self._owned(p)]
-            self._remember(self._mixed, result, own)
+            if own:
+                self._mixed.note(result, own)
             if len(own) == 1:
                 self._mixtures.note(own[0], own[0], func, args, result)
             self._outputs.note(weights, result)
@@ -213,7 +209,8 @@ class Survey(Mode):
                 self._place(p)
             for chain in chains.values():
                 chain[name] = None
-            self._remember(self._derived, result, chains)
+            if chains:
+                self._derived.note(result, chains)
             return
         involved = [p for ps in (*direct, *origins) for p in ps]
         for p in dict.fromkeys(involved):
@@ -223,7 +220,8 @@ class Survey(Mode):
                 self._note(p, "inputs")
             else:
                 self._note(p, "entrywise" if name in _ENTRYWISE else "others", name)
-        self._remember(self._mixed, result, [p for p in involved if not self._owned(p)])
+        if own := [p for p in involved if not self._owned(p)]:
+            self._mixed.note(result, own)
 
     def _product(self, left: Tensor, right: Tensor, bias: Any) -> None:
         if right.ndim == left.ndim - 1:  # a vector
@@ -319,7 +317,7 @@ class Survey(Mode):
             if (shift := self._mixtures.of(bias)) is not None:
                 self._note(shift.owner, "mixed_bias")
         else:
-            for p in self._known(self._mixed, weight) or ():
+            for p in self._mixed.of(weight) or ():
                 self._note(p, "both")
         for p in [*self._direct(x), *self._origins(x)]:
             self._note(p, "inputs")
@@ -351,17 +349,7 @@ class Survey(Mode):
 
     def _origins(self, x: Tensor) -> dict[nn.Parameter, dict[str, None]]:
         """The parameters from which ``x`` was computed, with the operations on the way."""
-        return self._known(self._derived, x) or {}
-
-    def _known(self, kept: Mapping[int, tuple[StorageWeakRef, Any]], x: Tensor) -> Any:
-        if not kept or (entry := kept.get(address(x))) is None:
-            return None
-        return None if entry[0].expired() else entry[1]
-
-    def _remember(self, kept: dict[int, tuple[StorageWeakRef, Any]], result: Any, of: Any) -> None:
-        for x in tree_leaves(result):
-            if of and isinstance(x, Tensor) and address(x):
-                kept[address(x)] = (StorageWeakRef(x.untyped_storage()), of)
+        return self._derived.of(x) or {}
 
     def _owned(self, p: nn.Parameter) -> bool:
         """Whether a module that it belongs to is being called."""

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.classes import Classes, Label
 from lobs_native.calibration.mode import Mode
+from lobs_native.calibration.storages import tensors_in
 
 __all__ = ["Ties"]
 
@@ -67,8 +67,6 @@ class Ties(Mode):
         The axes of weights that are summed over, and those that become axes of activations.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.contracted: set[tuple[str, int]] = set()
@@ -91,9 +89,7 @@ class Ties(Mode):
 
     def returned(self, output: Any) -> None:
         """Take note of what the model returns."""
-        for x in tree_leaves(output):
-            if isinstance(x, Tensor):
-                self.classes.pin([self._label(x)], "the model returns them")
+        self.classes.pin(map(self._label, tensors_in(output)), "the model returns them")
 
     # ---- variables -------------------------------------------------------------------------------
 
@@ -111,15 +107,14 @@ class Ties(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        read = tensors_in((args, kwargs))
         labels = [self._label(x) for x in read]
         if not any(labels):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[-1] if isinstance(func, OpOverload) else str(func)
         rule = self._rule(func, name)
-        if rule is None and isinstance(func, OpOverload):
-            with self:  # in inference mode, operations arrive whole
-                made = func.decompose(*args, **kwargs)
+        if rule is None:
+            made = self.decomposed(func, args, kwargs)
             if made is not NotImplemented:
                 return made
         sizes = [x.shape for x in read]  # before an operation in place
@@ -128,8 +123,8 @@ class Ties(Mode):
         if found is None:
             self.classes.pin(labels, f"aten::{name} reads them")
             found = Label({})
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        for x, label in zip(made, found if isinstance(found, list) else [found], strict=False):
+        each = found if isinstance(found, list) else [found]
+        for x, label in zip(tensors_in(out), each, strict=False):
             if id(x) not in self._names:
                 setattr(x, self._mark, label)
         return out

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
 from lobs_native.calibration.copies import COPYING, JOINING, VIEWING, Copies, joined
 from lobs_native.calibration.mixtures import Mixtures
 from lobs_native.calibration.mode import Mode
+from lobs_native.calibration.storages import tensors_in
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer, Matrix
 from lobs_native.layers.block import Block
@@ -62,8 +61,6 @@ class Watch(Mode):
     ArgumentError.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, layers: Iterable[Layer], see: See, fail: Fail | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.see = see
@@ -76,7 +73,7 @@ class Watch(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in((args, kwargs))
         # Nested tensors have no strides to recognise.
         viewing = getattr(func, "is_view", False) or func in VIEWING
         if not (viewing or any(x.is_nested for x in tensors)):
@@ -92,10 +89,7 @@ class Watch(Mode):
             elif func is CONVOLUTION and (touched or filters):
                 self._convolution(*args)
             elif touched or copies or filters:
-                result: Any = NotImplemented
-                if isinstance(func, OpOverload):
-                    with self:  # in inference mode, linear and matmul are not yet decomposed
-                        result = func.decompose(*args, **kwargs)
+                result = self.decomposed(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
                 if not copies and (func in COPYING or func in JOINING):
@@ -209,8 +203,6 @@ class Watch(Mode):
 class Touch(Mode):
     """While active, notes in ``touched`` whether an operation reads or writes the memory of any of
     ``tensors``. It looks at no more than addresses, so that a model runs at its ordinary speed."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
