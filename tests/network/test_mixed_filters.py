@@ -16,7 +16,7 @@ import lobs_native as lobs
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import own
 from lobs_native.layers.conv import ConvCall
-from lobs_native.layers.own import MixedConv
+from lobs_native.layers.own import MixedConv, Own
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,7 +134,7 @@ def test_it_is_pruned_as_a_convolution_of_the_channels_times_each_routing_weight
 def test_the_rows_are_the_same_in_pieces_of_few_samples(monkeypatch):
     mixed = Mixed(groups=2).double()
     call = ConvCall(4, 8, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 2, False)
-    layer = MixedConv("c", "c", mixed, "weight", call=call, caller=mixed)
+    layer = MixedConv(Own("c", "c", mixed, "weight", mixed.weight), call=call, caller=mixed)
     x, routing = torch.randn(1, 20, 9, 9).double(), torch.rand(5, 3).double()
 
     def rows(g: int) -> Tensor:

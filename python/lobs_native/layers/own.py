@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lobs_native.layers.matrix import Matrix
 
 __all__ = [
     "MixedConv",
+    "Own",
     "OwnConv",
     "OwnConvTranspose",
     "Product",
@@ -30,15 +32,26 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Own:
+    """A parameter that no layer type describes; how it is used is seen when the model runs."""
+
+    name: str  # the module's, if the parameter is called "weight"; otherwise the parameter's
+    prefix: str  # the module's
+    module: nn.Module
+    part: str
+    parameter: nn.Parameter
+
+
 class Product(Matrix):
     """A parameter that is the operand of matrix products, cut into G blocks of the same form.
 
     Parameters
     ----------
-    name : str
-        The layer's name.
-    prefix, part, bias_part : str
-        The module's name, and the names of its parameters; "" for no bias.
+    own : Own
+        The parameter.
+    bias_part : str
+        The name of its bias in the module; "" for none.
     block : Block
         The form of the blocks of the contiguous parameter.
     apart : int
@@ -51,10 +64,7 @@ class Product(Matrix):
 
     def __init__(
         self,
-        name: str,
-        prefix: str,
-        module: nn.Module,
-        part: str,
+        own: Own,
         bias_part: str,
         *,
         block: Block,
@@ -63,8 +73,9 @@ class Product(Matrix):
         routed: bool,
     ) -> None:
         self.block, self.apart = block, apart
-        super().__init__(prefix, "", module, type(module).__name__, part, bias_part, caller=caller)
-        self.name, self.routed = name, routed
+        kind = type(own.module).__name__
+        super().__init__(own.prefix, "", own.module, kind, own.part, bias_part, caller=caller)
+        self.name, self.routed = own.name, routed
 
     def pack(self, stored: Tensor) -> Tensor:
         groups = stored.numel() // self.block.size
@@ -116,20 +127,10 @@ class OwnConv(Conv):
 
     watched = True
 
-    def __init__(
-        self,
-        name: str,
-        prefix: str,
-        module: nn.Module,
-        part: str,
-        bias_part: str,
-        *,
-        call: ConvCall,
-        caller: nn.Module,
-    ) -> None:
-        self.weight_part, self.bias_part = part, bias_part
-        super().__init__(name, module, call)
-        self.prefix, self.caller = prefix, caller
+    def __init__(self, own: Own, bias_part: str, *, call: ConvCall, caller: nn.Module) -> None:
+        self.weight_part, self.bias_part = own.part, bias_part
+        super().__init__(own.name, own.module, call)
+        self.prefix, self.caller = own.prefix, caller
 
 
 class OwnConvTranspose(OwnConv, ConvTranspose):
@@ -146,20 +147,11 @@ class MixedConv(OwnConv):
     Source: Yang, Bender, Le & Ngiam 2019 (CondConv), section 3.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prefix: str,
-        module: nn.Module,
-        part: str,
-        *,
-        call: ConvCall,
-        caller: nn.Module,
-    ) -> None:
+    def __init__(self, own: Own, *, call: ConvCall, caller: nn.Module) -> None:
         self.of_sample = call  # with the mixed filters
-        self.experts = len(module._parameters[part])  # type: ignore[arg-type]
+        self.experts = len(own.parameter)
         all_channels = dataclasses.replace(call, in_channels=self.experts * call.in_channels)
-        super().__init__(name, prefix, module, part, "", call=all_channels, caller=caller)
+        super().__init__(own, "", call=all_channels, caller=caller)
         self.width *= self.experts
 
     @property

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError
 from lobs_native.layers import Layer, layers_of
+from lobs_native.layers.own import Own
 from lobs_native.network.conventions import TABLE, Conventions
 from lobs_native.network.coverage import nothing_left
 from lobs_native.network.settings import NetworkSettings, globs_of
@@ -26,7 +27,6 @@ from lobs_native.solvers.settings import LayerSettings
 __all__ = [
     "Candidates",
     "LayerJob",
-    "Own",
     "candidates_of",
     "job_of",
     "reason_of",
@@ -94,17 +94,6 @@ class LayerJob:
         """The same with another sparsity."""
         settings = dataclasses.replace(self.settings, sparsity=share)
         return dataclasses.replace(self, settings=settings)
-
-
-@dataclass(frozen=True)
-class Own:
-    """A parameter that no layer type describes; how it is used is seen when the model runs."""
-
-    name: str  # the module's, if the parameter is called "weight"; otherwise the parameter's
-    prefix: str  # the module's
-    module: nn.Module
-    part: str
-    parameter: nn.Parameter
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from lobs_native.calibration.watch import unobservable
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, PatternError, ShapeError
 from lobs_native.layers import Layer
 from lobs_native.layers.block import group_step
-from lobs_native.layers.own import MixedConv, OwnConv, OwnConvTranspose, Product
+from lobs_native.layers.own import MixedConv, Own, OwnConv, OwnConvTranspose, Product
 from lobs_native.network.conventions import MIXING
 from lobs_native.network.coverage import nothing_left
 from lobs_native.network.selection import (
     Candidates,
     LayerJob,
-    Own,
     job_of,
     reason_of,
     weights_of,
@@ -260,7 +259,7 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
         (call,) = use.calls
         bias = _bias(own, use, seen, modules, (call.out_channels,))
         kind = OwnConvTranspose if call.transposed else OwnConv
-        return kind(own.name, own.prefix, own.module, own.part, bias, call=call, caller=caller)
+        return kind(own, bias, call=call, caller=caller)
     parameter = own.parameter
     if use.mixed:
         if len(use.mixed) > 1:
@@ -268,7 +267,7 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
         if sum(use.mixed.values()) != sum(use.blocks.values()):  # samples, and rows of products
             return Reason("filters are mixed from it, and it is multiplied otherwise as well")
         (call,) = use.mixed
-        return MixedConv(own.name, own.prefix, own.module, own.part, call=call, caller=caller)
+        return MixedConv(own, call=call, caller=caller)
     first = next(iter(use.blocks))
     apart = group_step(first, parameter.numel()) if parameter.is_contiguous() else None
     alike = {(block.rows, block.columns) for block in use.blocks}
@@ -279,10 +278,7 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
     in_order = all(use.shifts.get(b) == {b.offset // apart * R} for b in use.blocks)
     shape = (groups, R) if groups > 1 else (R,)
     return Product(
-        own.name,
-        own.prefix,
-        own.module,
-        own.part,
+        own,
         _bias(own, use, seen, modules, shape) if in_order else "",
         block=first,
         apart=apart,
