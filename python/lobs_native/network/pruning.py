@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,8 +162,9 @@ class Pruning:
                 limited = self.settings.memory is not None
                 ledger.states.largest = plan.scratch if limited else None
             with self.stages.stage("keeping original weights"):
-                pruned = [job.layer.parameters for job in self.selected]
-                for name, parameter in ChainMap({}, *pruned, *self.tuned).items():
+                parts = [*(job.layer.parameters for job in self.selected), *self.tuned]
+                parameters = {name: p for part in parts for name, p in part.items()}
+                for name, parameter in parameters.items():
                     session.originals.put_copy(name, parameter, self.places.get(name))
             try:
                 with self.stages.stage("measuring the output"):
