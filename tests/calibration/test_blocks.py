@@ -232,6 +232,7 @@ def test_a_shelf_returns_the_stored_tensors(dtype):
     folder = shelf._folder
     assert folder is not None
     for key, value in enumerate(values):
+        shelf.copy_of(key).zero_()
         assert torch.equal(shelf.get(key), value)
     shelf.put(0, values[1])
     assert torch.equal(shelf.get(0), values[1])

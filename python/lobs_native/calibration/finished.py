@@ -76,8 +76,8 @@ class Finished:
     def _returning(self, part: nn.Module, number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             several, tensors = self._outputs[part][number]
-            parts = tuple(  # copies: whoever gets them may write to them
-                self._kept[part, number, i].clone() if is_tensor else None
+            parts = tuple(  # whoever gets them may write to them
+                self._kept.copy_of((part, number, i)) if is_tensor else None
                 for i, is_tensor in enumerate(tensors)
             )
             return parts if several else parts[0]

@@ -21,9 +21,8 @@ from lobs_native.layers import Layer
 
 __all__ = ["Replay", "UnlikeError", "repeated_limit", "widest_repeated"]
 
-_WIDEST = 4  # the most hidden states that the output of a finished part on disk may be as large as
-
 _REPEATED = 1 << 20  # bytes of outputs of finished parts that stay in memory
+_WIDEST = 4  # how many times as large as hidden states such an output may be if others are on disk
 
 
 def repeated_limit(stack: Stack) -> int | None:
@@ -71,7 +70,7 @@ class Replay:
         self.states = states
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
-        repeated = repeated_limit(stack)
+        repeated, self._widest = repeated_limit(stack), widest_repeated(stack)
         self._pruned = _Inputs(share, repeated)
         self._original = _Inputs(share, repeated) if corrected else None
         self._next = 0  # the number of the next batch
@@ -213,7 +212,7 @@ class Replay:
 
     def _run(self, inputs: _Inputs, number: int) -> Any:
         hidden = inputs.hidden[number]
-        most = widest_repeated(self.stack) * hidden.numel() * hidden.element_size()
+        most = self._widest * hidden.numel() * hidden.element_size()
         try:
             with inputs.finished.repeating(number, most, last=self._advancing):
                 call = inputs.calls[number][self.block]

@@ -154,6 +154,10 @@ class Shelf(Mapping[Any, Tensor]):
         kept = self._files[key]
         return kept.read(0, kept.shape)
 
+    def copy_of(self, key: Hashable) -> Tensor:
+        """The same, to be written to. What is read from disk is a copy already."""
+        return self[key].clone() if key in self._tensors else self[key]
+
     def parts(self, key: Hashable, rows: int) -> Iterator[Tensor]:
         """The tensor under ``key``, so many rows of its first dimension at a time. One on disk is
         never in memory as a whole."""
