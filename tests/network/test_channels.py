@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import lobs_native as lobs
 from lobs_native.calibration.session import Session
+from lobs_native.calibration.ties import Ties
 from lobs_native.errors import ArgumentError
 from lobs_native.network.shrinking import shrink as shrinking
 from lobs_native.network.shrinking.channels import channel_families
@@ -212,6 +213,11 @@ def test_a_unit_that_the_program_counts_itself_stays():
     assert [x.producers for x in report.layers] == [("b",)]
     assert any(note.startswith("a: ") for note in report.notes)
     assert not notes
+
+
+def test_a_tensor_that_a_model_keeps_has_no_labels_of_an_earlier_look():
+    model = plain()
+    assert Ties(model)._mark != Ties(model)._mark  # the first is freed before the second is made
 
 
 def test_computed_weights_stay():

@@ -11,6 +11,7 @@ entries of a class, and no contraction reads it, all other entries of all tensor
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ _BATCH_NORM |= {"_native_batch_norm_legit", "miopen_batch_norm"}
 # Entry by entry, though torch does not say so.
 _POINTWISE = {"hardswish", "hardswish_", "_prelu_kernel", "dropout", "log_sigmoid_forward"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
+_NUMBERS = itertools.count()
 _SPATIAL = re.compile(r"_?(?:adaptive_)?(?:max_pool|avg_pool|upsample_\w+?|reflection_pad)(\d)d")
 
 
@@ -72,7 +74,8 @@ class Ties(Mode):
         self.contracted: set[tuple[str, int]] = set()
         self.produced: set[tuple[str, int]] = set()
         self.classes = Classes()
-        self._mark = f"_lobs_native_label_{id(self)}"  # an attribute of activations
+        # An attribute of activations, some of which a model may keep for its next calls.
+        self._mark = f"_lobs_native_label_{next(_NUMBERS)}"
         self._labels: dict[int, tuple[Tensor, Label]] = {}  # of parameters and buffers in use
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(x): name for name, x in tensors}
