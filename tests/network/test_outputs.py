@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
-from lobs_native.calibration import outputs
+from lobs_native.calibration import observe, outputs
 from lobs_native.calibration.outputs import measure_change, sample_outputs
 from lobs_native.calibration.session import Session
 from lobs_native.files.shelf import Shelf
@@ -190,10 +191,15 @@ class Noisy(nn.Module):
         return self.a(x)
 
 
-@pytest.mark.parametrize(("kind", "looks"), [("plain", 0), ("noisy", 1), ("recurrent", 1)])
+@pytest.mark.parametrize(
+    ("kind", "looks"), [("plain", 0), ("noisy", 1), ("noisy on a device", 1), ("recurrent", 1)]
+)
 def test_the_look_at_the_first_batch_gives_a_part_of_the_sample_where_it_is_computed_alike(
-    kind, looks
+    kind, looks, monkeypatch
 ):
+    if kind == "noisy on a device":
+        drawn = itertools.count()
+        monkeypatch.setattr(observe, "random_state", lambda: {"0": torch.tensor(next(drawn))})
     torch.manual_seed(0)
     model, ran = Noisy(kind), []
     data = [torch.randn(200, 6) for _ in range(8)]

@@ -9,7 +9,7 @@ batch that does use it is looked at again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,12 +128,12 @@ def observe(
     for batch in session.each("survey"):
         if look.batches == 0:
             watching = contextlib.nullcontext() if sightings is None else sightings.watching()
-            drawn = torch.get_rng_state()
+            before = random_state()
             with look.entered(), watching, surveying():
                 output = session.call(session.model, batch)
             look.end_batch()
-            usual = torch.equal(drawn, torch.get_rng_state()) and not has_recurrent(session.model)
-            if first is not None and usual:
+            drawn = not _equal(before, random_state())
+            if first is not None and not drawn and not has_recurrent(session.model):
                 first.keep(session, batch, output)
             seen.seconds, seen.outputs = survey.seconds, sizes_of(output)
             del output
@@ -148,6 +148,10 @@ def observe(
     if look.complete and len(known) == len(layers):
         seen.look = look
     return seen
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(x, others[k]) for k, x in some.items())
 
 
 def _uses(
