@@ -51,7 +51,7 @@ class Use:
     added: int = 0  # how often it was added in a product or convolution as a bias
     changed: dict[str, None] = field(default_factory=dict)  # operations before it is multiplied
     mixed_bias: bool = False  # biases are mixed from it in the same way
-    routes: bool = False  # its outputs mix them
+    routes: bool = False  # its outputs are the weights with which filters are mixed
     parts: bool = False  # multiplied in pieces that are no blocks
     both: bool = False  # multiplied with another parameter, or made into a weight by inputs
     looked_up: dict[str, None] = field(default_factory=dict)

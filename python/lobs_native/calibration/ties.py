@@ -35,7 +35,7 @@ _BATCH_NORM |= {"_native_batch_norm_legit", "miopen_batch_norm"}
 # Entry by entry, though torch does not say so.
 _POINTWISE = {"hardswish", "hardswish_", "_prelu_kernel", "dropout", "log_sigmoid_forward"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
-_NUMBERS = itertools.count()
+_NUMBERS = itertools.count()  # one for each look at a model
 _SPATIAL = re.compile(r"_?(?:adaptive_)?(?:max_pool|avg_pool|upsample_\w+?|reflection_pad)(\d)d")
 
 

@@ -16,7 +16,7 @@ __all__ = ["Unchanged"]
 
 
 class Unchanged:
-    """Keeps what a model does to its inputs from the batches.
+    """Protects batches from a model that changes its inputs.
 
     The first call gets a copy. If that is changed, all others get one as well; if not, they get the
     batch itself, which costs nothing.
@@ -27,8 +27,8 @@ class Unchanged:
 
     @contextlib.contextmanager
     def given(self, batch: Any) -> Iterator[Any]:
-        """The batch, or a copy, for one call. Raises ArgumentError if a batch has been changed that
-        is no copy."""
+        """The batch, or a copy, for one call. Raises ArgumentError if a batch that is no copy has
+        been changed."""
         first = self._copying is None
         given = batch if self._copying is False else _copied(batch)
         before = _state(given)
@@ -52,7 +52,7 @@ def _copied(batch: Any) -> Any:
 
 
 def _state(batch: Any) -> list[tuple[int, int]]:
-    """What is other after a change in place: of each tensor, which it is and its version."""
+    """What differs after a change in place: the identity and the version of each tensor."""
     return [(id(x), 0 if x.is_inference() else x._version) for x in _tensors(batch, set())]
 
 

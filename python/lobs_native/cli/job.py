@@ -48,7 +48,7 @@ __all__ = ["Job", "find", "importable_here", "plan", "run"]
 
 SHARD_BYTES = 5_000_000_000
 HEAD = "it makes the logits, and is left alone unless include names it"
-_MAPPED = 4 << 20  # bytes of memory from which on they are mapped apart; this process only prunes
+_MAPPED = 4 << 20  # bytes, see keep_tight; it holds for the whole process, which does nothing else
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 

@@ -306,8 +306,8 @@ def norm_bytes(weight: Tensor) -> int:
 
 
 def norm_flops(weight: Tensor) -> float:
-    """Operations of the norms of a weight in float64, as products of matrices would be counted that
-    take as long; measured."""
+    """How many operations in float64 products of matrices would do in the time that the norms of a
+    weight take, as measured."""
     return 2.0 * weight.numel() * min(weight.shape)
 
 

@@ -39,7 +39,7 @@ class Aim(Protocol):
         """The loss on a batch, with gradients."""
 
     def error(self, numbers: Iterable[int]) -> float:
-        """The error on some batches, in a form that is to be read."""
+        """The error on some batches, as it is reported."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ class _Steps:
         self.rates = [course.rate * (size or usual) for size in sizes]
         groups = [{"params": [x]} for x in self.masters]
         self.adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
-        self.taken, self.all = 0, course.passes * batches
+        self.taken, self.total = 0, course.passes * batches
 
     def step(self, loss: Tensor) -> None:
         """One step against the gradient of ``loss``; none if that is not finite."""
         gradients = list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * self.taken / self.all)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * self.taken / self.total)) / 2
         self.taken += 1
         if all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
             for x, kept in zip(reversed(self.masters), reversed(self.kept), strict=True):

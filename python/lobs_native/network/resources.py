@@ -33,8 +33,8 @@ _SHORT, _BRIEFLY, _LONG = 2.0, 0.002, 0.2  # seconds: of a short job, and of mea
 
 
 def waiting_limit(memory: int | None) -> int:
-    """Bytes of the original network's outputs that wait in memory, given the limit on that of a
-    run; the rest is on disk."""
+    """Bytes of the original network's outputs that wait in memory, given a run's limit on it; the
+    rest is on disk."""
     return _WAITING if memory is None else 0
 
 

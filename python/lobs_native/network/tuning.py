@@ -132,7 +132,7 @@ def tuning_passes(network: bool, passes: int | None, recomputed: bool) -> float:
 
 
 class Tuner:
-    """What of a run is tuned, one part after another, and kept in its run directory.
+    """Tunes the parts of a network one after another, and keeps them in the run directory.
 
     ``pruned`` are the parameters of all pruned layers, by name. The ``plan`` bounds the bytes of
     original outputs in memory; the rest waits on disk. ``passes`` replaces the usual number.
