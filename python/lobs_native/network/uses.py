@@ -110,7 +110,7 @@ def settle(
     modules = dict(session.model.named_modules())
     settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
 
-    def finished(
+    def decided(
         made: Layer | Reason, name: str, parameters: Iterable[nn.Parameter]
     ) -> LayerJob | Reason:
         routes = any(p in seen.uses and seen.uses[p].routes for p in parameters)
@@ -120,13 +120,13 @@ def settle(
 
     for layer in candidates.layers:
         of_layer = _of_layer(layer, seen, modules)
-        made = finished(of_layer, layer.name, layer.parameters.values())
+        made = decided(of_layer, layer.name, layer.parameters.values())
         _refuse(made, layer.name, settings, candidates)
         settled.add(made, layer.name, weights_of(layer))
     found = []
     for x in candidates.own:
         of_own = _of_own(x, seen.uses[x.parameter], seen, modules)
-        found.append((x, finished(of_own, x.name, [x.parameter])))
+        found.append((x, decided(of_own, x.name, [x.parameter])))
     of_layers = {
         id(parameter)
         for _, made in found
