@@ -3,6 +3,7 @@ and what mixes them is left alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -193,6 +194,15 @@ def test_biases_that_are_mixed_are_left_alone_on_purpose():
     assert [x.name for x in report.layers] == ["c", "last"]
 
 
+def changed(m: Any, x: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
+    """What ``routed`` returns, where mixed filters are changed, or only looked at (None)."""
+    filters = torch.sigmoid(m.router(pooled(x))) @ m.c.weight
+    other = change(filters)
+    filters = (filters if other is None else other).view(-1, *m.c.filters[1:])
+    out = functional.conv2d(x.reshape(1, -1, *x.shape[2:]), filters, None, 1, 1, 1, len(x))
+    return out.view(len(x), 8, *x.shape[2:])
+
+
 def twice(m: Any, x: Tensor) -> Tensor:
     y = routed(m, x)
     m.c.call["stride"] = 2
@@ -218,6 +228,10 @@ REASONS = {
             .double()
         ),
         "made into one by activations",
+    ),
+    "looked at": (
+        lambda m, x: pooled(changed(m, x, lambda w: w.norm() and None)),
+        "used otherwise as well",
     ),
     "every other filter": (
         lambda m, x: pooled(
@@ -245,6 +259,16 @@ def test_other_uses_are_left_out_with_the_reason(kind):
     (skipped,) = (x for x in prune(net, images()).skipped if x.name == "c")
     assert reason in skipped.reason
     assert not skipped.on_purpose
+
+
+def test_mixed_filters_that_are_changed_on_later_batches_are_an_error():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return pooled(routed(m, x) if len(x) == 3 else changed(m, x, lambda w: 2 * w))
+
+    net = Net(forward, router=nn.Linear(4, 3), c=Mixed())
+    first, second = images()
+    with pytest.raises(ArgumentError, match="'c': its weight is used by aten::mul"):
+        prune(net, [first, second[:2]])
 
 
 @pytest.mark.parametrize("other", ["convolution", "product", "convolution with some"])

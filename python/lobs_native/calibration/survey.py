@@ -50,6 +50,7 @@ class Use:
     shifts: dict[Block, set[int]] = field(default_factory=dict)  # where in it, in entries
     added: int = 0  # how often it was added in a product or convolution as a bias
     changed: dict[str, None] = field(default_factory=dict)  # operations before it is multiplied
+    mixed_otherwise: bool = False  # what is mixed from it is read by other operations
     mixed_bias: bool = False  # biases are mixed from it in the same way
     routes: bool = False  # its outputs are the weights with which filters are mixed
     parts: bool = False  # multiplied in pieces that are no blocks
@@ -153,6 +154,9 @@ class Survey(Mode):
         if not any(x.numel() for x in tensors_in(result)):
             return result  # a comparison, or of no rows: nothing of the weights goes on
         name = func.name().removeprefix("aten::").partition(".")[0]
+        for mixture in map(self._mixtures.of, tensors) if func is not CONVOLUTION else ():
+            if mixture is not None:
+                self.uses[mixture.owner].mixed_otherwise = True
         if func in PRODUCTS:
             first = PRODUCTS[func]
             unscaled = kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1

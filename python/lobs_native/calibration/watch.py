@@ -79,7 +79,7 @@ class Watch(Mode):
         if not (viewing or any(x.is_nested for x in tensors)):
             touched = [layer for x in tensors for layer, _, _ in self._touching(x)]
             copies = [owner for x in tensors for owner in self._copies.owners(x)]
-            filters = any(self._mixtures.of(x) for x in tensors)
+            filters = [m.owner for x in tensors if (m := self._mixtures.of(x)) is not None]
             mixed = [layer for layer in touched if isinstance(layer, MixedConv)]
             if mixed and func in PRODUCTS:
                 return self._mixing(mixed[0], func, args, kwargs)
@@ -96,7 +96,7 @@ class Watch(Mode):
                     result = func(*args, **kwargs)
                     if self._copied(func, tensors, args, kwargs, result):
                         return result
-                for layer in dict.fromkeys([*touched, *copies]):
+                for layer in dict.fromkeys([*touched, *copies, *filters]):
                     self.fail(layer, f"used by {func.name()}")
         return func(*args, **kwargs)
 

@@ -266,6 +266,8 @@ def _made(own: Own, use: Use, seen: Observation, modules: dict[str, nn.Module]) 
             return Reason("filters are mixed from it for convolutions of several forms")
         if sum(use.mixed.values()) != sum(use.blocks.values()):  # samples, and rows of products
             return Reason("filters are mixed from it, and it is multiplied otherwise as well")
+        if use.mixed_otherwise:
+            return Reason("filters are mixed from it that are used otherwise as well")
         (call,) = use.mixed
         return MixedConv(own, call=call, caller=caller)
     first = next(iter(use.blocks))
