@@ -28,6 +28,7 @@ from paper.data import Images, idx_images
 from paper.networks import percent_wrong, released_network
 
 CALIBRATION = 5000
+STEP = 50  # images in a batch where the network is tuned: each batch is a step
 DEFAULT_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"
 LAYERS = ("fc1", "fc2", "fc3")
 
@@ -45,8 +46,8 @@ def network(folder: Path = DEFAULT_FOLDER) -> nn.Sequential:
 def prune(model: nn.Module, images: Images, kept: Sequence[float], **settings: Any) -> lobs.Report:
     """Prune in place to the given shares of kept weights, calibrated on the first 5,000 images."""
     overrides = {name: {"sparsity": 1 - k} for name, k in zip(LAYERS, kept, strict=True)}
-    # Each batch is a step where the network is tuned.
-    batches = images.part(0, CALIBRATION).batches(*([50] if "tune" in settings else []))
+    calibration = images.part(0, CALIBRATION)
+    batches = calibration.batches(STEP) if "tune" in settings else calibration.batches()
     return lobs.prune(model, batches, sparsity=0.5, overrides=overrides, progress=False, **settings)
 
 

@@ -12,9 +12,9 @@ sentence embeddings (mean of the tokens, normalised) with the original network's
 lines; the seconds of ``prune`` itself on this machine; the CPU seconds of the whole command, which
 other programs on the machine disturb less; and the memory that it took besides the model, as
 planned and as measured. Rows that FILE holds already are not computed again. ``--only admm exact
-layer`` means those two methods at that scope, with all inputs. Rows marked "rows", "tokens" or
-"tuned" weight these by the output's sensitivity, or tune blocks ("network tuned": the network); the
-others are "plain". With one budget for the model, rows are weighted in all of them.
+layer`` means those two methods at that scope, with all inputs. Rows of the table marked "rows" or
+"tokens" weight these by the output's sensitivity, those marked "tuned" tune blocks, and "network
+tuned" the network; the others are "plain". With one budget for the model, rows are weighted in all.
 """
 
 from __future__ import annotations
