@@ -61,12 +61,13 @@ def section(name: str, result: dict[str, Any]) -> str:
     about = result["machine"]
     level = next((detail for kind, _, detail in about["backends"] if kind == "cpu"), "")
     loads = [f"{about[key][0]:.1f}" for key in ("load_at_start", "load_at_end") if key in about]
+    clock = "; seconds of the processor" if about.get("clock") == "processor" else ""
     small = " **Small shapes (--quick): this checks the program, and measures nothing.**"
     lines = [
         f"## {name}",
         "",
         f"{about['cpu']}, {about['cores']} cores; {level}; torch {about['torch']}; load "
-        f"{' to '.join(loads)}{'; ' + about['date'] if 'date' in about else ''}."
+        f"{' to '.join(loads)}{clock}{'; ' + about['date'] if 'date' in about else ''}."
         + (small if result["quick"] else ""),
         "",
         "| case | rival | rival, ms | ours, ms | ratio [95 %] | error rival, ours | note |",
