@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from paper.networks import percent_wrong
 from quality import lenet
-from quality.whole_encoder import AT_ONCE, LONGEST, SHORTEST_WORDS, TEXT, encoder_folder
+from quality.whole_encoder import AT_ONCE, encoder_folder, lines, means, tokenised
 
 HELD_BACK = 0.2
 LINES = 200  # to calibrate on, with those held back
@@ -66,37 +66,21 @@ def lenet_case(arguments: argparse.Namespace) -> Case:
 
 def encoder_case(arguments: argparse.Namespace) -> Case:
     """Lines of text; mean cosine of the embeddings on others."""
-    from transformers import AutoTokenizer, BertModel
+    from transformers import BertModel
 
-    folder = encoder_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with TEXT.open(encoding="utf-8") as file:
-        lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
-
-    def batches(some: Sequence[str], size: int) -> list[dict[str, Tensor]]:
-        options = {"padding": True, "truncation": True, "max_length": LONGEST}
-        return [
-            dict(tokenizer(list(some[i : i + size]), return_tensors="pt", **options))
-            for i in range(0, len(some), size)
-        ]
-
-    tested = batches(lines[TESTED], AT_ONCE)
+    folder, some = encoder_folder(), lines()
+    tested = tokenised(folder, some[TESTED], AT_ONCE)
 
     @torch.no_grad()
     def outputs(model: Any) -> Tensor:
-        out = []
-        for batch in tested:
-            states = model(**batch).last_hidden_state
-            mask = batch["attention_mask"][:, :, None].float()
-            out.append((states * mask).sum(1) / mask.sum(1))
-        return torch.cat(out)
+        return torch.cat([means(model(**batch), batch) for batch in tested])
 
     def cosine(model: nn.Module, before: Tensor, after: Tensor) -> float:
         return float(nn.functional.cosine_similarity(before, after).mean())
 
     return Case(
         lambda: BertModel.from_pretrained(folder).eval(),
-        batches(lines[: arguments.lines], 10),
+        tokenised(folder, some[: arguments.lines], 10),
         outputs,
         cosine,
         {"include": "encoder.layer.*", "forward": lambda m, b: m(**b).last_hidden_state},

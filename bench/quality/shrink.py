@@ -24,28 +24,30 @@ import argparse
 import copy
 import importlib.util
 import json
-import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch import Tensor, nn
-from whole_encoder import (
-    AT_ONCE,
-    CALIBRATION,
-    LONGEST,
-    SHORTEST_WORDS,
-    TEXT,
-    Measure,
-    encoder_folder,
-)
 
 import lobs_native as lobs
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from speed.paired import bootstrap_interval
+from quality.whole_encoder import (
+    AT_ONCE,
+    CALIBRATION,
+    Measure,
+    embeddings,
+    encoder_folder,
+    lines,
+    normalised,
+    tokenised,
+)
+from speed.paired import times_faster
 
 NEURONS = "a quarter of the neurons"
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,52 +105,6 @@ def by_torch_pruning(model: Any, batches: list[Any], share: float, choice: str) 
     model.zero_grad()
 
 
-def normalised(output: Any, batch: Any) -> Tensor:
-    """The embeddings of a batch: normalised means of the tokens' states."""
-    mask = batch["attention_mask"][:, :, None].float()
-    means = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
-    return nn.functional.normalize(means, dim=1)
-
-
-def calibration(folder: Path) -> list[dict[str, Tensor]]:
-    """The lines that `whole_encoder.py` calibrates on."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with TEXT.open(encoding="utf-8") as file:
-        lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
-    lines, options = lines[:CALIBRATION], {"padding": True, "truncation": True}
-    return [
-        dict(tokenizer(lines[i : i + 8], return_tensors="pt", max_length=LONGEST, **options))
-        for i in range(0, CALIBRATION, 8)
-    ]
-
-
-@torch.no_grad()
-def embeddings(model: nn.Module, batches: list[Any]) -> Tensor:
-    """Of all batches."""
-    return torch.cat([normalised(model(**batch), batch) for batch in batches])
-
-
-@torch.no_grad()
-def speed_up(before: nn.Module, after: nn.Module, batch: Any, pairs: int) -> list[float]:
-    """Seconds of one network over seconds of the other, pair by pair."""
-
-    def seconds(model: nn.Module) -> float:
-        begun = time.perf_counter()
-        model(**batch)
-        return time.perf_counter() - begun
-
-    ratios = []
-    for pair in range(pairs + 1):  # the first one warms up
-        if pair % 2:
-            new, old = seconds(after), seconds(before)
-        else:
-            old, new = seconds(before), seconds(after)
-        ratios.append(old / new)
-    return ratios[1:]
-
-
 def main() -> None:
     """Shrink in every way, print the table as it goes, and write the JSON."""
     parser = argparse.ArgumentParser(description="A real encoder at half of its multiplications.")
@@ -163,7 +119,7 @@ def main() -> None:
     from transformers import BertModel
 
     folder = encoder_folder()
-    measure, batches = Measure(folder), calibration(folder)
+    measure, batches = Measure(folder), tokenised(folder, lines()[:CALIBRATION], 8)
     original = BertModel.from_pretrained(folder).eval()
     rows: list[dict[str, Any]] = []
     heads = ["what stays", "choice and repair", "cosine", "CPU s", "stock class", "faster [95 %]"]
@@ -181,8 +137,9 @@ def main() -> None:
                 report = lobs.shrink(model, batches, progress=False, **what, **CHOICES[choice])
             spent = time.process_time() - begun
             cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
-            ratios = speed_up(original, model, measure.batches[0], arguments.pairs)
-            low, high = bootstrap_interval(ratios)
+            with torch.no_grad():
+                calls = (partial(m, **measure.batches[0]) for m in (original, model))
+                faster, low, high = times_faster(*calls, arguments.pairs)
             rows.append(
                 {
                     "what": way,
@@ -193,7 +150,7 @@ def main() -> None:
                     "parameters": [
                         sum(p.numel() for p in m.parameters()) for m in (original, model)
                     ],
-                    "faster": statistics.median(ratios),
+                    "faster": faster,
                     "interval": [low, high],
                 }
             )
@@ -202,7 +159,7 @@ def main() -> None:
             loads = "yes" if way == NEURONS else "no"
             print(
                 f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | "
-                f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] |",
+                f"{faster:.2f} [{low:.2f}, {high:.2f}] |",
                 flush=True,
             )
     if arguments.out:

@@ -26,7 +26,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -51,7 +50,7 @@ from lobs_native.network.shrinking.units import Family
 from paper.data import FASHION
 from paper.networks import percent_wrong
 from quality.convnets import AT_ONCE, CALIBRATION, NETWORKS, fashion, trained
-from speed.paired import bootstrap_interval
+from speed.paired import times_faster
 
 LEFT = 0.5  # of the multiplications
 MULTIPLE = 4
@@ -172,19 +171,7 @@ def speed_ups(
 ) -> dict[str, list[float]]:
     """Runtime -> the median of the ratios of times, and its 95 % interval."""
     old, new = (runners(m, batch, threads) for m in (before, after))
-    result = {}
-    for name in old:
-        ratios = []
-        for pair in range(pairs + 1):
-            seconds = {}
-            for which in ("old", "new") if pair % 2 else ("new", "old"):
-                begun = time.perf_counter()
-                (old if which == "old" else new)[name]()
-                seconds[which] = time.perf_counter() - begun
-            ratios.append(seconds["old"] / seconds["new"])
-        del ratios[0]
-        result[name] = [statistics.median(ratios), *bootstrap_interval(ratios)]
-    return result
+    return {name: list(times_faster(old[name], new[name], pairs)) for name in old}
 
 
 def against_truth(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:

@@ -86,33 +86,53 @@ MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
 PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are run
 
 
+def lines() -> list[str]:
+    """Those of the text that are long enough."""
+    with TEXT.open(encoding="utf-8") as file:
+        return [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
+
+
+def tokenised(folder: Path, some: Sequence[str], at_once: int) -> list[dict[str, Tensor]]:
+    """Lines of text as padded batches."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"padding": True, "truncation": True, "max_length": LONGEST}
+    return [
+        dict(tokenizer(list(some[i : i + at_once]), return_tensors="pt", **options))
+        for i in range(0, len(some), at_once)
+    ]
+
+
+def means(output: Any, batch: Any) -> Tensor:
+    """The means (B, C) of the tokens' states, without padding."""
+    mask = batch["attention_mask"][:, :, None].float()
+    return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+def normalised(output: Any, batch: Any) -> Tensor:
+    """The embeddings of a batch: normalised means of the tokens' states."""
+    return nn.functional.normalize(means(output, batch), dim=1)
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    """Of all batches."""
+    return torch.cat([normalised(model(**batch), batch) for batch in batches])
+
+
 class Measure:
     """The text to measure on, and the original network's embeddings of it."""
 
     def __init__(self, folder: Path, count: int = MEASURED) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with TEXT.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if len(line.split()) >= SHORTEST_WORDS]
-        lines = lines[CALIBRATION : CALIBRATION + count]
-        options = {"padding": True, "truncation": True, "max_length": LONGEST}
-        self.batches = [
-            dict(tokenizer(lines[i : i + AT_ONCE], return_tensors="pt", **options))
-            for i in range(0, len(lines), AT_ONCE)
-        ]
+        some = lines()[CALIBRATION : CALIBRATION + count]
+        self.batches = tokenised(folder, some, AT_ONCE)
         self.original = self.embeddings(folder)
 
-    @torch.no_grad()
     def embeddings(self, folder: Path) -> Tensor:
         from transformers import BertModel
 
-        model, out = BertModel.from_pretrained(folder).eval(), []
-        for batch in self.batches:
-            states = model(**batch).last_hidden_state  # (B, T, C)
-            mask = batch["attention_mask"][:, :, None].float()
-            out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
-        return torch.cat(out)
+        return embeddings(BertModel.from_pretrained(folder).eval(), self.batches)
 
     def cosine(self, folder: Path) -> float:
         return float((self.embeddings(folder) * self.original).sum(1).mean())

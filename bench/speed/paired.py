@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ import torch
 import lobs_native as lobs
 from speed import case as timing
 from speed import results_page
-from speed.case import Case, Side
+from speed.case import Case
 from speed.cases import (
     admm,
     conjugate,
@@ -103,15 +104,16 @@ class Row:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def interleave(case: Case, rival: Side, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of ours and of a rival, measured in the order A, B, B, A, A, B, ..."""
-    ours_seconds: list[float] = []
-    rival_seconds: list[float] = []
+def interleaved(
+    one: Callable[[], float], other: Callable[[], float], pairs: int
+) -> tuple[list[float], list[float]]:
+    """What two clocks say that are called in the order A, B, B, A, A, B, ..."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    both = list(zip((one, other), seconds, strict=True))
     for pair in range(pairs):
-        both = [(case.ours, ours_seconds), (rival, rival_seconds)]
-        for side, seconds in both if pair % 2 == 0 else reversed(both):
-            seconds.append(case.seconds(side))
-    return ours_seconds, rival_seconds
+        for timed, into in both if pair % 2 == 0 else reversed(both):
+            into.append(timed())
+    return seconds
 
 
 def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -120,6 +122,16 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
     drawn = generator.choice(np.asarray(ratios), size=(RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def times_faster(
+    before: Callable[[], Any], after: Callable[[], Any], pairs: int
+) -> tuple[float, float, float]:
+    """Seconds of one call over seconds of the other: the median of so many pairs, after one that
+    warms up, and its 95 % interval."""
+    seconds = interleaved(timing.clock(before), timing.clock(after), pairs + 1)
+    ratios = [a / b for a, b in zip(*seconds, strict=True)][1:]
+    return statistics.median(ratios), *bootstrap_interval(ratios)
 
 
 def run_case(case: Case, pairs: int) -> Iterator[Row]:
@@ -133,7 +145,8 @@ def run_case(case: Case, pairs: int) -> Iterator[Row]:
                 f"{case.name}: {label} is wrong: error {error:.3g}, above {case.tolerance:g}"
             )
     for rival in rivals:
-        ours_seconds, rival_seconds = interleave(case, rival, pairs)
+        clocks = (partial(case.seconds, side) for side in (ours, rival))
+        ours_seconds, rival_seconds = interleaved(*clocks, pairs)
         work = rival.work or case.work
         each = zip(ours_seconds, rival_seconds, strict=True)
         ratios = [(case.work / a) / (work / b) for a, b in each]

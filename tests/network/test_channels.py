@@ -265,6 +265,22 @@ def test_a_budget_gives_layers_sizes_of_their_own():
     assert all(len(x.kept) % 2 == 0 for x in report.layers)
 
 
+def test_statistics_come_back_after_an_interruption(monkeypatch):
+    """Also those of layers that lose no channels."""
+    model = made(lambda: nn.Sequential(conv(2, 8), nn.ReLU(), conv(8, 4), nn.BatchNorm2d(4)))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    real = shrinking.reestimate_batch_norm
+
+    def interrupted(*args: Any, **settings: Any) -> None:
+        real(*args, **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shrinking, "reestimate_batch_norm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lobs.shrink(model, images(), keep=0.5, multiple=2, progress=False)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
 def test_a_failure_changes_nothing(monkeypatch):
     model = made(residual)
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -79,8 +79,9 @@ def network() -> nn.Sequential:
 
 def test_a_budget_of_time(counted, tmp_path):
     data, path = [torch.randn(16, 2, 8, 8) for _ in range(2)], tmp_path / "times.json"
-    model = network()
+    model, state = network(), torch.random.get_rng_state()
     report = lobs.shrink(model, data, latency=0.6, latency_table=path, multiple=2, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert len(json.loads(path.read_text())["times"]) == 2  # convolutions and linear layers
     after = [m.weight for m in model if hasattr(m, "weight")]
     before = [m.weight for m in network() if hasattr(m, "weight")]
@@ -92,6 +93,24 @@ def test_a_budget_of_time(counted, tmp_path):
 
     assert 0.5 * seconds(before) < seconds(after) <= 0.6 * seconds(before)
     assert report.multiplications[1] < report.multiplications[0]
+
+
+class Named(nn.Module):
+    """Its layers get their inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(input=self.first(input=x).relu())
+
+
+def test_layers_whose_inputs_are_given_by_name_take_time_too(counted):
+    model = Named().eval()
+    lobs.shrink(model, [torch.randn(50, 6)], latency=0.8, multiple=2, progress=False)
+    whole, left = (50 * (6 + 3) * units + 2000 for units in (32, model.second.in_features))
+    assert 0.7 * whole < left <= 0.8 * whole
 
 
 def test_times_are_of_calls():

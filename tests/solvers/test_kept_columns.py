@@ -105,3 +105,15 @@ def test_inputs_that_others_make_up_for_entirely_are_not_damped_more():
     hessian = lobs.Hessian(C).update(x)
     out = lobs.prune_weight(weights(), hessian, sparsity=0.5, pattern="columns", damping=1e-9)
     assert out.relative_error < 1e-6
+
+
+def test_a_search_for_an_error_reports_the_damping_of_the_removal_it_returns_to():
+    W, hessian = weights(), lobs.Hessian(C).update(texts(60, 3))
+    settings = {"pattern": "columns", "damping": DAMPING}
+    aim = lobs.prune_weight(W, hessian, sparsity=GONE / C, **settings)
+    for limit in (1.0 + 1e-6, 1.3, 0.7):
+        out = lobs.prune_weight(W, hessian, max_error=limit * aim.error, **settings)
+        masked = lobs.prune_weight(W, hessian, mask=out.mask, **settings)
+        assert out.damping == masked.damping > DAMPING
+        assert out.notes == masked.notes
+        assert out.optimality < 30

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lobs_native.calibration.hooks import Columns, attached, hooked
+from lobs_native.calibration.hooks import Columns, attached, first_argument, hooked
 from lobs_native.calibration.session import Session
 from lobs_native.layers import Layer
 
@@ -82,7 +82,7 @@ class Look:
         """A hook for the module that uses a layer's weight."""
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = args[0] if args else next(iter(kwargs.values()), None)
+            first = first_argument(args, kwargs)
             if not isinstance(first, Tensor):
                 self._calls.append((name, None))
                 self._last = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "See",
     "attached",
     "ending",
+    "first_argument",
     "hooked",
     "reader",
     "unfused_attention",
@@ -41,6 +42,11 @@ def attached(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in registered:
             handle.remove()
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with first, by place or by name; None if with nothing."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def reader(layer: Layer, site: Layer, see: See) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.flow import Flow, Look
-from lobs_native.calibration.hooks import Columns, attached, hooked
+from lobs_native.calibration.hooks import Columns, attached, first_argument, hooked
 from lobs_native.calibration.outputs import First, sizes_of
 from lobs_native.calibration.partial import random_state, set_random_state
 from lobs_native.calibration.session import Session
@@ -173,7 +173,7 @@ def _uses(
 def _as_described(site: Layer, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether a call returned what the described class computes from the same first argument."""
     base = site.base_of(site.module)
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x = first_argument(args, kwargs)
     if base is None or not isinstance(x, Tensor) or not isinstance(output, Tensor):
         return False
     with _disable_current_modes():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lobs_native import checks
-from lobs_native.calibration.hooks import Enough
+from lobs_native.calibration.hooks import Enough, first_argument
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError, DtypeError
 
@@ -138,7 +138,7 @@ def _layers(model: Any) -> dict[str, _BatchNorm]:
 
 def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args[0] if args else next(iter(kwargs.values()), None))
+        see(first_argument(args, kwargs))
 
     return hook
 

@@ -63,8 +63,8 @@ def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor]
         ``tr(dW H dW^T)`` of all readers, damped, times their importances.
     """
     groups = [reader.group() for reader in readers]
-    place = [dict(zip(of.tolist(), range(len(of)), strict=True)) for _, of in groups]
-    sets = [set(part.tolist()) - {-1} for part in parts] + [set(range(units))]
+    place = [{unit: at for at, unit in enumerate(of.tolist())} for _, of in groups]
+    sets = _sets(units, parts)
     dear = torch.zeros(units, dtype=torch.float64)  # infinite for what has gone, or has to stay
     order, spent = list[int](), list[float]()
     while True:
@@ -99,7 +99,7 @@ def cheapest_first(
     for reader, score in zip(readers, scores, strict=True):
         known = reader.columns >= 0
         total.index_add_(0, reader.columns[known].cpu(), score[known].cpu())
-    sets = [set(part.tolist()) - {-1} for part in parts] + [set(range(units))]
+    sets = _sets(units, parts)
     order = []
     for unit in total.argsort(stable=True).tolist():
         if all(len(part) > 1 for part in sets if unit in part):
@@ -107,3 +107,8 @@ def cheapest_first(
             for part in sets:
                 part.discard(unit)
     return Removal(order, total[order].tolist())
+
+
+def _sets(units: int, parts: Sequence[Tensor]) -> list[set[int]]:
+    """Those of which one unit has to stay each, the set of all units included."""
+    return [*(set(part.tolist()) - {-1} for part in parts), set(range(units))]

@@ -53,9 +53,9 @@ class Problem:
     desired: Drift | None = None  # by which errors are measured
     trusted: float = 1.0  # the share of ``desired`` in ``drift``
     samples: Sequence[float] = ()  # of each second moment, as far as known
-    # By group, what was removed from all rows (D,) when their kept weights were last solved for,
-    # and with how many times the damping.
-    repaired: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    # By group and what was removed from all its rows: with how many times the damping the kept
+    # weights were solved for. A search for an error tries several removals and returns to one.
+    _factors: dict[tuple[int, bytes], float] = field(default_factory=dict, repr=False)
     _norms: dict[int, float] = field(default_factory=dict, repr=False)  # see norm()
 
     @classmethod
@@ -226,11 +226,16 @@ class Problem:
         known = self.samples[g] if self.samples else math.inf
         return known if self.desired is None else min(known, self.desired.rows)
 
+    def solved_with(self, g: int, removed: Tensor, factor: float) -> None:
+        """Note with how many times the damping the kept weights of group g were solved for, where
+        all its rows lose ``removed`` (D,)."""
+        self._factors[g, _bits(removed)] = factor
+
     def repair_factor(self, g: int, removed: Tensor) -> float:
         """How many times the damping the kept weights of group g were solved for with, where
         ``removed`` (R, D) is; 1 if it was not more."""
-        last, factor = self.repaired.get(g, (removed, 1.0))
-        return factor if factor == 1.0 or bool((removed == last).all()) else 1.0
+        factor = self._factors.get((g, _bits(removed[0])), 1.0) if self._factors else 1.0
+        return factor if factor == 1.0 or bool((removed == removed[0]).all()) else 1.0
 
     def damped(self, g: int, rows: slice = slice(None)) -> Tensor:
         """(D, D) float64, or some rows of it: the second moment of group g over its inverse's
@@ -300,6 +305,10 @@ class Problem:
                 "to a wider type, raise the damping, or remove less"
             )
         return weight, bias
+
+
+def _bits(removed: Tensor) -> bytes:
+    return bytes(removed.tolist())
 
 
 def nearest_count(share: float, of: int) -> int:

@@ -72,7 +72,7 @@ def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
         raise NotPositiveDefiniteError(
             "hessian: what is kept of it is not positive definite; pass a larger damping"
         )
-    problem.repaired[g] = (removed, found.factor)
+    problem.solved_with(g, removed, found.factor)
     w[:, ~removed] += found.change
     return w
 

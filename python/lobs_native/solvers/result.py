@@ -71,15 +71,8 @@ def finish(
     Tensors of the result have a leading G; ``begun`` is a time of ``time.perf_counter``.
     """
     removed = pruned.removed
-    factor = _repair_factor(problem, removed)
-    costs = None if factor > 1 else pruned.costs  # which reckon with less damping
     weight, bias = problem.rounded(pruned.weights)
-    unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
-    if not pruned.optimal:
-        error, optimality = measurement.error_and_optimality_of_some(
-            problem, weight, bias, removed, None if costs is None else costs.rows, unmet
-        )
-    else:
+    if pruned.optimal:
         error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
         if optimality > OPTIMAL:
             problem.workspace.note(
@@ -87,10 +80,14 @@ def finish(
                 f"{optimality:.3g}"
             )
             weight, bias = problem.rounded(solve(problem, removed, precise=True, from_kept=True))
-            factor = _repair_factor(problem, removed)
-            costs = None if factor > 1 else costs
-            unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
             error, optimality = measurement.error_and_optimality(problem, weight, bias, removed)
+    factor = _repair_factor(problem, removed)
+    costs = None if factor > 1 else pruned.costs  # which reckon with less damping
+    unmet = 0.0 if costs is None else measurement.unmet(problem, weight, bias)
+    if not pruned.optimal:
+        error, optimality = measurement.error_and_optimality_of_some(
+            problem, weight, bias, removed, None if costs is None else costs.rows, unmet
+        )
     damping = problem.damping * factor
     if factor > 1:
         problem.workspace.note(

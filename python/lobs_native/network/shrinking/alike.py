@@ -29,7 +29,7 @@ def apart(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """How far outputs are from those wanted: the largest difference of a tensor, relative to its
     norm; infinite for other shapes."""
     if [a.shape for a in wanted] != [b.shape for b in found]:
-        return float("inf")
+        return math.inf
     differences = [
         float((a.double() - b.double()).norm()) / (float(a.double().norm()) or 1.0)
         for a, b in zip(wanted, found, strict=True)

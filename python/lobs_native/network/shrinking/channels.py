@@ -36,7 +36,7 @@ def channel_families(
     stay = {
         c: why for variables in axes.values() for c in variables if (why := ties.classes.why(c))
     }
-    for axis in ties.contracted:
+    for axis in sorted(ties.contracted):  # sets of names have another order in every process
         if axis[0] not in layers or layers[axis[0]].groups > 1 or axis[0] in shared:
             why = f"{axis[0].removesuffix('.weight')} reads them, whose weight is shared or unknown"
             stay.update((c, why) for c in axes[axis] if c not in stay)
@@ -53,10 +53,8 @@ def channel_families(
             )
         else:
             families.append(family)
-    order = list(layers)
-    for name, axis in sorted(
-        ties.produced, key=lambda a: order.index(a[0]) if a[0] in order else -1
-    ):
+    order = {name: place for place, name in enumerate(layers)}
+    for name, axis in sorted(ties.produced, key=lambda axis: (order.get(axis[0], -1), axis)):
         if reasons := dict.fromkeys(stay[c] for c in axes[name, axis] if c in stay):
             notes.append(f"{name.removesuffix('.weight')}: its outputs stay: {'; '.join(reasons)}")
     return families

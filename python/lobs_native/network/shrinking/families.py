@@ -56,7 +56,7 @@ _WIDTH_FIELDS = ("all_head_size",)
 
 
 def families_of(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> Iterator[Family]:
-    """The families of a model in the order of its modules, each consumer once."""
+    """The families of a model in the order of its modules, each reader once."""
     seen: set[str] = set()
     for name, module in model.named_modules():
         for find, kind in ((_heads, "heads"), (_neurons, "neurons")):
@@ -79,11 +79,11 @@ def _below(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _sizes(
-    module: nn.Module, producers: tuple[str, ...], consumer: str
+    module: nn.Module, producers: tuple[str, ...], reader: str
 ) -> tuple[list[int], int] | None:
-    """The numbers of outputs of the producers, and of inputs of the consumer; None if one of them
+    """The numbers of outputs of the producers, and of inputs of the reader; None if one of them
     is not there, or not linear."""
-    shapes = [linear_shape(_below(module, path)) for path in (*producers, consumer)]
+    shapes = [linear_shape(_below(module, path)) for path in (*producers, reader)]
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(shapes):
         return None
@@ -91,8 +91,8 @@ def _sizes(
 
 
 def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
-    for producers, consumer in _NEURONS:
-        if (sizes := _sizes(module, producers, consumer)) is None:
+    for producers, reader in _NEURONS:
+        if (sizes := _sizes(module, producers, reader)) is None:
             continue
         outs, units = sizes
         if all(out == units for out in outs):
@@ -104,11 +104,11 @@ def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
         return Family(
             kind="neurons",
             units=units,
-            readers=(_joined(name, consumer),),
+            readers=(_joined(name, reader),),
             producers=tuple(_joined(name, path) for path in producers),
             slots=(
                 *_outputs(model, name, producers, units, (1,) * len(producers), parts),
-                _inputs(model, _joined(name, consumer), 1),
+                _inputs(model, _joined(name, reader), 1),
             ),
             counts=tuple(_counts(model, name, dict.fromkeys(_NEURON_FIELDS, units), units)),
         )
@@ -116,8 +116,8 @@ def _neurons(model: nn.Module, name: str, module: nn.Module) -> Family | None:
 
 
 def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
-    for producers, consumer in _HEADS:
-        if (sizes := _sizes(module, producers, consumer)) is None:
+    for producers, reader in _HEADS:
+        if (sizes := _sizes(module, producers, reader)) is None:
             continue
         (q, k, v), width = sizes
         inner = _joined(name, producers[0]).rpartition(".")[0]
@@ -134,11 +134,11 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
         return Family(
             kind="heads",
             units=groups,
-            readers=(_joined(name, consumer),),
+            readers=(_joined(name, reader),),
             producers=tuple(_joined(name, path) for path in producers),
             slots=(
                 *_outputs(model, name, producers, groups, rows),
-                _inputs(model, _joined(name, consumer), each * size),
+                _inputs(model, _joined(name, reader), each * size),
             ),
             counts=tuple(_counts(model, inner, expected, groups)),
         )

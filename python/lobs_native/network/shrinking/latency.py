@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lobs_native import ops
-from lobs_native.calibration.hooks import attached
+from lobs_native.calibration.hooks import attached, first_argument
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, CheckpointError
 from lobs_native.files.atomic import write_file
@@ -105,11 +105,11 @@ def inputs_of(
     :meth:`Session.evaluating`."""
     shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
 
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            shapes.setdefault(module, []).append(tuple(args[0].shape))
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(x := first_argument(args, kwargs), Tensor):
+            shapes.setdefault(module, []).append(tuple(x.shape))
 
-    with attached([layer.register_forward_pre_hook(see) for layer in layers]):
+    with attached(layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers):
         session.call(session.model, batch)
     return shapes
 
@@ -122,8 +122,13 @@ def _sizes(layer: nn.Module, weight: Sequence[int]) -> tuple[int, int]:
     """The outputs and inputs of a layer with a weight of this shape."""
     if _is_depthwise(layer):
         return weight[0], weight[0]
-    outputs_first = not layer.transposed if isinstance(layer, _ConvNd) else inputs_axis(layer) == 1
-    return (weight[0], weight[1]) if outputs_first else (weight[1], weight[0])
+    inside = inputs_axis(layer)
+    return weight[1 - inside], weight[inside]
+
+
+def _features_axis(layer: nn.Module) -> int:
+    """The dimension of a layer's inputs in its input."""
+    return -len(layer.kernel_size) - 1 if isinstance(layer, _ConvNd) else -1
 
 
 def _key(layer: nn.Module, shape: Sequence[int]) -> str:
@@ -136,12 +141,10 @@ def _key(layer: nn.Module, shape: Sequence[int]) -> str:
         str(weight.device),
     ]
     rest = list(shape)
+    rest[_features_axis(layer)] = -1
     if isinstance(layer, _ConvNd):
-        rest[-len(layer.kernel_size) - 1] = -1
         parts += [layer.kernel_size, layer.stride, layer.padding, layer.dilation]
         parts.append("depthwise" if _is_depthwise(layer) else "whole")
-    else:
-        rest[-1] = -1
     return " ".join(map(str, [*parts, tuple(rest), f"{ops.threads()} threads"]))
 
 
@@ -152,20 +155,15 @@ def _resized(
     small, size = copy.deepcopy(layer), list(shape)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    sizes = list(weight.shape)
+    size[_features_axis(layer)] = inputs
+    sizes, inside = list(weight.shape), inputs_axis(layer)
+    sizes[1 - inside], sizes[inside] = outputs, inputs
     if isinstance(small, _ConvNd):
-        depthwise = _is_depthwise(small)
-        size[-len(small.kernel_size) - 1] = inputs
-        made, read = (1, 0) if small.transposed else (0, 1)
-        sizes[made], sizes[read] = outputs, 1 if depthwise else inputs
         small.out_channels, small.in_channels = outputs, inputs
-        small.groups = outputs if depthwise else 1
-    else:
-        made = 0 if isinstance(small, nn.Linear) else 1
-        sizes[made], sizes[1 - made] = outputs, inputs
-        size[-1] = inputs
-        if not isinstance(small, nn.Linear):
-            small.nf = outputs  # type: ignore[assignment]
+        if _is_depthwise(small):
+            small.groups, sizes[:2] = outputs, (outputs, 1)
+    elif not isinstance(small, nn.Linear):
+        small.nf = outputs  # type: ignore[assignment]
     small.weight = nn.Parameter(torch.randn(sizes, dtype=weight.dtype, device=weight.device))
     if getattr(small, "bias", None) is not None:
         small.bias = nn.Parameter(torch.randn(outputs, dtype=weight.dtype, device=weight.device))

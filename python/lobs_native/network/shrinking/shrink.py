@@ -232,10 +232,10 @@ def shrink(
             take_out(model, family, stay[-1], undo)
         for owner, name, value in new_counts(plan.families, plan.counts):
             replace(owner, name, value, undo)
-        _check_same(session, first, wanted)
+        found = _check_same(session, first, wanted)
         normed = 0
         if any(family.kind == "channels" for family in plan.families):
-            normed = _renormed(session, first, original)
+            normed = _renormed(session, first, original, found)
         undo.pop_all()
     return ShrinkReport(
         layers=tuple(
@@ -270,8 +270,9 @@ def _kept_units(model: nn.Module, family: Family, masks: Mapping[str, Tensor]) -
     return units
 
 
-def _check_same(session: Session, batch: Any, wanted: Sequence[Tensor]) -> None:
-    """ArgumentError if the model does not return this any more, but for rounding."""
+def _check_same(session: Session, batch: Any, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """What the model returns for a batch; ArgumentError if it is not this any more, but for
+    rounding."""
     try:
         with session.evaluating():
             found = output_of(session, batch)
@@ -279,26 +280,28 @@ def _check_same(session: Session, batch: Any, wanted: Sequence[Tensor]) -> None:
         raise ArgumentError(_DEPENDS) from error
     if not alike(wanted, found):
         raise ArgumentError(_DEPENDS)
+    return found
 
 
-def _renormed(session: Session, batch: Any, original: Sequence[Tensor]) -> int:
+def _renormed(
+    session: Session, batch: Any, original: Sequence[Tensor], present: Sequence[Tensor]
+) -> int:
     """Re-estimate batch normalisation if that brings the output for a batch closer to the original
-    one; how many layers then have new statistics."""
-    model = session.model
-    old = [(x, x.clone()) for x in statistics_of(model)]
-    if not old:
+    one than the present one is; how many layers then have new statistics."""
+    model, statistics = session.model, statistics_of(session.model)
+    if not statistics:
         return 0
-    with session.evaluating():
-        before = apart(original, output_of(session, batch))
-    count = reestimate_batch_norm(
-        model, session.batches, forward=session.forward, device=session.device
-    )
-    with session.evaluating():
-        if apart(original, output_of(session, batch)) < before:
-            return count
-    for x, value in old:
-        x.copy_(value)
-    return 0
+    with contextlib.ExitStack() as undo:
+        for x in statistics:
+            undo.callback(overwrite, x, x.clone())
+        count = reestimate_batch_norm(
+            model, session.batches, forward=session.forward, device=session.device
+        )
+        with session.evaluating():
+            if not apart(original, output_of(session, batch)) < apart(original, present):
+                return 0
+        undo.pop_all()
+    return count
 
 
 def _size(model: nn.Module) -> int:

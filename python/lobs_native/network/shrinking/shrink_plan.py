@@ -30,7 +30,7 @@ from lobs_native.network.shrinking.sizes import (
     uniform,
 )
 from lobs_native.network.shrinking.surgery import stands_alone
-from lobs_native.network.shrinking.units import Family, columns_of
+from lobs_native.network.shrinking.units import KINDS, Family, columns_of
 from lobs_native.solvers.joint import Removal
 
 __all__ = ["BUDGETS", "Goal", "ShrinkPlan", "plan_shrinking"]
@@ -61,6 +61,10 @@ class Goal:
             raise ArgumentError(f"keep, {', '.join(BUDGETS)}: give exactly one of them")
         ((name, value),) = given.items()
         return None if name == "keep" else (name, share_of(value, name))
+
+    def for_class_of(self, model: nn.Module) -> bool:
+        """Whether the model's own class has to be able to have the new sizes."""
+        return self.configured and getattr(model, "config", None) is not None
 
 
 @dataclass(frozen=True)
@@ -118,26 +122,27 @@ def plan_shrinking(
         if goal.latency is not None:
             table = table_of(goal.latency_table)
             costs["latency"] = _latency(families, session, table)
-        one_size = goal.configured and getattr(model, "config", None) is not None
+        one_size = goal.for_class_of(model)
         if budget is not None and one_size:
             name, target = budget
-            shares = uniform(Work(model, families, costs[name]), target, goal.multiple, name)
+            work = Work(model, families, costs[name])
+            shares = dict.fromkeys(KINDS, uniform(work, target, goal.multiple, name))
         order: dict[int, Removal] = {}
         wanted = [f for f in families if not f.single or not (shares or one_size)]
         if wanted:
             found = removals_of(wanted, session, method=method, damping=damping, memory=memory)
             order = {id(f): removal for f, removal in zip(wanted, found, strict=True)}
-    removals = [order.get(id(f)) for f in families]
-    if budget is not None and not one_size:
-        name, target = budget
-        work = Work(model, families, costs[name], removals)
-        counts = divided(work, target, goal.multiple, name)
-    else:
-        counts = [kept(f, shares.get(f.kind, 1.0), goal.multiple) for f in families]
-        counts = [
-            n if r is None else max(n, f.units - len(r.order))
-            for f, n, r in zip(families, counts, removals, strict=True)
-        ]
+        removals = [order.get(id(f)) for f in families]
+        if budget is not None and not one_size:
+            name, target = budget
+            work = Work(model, families, costs[name], removals)
+            counts = divided(work, target, goal.multiple, name)
+        else:
+            counts = [kept(f, shares.get(f.kind, 1.0), goal.multiple) for f in families]
+            counts = [
+                n if r is None else max(n, f.units - len(r.order))
+                for f, n, r in zip(families, counts, removals, strict=True)
+            ]
     if table is not None and goal.latency_table is not None:
         table.save(goal.latency_table)
     every = Work(model, families, costs["multiplications"], removals)
@@ -162,30 +167,36 @@ def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
     families = list(families_of(model, goal.kinds))
     if goal.configured:
         families = configurable(model, families, notes)
-    if "channels" in goal.kinds:
-        if not goal.configured or getattr(model, "config", None) is None:
-            batch = next(iter(session.each("channels")))
-            found = channel_families(model, session, batch, notes)
-            # Names are believed unless more is seen to have the units: a convolution in between.
-            named = {f.readers[0]: f.tensors for f in families_of(model)}
-            wider = [f for f in found if not f.tensors <= named.get(f.readers[0], set())]
-            families = [f for f in families if all(f.readers[0] not in w.readers for w in wider)]
-            for family in wider:
-                if stands_alone(session, batch, family):
-                    families.append(family)
-                else:
-                    notes.append(f"{', '.join(family.producers)}: their outputs stay: {_BOUND}")
-        elif not families:
-            notes.append(
-                f"channels stay: a {type(model).__name__} made from its configuration cannot have "
-                "other numbers of them (configured=False removes them nevertheless)"
-            )
+    if "channels" in goal.kinds and not goal.for_class_of(model):
+        families = _with_channels(families, session, notes)
+    elif "channels" in goal.kinds and not families:
+        notes.append(
+            f"channels stay: a {type(model).__name__} made from its configuration cannot have "
+            "other numbers of them (configured=False removes them nevertheless)"
+        )
     if not families:
         raise ArgumentError(
             "model: it has no feed-forward layers, attention or channels whose units can be removed"
             + "".join(f"; {note}" for note in notes)
         )
     return families
+
+
+def _with_channels(families: Sequence[Family], session: Session, notes: list[str]) -> list[Family]:
+    """These families and those of channels. Names are believed unless more is seen to have the
+    units, such as a convolution in between: then the family that was seen takes their place."""
+    model, batch = session.model, next(iter(session.each("channels")))
+    named = {f.readers[0]: f.tensors for f in families_of(model)}
+    seen = channel_families(model, session, batch, notes)
+    wider = [f for f in seen if not f.tensors <= named.get(f.readers[0], set())]
+    replaced = {name for f in wider for name in f.readers}
+    result = [f for f in families if replaced.isdisjoint(f.readers)]
+    for family in wider:
+        if stands_alone(session, batch, family):
+            result.append(family)
+        else:
+            notes.append(f"{', '.join(family.producers)}: their outputs stay: {_BOUND}")
+    return result
 
 
 def _weights(name: str, shape: Sequence[int]) -> float:

@@ -40,7 +40,7 @@ def shares_of(keep: float | Mapping[str, float]) -> dict[str, float]:
 
 def kept(family: Family, share: float, multiple: int) -> int:
     """How many units stay: at least one, neurons and channels in multiples."""
-    step = 1 if family.kind == "heads" else multiple
+    step = _step(family, multiple)
     nearest = step * math.floor(share * family.units / step + 0.5)
     return min(family.units, max(step, nearest))
 
@@ -70,8 +70,7 @@ class Work:
             when = torch.full((family.units + 1,), family.units)  # when a unit goes; -1 never does
             when[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
             for slot in family.slots:
-                path, _, part = slot.name.rpartition(".")
-                tensor: Tensor = getattr(model.get_submodule(path), part)
+                tensor = slot.tensor(model)
                 if tensor.ndim < 2:
                     continue
                 self._shapes[slot.name] = tuple(tensor.shape)
@@ -101,8 +100,8 @@ class Work:
         return self._known[key]
 
 
-def uniform(work: Work, target: float, multiple: int, name: str) -> dict[str, float]:
-    """One share for all kinds, so that the work is at most ``target`` of the whole."""
+def uniform(work: Work, target: float, multiple: int, name: str) -> float:
+    """One share for all units, so that the work is at most ``target`` of the whole."""
     whole = work.total([f.units for f in work.families])
 
     def left(share: float) -> float:
@@ -114,7 +113,7 @@ def uniform(work: Work, target: float, multiple: int, name: str) -> dict[str, fl
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= target else (low, middle)
-    return dict.fromkeys(KINDS, low)
+    return low
 
 
 def divided(work: Work, target: float, multiple: int, name: str) -> Counts:
@@ -130,7 +129,7 @@ def divided(work: Work, target: float, multiple: int, name: str) -> Counts:
     spent = [
         [0.0, *torch.tensor(r.spent, dtype=torch.float64).cumsum(0).tolist()] for r in removals
     ]
-    share = _LEAST * uniform(work, target, multiple, name)[families[0].kind]
+    share = _LEAST * uniform(work, target, multiple, name)
     steps = [
         [n for n in _steps(f, len(r.order), multiple) if n >= share * f.units]
         for f, r in zip(families, removals, strict=True)
@@ -169,9 +168,14 @@ def divided(work: Work, target: float, multiple: int, name: str) -> Counts:
 
 def _steps(family: Family, removable: int, multiple: int) -> list[int]:
     """The numbers of units that may stay, falling."""
-    step = 1 if family.kind == "heads" else multiple
+    step = _step(family, multiple)
     least = max(family.units - removable, min(step, family.units))
     return [n for n in range(family.units - 1, least - 1, -1) if n % step == 0]
+
+
+def _step(family: Family, multiple: int) -> int:
+    """What numbers of its units are multiples of."""
+    return 1 if family.kind == "heads" else multiple
 
 
 def _too_little(name: str, target: float, least: float) -> ArgumentError:

@@ -46,7 +46,7 @@ def stands_alone(session: Session, batch: Any, family: Family) -> bool:
         for slot in family.slots:
             if slot.read:
                 at = torch.isin(slot.units, gone).nonzero()[:, 0]
-                old = _tensor(model, slot)
+                old = slot.tensor(model)
                 _put(model, old, old.detach().index_fill(slot.axis, at.to(old.device), 0), undo)
         wanted = output_of(session, batch)
         take_out(model, family, units[~torch.isin(units, gone)], undo)
@@ -56,15 +56,9 @@ def stands_alone(session: Session, batch: Any, family: Family) -> bool:
             return False
 
 
-def _tensor(model: nn.Module, slot: Slot) -> Tensor:
-    path, _, part = slot.name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), part)
-    return tensor
-
-
 def _slice(model: nn.Module, slot: Slot, which: Tensor, undo: contextlib.ExitStack) -> None:
     """Keep some indices along an axis."""
-    old = _tensor(model, slot)
+    old = slot.tensor(model)
     _put(model, old, old.detach().index_select(slot.axis, which.to(old.device)).contiguous(), undo)
 
 
@@ -84,10 +78,9 @@ def _count_again(module: nn.Module, undo: contextlib.ExitStack) -> None:
     weight = getattr(module, "weight", None)
     counts: dict[str, int] = {}
     if isinstance(module, _ConvNd) and weight is not None:
-        depthwise = module.groups > 1
-        out, inside = (1, 0) if module.transposed else (0, 1)
-        counts = {"out_channels": weight.shape[out], "in_channels": weight.shape[inside]}
-        if depthwise:  # a filter for each channel: other groups are left whole
+        inside = inputs_axis(module)
+        counts = {"out_channels": weight.shape[1 - inside], "in_channels": weight.shape[inside]}
+        if module.groups > 1:  # a filter for each channel: other groups are left whole
             counts = dict.fromkeys(("groups", "in_channels", "out_channels"), weight.shape[0])
     elif isinstance(module, _BatchNorm):
         known = next(x for x in (weight, module.running_mean) if x is not None)

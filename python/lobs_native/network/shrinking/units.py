@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lobs_native.layers import Layer
 
@@ -23,6 +24,12 @@ class Slot:
     axis: int
     units: Tensor  # int64: the unit of each index; -1 for what stays
     read: bool = False  # whether it is the inputs of a reader
+
+    def tensor(self, model: nn.Module) -> Tensor:
+        """The parameter or buffer of a model."""
+        path, _, part = self.name.rpartition(".")
+        tensor: Tensor = getattr(model.get_submodule(path), part)
+        return tensor
 
     def kept(self, units: Tensor) -> Tensor:
         """The indices that stay with these units, rising."""
@@ -84,6 +91,9 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def inputs_axis(module: nn.Module) -> int:
-    """The dimension of its inputs in the weight of a module that has a :func:`linear_shape`:
-    transformers' Conv1D is stored the other way round."""
+    """The dimension of its inputs in the weight of a convolution, or of a module that has a
+    :func:`linear_shape`. Transposed convolutions and transformers' Conv1D are stored the other way
+    round."""
+    if isinstance(module, _ConvNd):
+        return 0 if module.transposed else 1
     return 1 if isinstance(module, nn.Linear) else 0
