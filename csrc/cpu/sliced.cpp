@@ -15,6 +15,7 @@ namespace lobs::LOBS_LEVEL {
 namespace {
 
 constexpr Index kTogether = 4;             // rows of x in one pass over a slice
+constexpr Index kSlices = 4;               // in an item of work, with few rows of x
 constexpr Index kTile = 32;                // samples
 constexpr Index kChunkBytes = 512 * 1024;  // of transposed x, so that a chunk stays in L2
 constexpr Index kMostTiles = 4;            // in a chunk
@@ -204,8 +205,8 @@ Info few(const Product<V, X>& p, const X* x, const AnyMatrix& from, const Contex
             for (Index c = count; c < kWidth; ++c) to[c] = 0.0f;
         }
     auto body = [&](Index item, int) {
-        const Index last = least((item + 1) * 4, p.slices());
-        for (Index slice = item * 4; slice < last; ++slice) {
+        const Index last = least((item + 1) * kSlices, p.slices());
+        for (Index slice = item * kSlices; slice < last; ++slice) {
             Index n = 0;
             for (; n + kTogether <= p.samples; n += kTogether)
                 few_of_slice<kWidth, kTogether>(p, slice, blocks, x_row, n);
@@ -213,7 +214,7 @@ Info few(const Product<V, X>& p, const X* x, const AnyMatrix& from, const Contex
             for (; n < p.samples; ++n) few_of_slice<kWidth, 1>(p, slice, blocks, x_row, n);
         }
     };
-    const bool done = parallel_items((p.slices() + 3) / 4, context, body);
+    const bool done = parallel_items((p.slices() + kSlices - 1) / kSlices, context, body);
     return {done ? Status::ok : Status::interrupted, 0};
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -30,10 +31,10 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(exporting._NEEDS, "onnx", ())
 
-    def written(subject, folder):
-        (folder / "model.onnx").write_bytes(b"onnx")
+    def written(subject):
+        (subject.folder / "model.onnx").write_bytes(b"onnx")
         values = subject.model[0].weight.detach().numpy().T.copy()
-        return folder / "model.onnx", {"val_0": Stored(values)}
+        return subject.folder / "model.onnx", {"val_0": Stored(values)}
 
     monkeypatch.setitem(exporting._WRITERS, "onnx", written)
 
@@ -52,15 +53,38 @@ def test_it_writes_a_folder_and_counts(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out) == written
 
 
+def test_the_folder_of_the_network_is_not_replaced(capsys, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "report.json").write_text("{}")  # as prune leaves it
+    for out in ("model", "model/onnx"):
+        assert cli.main(["export", "model", "--out", out, "--overwrite"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("lobs-native: --out: ")
+        assert "must lie apart" in err
+    assert [path.name for path in model.iterdir()] == ["report.json"]
+
+
+def test_a_run_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
+    def ended(subject):
+        (subject.folder / "model.onnx").write_bytes(b"onnx")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setitem(exporting._WRITERS, "onnx", ended)
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["export", "networks_to_export:pair", "--out", "out"]) == cli.TERMINATED
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
+
+
 def test_nothing_is_written_where_zeros_are_lost(capsys, tmp_path, monkeypatch):
     arguments = ["export", "networks_to_export:pair", "--out", "out"]
     assert cli.main([*arguments, "--quantize", "gptq"]) == 2
     assert "--quantize: gptq is refused" in capsys.readouterr().err
 
-    def lossy(subject, folder):
-        (folder / "model.onnx").write_bytes(b"onnx")
+    def lossy(subject):
+        (subject.folder / "model.onnx").write_bytes(b"onnx")
         values = subject.model[0].weight.detach().numpy() + 1e-6
-        return folder / "model.onnx", {"w": Stored(values, 1e-5)}
+        return subject.folder / "model.onnx", {"w": Stored(values, 1e-5)}
 
     monkeypatch.setitem(exporting._WRITERS, "onnx", lossy)
     assert cli.main(arguments) == 1

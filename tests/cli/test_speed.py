@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import hf_folders
 
 from lobs_native.cli import commands as cli
 
@@ -58,16 +59,8 @@ def test_json_picture_and_another_dense_network(capsys, tmp_path):
 
 
 def test_a_folder_runs_on_random_tokens(capsys, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    pytest.importorskip("transformers")
+    hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
     arguments = ["speed", str(tmp_path / "model"), *FAST, "--length", "3", "--batch", "2"]
     assert cli.main(arguments) == 0
     assert "0.0% of the linear weights are zero" in capsys.readouterr().out

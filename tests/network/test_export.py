@@ -92,9 +92,9 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch):
 def test_every_layer_with_zeros_gets_a_row(tmp_path, monkeypatch):
     model = Network()
 
-    def written(_: Any, folder: Path) -> tuple[Path, dict[str, Stored]]:
-        (folder / "model.bin").write_bytes(b"12345")
-        return folder / "model.bin", {
+    def written(subject: Any) -> tuple[Path, dict[str, Stored]]:
+        (subject.folder / "model.bin").write_bytes(b"12345")
+        return subject.folder / "model.bin", {
             "a": Stored(model.first.weight.detach().numpy().T),
             "b": Stored(model.last.weight.detach().numpy()),
         }

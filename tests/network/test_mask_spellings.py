@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import hf_folders
 from helpers.experts import Experts
 from torch import Tensor, nn
 
@@ -132,21 +133,16 @@ def test_masks_that_do_not_fit_the_experts_are_refused():
 
 
 def test_names_of_a_weight_file_of_transformers_fit_its_model(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors.torch")
-    config = transformers.MixtralConfig(
-        vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(config).eval()
+    model = hf_folders.network("MixtralForCausalLM", num_hidden_layers=1)
     ids = [torch.randint(0, 40, (4, 12))]
     report = lobs.prune(model, ids, sparsity=0.5, method="magnitude", progress=False)
     model.save_pretrained(tmp_path)
     file = safetensors.load_file(tmp_path / "model.safetensors")
     masks = {name: x != 0 for name, x in file.items() if x.ndim > 1 and bool((x == 0).any())}
     assert sum("experts.2." in name for name in masks) == 3
-    fresh = transformers.MixtralForCausalLM(config)
+    fresh = hf_folders.network("MixtralForCausalLM", num_hidden_layers=1)
     lobs.apply_masks(fresh, masks)
     layers = dict(fresh.named_parameters())
     for name, mask in report.masks.items():

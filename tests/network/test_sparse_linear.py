@@ -86,6 +86,7 @@ def test_the_state_is_that_of_the_dense_layer():
         ({"weight": torch.ones(20, 40)}, "Missing key.*bias"),
         ({**state, "more": torch.ones(1)}, "Unexpected key.*more"),
         ({**state, "weight": torch.ones(20, 41)}, r"weight is \(20, 41\)"),
+        ({**state, "bias": torch.ones(21)}, r"bias is \(21,\), but must be \(20,\)"),
     ):
         with pytest.raises(RuntimeError, match=message):
             lobs.sparse_linear(dense).load_state_dict(wrong)

@@ -62,6 +62,20 @@ def test_the_counterpart_has_no_zeros_and_is_as_large():
     assert report.parameters[1] < report.parameters[0]
 
 
+def test_a_layer_that_the_batch_does_not_reach_has_no_row():
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle, self.also, self.used = network()[0], nn.Linear(300, 260), network()[0]
+            nn.init.zeros_(self.also.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    report = lobs.measure_speed(Partial(), torch.randn(3, 260), runtimes=["torch"], pairs=1)
+    assert [(each.name, each.rows) for each in report.layers] == [("used", 3)]
+
+
 def test_a_smaller_network_without_zeros_owes_nothing_to_sparse_kernels():
     def dense(inner: int) -> nn.Module:
         return nn.Sequential(nn.Linear(260, inner), nn.ReLU(), nn.Linear(inner, 260))

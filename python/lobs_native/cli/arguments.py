@@ -47,7 +47,7 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="the folder to write; needed unless --plan")
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     add("--masks", action="store_true", help="write masks.safetensors too (True = kept)")
-    add("--mask-bits", action="store_true", help="write it with one bit per weight, not a byte")
+    add("--mask-bits", action="store_true", help="the same with one bit per weight, not a byte")
     add("--plan", action="store_true", help="say what would be pruned, with memory, and stop")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")

@@ -168,19 +168,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    text = {name: getattr(options, name) for name in TEXT}
     # Whatever the model's code prints must not get between the lines of a result.
     with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         if not options.plan:
             out = _check_out(options)
-        task = job.find(
-            options.model,
-            options.calibration,
-            text,
-            planning=options.plan,
-            seed=options.seed,
-            fold=options.fold_weights,
-        )
+        task = _task(options, planning=options.plan, fold=options.fold_weights)
         settings = settings_of(options)
         if options.plan:
             planned = job.plan(task, settings)
@@ -208,11 +200,16 @@ def _prune(options: argparse.Namespace) -> int:
     return OK
 
 
+def _task(options: argparse.Namespace, **how: bool) -> job.Job:
+    """The network of ``prune`` or ``shrink``, with its batches."""
+    text = {name: getattr(options, name) for name in TEXT}
+    return job.find(options.model, options.calibration, text, seed=options.seed, **how)
+
+
 def _shrink(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         out = _check_out(options)
-        text = {name: getattr(options, name) for name in TEXT}
-        task = job.find(options.model, options.calibration, text, seed=options.seed)
+        task = _task(options)
         with _heeding_sigterm(kept=False):
             result = shrinking.run(task, options, out)
     print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
@@ -226,7 +223,10 @@ def _printing(work: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
 
     def command(options: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
-            text = work(options)
+            if "out" in options:
+                options.out = _check_out(options)
+            with _heeding_sigterm(kept=False):
+                text = work(options)
         print(text)
         return OK
 

@@ -13,6 +13,7 @@ import torch
 import lobs_native
 from lobs_native import ops
 from lobs_native.errors import LobsError
+from lobs_native.network.inference.speed import processor
 from lobs_native.solvers.hessian import Hessian
 from lobs_native.solvers.weight import prune_weight
 
@@ -31,7 +32,7 @@ def examine() -> list[tuple[str, str]]:
     rows += [(name, _version(name)) for name in ("numpy", "safetensors", "tqdm")]
     rows += [
         ("platform", platform.platform()),
-        ("CPU", _cpu_model()),
+        ("CPU", f"{processor()}, {os.cpu_count()} logical cores"),
         ("CPU level", next(detail for name, _, detail in ops.backends() if name == "cpu")),
         ("CPU levels usable here", ", ".join(name for name, ready, _ in ops.levels() if ready)),
         ("LOBS_CPU_LEVEL", os.environ.get("LOBS_CPU_LEVEL") or "not set"),
@@ -106,17 +107,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_model() -> str:
-    cores = f"{os.cpu_count()} logical cores"
-    try:
-        match = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-    except OSError:
-        match = None
-    return f"{match[1] if match else platform.processor() or platform.machine()}, {cores}"
 
 
 def _torch_cuda() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lobs_native.cli import job
-from lobs_native.cli.speed import batch_of
+from lobs_native.cli.speed import add_sizes, batch_of
 from lobs_native.cli.tables import aligned
 from lobs_native.files.atomic import new_folder
 from lobs_native.network.inference.export import FORMATS, QUANTIZERS, REFUSED, ExportReport, export
@@ -19,8 +19,9 @@ __all__ = ["add_command", "by_option", "run", "table"]
 _EXPORT = """Write a network in another format, by that program's converter, and count its zeros.
 
 MODEL is a folder, a GGUF file or module:function, as for prune. Each weight with zeros is found in
-the new files by its values, since converters rename and transpose. Nothing is written if one zero
-is lost. The sizes of the input are those of --batch and --length, or of a function's first batch.
+the new files by its values, since converters rename and transpose. Nothing is written if a single
+zero is lost. The sizes of the input are those of --batch and --length, or of a function's first
+batch.
 """
 
 
@@ -39,8 +40,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace DIR if it holds an earlier result")
     help_ = f"{', '.join(QUANTIZERS)}; refused, with the reason, because they lose zeros: "
     add("--quantize", metavar="NAME", help=help_ + ", ".join(REFUSED))
-    add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
-    add("--length", type=int, default=128, metavar="N", help="tokens in each; default: %(default)s")
+    add_sizes(command)
     add("--json", action="store_true", help="print one JSON object and nothing else")
     return command
 
@@ -48,8 +48,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the option in its place."""
     name, colon, rest = message.partition(": ")
-    message = message.replace("pass overwrite", "pass --overwrite")
-    return f"--{name}{colon}{rest}" if name in ("to", "quantize") else message
+    return f"--{name}{colon}{rest}" if name in ("out", "to", "quantize") else message
 
 
 def run(options: argparse.Namespace) -> str:

@@ -20,7 +20,7 @@ from lobs_native.network.inference.engines import ENGINES
 from lobs_native.network.inference.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
 from lobs_native.report.text import visible
 
-__all__ = ["add_command", "batch_of", "by_option", "run", "table"]
+__all__ = ["add_command", "add_sizes", "batch_of", "by_option", "run", "table"]
 
 _SPEED = """Time a pruned network on this machine, against its dense counterpart.
 
@@ -44,13 +44,19 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     add("--against", metavar="DENSE", help=help_)
     help_ = f"one of {', '.join(ENGINES)}; may be repeated; default: all that are installed"
     add("--runtime", action="append", metavar="NAME", help=help_)
-    add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
-    add("--length", type=int, default=128, metavar="N", help="tokens in each; default: %(default)s")
+    add_sizes(command)
     add("--pairs", type=int, default=7, metavar="N", help="pairs of runs; default: %(default)s")
     add("--threads", type=int, metavar="N", help="default: those of torch")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--picture", type=Path, metavar="FILE.png", help="draw the table; needs matplotlib")
     return command
+
+
+def add_sizes(command: argparse.ArgumentParser) -> None:
+    """The options that :func:`batch_of` reads."""
+    add = command.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
+    add("--length", type=int, default=128, metavar="N", help="tokens in each; default: %(default)s")
 
 
 def by_option(message: str) -> str:

@@ -5,7 +5,7 @@ A file of safetensors with two uint8 tensors for each tensor, "NAME.bits" (the b
 tensor, the first in the lowest bit) and "NAME.values" (the bytes of the entries that have a bit:
 all first bytes, then all second ones, and so on, because the bytes that hold the exponents are
 alike), and a tensor "layout", JSON {NAME: [dtype, shape]}. All are zlib streams (RFC 1950), whose
-checksums tell damage. An entry without a bit has only zero bits: a negative zero is kept.
+checksums reveal damage. An entry without a bit has only zero bits: a negative zero is kept.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def save_compressed(tensors: Mapping[str, Tensor], path: str | os.PathLike[str])
     """
     if not isinstance(tensors, Mapping):
         raise DtypeError(f"tensors: expected {{name: tensor}}, got {type(tensors).__name__}")
-    dtypes = tuple(_NAMES.values())
+    checked: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not isinstance(name, str):
             raise DtypeError(f"tensors: a key is a {type(name).__name__}, expected a name")
-        checks.tensor(value, f"tensors[{name!r}]", dtypes=dtypes)
+        checked[name] = checks.tensor(value, f"tensors[{name!r}]", dtypes=safefile.TYPES.values())
     packed: dict[str, Tensor] = {}
     layout: dict[str, tuple[str, list[int]]] = {}
-    for name, value in tensors.items():
-        entries = checks.tensor(value, name, dtypes=dtypes).cpu().contiguous().reshape(-1)
+    for name, value in checked.items():
+        entries = value.cpu().contiguous().reshape(-1)
         layout[name] = (str(entries.dtype).removeprefix("torch."), list(value.shape))
         whole = entries.view(torch.uint8).numpy().view(_WHOLE[entries.itemsize])
         there = whole != 0
@@ -109,15 +109,13 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     expected = {f"{name}.{part}" for name in layout for part in ("bits", "values")}
     if odd := sorted(expected ^ set(stored)):
         raise CheckpointError(f"{label}: {shown(odd[0])} is only in the file or only in its layout")
-    return {
-        name: _tensor(
-            *_dtype_and_shape(entry, f"{label}: {shown(name)}"),
-            stored[f"{name}.bits"],
-            stored[f"{name}.values"],
-            f"{label}: {shown(name)}",
-        )
-        for name, entry in layout.items()
-    }
+    tensors = {}
+    for name, entry in layout.items():
+        where = f"{label}: {shown(name)}"
+        dtype, shape = _dtype_and_shape(entry, where)
+        bits, values = stored[f"{name}.bits"], stored[f"{name}.values"]
+        tensors[name] = _tensor(dtype, shape, bits, values, where)
+    return tensors
 
 
 def _encoded(text: str) -> bytes:
@@ -152,8 +150,8 @@ def _dtype_and_shape(entry: Any, label: str) -> tuple[torch.dtype, list[int]]:
     dtype, shape = entry
     if not isinstance(dtype, str) or dtype not in _NAMES:
         raise CheckpointError(f"{label}: has the unknown dtype {shown(dtype)}")
-    sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not sizes or math.prod(max(n, 1) for n in shape) > LARGEST_INTEGER // 64:
+    possible = safefile.whole_numbers(shape)
+    if not possible or math.prod(max(n, 1) for n in shape) > LARGEST_INTEGER // 64:
         raise CheckpointError(f"{label}: has the impossible shape {shown(shape)}")
     return _NAMES[dtype], shape
 

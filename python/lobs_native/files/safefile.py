@@ -44,6 +44,7 @@ __all__ = [
     "read_header",
     "size",
     "tensors_of",
+    "whole_numbers",
 ]
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")  # a file name that an index may contain
@@ -196,9 +197,9 @@ def _entry(value: Any, label: str) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"{label} has the unknown dtype {shown(dtype)}")
-    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS:
+    if not whole_numbers(shape) or len(shape) > _DIMENSIONS:
         raise CheckpointError(f"{label} has the impossible shape {shown(shape)}")
-    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{label} has the impossible offsets {shown(offsets)}")
     begin, end = offsets
     if math.prod(max(n, 1) for n in shape) * _BITS[dtype] > LARGEST_INTEGER:
@@ -210,7 +211,8 @@ def _entry(value: Any, label: str) -> Entry:
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def _whole_numbers(value: Any) -> bool:
+def whole_numbers(value: Any) -> bool:
+    """Whether a value of JSON is a list of sizes."""
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 

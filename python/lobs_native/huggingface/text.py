@@ -123,7 +123,7 @@ def text_batches(
     if held_back:
         settings["tokens held back"] = sum(map(len, held_back))
     batches = list(_batches(rows, batch_size, start))
-    return Text(batches, settings, list(_batches(held_back, batch_size)))
+    return Text(batches, settings, list(_batches(held_back, batch_size, start)))
 
 
 def generated_batches(

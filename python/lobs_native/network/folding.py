@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.layers import computed
 from lobs_native.layers.conv import margins
 
-__all__ = ["SamePaddedConv2d", "fold_weights"]
+__all__ = ["SamePaddedConv2d", "exchange", "fold_weights"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -100,15 +100,20 @@ def fold_weights(model: nn.Module) -> list[str]:
             f"model: it is a {type(model).__name__} itself, which cannot be replaced in it; put it "
             "into an nn.Sequential"
         )
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in plain:
-                parent._modules[key] = plain[child]
+    exchange(model, plain)
     for module in parametrized:
         training = module.training
         parametrize.remove_parametrizations(module.eval(), "weight")
         module.train(training)
     return names
+
+
+def exchange(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of those of a network, wherever they are registered."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in others:
+                parent._modules[name] = others[child]
 
 
 class SamePaddedConv2d(nn.Conv2d):

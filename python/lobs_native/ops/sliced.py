@@ -21,7 +21,8 @@ DTYPES_OF_VALUES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class SlicedWeight:
-    """A matrix (R, C) without its zeros, as ``csrc/sliced.h`` describes it. On the CPU.
+    """A matrix (R, C) without its zeros in sliced ELLPACK with blocks of columns, as
+    ``csrc/sliced.h`` describes it. On the CPU.
 
     Raises ShapeError, DtypeError or ArgumentError where the parts do not fit one another.
     """
@@ -201,7 +202,8 @@ def sliced_linear(
 
     Notes
     -----
-    Source: Kreutzer et al. 2014 (SELL-C-sigma); ``csrc/sliced.h``.
+    Source: Monakov et al. 2010 (sliced ELLPACK), Kreutzer et al. 2014 (SELL-C-sigma);
+    ``csrc/sliced.h``.
     """
     weight = SlicedWeight(values, columns, steps, rows, features, width)
     x = checks.tensor(x, "x", ndim=2, dtypes=DTYPES_OF_VALUES)

@@ -1,4 +1,4 @@
-"""Programs that run a network on the CPU: how each is given one, and why it cannot be."""
+"""Programs that run a network on the CPU: how each is given one, and why it cannot be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.inference.sparse_linear import to_sparse
 from lobs_native.version import __version__
 
-__all__ = ["ENGINES", "Run", "Subject", "engine_version", "least_sparsity", "missing"]
+__all__ = [
+    "ENGINES",
+    "Run",
+    "Subject",
+    "absent",
+    "engine_version",
+    "first_line",
+    "least_sparsity",
+    "missing",
+]
 
 FEW_ROWS = 8
 
@@ -158,11 +167,21 @@ _NEEDS = {
 }
 
 
+def absent(modules: Iterable[str]) -> str:
+    """Which of these modules are not installed, with how to install them; or nothing."""
+    names = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"needs {', '.join(names)}: pip install {' '.join(names)}" if names else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def missing(name: str) -> str:
     """Why an engine cannot be used here, with what to install; or nothing."""
-    needed = [m for m in _NEEDS.get(name, ()) if importlib.util.find_spec(m) is None]
-    if needed:
-        return f"needs {', '.join(needed)}: pip install {' '.join(needed)}"
+    if why := absent(_NEEDS.get(name, ())):
+        return why
     if name == "torch.compile" and shutil.which("c++") is None and shutil.which("g++") is None:
         return "needs a C++ compiler"
     return ""

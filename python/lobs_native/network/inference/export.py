@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from torch import nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
-from lobs_native.network.inference.engines import Subject
+from lobs_native.network.inference.engines import Subject, absent, first_line
 
 __all__ = ["FORMATS", "QUANTIZERS", "REFUSED", "ExportReport", "ExportedWeight", "export"]
 
 FORMATS = ("onnx", "openvino")
 QUANTIZERS = ("int8",)
-# What zeros are left by other ways to quantise, as measured in November 2026.
+# Other ways to quantise, and how many zeros they leave, as measured in November 2026.
 REFUSED = {
     "gptq": "it moves rounding errors onto removed weights: 98 % of the zeros stay "
     "(llm-compressor 0.14, gptqmodel 7.6); use a round-to-nearest quantiser, or apply_masks after",
@@ -119,9 +118,8 @@ def export(
         if to != "onnx":
             raise ArgumentError(f"quantize: {quantize} is for 'onnx', not for {to!r}")
     for what in (to, *([quantize] if quantize else [])):
-        absent = [m for m in _NEEDS[what] if importlib.util.find_spec(m) is None]
-        if absent:
-            raise LobsError(f"{what}: needs {', '.join(absent)}: pip install {' '.join(absent)}")
+        if why := absent(_NEEDS[what]):
+            raise LobsError(f"{what}: {why}")
     subject = Subject(copy.deepcopy(model).eval(), batch, folder)
     weights = {
         name: module.weight.detach().float().numpy()
@@ -130,10 +128,11 @@ def export(
         and bool((module.weight == 0).any())
     }
     try:
-        file, tensors = _WRITERS[quantize or to](subject, folder)
+        file, tensors = _WRITERS[quantize or to](subject)
     except Exception as error:  # whatever a converter raises
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"to: {to}: the network could not be converted: {reason}") from error
+        raise CheckpointError(
+            f"to: {to}: the network could not be converted: {first_line(error)}"
+        ) from error
     found = tuple(found_weight(name, weight, tensors) for name, weight in weights.items())
     size = sum(path.stat().st_size for path in folder.iterdir())
     return ExportReport(file.name, to, quantize, found, size)
@@ -180,16 +179,16 @@ def _arrays_of(path: Path) -> dict[str, Any]:
     }
 
 
-def _onnx(subject: Subject, folder: Path) -> _Written:
+def _onnx(subject: Subject) -> _Written:
     return subject.onnx, {k: Stored(v) for k, v in _arrays_of(subject.onnx).items()}
 
 
-def _int8(subject: Subject, folder: Path) -> _Written:
+def _int8(subject: Subject) -> _Written:
     quantization: Any = importlib.import_module("onnxruntime.quantization")
-    path = folder / "model.int8.onnx"
+    path = subject.folder / "model.int8.onnx"
     kind = quantization.QuantType.QInt8
     quantization.quantize_dynamic(str(subject.onnx), str(path), weight_type=kind)
-    _remove(folder.glob("model.onnx*"))
+    _remove_onnx(subject)
     arrays = _arrays_of(path)
     tensors = {k: Stored(v) for k, v in arrays.items()}
     for name in [k.removesuffix("_quantized") for k in arrays if k.endswith("_quantized")]:
@@ -200,23 +199,24 @@ def _int8(subject: Subject, folder: Path) -> _Written:
     return path, tensors
 
 
-def _openvino(subject: Subject, folder: Path) -> _Written:
+def _openvino(subject: Subject) -> _Written:
     openvino: Any = importlib.import_module("openvino")
     converted = openvino.convert_model(str(subject.onnx))
-    path = folder / "model.xml"
+    path = subject.folder / "model.xml"
     openvino.save_model(converted, str(path), compress_to_fp16=False)
-    _remove(folder.glob("model.onnx*"))
+    _remove_onnx(subject)
     nodes = openvino.Core().read_model(str(path)).get_ops()
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     return path, {node.get_friendly_name(): Stored(node.data.copy()) for node in constants}
 
 
-def _remove(files: Iterable[Path]) -> None:
-    for file in list(files):
+def _remove_onnx(subject: Subject) -> None:
+    """Remove the file that was only a step on the way, and what belongs to it."""
+    for file in list(subject.folder.glob("model.onnx*")):
         file.unlink()
 
 
-_WRITERS: dict[str, Callable[[Subject, Path], _Written]] = {
+_WRITERS: dict[str, Callable[[Subject], _Written]] = {
     "onnx": _onnx,
     "int8": _int8,
     "openvino": _openvino,

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, BackendError, DtypeError, ShapeError
+from lobs_native.network.folding import exchange
 from lobs_native.ops import SlicedWeight, select_backend
-from lobs_native.ops.sliced import multiply
+from lobs_native.ops.sliced import DTYPES_OF_VALUES, multiply
 
-__all__ = ["SparseLayers", "SparseLinear", "from_sparse", "sparse_linear", "to_sparse"]
+__all__ = [
+    "SparseLayers",
+    "SparseLinear",
+    "from_sparse",
+    "share_of_zeros",
+    "sparse_linear",
+    "to_sparse",
+]
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")
 
 
@@ -90,7 +97,7 @@ class SparseLinear(nn.Module):
             x requires a gradient.
         """
         sliced = self._sliced
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES_OF_VALUES:
             raise DtypeError(f"x: dtype is {x.dtype}, but a SparseLinear takes float32 or bfloat16")
         if x.device != _CPU:
             raise BackendError(
@@ -155,24 +162,26 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = ["weight"] if self._bias is None else ["weight", "bias"]
-        known = {prefix + name for name in names}
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        shapes = {f"{prefix}weight": (self.out_features, self.in_features)}
+        if self._bias is not None:
+            shapes[f"{prefix}bias"] = (self.out_features,)
+        missing = [key for key in shapes if key not in state_dict]
         missing_keys += missing
         unexpected_keys += [
-            key for key in state_dict if key.startswith(prefix) and key not in known
+            key for key in state_dict if key.startswith(prefix) and key not in shapes
         ]
         if missing:
             return
-        weight = state_dict[prefix + "weight"]
-        bias = state_dict[prefix + "bias"] if "bias" in names else None
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(
-                f"{prefix}weight is {tuple(weight.shape)}, but must be "
-                f"({self.out_features}, {self.in_features})"
-            )
+        wrong = [
+            f"{key} is {tuple(state_dict[key].shape)}, but must be {shape}"
+            for key, shape in shapes.items()
+            if tuple(state_dict[key].shape) != shape
+        ]
+        error_msgs += wrong
+        if wrong:
             return
-        weight = weight.detach().to(device=_CPU, dtype=self._dtypes[0])
+        weight = state_dict[f"{prefix}weight"].detach().to(device=_CPU, dtype=self._dtypes[0])
+        bias = None if self._bias is None else state_dict[f"{prefix}bias"]
         self._sliced, self._bias = _stored(weight, bias, self._sliced.values.dtype)
 
 
@@ -185,7 +194,7 @@ def _backend() -> str:
 def _stored(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[SlicedWeight, Tensor | None]:
-    weight = checks.tensor(weight, "weight", ndim=2, dtypes=_DTYPES)
+    weight = checks.tensor(weight, "weight", ndim=2, dtypes=DTYPES_OF_VALUES)
     if weight.device != _CPU:
         raise BackendError(f"weight: on {weight.device}; a SparseLinear computes on the CPU")
     if bias is not None:
@@ -246,7 +255,8 @@ def to_sparse(
     sparsity : float
         The least share of zeros of a layer that is replaced.
     smallest : int
-        The least number of weights of a layer that is replaced: calls of small ones take longer.
+        The least number of weights of a layer that is replaced: a call of a small one
+        costs more than it saves.
     dtype : torch.dtype, optional
         How the weights are stored; see :class:`SparseLinear`.
 
@@ -262,7 +272,7 @@ def to_sparse(
     """
     least = checks.sparsity(sparsity)
     smallest = checks.count(smallest, "smallest")
-    if dtype not in (None, *_DTYPES):
+    if dtype not in (None, *DTYPES_OF_VALUES):
         raise DtypeError(f"dtype: {dtype}; weights are stored in float32 or bfloat16")
     if isinstance(model, nn.Linear):
         raise ArgumentError("model: is a linear layer itself; use sparse_linear(model)")
@@ -272,20 +282,20 @@ def to_sparse(
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     replaced: dict[str, float] = {}
     left: dict[str, str] = {}
-    made: dict[int, SparseLinear] = {}
+    made: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         reason = _reason(module, smallest, shared=uses.get(id(module.weight), 0) > 1)
-        share = 0.0 if reason else float((module.weight == 0).float().mean())
+        share = 0.0 if reason else share_of_zeros(module.weight)
         if not reason and share < least:
             reason = f"{share:.1%} zeros"
         if reason:
             left[name] = reason
             continue
-        made[id(module)] = sparse_linear(module, dtype=dtype)
+        made[module] = sparse_linear(module, dtype=dtype)
         replaced[name] = share
-    _exchange(model, made)
+    exchange(model, made)
     return SparseLayers(replaced, left)
 
 
@@ -299,8 +309,13 @@ def from_sparse(model: nn.Module) -> list[str]:
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     if "" in found:
         raise ArgumentError("model: is a SparseLinear itself; use model.dense()")
-    _exchange(model, {id(module): module.dense() for module in found.values()})
+    exchange(model, {module: module.dense() for module in found.values()})
     return list(found)
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    """The share of the entries that are zero."""
+    return float((weight == 0).float().mean())
 
 
 def _reason(linear: nn.Linear, smallest: int, *, shared: bool) -> str:
@@ -309,7 +324,7 @@ def _reason(linear: nn.Linear, smallest: int, *, shared: bool) -> str:
         return f"its type is {type(linear).__name__}"
     if linear.weight.device != _CPU:
         return f"it is on {linear.weight.device}"
-    if linear.weight.dtype not in _DTYPES:
+    if linear.weight.dtype not in DTYPES_OF_VALUES:
         return f"its dtype is {linear.weight.dtype}"
     if shared:
         return "its weight belongs to another layer as well"
@@ -318,11 +333,3 @@ def _reason(linear: nn.Linear, smallest: int, *, shared: bool) -> str:
     if linear.weight.numel() < smallest:
         return f"it has {linear.weight.numel()} weights"
     return ""
-
-
-def _exchange(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
-    """Replace modules, by id, wherever they are registered."""
-    for parent in list(model.modules()):
-        for part, child in list(parent._modules.items()):
-            if id(child) in made:
-                parent._modules[part] = made[id(child)]

@@ -6,6 +6,7 @@ import copy
 import datetime
 import functools
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lobs_native import checks
+from lobs_native.calibration.hooks import attached
 from lobs_native.errors import ArgumentError
 from lobs_native.network.inference import engines
-from lobs_native.network.inference.sparse_linear import sparse_linear
+from lobs_native.network.inference.sparse_linear import share_of_zeros, sparse_linear
 from lobs_native.ops import backends
+from lobs_native.ops.sliced import DTYPES_OF_VALUES
 
-__all__ = ["EngineSpeed", "LayerSpeed", "SpeedReport", "measure_speed"]
+__all__ = ["EngineSpeed", "LayerSpeed", "SpeedReport", "measure_speed", "processor"]
 
 RESAMPLES = 1000
 PAYS = 1.05  # what the whole interval must lie above
@@ -63,7 +66,7 @@ class SpeedReport:
 
     engines: tuple[EngineSpeed, ...]
     left: dict[str, str]  # engine -> why it was not measured
-    layers: tuple[LayerSpeed, ...]  # the first of every shape
+    layers: tuple[LayerSpeed, ...]  # the first of every shape that the batch reached
     sparsity: float  # of all linear layers together
     parameters: tuple[int, int]  # dense, pruned
     counterpart: str  # what the pruned network was compared with
@@ -121,7 +124,7 @@ def measure_speed(
         if why := engines.missing(name):
             raise ArgumentError(f"runtimes: {name} {why}")
     pruned = copy.deepcopy(model).eval()
-    dense = copy.deepcopy(against or model).eval()
+    dense = copy.deepcopy(model if against is None else against).eval()
     if against is None:
         _fill_zeros(dense)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +144,7 @@ def measure_speed(
         layers=layers,
         sparsity=sparsity,
         parameters=(_size(dense), _size(pruned)),
-        counterpart="the network given" if against else "itself with its zeros filled",
+        counterpart="itself with its zeros filled" if against is None else "the network given",
         advice=advice(measured, layers, sparsity),
         pairs=pairs,
         machine=_machine(),
@@ -169,7 +172,7 @@ def _engines(
             found = torch.as_tensor(fast())
             slow()
         except Exception as error:  # whatever another program's converter raises
-            left[name] = str(error).strip().split("\n")[0] or type(error).__name__
+            left[name] = engines.first_line(error)
             continue
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         summary = _summary(*_interleaved(slow, fast, pairs))
@@ -242,43 +245,33 @@ def _summary(
 
 
 def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
-    """The first layer of every shape, on the rows that it gets from this batch."""
-    linear = {n: m for n, m in subject.model.named_modules() if type(m) is nn.Linear}
-    rows: dict[str, Tensor] = {}
-    handles = []
-    for name, module in linear.items():
-        if module.weight.numel() < SIZABLE or module.weight.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-        ):
-            continue
-        if not bool((module.weight == 0).any()):  # nothing for a sparse kernel to skip
-            continue
-        shape = tuple(module.weight.shape)
-        if any(tuple(linear[other].weight.shape) == shape for other in rows):
-            continue
-        rows[name] = module.weight  # its place; replaced by the input
+    """The first layer of every shape that this batch reaches, on the rows that it gets."""
+    names = {
+        module: name
+        for name, module in subject.model.named_modules()
+        if type(module) is nn.Linear
+        and module.weight.numel() >= SIZABLE
+        and module.weight.dtype in DTYPES_OF_VALUES
+        and bool((module.weight == 0).any())  # something for a sparse kernel to skip
+    }
+    firsts: dict[tuple[int, int], tuple[nn.Linear, Tensor]] = {}
 
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            rows[name] = inputs[0].detach().clone()
+    def keep(module: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        shape = (module.out_features, module.in_features)
+        if shape not in firsts:
+            firsts[shape] = (module, inputs[0].detach().clone())
 
-        handles.append(module.register_forward_pre_hook(keep))
-    try:
+    with attached([module.register_forward_pre_hook(keep) for module in names]):
         engines.ENGINES["torch"](subject)()
-    finally:
-        for handle in handles:
-            handle.remove()
     found = []
-    for name, x in rows.items():
-        module, sparse = linear[name], sparse_linear(linear[name])
+    for shape, (module, x) in firsts.items():
+        sparse = sparse_linear(module)
         with torch.inference_mode():
             module(x), sparse(x)
             sides = functools.partial(module, x), functools.partial(sparse, x)
             seconds = _interleaved(*sides, pairs)
-        summary = _summary(*seconds)
-        shape = (module.out_features, module.in_features)
-        share = float((module.weight == 0).float().mean())
-        found.append(LayerSpeed(name, shape, share, x.numel() // shape[1], *summary))
+        share, rows = share_of_zeros(module.weight), x.numel() // shape[1]
+        found.append(LayerSpeed(names[module], shape, share, rows, *_summary(*seconds)))
     return found
 
 
@@ -286,13 +279,19 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        lines = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
 def _machine() -> dict[str, Any]:
-    lines: list[str] = []
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "level": next(detail for name, _, detail in backends() if name == "cpu"),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
