@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+from typing import Any
 
 import pytest
 import torch
 from helpers import hf_folders
 
 from lobs_native.cli import commands as cli
+from lobs_native.network import layerwise
+from lobs_native.rundir import inspection
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -91,3 +95,48 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
         assert said.count("\n") == 1
         assert message in said
         assert "keep[" not in said
+
+
+def test_a_run_that_was_ended_is_resumed_with_the_same_bytes(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
+    options = ["--calibration", str(text), "--length", "32", "--multiple", "4", "--no-progress"]
+    line = ["shrink", "model", *options, "--neurons", "0.5", "--heads", "0.5", "--out"]
+    assert cli.main([*line, "whole"]) == cli.OK
+    real, pruned = layerwise.prune_layer, []
+
+    def ended(*args: Any, **kwargs: Any) -> Any:
+        pruned.append(args[0].layer.name)
+        if len(pruned) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(layerwise, "prune_layer", ended)
+    assert cli.main([*line, "out", "--run-dir", "run"]) == cli.STOPPED
+    assert not (tmp_path / "out").exists()
+    state = inspection.inspect("run")
+    assert [layer["name"] for layer in state["done"]] == pruned
+    (tmp_path / "run").rename("moved")
+    assert cli.main(["resume", "moved"]) == cli.OK
+    assert len(pruned) == state["layers"]  # none twice
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert settings["resumed layers"] == 2
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == out.read_bytes()
+    capsys.readouterr()
+    assert cli.main(["resume", "moved"]) == cli.OK
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_the_run_of_another_command_is_not_continued(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "model", "BertModel")
+    run = ["--run-dir", str(tmp_path / "run")]
+    shrink(source, text, "--neurons", "0.5", *run)
+    for message, options in [
+        ("this is another run: config.overrides", ["--neurons", "0.25"]),
+        ("--run-dir: ", ["--neurons", "0.5", "--resume", "never"]),
+        ("another run: ", ["--neurons", "0.5", "--method", "wanda"]),
+    ]:
+        capsys.readouterr()
+        shrink(source, text, *options, *run, "--overwrite", code=cli.USAGE)
+        assert message in capsys.readouterr().err

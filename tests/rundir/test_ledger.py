@@ -665,13 +665,17 @@ def test_the_command_resumes_only_runs_that_it_began(tmp_path, capsys):
     run = tmp_path / "run"
     lobs.prune(chain(), rows(), sparsity=0.5, run_dir=run, progress=False)
     assert cli.main(["resume", str(run)]) == cli.USAGE
-    assert "call prune with run_dir" in capsys.readouterr().err
+    assert "call prune or shrink with run_dir" in capsys.readouterr().err
     assert cli.main(["resume", str(tmp_path / "gone")]) == cli.IO_FAILED
     assert "gone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "forged", [5, {}, {"folder": 5, "arguments": []}, {"folder": "/", "arguments": ["a", 5]}]
+    "forged",
+    [
+        *(5, {}, {"folder": 5, "arguments": []}, {"folder": "/", "arguments": ["a", 5]}),
+        *({"folder": "/", "name": x, "arguments": []} for x in ("demo", ["prune"])),
+    ],
 )
 def test_a_malformed_command_is_refused(tmp_path, capsys, forged):
     RunDirectory.create(tmp_path / "run", {"command": forged}).close()

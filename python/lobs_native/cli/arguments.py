@@ -16,7 +16,7 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
 from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
 
-__all__ = ["TEXT", "add_prune", "add_text", "by_option", "settings_of"]
+__all__ = ["TEXT", "add_options", "add_prune", "add_text", "by_option", "settings_of"]
 
 # For a folder's text and files.
 TEXT = ("prompts", "lines", "tokens", "min_words", "length", "batch_size", "shard_size")
@@ -59,11 +59,9 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
     far = command.add_argument_group("how far (one of them, or an N:M pattern)")
     target = far.add_mutually_exclusive_group()
     how = command.add_argument_group("how (see lobs_native.prune)")
-    kinds = get_type_hints(NetworkSettings)
-    for field in _offered():
-        group = target if field.name in TARGETS else how
-        flag = f"--{field.name.replace('_', '-')}"
-        group.add_argument(flag, **_reading(field, kinds[field.name]), help=option_of(field).help)
+    names = [field.name for field in _offered()]
+    add_options(target, [name for name in names if name in TARGETS])
+    add_options(how, [name for name in names if name not in TARGETS])
     how.add_argument(
         "--override",
         action="append",
@@ -75,6 +73,16 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
 
     add_text(command)
     return command
+
+
+def add_options(group: argparse._ActionsContainer, names: Sequence[str]) -> None:
+    """The options that stand for these fields of :class:`NetworkSettings`, in their order there."""
+    kinds = get_type_hints(NetworkSettings)
+    for field in _offered():
+        if field.name in names:
+            flag = f"--{field.name.replace('_', '-')}"
+            reading = _reading(field, kinds[field.name])
+            group.add_argument(flag, **reading, help=option_of(field).help)
 
 
 def add_text(command: argparse.ArgumentParser) -> None:

@@ -71,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error.
     """
     kept = False
-    told: Callable[[str], str] = str  # a message that names options, not arguments of Python
+    options = argparse.Namespace()
     try:
         options = _parser().parse_args(argv)
         options.arguments = list(sys.argv[1:] if argv is None else argv)
-        told = getattr(options, "by_option", told)
         kept = getattr(options, "run_dir", None) is not None
         code: int = options.run_command(options)
         sys.stdout.flush()  # here, so that a reader who is gone is noticed here
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except (LobsError, OSError, MemoryError) as error:
-        _complain(told(str(error)), error)
+        _complain(getattr(options, "by_option", str)(str(error)), error)
         if isinstance(error, (ArgumentError, BackendError, PatternError)):
             return USAGE
         return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
@@ -137,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         command = also.add_command(commands)
         command.set_defaults(run_command=_printing(also.run), by_option=also.by_option)
 
-    help_ = "resume a run that lobs-native prune --run-dir began, by the same command"
+    help_ = "resume a run that prune --run-dir or shrink --run-dir began, by the same command"
     more = "A MODEL of the form module:function is imported again; resume only runs you trust."
     command = commands.add_parser("resume", help=help_, description=f"{help_}. {more}")
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -177,11 +176,7 @@ def _prune(options: argparse.Namespace) -> int:
         if options.plan:
             planned = job.plan(task, settings)
         else:
-            with (
-                _heeding_sigterm(options.run_dir is not None),
-                _remembered(options.arguments),
-                _telling(settings.progress and not options.json),
-            ):
+            with _at_work(options):
                 masks = {"masks": options.masks, "mask_bits": options.mask_bits}
                 report = job.run(task, settings, out, overwrite=options.overwrite, **masks)
     if options.plan:
@@ -210,7 +205,7 @@ def _shrink(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
         out = _check_out(options)
         task = _task(options)
-        with _heeding_sigterm(kept=False):
+        with _at_work(options):
             result = shrinking.run(task, options, out)
     print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
     if not options.json:
@@ -252,14 +247,16 @@ def _plain_warnings() -> Iterator[None]:
 
 def _resume(options: argparse.Namespace) -> int:
     arguments = inspection.command_of(options.run_dir)
-    again = _parser().parse_args(["prune", *arguments])
-    again.arguments = ["prune", *arguments]
+    again = _parser().parse_args(arguments)
+    again.arguments = arguments
+    options.by_option = again.by_option
     again.run_dir = options.run_dir  # it may have been moved
     again.resume = "anyway" if options.anyway else "auto"
     if (done := _finished(again)) is not None:
         print(done)
         return OK
-    return _prune(again)
+    code: int = again.run_command(again)
+    return code
 
 
 def _finished(options: argparse.Namespace) -> str | None:
@@ -307,9 +304,20 @@ def _telling(progress: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _at_work(options: argparse.Namespace) -> Iterator[None]:
+    """While ``prune`` or ``shrink`` works, with a run directory or without."""
+    with (
+        _heeding_sigterm(options.run_dir is not None),
+        _remembered(options.arguments),
+        _telling(not (options.no_progress or options.json)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def _remembered(arguments: Sequence[str]) -> Iterator[None]:
     """A run that begins records the command, for :func:`_resume`."""
-    command = {"folder": os.getcwd(), "arguments": list(arguments[1:])}
+    command = {"folder": os.getcwd(), "name": arguments[0], "arguments": list(arguments[1:])}
     token = ledger.command.set(command)
     try:
         yield

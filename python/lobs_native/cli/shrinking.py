@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lobs_native.cli.arguments import add_text
+from lobs_native.cli.arguments import add_options, add_text
 from lobs_native.cli.job import Job
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError
@@ -20,7 +20,11 @@ from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["add_shrink", "by_option", "run", "table"]
 
-_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", "inputs", "damping", "seed")
+# Those of prune that mean the same here.
+_AS_PRUNE = ("damping", "inputs", "device", "memory", "run_dir", "resume", "seed")
+_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", *_AS_PRUNE)
+# Of the report about the repair, what belongs to the whole command.
+_OF_RUN = ("run_dir", "resumed layers", "resumed despite")
 
 _SHRINK = """Make a network smaller: remove neurons, heads or channels, and repair what reads them.
 
@@ -54,7 +58,8 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     for kind in KINDS:
         help_ = f"share of the {kind} that stays; default: all"
         far(f"--{kind}", type=float, metavar="X", help=help_)
-    how = command.add_argument_group("how (see lobs_native.shrink)").add_argument
+    group = command.add_argument_group("how (see lobs_native.shrink)")
+    how = group.add_argument
     how(
         "--multiple",
         type=int,
@@ -63,10 +68,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
         help="of neurons and channels; default: %(default)s",
     )
     how("--method", choices=tuple(COLUMNS), default="exact", help="default: %(default)s")
-    inputs = ("corrected", "pruned", "dense")
-    how("--inputs", choices=inputs, default="corrected", help="default: %(default)s")
-    how("--damping", type=float, default=0.01, metavar="X", help="default: %(default)s")
-    how("--seed", type=int, default=0, help="default: %(default)s")
+    add_options(group, _AS_PRUNE)
     add_text(command)
     return command
 
@@ -100,13 +102,12 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
             **{name: getattr(options, name) for name in budgets},
             multiple=options.multiple,
             method=options.method,
-            inputs=options.inputs,
-            damping=options.damping,
             forward=job.forward,
             progress=not options.no_progress,
-            seed=options.seed,
+            **{name: getattr(options, name) for name in _AS_PRUNE},
         )
-        result = {**report.to_dict(), "settings": dict(job.settings)}
+        settings = {k: v for k, v in report.pruning.settings.items() if k in _OF_RUN}
+        result = {**report.to_dict(), "settings": settings | job.settings}
         if job.measure is not None:
             result["settings"] |= {"perplexity before": before, "perplexity after": job.measure()}
         result["settings"] |= job.save(folder, {}, None)

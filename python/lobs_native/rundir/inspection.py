@@ -13,6 +13,8 @@ from lobs_native.rundir.directory import RunDirectory
 
 __all__ = ["command_of", "inspect", "repair", "report_of"]
 
+_COMMANDS = ("prune", "shrink")  # of the command line, that can begin a run
+
 
 def _header(run: RunDirectory) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """Names of the layers, config and versions from the header of a run."""
@@ -64,7 +66,7 @@ def repair(path: str | os.PathLike[str]) -> list[str]:
 
 
 def command_of(path: str | os.PathLike[str]) -> list[str]:
-    """The arguments of the command that began a run in the current folder.
+    """The command that began a run in the current folder: its name and its arguments.
 
     Other folders are refused because the paths of the command may be relative, and because modules
     must not be imported from a folder that a file names.
@@ -72,7 +74,7 @@ def command_of(path: str | os.PathLike[str]) -> list[str]:
     Raises
     ------
     ArgumentError
-        The run was begun by a call of ``prune``, or in another folder.
+        The run was begun by a call of ``prune`` or ``shrink``, or in another folder.
     CheckpointError
         There is no run, or it is damaged.
     """
@@ -80,20 +82,22 @@ def command_of(path: str | os.PathLike[str]) -> list[str]:
         command = run.header.get("command")
     if command is None:
         raise ArgumentError(
-            f"RUN_DIR: {os.fspath(path)} was not begun by this command; call prune with run_dir "
-            "and the same arguments again"
+            f"RUN_DIR: {os.fspath(path)} was not begun by this command; call prune or shrink "
+            "with run_dir and the same arguments again"
         )
-    folder = command.get("folder") if isinstance(command, dict) else None
-    arguments = command.get("arguments") if isinstance(command, dict) else None
+    known = command if isinstance(command, dict) else {}
+    folder, arguments = known.get("folder"), known.get("arguments")
+    name = known.get("name", "prune")  # which alone had run directories once
     if not (
         isinstance(folder, str)
+        and name in _COMMANDS
         and isinstance(arguments, list)
         and all(isinstance(x, str) for x in arguments)
     ):
         raise CheckpointError(f"{os.fspath(path)}: it holds no command that can be run again")
     if os.path.realpath(folder) != os.path.realpath(os.curdir):
         raise ArgumentError(f"RUN_DIR: {os.fspath(path)} was begun in {folder}; change to it first")
-    return arguments
+    return [name, *arguments]
 
 
 def report_of(path: str | os.PathLike[str]) -> Report:
