@@ -112,7 +112,7 @@ def exchange(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in the place of those of a network, wherever they are registered."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in others:
+            if child is not None and child in others:
                 parent._modules[name] = others[child]
 
 

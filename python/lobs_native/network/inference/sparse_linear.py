@@ -162,7 +162,9 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        shapes = {f"{prefix}weight": (self.out_features, self.in_features)}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}weight": (self.out_features, self.in_features)
+        }
         if self._bias is not None:
             shapes[f"{prefix}bias"] = (self.out_features,)
         missing = [key for key in shapes if key not in state_dict]

@@ -164,7 +164,12 @@ def _resized(
             small.groups, sizes[:2] = outputs, (outputs, 1)
     elif not isinstance(small, nn.Linear):
         small.nf = outputs  # type: ignore[assignment]
-    small.weight = nn.Parameter(torch.randn(sizes, dtype=weight.dtype, device=weight.device))
+    generator = torch.Generator(weight.device).manual_seed(0)  # the caller's stays as it is
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=weight.dtype, device=weight.device)
+
+    small.weight = nn.Parameter(drawn(*sizes))
     if getattr(small, "bias", None) is not None:
-        small.bias = nn.Parameter(torch.randn(outputs, dtype=weight.dtype, device=weight.device))
-    return small.eval(), torch.randn(size, dtype=weight.dtype, device=weight.device)
+        small.bias = nn.Parameter(drawn(outputs))
+    return small.eval(), drawn(*size)
