@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lobs_native
 from lobs_native.cli import demo, doctor, export, job, shrinking, speed
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
+from lobs_native.cli.surroundings import (
+    TerminatedError,
+    at_work,
+    heeding_sigterm,
+    plain_warnings,
+)
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
     ArgumentError,
@@ -28,8 +30,8 @@ from lobs_native.errors import (
 )
 from lobs_native.files.atomic import check_new_folder
 from lobs_native.report.text import visible
-from lobs_native.rundir import inspection, ledger
-from lobs_native.rundir.underway import StoppedError, stop
+from lobs_native.rundir import inspection
+from lobs_native.rundir.underway import StoppedError
 
 __all__ = ["main"]
 
@@ -50,10 +52,6 @@ _EPILOG = """exit codes:
   141  the reader of the output went away
   143  without a run directory: ended by SIGTERM at once; nothing is written
 """
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM came. Not an Exception, like KeyboardInterrupt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         _complain("interrupted", error)
         return INTERRUPTED
-    except (StoppedError, _TerminatedError) as error:
+    except (StoppedError, TerminatedError) as error:
         _complain("ended by SIGTERM", error)
         return STOPPED if isinstance(error, StoppedError) else TERMINATED
     return code
@@ -168,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> int:
     # Whatever the model's code prints must not get between the lines of a result.
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
         if not options.plan:
             out = _check_out(options)
         task = _task(options, planning=options.plan, fold=options.fold_weights)
@@ -176,7 +174,7 @@ def _prune(options: argparse.Namespace) -> int:
         if options.plan:
             planned = job.plan(task, settings)
         else:
-            with _at_work(options):
+            with at_work(options):
                 masks = {"masks": options.masks, "mask_bits": options.mask_bits}
                 report = job.run(task, settings, out, overwrite=options.overwrite, **masks)
     if options.plan:
@@ -202,10 +200,10 @@ def _task(options: argparse.Namespace, **how: bool) -> job.Job:
 
 
 def _shrink(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
         out = _check_out(options)
         task = _task(options)
-        with _at_work(options):
+        with at_work(options):
             result = shrinking.run(task, options, out)
     print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
     if not options.json:
@@ -217,32 +215,15 @@ def _printing(work: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
     """A command that prints what ``work`` returns, and nothing that a model's code prints."""
 
     def command(options: argparse.Namespace) -> int:
-        with contextlib.redirect_stdout(sys.stderr), job.importable_here(), _plain_warnings():
+        with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
             if "out" in options:
                 options.out = _check_out(options)
-            with _heeding_sigterm(kept=False):
+            with heeding_sigterm(kept=False):
                 text = work(options)
         print(text)
         return OK
 
     return command
-
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show warnings of this package as one line each, without a line of source."""
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def plain(message: Warning | str, *details: Any, **more: Any) -> None:
-            function, _, text = str(message).partition(": ")
-            if function.startswith("lobs_native."):
-                print(f"lobs-native: warning: {visible(text)}", file=sys.stderr)
-            else:
-                show(message, *details, **more)
-
-        warnings.showwarning = plain
-        yield
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -275,76 +256,6 @@ def _finished(options: argparse.Namespace) -> str | None:
         f"nothing is left to do: all {state['layers']} layers in {visible(state['path'])} are "
         f"done, and the result is in {visible(options.out)}"
     )
-
-
-class _Visible(logging.Formatter):
-    """One line, whatever the names of layers hold."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
-@contextlib.contextmanager
-def _telling(progress: bool) -> Iterator[None]:
-    """Where progress bars cannot be seen, write a line on standard error for every block."""
-    if not progress or sys.stderr.isatty():
-        yield
-        return
-    log = logging.getLogger("lobs_native")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Visible("lobs-native: %(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _at_work(options: argparse.Namespace) -> Iterator[None]:
-    """While ``prune`` or ``shrink`` works, with a run directory or without."""
-    with (
-        _heeding_sigterm(options.run_dir is not None),
-        _remembered(options.arguments),
-        _telling(not (options.no_progress or options.json)),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _remembered(arguments: Sequence[str]) -> Iterator[None]:
-    """A run that begins records the command, for :func:`_resume`."""
-    command = {"folder": os.getcwd(), "name": arguments[0], "arguments": list(arguments[1:])}
-    token = ledger.command.set(command)
-    try:
-        yield
-    finally:
-        ledger.command.reset(token)
-
-
-@contextlib.contextmanager
-def _heeding_sigterm(kept: bool) -> Iterator[None]:
-    """With a run directory, SIGTERM lets the current layer or batch finish; without one it ends the
-    run cleanly, so that no half-written folder stays."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-
-    def heed(*_: object) -> None:
-        if not kept:
-            raise _TerminatedError
-        stop.set()
-
-    stop.clear()
-    before = signal.signal(signal.SIGTERM, heed)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        stop.clear()
 
 
 def _check_out(options: argparse.Namespace) -> Path:
