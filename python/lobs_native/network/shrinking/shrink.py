@@ -215,8 +215,8 @@ def shrink(
         strict=True,
     )
     before = _size(model)
-    first = next(iter(session.each("output")))
     with session.evaluating():
+        first = next(iter(session.each("output")))
         original = output_of(session, first)
     with contextlib.ExitStack() as undo:
         for name in settings.include or ():
