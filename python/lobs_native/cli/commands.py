@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lobs_native
 from lobs_native.cli import demo, doctor, export, job, shrinking, speed
