@@ -184,6 +184,32 @@ def test_one_step_is_that_of_adam_and_leaves_zeros():
     assert out.held_back_after == pytest.approx(float((expected - target).square().sum()))
 
 
+class Sum:
+    """Two parameters whose sum should be 1: autograd returns one tensor as the gradient of both."""
+
+    measure = "distance"
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.a, self.b = a, b
+
+    def loss(self, number: int) -> Tensor:
+        with torch.enable_grad():
+            return (self.a + self.b - 1).square().sum()
+
+    def error(self, numbers: Any) -> float:
+        return float(self.loss(0).detach())
+
+
+def test_parameters_with_one_gradient_are_masked_each_by_their_own_zeros():
+    a, b = nn.Parameter(torch.tensor([2.0, 0.0, 3.0])), nn.Parameter(torch.tensor([0.0, 3.0, 3.0]))
+    descend("x", Sum(a, b), 2, {"a": a, "b": b}, {"a": a, "b": b}, Course(1, 0.1, 0))
+    assert (a == 0).tolist() == [False, True, False]
+    assert (b == 0).tolist() == [True, False, False]
+    for p, before in ((a, [2.0, 3.0]), (b, [3.0, 3.0])):
+        size = torch.tensor(before).square().mean().sqrt()
+        torch.testing.assert_close(p.detach()[p != 0], torch.tensor(before) - 0.1 * size)
+
+
 def test_only_what_is_better_on_the_batches_held_back_is_kept():
     """There, the target is in the other direction."""
     values = torch.ones(4)
@@ -242,12 +268,14 @@ def test_a_limit_on_memory_recomputes_blocks_and_changes_no_bit(monkeypatch):
 
 
 def test_the_plan_counts_what_tuning_takes(monkeypatch):
-    """Four copies of what is tuned and its masks, the gradient of an output, and pieces."""
+    """Four copies of what is tuned and its masks, one gradient more, the gradient of an output, and
+    pieces."""
     monkeypatch.setattr("lobs_native.network.resources._layer_memory", lambda *_: 0)
     plan = lobs.plan_prune(Language(), data(), **OPTIONS)
     output = 16 * 12 * TOKENS * 4
     assert plan.backward
-    assert plan.layer == 17 * 2 * (16 + 16 * 8 * 2 + 16 + 8) + output + 48 * output
+    tuned = 17 * 2 * (16 + 16 * 8 * 2 + 16 + 8) + 4 * 16 * 8
+    assert plan.layer == tuned + output + 48 * output
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])

@@ -178,10 +178,10 @@ def test_it_is_refused_without_blocks_or_data_to_hold_back(wrong):
 
 def test_the_plan_counts_what_tuning_takes(monkeypatch):
     """The targets as one more set of hidden states; and four copies of the values in float32, with
-    masks, where that is more than a layer takes."""
+    masks and one gradient more, where that is more than a layer takes."""
     plans = [lobs.plan_prune(Net(), data(), **{**OPTIONS, "tune": t}) for t in (None, "blocks")]
     assert plans[1].states == plans[0].states + 12 * 24 * 4 * 8 * 4
     assert plans[1].layer == plans[0].layer
     monkeypatch.setattr("lobs_native.network.resources._layer_memory", lambda *_: 1000)
     plan = lobs.plan_prune(Net(), data(), **OPTIONS)
-    assert plan.layer == 17 * (2 * 8 + 2 * 8 * 16 + 16 + 8)
+    assert plan.layer == 17 * (2 * 8 + 2 * 8 * 16 + 16 + 8) + 4 * 8 * 16

@@ -70,14 +70,15 @@ class Tuned:
 
 
 def tuning_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes that tuning these takes besides a backward pass: the best values, two moments,
-    gradients and masks; and where parameters are narrower than float32, values and gradients in
-    it."""
-    total = 0
+    """Bytes that tuning these takes besides a backward pass: the best values, gradients, masks and
+    two moments; where parameters are narrower than float32, values in it; and one gradient of them
+    more."""
+    total = largest = 0
     for p in parameters:
         own, wide = p.dtype.itemsize, _wide(p).itemsize
-        total += p.numel() * (own + 3 * wide + 1 + (wide + own if own < wide else 0))
-    return total
+        total += p.numel() * (2 * own + 2 * wide + 1 + (wide if own < wide else 0))
+        largest = max(largest, p.numel() * wide)
+    return total + largest
 
 
 def descend(
@@ -140,26 +141,44 @@ class _Steps:
         sizes = [_size(x) for x in self.masters]
         usual = max(sizes, default=0.0)  # for biases that are still zero
         self.rates = [course.rate * (size or usual) for size in sizes]
-        groups = [{"params": [x]} for x in self.masters]
-        self.adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
+        # One for each, so that gradients are masked one at a time, in the same few bytes. Where it
+        # runs in one kernel it takes a third of the time.
+        self.each = [
+            torch.optim.Adam([x], betas=_BETAS, eps=_TINY, **_fused(x)) for x in self.masters
+        ]
+        self.masked = {
+            x.dtype: x.new_empty(max(m.numel() for m in self.masters)) for x in self.masters
+        }
         self.taken, self.total = 0, course.passes * batches
 
     def step(self, loss: Tensor) -> None:
         """One step against the gradient of ``loss``; none if that is not finite."""
-        gradients = list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
-        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * self.taken / self.total)) / 2
+        gradients: list[Tensor | None] = list(
+            torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        )
+        falling = (1 + math.cos(math.pi * self.taken / self.total)) / 2
         self.taken += 1
-        if all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
-            for x, kept in zip(reversed(self.masters), reversed(self.kept), strict=True):
-                g = gradients.pop()  # so that it is freed once it is converted
-                g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-                x.grad = g if kept is None else g * kept
-            self.adam.step()
-            self.adam.zero_grad()  # or they would lie beside those of the next step
-            for p, x in zip(self.parameters, self.masters, strict=True):
-                if x.dtype != p.dtype:
-                    overwrite(p, x)
+        if not all(g is None or _finite(g) for g in gradients):
+            return
+        for i, (x, adam) in enumerate(zip(self.masters, self.each, strict=True)):
+            g, gradients[i] = gradients[i], None  # so that it is freed
+            x.grad = self._masked(i, g)
+            adam.param_groups[0]["lr"] = self.rates[i] * falling
+            adam.step()
+            x.grad = None
+            if x.dtype != (p := self.parameters[i]).dtype:
+                overwrite(p, x)
+
+    def _masked(self, i: int, gradient: Tensor | None) -> Tensor:
+        """The gradient of a parameter in the dtype of its steps, without that of its zeros. It is
+        not masked in place: two parameters may have one gradient, and a function may keep it."""
+        x, kept = self.masters[i], self.kept[i]
+        if gradient is None:
+            return torch.zeros_like(x)
+        if kept is None:
+            return gradient.to(x.dtype)
+        out = self.masked[x.dtype][: x.numel()].view(x.shape)
+        return torch.mul(gradient, kept, out=out)
 
     def remember(self) -> None:
         """The present values are the best so far."""
@@ -170,6 +189,15 @@ class _Steps:
         """Give the parameters the best values so far."""
         for p, best in zip(self.parameters, self.best, strict=True):
             overwrite(p, best)
+
+
+def _fused(x: Tensor) -> dict[str, bool]:
+    return {"fused": True} if x.device.type in ("cpu", "cuda") else {}
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all entries are finite, by their sum: ten times as fast as one by one."""
+    return bool(x.sum(dtype=_wide(x)).isfinite())
 
 
 def _wide(x: Tensor) -> torch.dtype:
