@@ -45,7 +45,8 @@ from lobs_native.network.masks import (
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shrinking.shrink import ShrinkReport, Shrunk, shrink
+from lobs_native.network.shrinking.shrink import shrink
+from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
 from lobs_native.ops import backends
 from lobs_native.ops import library as _library  # noqa: F401  (torch.ops.lobs_native)
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, Skipped

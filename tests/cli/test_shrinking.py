@@ -58,7 +58,7 @@ def test_a_folder_gets_smaller_and_only_sizes_change_in_its_configuration(tmp_pa
     with torch.no_grad():
         assert model(torch.arange(4, 24).reshape(2, 10)).logits.isfinite().all()
     assert {p.name for p in source.iterdir()} <= {p.name for p in out.iterdir()}
-    assert "of the multiplications in these layers" in capsys.readouterr().out
+    assert "multiplications for a row in the layers concerned" in capsys.readouterr().out
 
 
 def test_json_is_all_of_standard_output(tmp_path, text, capsys):

@@ -203,8 +203,11 @@ def _shrink(options: argparse.Namespace) -> int:
         out = _check_out(options)
         task = _task(options)
         with at_work(options):
-            result = shrinking.run(task, options, out)
-    print(json.dumps(result, indent=1) if options.json else shrinking.table(result))
+            report, result = shrinking.run(task, options, out)
+    if options.json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        print(shrinking.table(report, result["settings"]))
     if not options.json:
         print(f"wrote {visible(out)}")
     return OK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lobs_native.errors import ArgumentError
 from lobs_native.files.atomic import new_folder
 from lobs_native.network.shrinking.shrink import shrink
 from lobs_native.network.shrinking.shrink_plan import BUDGETS
+from lobs_native.network.shrinking.shrink_report import ShrinkReport
 from lobs_native.network.shrinking.units import KINDS
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
@@ -21,8 +23,8 @@ from lobs_native.solvers.methods import COLUMNS
 __all__ = ["add_shrink", "by_option", "run", "table"]
 
 # Those of prune that mean the same here.
-_AS_PRUNE = ("damping", "inputs", "device", "memory", "run_dir", "resume", "seed")
-_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", *_AS_PRUNE)
+_AS_PRUNE = ("damping", "inputs", "device", "memory", "held_back", "run_dir", "resume", "seed")
+_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", "pairs", *_AS_PRUNE)
 # Of the report about the repair, what belongs to the whole command.
 _OF_RUN = ("run_dir", "resumed layers", "resumed despite")
 
@@ -68,6 +70,8 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
         help="of neurons and channels; default: %(default)s",
     )
     how("--method", choices=tuple(COLUMNS), default="exact", help="default: %(default)s")
+    help_ = "pairs of runs, before and after, to time the first batch; default: %(default)s"
+    how("--pairs", type=int, default=5, metavar="N", help=help_)
     add_options(group, _AS_PRUNE)
     add_text(command)
     return command
@@ -85,8 +89,8 @@ def by_option(message: str) -> str:
     )
 
 
-def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Shrink the job's network and write it; the content of report.json."""
+def run(job: Job, options: argparse.Namespace, out: Path) -> tuple[ShrinkReport, dict[str, Any]]:
+    """Shrink the job's network and write it; the report, and the content of report.json."""
     keep = {kind: share for kind in KINDS if (share := getattr(options, kind)) is not None}
     budgets = [name for name in BUDGETS if getattr(options, name) is not None]
     if bool(keep) + len(budgets) != 1:
@@ -102,6 +106,7 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
             **{name: getattr(options, name) for name in budgets},
             multiple=options.multiple,
             method=options.method,
+            pairs=options.pairs,
             forward=job.forward,
             progress=not options.no_progress,
             **{name: getattr(options, name) for name in _AS_PRUNE},
@@ -114,21 +119,18 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> dict[str, Any]:
         text = json.dumps(result, indent=1, allow_nan=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
         report.pruning.save(folder / "report.html")
-    return result
+    return report, result
 
 
-def table(result: dict[str, Any]) -> str:
+def table(report: ShrinkReport, settings: Mapping[str, Any]) -> str:
     """The result for a terminal."""
-    errors = {layer["name"]: layer["relative_error"] for layer in result["pruning"]["layers"]}
+    errors = {layer.name: layer.relative_error for layer in report.pruning.layers}
     rows = [("before", "units", "stay", "relative error")]
-    for layer in result["layers"]:
-        for name in layer["readers"]:
-            units, stay = f"{layer['units']} {layer['kind']}", str(len(layer["kept"]))
-            rows.append((visible(name), units, stay, f"{float(errors[name]):.4g}"))
-    (p, q), (m, n) = result["parameters"], result["multiplications"]
-    lines = [aligned(rows), *map(visible, result["notes"])]
-    lines.append(f"{p:,} -> {q:,} parameters; {n / m:.0%} of the multiplications in these layers")
-    settings = result["settings"]
+    for family in report.layers:
+        for name in family.readers:
+            units, stay = f"{family.units} {family.kind}", str(len(family.kept))
+            rows.append((visible(name), units, stay, f"{errors[name]:.4g}"))
+    lines = [aligned(rows), *map(visible, report.notes), str(report)]
     if settings.get("perplexity before") is not None:
         lines.append(
             f"perplexity {settings['perplexity before']:.2f} -> {settings['perplexity after']:.2f}"

@@ -26,7 +26,16 @@ from lobs_native.network.inference.sparse_linear import share_of_zeros, sparse_l
 from lobs_native.ops import backends
 from lobs_native.ops.sliced import DTYPES_OF_VALUES
 
-__all__ = ["EngineSpeed", "LayerSpeed", "SpeedReport", "measure_speed", "processor"]
+__all__ = [
+    "EngineSpeed",
+    "LayerSpeed",
+    "SpeedReport",
+    "interleaved",
+    "machine",
+    "measure_speed",
+    "processor",
+    "summarized",
+]
 
 RESAMPLES = 1000
 PAYS = 1.05  # what the whole interval must lie above
@@ -147,7 +156,7 @@ def measure_speed(
         counterpart="itself with its zeros filled" if against is None else "the network given",
         advice=advice(measured, layers, sparsity),
         pairs=pairs,
-        machine=_machine(),
+        machine=machine(),
     )
 
 
@@ -175,7 +184,7 @@ def _engines(
             left[name] = engines.first_line(error)
             continue
         difference = float((found - wanted).abs().max() / wanted.abs().max())
-        summary = _summary(*_interleaved(slow, fast, pairs))
+        summary = summarized(*interleaved(slow, fast, pairs))
         measured.append(EngineSpeed(name, engines.engine_version(name), *summary, difference))
     return measured, left
 
@@ -218,9 +227,10 @@ def _fill_zeros(model: nn.Module) -> None:
             weight.copy_(torch.where(weight == 0, noise.to(weight.dtype), weight))
 
 
-def _interleaved(
+def interleaved(
     slow: engines.Run, fast: engines.Run, pairs: int
 ) -> tuple[list[float], list[float]]:
+    """Seconds of the clock of both, in the order A, B, B, A, ..."""
     seconds: tuple[list[float], list[float]] = ([], [])
     sides = ((slow, seconds[0]), (fast, seconds[1]))
     for pair in range(pairs):
@@ -231,7 +241,7 @@ def _interleaved(
     return seconds
 
 
-def _summary(
+def summarized(
     slow: Sequence[float], fast: Sequence[float]
 ) -> tuple[float, float, float, tuple[float, float]]:
     """Medians of both, the median ratio, and its 95 % interval by resampling the pairs."""
@@ -269,9 +279,9 @@ def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
         with torch.inference_mode():
             module(x), sparse(x)
             sides = functools.partial(module, x), functools.partial(sparse, x)
-            seconds = _interleaved(*sides, pairs)
+            seconds = interleaved(*sides, pairs)
         share, rows = share_of_zeros(module.weight), x.numel() // shape[1]
-        found.append(LayerSpeed(names[module], shape, share, rows, *_summary(*seconds)))
+        found.append(LayerSpeed(names[module], shape, share, rows, *summarized(*seconds)))
     return found
 
 
@@ -289,7 +299,8 @@ def processor() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What times depend on: the processor, the threads, the platform, the date."""
     return {
         "processor": processor(),
         "level": next(detail for name, _, detail in backends() if name == "cpu"),

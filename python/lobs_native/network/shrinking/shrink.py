@@ -7,71 +7,35 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lobs_native import checks
+from lobs_native.calibration.held_back import divided
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import overwrite
 from lobs_native.network.batch_norm import reestimate_batch_norm, statistics_of
 from lobs_native.network.pruner import carried_out
+from lobs_native.network.resources import waiting_limit
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.alike import alike, apart, output_of
+from lobs_native.network.shrinking.comparison import Outputs, bytes_of, same_sizes, times_of
 from lobs_native.network.shrinking.configured import fits_its_class, new_counts
 from lobs_native.network.shrinking.shrink_plan import Goal, ShrinkPlan, plan_shrinking
+from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
 from lobs_native.network.shrinking.surgery import replace, take_out
 from lobs_native.network.shrinking.units import KINDS, Family, inputs_axis
-from lobs_native.report.report import Report
 from lobs_native.solvers.methods import COLUMNS
 
-__all__ = ["ShrinkReport", "Shrunk", "shrink"]
+__all__ = ["shrink"]
 
 _DEPENDS = (
     "model: without the removed units it does not compute what it does with them set to zero, so "
     "something else depends on them; it was left as it was"
 )
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """What was removed of one family of units."""
-
-    kind: str  # "neurons", "heads" (groups that share keys and values) or "channels"
-    readers: tuple[str, ...]  # the layers that read them, and were repaired
-    producers: tuple[str, ...]  # the layers that lost outputs
-    units: int  # before
-    kept: tuple[int, ...]  # indices of those that stay, rising
-
-
-@dataclass(frozen=True)
-class ShrinkReport:
-    """What :func:`shrink` did."""
-
-    layers: tuple[Shrunk, ...]
-    parameters: tuple[int, int]  # of the whole model, before and after
-    # Of the layers concerned, before and after: for one row of inputs of the layer that has fewest.
-    multiplications: tuple[int, int]
-    batch_norm: int  # layers of batch normalisation whose statistics were re-estimated
-    configured: bool  # whether the model's own class, with its configuration, has the new sizes
-    notes: tuple[str, ...]
-    pruning: Report = field(repr=False)  # errors of the repaired layers, change of the output
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        fields = {name: value for name, value in vars(self).items() if name != "pruning"}
-        layers = [dataclasses.asdict(layer) for layer in self.layers]
-        return {**fields, "layers": layers, "pruning": self.pruning.to_dict()}
-
-    def __str__(self) -> str:
-        (p, q), (m, n) = self.parameters, self.multiplications
-        return (
-            f"shrunk {len(self.layers)} kinds of units: {p:,} -> {q:,} parameters, {m:,} -> {n:,} "
-            f"multiplications for a row in the layers concerned ({n / m:.0%})"
-        )
 
 
 def shrink(
@@ -93,6 +57,8 @@ def shrink(
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
+    held_back: float = 0.0,
+    pairs: int = 5,
     run_dir: str | os.PathLike[str] | None = None,
     resume: str = "auto",
     progress: bool = True,
@@ -143,8 +109,11 @@ def shrink(
     damping : float >= 0
         As in :func:`prune`; what is left is repaired with more where rows are few, as generalised
         cross-validation finds it. The report has the damping used.
-    inputs, forward, device, memory, progress, seed
+    inputs, forward, device, memory, held_back, progress, seed
         As in :func:`prune`.
+    pairs : int >= 0
+        At the end, time forward passes of the first batch with a network of the old sizes and with
+        the smaller one, in so many pairs. 0: measure no times.
     run_dir, resume
         As in :func:`prune`: repaired layers are checkpointed. What is removed is decided again,
         from the original model, and must come out the same: with ``latency``, pass the same
@@ -157,7 +126,8 @@ def shrink(
     Returns
     -------
     ShrinkReport
-        What stayed, sizes before and after, and the report of the repair.
+        What stayed; sizes, times and the change of the output, before and after; and the report of
+        the repair.
 
     Raises
     ------
@@ -180,6 +150,24 @@ def shrink(
     for kind in kinds:
         checks.check_choice(kind, "kinds", KINDS)
     multiple = checks.positive_int(multiple, "multiple")
+    pairs = checks.count(pairs, "pairs")
+    settings = NetworkSettings(
+        sparsity=0.5,
+        method=method,
+        refine=refine,
+        pattern="columns",
+        inputs=inputs,
+        damping=damping,
+        forward=forward,
+        device=device,
+        memory=memory,
+        held_back=held_back,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        seed=seed,
+        strict=True,
+    )
     goal = Goal(
         keep=keep,
         parameters=parameters,
@@ -190,39 +178,33 @@ def shrink(
         multiple=multiple,
         configured=configured,
     )
-    batches = batches_of(calibration)
+    every = batches_of(calibration)
+    if settings.held_back:
+        every = list(every)  # which may come in another order each time
+    batches, others = divided(every, settings.held_back)
     if device is not None:
         model.to(device)
     notes: list[str] = []
-    session = Session(model, batches, forward, device, seed, progress)
+    session = Session(
+        model, batches, forward, device, seed, progress, token_mask=True, held_back=others
+    )
     plan = plan_shrinking(session, goal, notes, method=method, damping=damping, memory=memory)
-    settings = NetworkSettings(
-        sparsity=0.5,
-        method=method,
-        refine=refine,
-        pattern="columns",
+    settings = dataclasses.replace(
+        settings,
         include=[name for f in plan.families for name in f.readers],
         overrides=dict(_overrides(plan)),
-        inputs=inputs,
-        damping=damping,
-        forward=forward,
-        device=device,
-        memory=memory,
-        run_dir=run_dir,
-        resume=resume,
-        progress=progress,
-        seed=seed,
-        strict=True,
     )
-    before = _size(model)
-    with session.evaluating():
-        first = next(iter(session.each("output")))
-        original = output_of(session, first)
-    with contextlib.ExitStack() as undo:
+    before = _size(model), bytes_of(model)
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as undo:
+        with session.evaluating():
+            first = next(iter(session.each("output")))
+            original = output_of(session, first)
+            outputs = Outputs(session, waiting_limit(memory), kept)
+        larger = _same_sizes(model, notes) if pairs else None
         for name in settings.include or ():
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 undo.callback(overwrite, parameter, parameter.detach().clone())
-        report = carried_out(model, batches, settings, masks=plan.masks(model))
+        report = carried_out(model, every, settings, masks=plan.masks(model))
         with session.evaluating():
             wanted = output_of(session, first)
         stay = []
@@ -236,19 +218,35 @@ def shrink(
         normed = 0
         if any(family.kind == "channels" for family in plan.families):
             normed = _renormed(session, first, original, found)
+        with session.evaluating():
+            change, held_back_change = outputs.changes(session)
+        times = None if larger is None else times_of(larger, session, first, pairs)
         undo.pop_all()
     return ShrinkReport(
         layers=tuple(
             Shrunk(f.kind, f.readers, f.producers, f.units, tuple(units.tolist()))
             for f, units in zip(plan.families, stay, strict=True)
         ),
-        parameters=(before, _size(model)),
+        parameters=(before[0], _size(model)),
+        bytes=(before[1], bytes_of(model)),
         multiplications=plan.multiplications,
+        change=change,
+        held_back_change=held_back_change,
+        times=times,
         batch_norm=normed,
         configured=fits_its_class(model),
         notes=tuple(dict.fromkeys(notes)),
         pruning=report,
     )
+
+
+def _same_sizes(model: nn.Module, notes: list[str]) -> nn.Module | None:
+    """A network to compare times with; or None, and a note."""
+    try:
+        return same_sizes(model)
+    except ArgumentError as error:
+        notes.append(f"no times: {error}")
+        return None
 
 
 def _overrides(plan: ShrinkPlan) -> Iterable[tuple[str, dict[str, Any]]]:

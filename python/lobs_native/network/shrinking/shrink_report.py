@@ -1,0 +1,73 @@
+"""What :func:`lobs_native.shrink` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lobs_native.network.shrinking.comparison import Times
+from lobs_native.report.records import plain
+from lobs_native.report.report import Report
+
+__all__ = ["ShrinkReport", "Shrunk"]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What was removed of one family of units."""
+
+    kind: str  # "neurons", "heads" (groups that share keys and values) or "channels"
+    readers: tuple[str, ...]  # the layers that read them, and were repaired
+    producers: tuple[str, ...]  # the layers that lost outputs
+    units: int  # before
+    kept: tuple[int, ...]  # indices of those that stay, rising
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What :func:`shrink` did."""
+
+    layers: tuple[Shrunk, ...]
+    parameters: tuple[int, int]  # of the whole model, before and after
+    bytes: tuple[int, int]  # of its parameters and buffers
+    # Of the layers concerned, before and after: for one row of inputs of the layer that has fewest.
+    multiplications: tuple[int, int]
+    # ||output - original|| / ||original|| on some 512 rows of output: of the calibration data, and
+    # of the batches held back. None: no such batches, or no tensors in the output.
+    change: float | None
+    held_back_change: float | None
+    times: Times | None  # None: pairs=0, or the model cannot be copied
+    batch_norm: int  # layers of batch normalisation whose statistics were re-estimated
+    configured: bool  # whether the model's own class, with its configuration, has the new sizes
+    notes: tuple[str, ...]
+    pruning: Report = field(repr=False)  # errors of the repaired layers, masks of their weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the masks as plain JSON values."""
+        fields = {name: value for name, value in vars(self).items() if name != "pruning"}
+        fields["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        fields["times"] = None if self.times is None else dataclasses.asdict(self.times)
+        return {**plain(fields), "pruning": self.pruning.to_dict()}
+
+    def __str__(self) -> str:
+        (p, q), (a, b), (m, n) = self.parameters, self.bytes, self.multiplications
+        lines = [
+            f"shrunk {len(self.layers)} kinds of units: {p:,} -> {q:,} parameters ({q / p:.1%}), "
+            f"{a / 1e6:,.1f} -> {b / 1e6:,.1f} MB",
+            f"multiplications for a row in the layers concerned: {m:,} -> {n:,} ({n / m:.1%})",
+        ]
+        if (t := self.times) is not None:
+            (slow, fast), (low, high) = t.seconds, t.interval
+            lines.append(
+                f"forward pass of the first batch: {slow:.4g} -> {fast:.4g} s, {t.ratio:.2f} times "
+                f"as fast [{low:.2f}, {high:.2f}] (medians of {t.pairs} pairs, 95 % interval; "
+                f"{t.machine['threads']} threads)"
+            )
+        if self.change is not None:
+            more = self.held_back_change
+            lines.append(
+                f"the output moved by {self.change:.4g} of its size on calibration data"
+                + ("" if more is None else f", by {more:.4g} on batches held back")
+            )
+        return "\n".join(lines)
