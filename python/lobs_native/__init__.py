@@ -45,6 +45,7 @@ from lobs_native.network.masks import (
 from lobs_native.network.pruner import plan_prune, prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shrinking.comparison import ShrinkTimes
 from lobs_native.network.shrinking.shrink import shrink
 from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
 from lobs_native.ops import backends
@@ -83,6 +84,7 @@ __all__ = [
     "RunPlan",
     "ShapeError",
     "ShrinkReport",
+    "ShrinkTimes",
     "Shrunk",
     "Skipped",
     "SparseLayers",

@@ -135,7 +135,7 @@ def test_few_rows_need_fewer_zeros():
 
 
 def test_the_interval_is_that_of_the_ratios_in_pairs():
-    slow, fast, ratio, (low, high) = speed._summary([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
+    slow, fast, ratio, (low, high) = speed.summarized([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
     assert (slow, fast, ratio) == (4.0, 1.0, 3.0)
     assert (low, high) == (2.0, 4.0)
 

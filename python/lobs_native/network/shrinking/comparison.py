@@ -17,11 +17,11 @@ from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.network.inference.speed import interleaved, machine, summarized
 
-__all__ = ["Outputs", "Times", "bytes_of", "same_sizes", "times_of"]
+__all__ = ["Outputs", "ShrinkTimes", "bytes_of", "same_sizes", "times_of"]
 
 
 @dataclass(frozen=True)
-class Times:
+class ShrinkTimes:
     """Seconds of the clock for a forward pass of the first batch here, in pairs of runs back to
     back, in the order A, B, B, A, ..."""
 
@@ -71,7 +71,7 @@ def same_sizes(model: nn.Module) -> nn.Module:
         raise ArgumentError(f"model: it cannot be copied: {error}") from error
 
 
-def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> Times:
+def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> ShrinkTimes:
     """Of a network of the sizes that the session's had, and of that one, in eval mode."""
     devices = {p.device for p in session.model.parameters() if p.is_cuda}
 
@@ -94,7 +94,7 @@ def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> Tim
             each()  # what the first call alone does
         seconds = interleaved(*sides, pairs)
     slow, fast, ratio, interval = summarized(*seconds)
-    return Times((slow, fast), ratio, interval, pairs, machine())
+    return ShrinkTimes((slow, fast), ratio, interval, pairs, machine())
 
 
 @contextlib.contextmanager

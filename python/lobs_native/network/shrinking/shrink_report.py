@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lobs_native.network.shrinking.comparison import Times
+from lobs_native.network.shrinking.comparison import ShrinkTimes
 from lobs_native.report.records import plain
 from lobs_native.report.report import Report
 
@@ -37,7 +37,7 @@ class ShrinkReport:
     # of the batches held back. None: no such batches, or no tensors in the output.
     change: float | None
     held_back_change: float | None
-    times: Times | None  # None: pairs=0, or the model cannot be copied
+    times: ShrinkTimes | None  # None: pairs=0, or the model cannot be copied
     batch_norm: int  # layers of batch normalisation whose statistics were re-estimated
     configured: bool  # whether the model's own class, with its configuration, has the new sizes
     notes: tuple[str, ...]
