@@ -76,14 +76,14 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
     capsys.readouterr()
     wrong = [
         (
-            "--parameters, --multiplications, --latency, --heads, --neurons, --channels: give one",
+            "--latency, --heads, --neurons, --channels, --experts: give one",
             [],
         ),
-        ("--neurons, --channels: give one", ["--parameters", "0.5", "--heads", "0.5"]),
-        ("--neurons, --channels: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
+        ("--channels, --experts: give one", ["--parameters", "0.5", "--heads", "0.5"]),
+        ("--channels, --experts: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
         ("--neurons: 0.0; something has to stay", ["--neurons", "0"]),
         ("--heads: 1.5; it is a fraction", ["--heads", "1.5"]),
-        ("--heads, --neurons, --channels: with ", ["--neurons", "1"]),  # all units stay
+        ("--heads, --neurons, --channels, --experts: with ", ["--neurons", "1"]),  # all units stay
         ("--multiple: ", ["--neurons", "0.5", "--multiple", "0"]),
         ("--parameters: 0.001; with the fewest", ["--parameters", "0.001"]),
         ("--damping: ", ["--neurons", "0.5", "--damping", "-1"]),

@@ -327,7 +327,5 @@ def test_wrong_arguments_are_named_before_anything_is_changed(arguments, error, 
 
 def test_a_model_without_units_is_refused():
     assert list(families_of(nn.Sequential(nn.Linear(4, 4)))) == []
-    with pytest.raises(
-        ArgumentError, match="model: it has no feed-forward layers, attention or ch"
-    ):
+    with pytest.raises(ArgumentError, match="model: it has no feed-forward layers, attention, ch"):
         lobs.shrink(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)], keep=0.5)

@@ -28,7 +28,7 @@ _OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", "pairs", *_AS_PRUNE
 # Of the report about the repair, what belongs to the whole command.
 _OF_RUN = ("run_dir", "resumed layers", "resumed despite")
 
-_SHRINK = """Make a network smaller: remove neurons, heads or channels, and repair what reads them.
+_SHRINK = """Make a network smaller: remove neurons, heads, channels or experts, and repair.
 
 MODEL is as for prune. The new folder holds the smaller weights and the configuration with the new
 sizes, so that stock transformers loads it; everything else in the old folder; report.json, and
@@ -40,7 +40,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     """The ``shrink`` command with its options."""
     command: argparse.ArgumentParser = commands.add_parser(
         "shrink",
-        help="make a network smaller and faster: fewer neurons, attention heads, channels",
+        help="make a network smaller and faster: fewer neurons, heads, channels, experts",
         description=_SHRINK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -111,25 +111,31 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> tuple[ShrinkReport,
             progress=not options.no_progress,
             **{name: getattr(options, name) for name in _AS_PRUNE},
         )
-        settings = {k: v for k, v in report.pruning.settings.items() if k in _OF_RUN}
+        of_repair = {} if report.pruning is None else report.pruning.settings
+        settings = {k: v for k, v in of_repair.items() if k in _OF_RUN}
         result = {**report.to_dict(), "settings": settings | job.settings}
         if job.measure is not None:
             result["settings"] |= {"perplexity before": before, "perplexity after": job.measure()}
         result["settings"] |= job.save(folder, {}, None)
         text = json.dumps(result, indent=1, allow_nan=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        report.pruning.save(folder / "report.html")
+        if report.pruning is not None:
+            report.pruning.save(folder / "report.html")
     return report, result
 
 
 def table(report: ShrinkReport, settings: Mapping[str, Any]) -> str:
     """The result for a terminal."""
-    errors = {layer.name: layer.relative_error for layer in report.pruning.layers}
+    repaired = () if report.pruning is None else report.pruning.layers
+    errors = {layer.name: layer.relative_error for layer in repaired}
     rows = [("before", "units", "stay", "relative error")]
     for family in report.layers:
-        for name in family.readers:
-            units, stay = f"{family.units} {family.kind}", str(len(family.kept))
-            rows.append((visible(name), units, stay, f"{errors[name]:.4g}"))
+        units, stay = f"{family.units} {family.kind}", str(len(family.kept))
+        of_family = {name: errors[name] for name in family.readers}
+        if family.error is not None:
+            of_family = dict.fromkeys(family.producers, family.error)
+        for name, error in of_family.items():
+            rows.append((visible(name), units, stay, f"{error:.4g}"))
     lines = [aligned(rows), *map(visible, report.notes), str(report)]
     if settings.get("perplexity before") is not None:
         lines.append(

@@ -36,29 +36,29 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
     left_out: set[str] = set()
     for some in alike.values():
         left_out |= _misfits(model, some)
-    for kind in dict.fromkeys(f.kind for f in families if not left_out.isdisjoint(f.readers)):
+    for kind in dict.fromkeys(f.kind for f in families if not left_out.isdisjoint(f.producers)):
         notes.append(
             f"{kind} stay: a {type(model).__name__} made from its configuration cannot have "
             "another number of them alone (configured=False removes them nevertheless)"
         )
-    return [f for f in families if left_out.isdisjoint(f.readers)]
+    return [f for f in families if left_out.isdisjoint(f.producers)]
 
 
 def _misfits(model: nn.Module, alike: Sequence[Family]) -> set[str]:
-    """The readers of families of one kind and size that the model's class, with one unit fewer in
+    """The producers of families of one kind and size that the model's class, with one unit fewer in
     each of them, would not make as small as that takes."""
     with contextlib.ExitStack() as undo:
         for owner, name, value in new_counts(alike, [f.units - 1 for f in alike]):
             replace(owner, name, value, undo)
         sizes = _sizes_of_class(model)
     if sizes is None:
-        return {name for f in alike for name in f.readers}
-    misfits = set[str]()
+        return {name for f in alike for name in f.producers}
+    misfits, now = set[str](), dict(model.named_parameters())
     for f in alike:
         for slot in f.slots:
             fewer = int((slot.units != 0).sum())
-            if slot.name.endswith(".weight") and fewer not in sizes.get(slot.name, ()):
-                misfits.update(f.readers)
+            if slot.name in now and fewer not in sizes.get(slot.name, ()):
+                misfits.update(f.producers)
     return misfits
 
 

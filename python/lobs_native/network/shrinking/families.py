@@ -17,7 +17,7 @@ from torch import nn
 
 from lobs_native.network.shrinking.units import Family, Slot, inputs_axis, linear_shape
 
-__all__ = ["families_of"]
+__all__ = ["counts_around", "families_of"]
 
 # Layers that make what the last one reads, below one module.
 _NEURONS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -214,3 +214,16 @@ def _counts(
         yield from found
         if found and not isinstance(owner, nn.Module):
             return
+
+
+def counts_around(
+    model: nn.Module, name: str, expected: dict[str, int], units: int
+) -> Iterator[tuple[Any, str, int]]:
+    """The same of all modules below a module and around it, and of the inmost configuration."""
+    path = name.split(".") if name else []
+    around = [model.get_submodule(".".join(path[:k])) for k in range(len(path))]
+    for module in (*model.get_submodule(name).modules(), *around):
+        for each, number in expected.items():
+            if getattr(module, each, None) == number:
+                yield module, each, number // units
+    yield from _counts(model, name, expected, units)

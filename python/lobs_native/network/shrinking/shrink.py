@@ -80,7 +80,7 @@ def shrink(
         up to date. On any error it is as it was.
     calibration : iterable of batches
         As in :func:`prune`.
-    keep : float in (0, 1], or {"neurons": float, "heads": float, "channels": float}
+    keep : float in (0, 1], or {"neurons": float, "heads": float, "channels": float, ...}
         The share of the units that stays, the same everywhere. Kinds that are left out of a mapping
         stay whole.
     parameters, multiplications, latency : float in (0, 1]
@@ -93,10 +93,14 @@ def shrink(
     latency_table : path, optional
         With ``latency``: a JSON file of the times of layers by their sizes. What it does not have
         is measured, and it is written again. Without it, all is measured.
-    kinds : of "neurons", "heads" and "channels"
-        What may be removed. Channels are outputs of convolutions and linear layers, found by
-        running the first batch: what adds them, normalises, pools, flattens or concatenates them
-        loses them as well. Where something else reads them, they stay, and ``notes`` says why.
+    kinds : of "neurons", "heads", "channels" and "experts"
+        What may be removed. Experts are those of mixtures with stacked weights, as in
+        transformers; they go with their rows of the router, and never so many that fewer stay than
+        a row is routed to. What that changes is measured exactly, but nothing is repaired for it;
+        all other units are chosen and repaired on the network without these experts. Channels are
+        outputs of convolutions and linear layers, found by running the first batch: what adds them,
+        normalises, pools, flattens or concatenates them loses them as well. Where something else
+        reads them, they stay, and ``notes`` says why.
     multiple : int
         Numbers of neurons and channels are rounded to a multiple of this, as hardware likes it, and
         are at least this (or all there are).
@@ -201,19 +205,20 @@ def shrink(
             original = output_of(session, first)
             outputs = Outputs(session, waiting_limit(memory), kept)
         larger = _same_sizes(model, notes) if pairs else None
+        stay = {i: plan.kept(i) for i in range(len(plan.families))}
+        experts = [i for i, family in enumerate(plan.families) if not family.readers]
+        _take_out(model, plan, {i: stay[i] for i in experts}, undo)
         for name in settings.include or ():
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 undo.callback(overwrite, parameter, parameter.detach().clone())
-        report = carried_out(model, every, settings, masks=plan.masks(model))
+        report = None
+        if settings.include:
+            report = carried_out(model, every, settings, masks=plan.masks(model))
+            for i, family in enumerate(plan.families):
+                stay[i] = _kept_units(model, family, report.masks) if stay[i] is None else stay[i]
         with session.evaluating():
             wanted = output_of(session, first)
-        stay = []
-        for i, family in enumerate(plan.families):
-            known = plan.kept(i)
-            stay.append(_kept_units(model, family, report.masks) if known is None else known)
-            take_out(model, family, stay[-1], undo)
-        for owner, name, value in new_counts(plan.families, plan.counts):
-            replace(owner, name, value, undo)
+        _take_out(model, plan, {i: x for i, x in stay.items() if i not in experts}, undo)
         found = _check_same(session, first, wanted)
         normed = 0
         if any(family.kind == "channels" for family in plan.families):
@@ -224,8 +229,8 @@ def shrink(
         undo.pop_all()
     return ShrinkReport(
         layers=tuple(
-            Shrunk(f.kind, f.readers, f.producers, f.units, tuple(units.tolist()))
-            for f, units in zip(plan.families, stay, strict=True)
+            Shrunk(f.kind, f.readers, f.producers, f.units, _listed(stay[i]), plan.spent(i))
+            for i, f in enumerate(plan.families)
         ),
         parameters=(before[0], _size(model)),
         bytes=(before[1], bytes_of(model)),
@@ -258,6 +263,25 @@ def _overrides(plan: ShrinkPlan) -> Iterable[tuple[str, dict[str, Any]]]:
                 columns = len(family.read_at(name).units) // family.units
                 settings["pattern"] = f"{columns} columns"
             yield name, settings
+
+
+def _take_out(
+    model: nn.Module,
+    plan: ShrinkPlan,
+    stay: Mapping[int, Tensor | None],
+    undo: contextlib.ExitStack,
+) -> None:
+    """Leave these units of these families of a plan, and count them."""
+    for i, units in stay.items():
+        assert units is not None
+        take_out(model, plan.families[i], units, undo)
+    some = [plan.families[i] for i in stay]
+    for owner, name, value in new_counts(some, [plan.counts[i] for i in stay]):
+        replace(owner, name, value, undo)
+
+
+def _listed(units: Tensor | None) -> tuple[int, ...]:
+    return () if units is None else tuple(units.tolist())
 
 
 def _kept_units(model: nn.Module, family: Family, masks: Mapping[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
 from lobs_native.network.shrinking.channels import channel_families
 from lobs_native.network.shrinking.configured import configurable
+from lobs_native.network.shrinking.experts import expert_families, expert_removals
 from lobs_native.network.shrinking.families import families_of
 from lobs_native.network.shrinking.latency import LatencyTable, inputs_of, table_of
 from lobs_native.network.shrinking.removals import removals_of
@@ -86,6 +87,13 @@ class ShrinkPlan:
         units = torch.arange(family.units)
         return units[~torch.isin(units, gone)]
 
+    def spent(self, f: int) -> float | None:
+        """What the removal of experts costs: see :func:`expert_removals`; None for other units."""
+        removal, family = self.removals[f], self.families[f]
+        if removal is None or family.readers:
+            return None
+        return sum(removal.spent[: family.units - self.counts[f]])
+
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """(G, R, C) bool for each reader of the units that are known: what may stay of it."""
         layers = {layer.name: layer for layer in layers_of(model)}
@@ -115,7 +123,7 @@ def plan_shrinking(
     model, budget = session.model, goal.budget()
     shares = {} if goal.keep is None else shares_of(goal.keep)
     with session.evaluating():
-        families = _families(session, goal, notes)
+        families, order = _families(session, goal, notes)
         each = _multiplications(families, session)
         costs: dict[str, _Cost] = {"parameters": _weights, "multiplications": each}
         table = None
@@ -127,11 +135,10 @@ def plan_shrinking(
             name, target = budget
             work = Work(model, families, costs[name])
             shares = dict.fromkeys(KINDS, uniform(work, target, goal.multiple, name))
-        order: dict[int, Removal] = {}
-        wanted = [f for f in families if not f.single or not (shares or one_size)]
+        wanted = [f for f in families if f.readers and not (f.single and (shares or one_size))]
         if wanted:
             found = removals_of(wanted, session, method=method, damping=damping, memory=memory)
-            order = {id(f): removal for f, removal in zip(wanted, found, strict=True)}
+            order |= {id(f): removal for f, removal in zip(wanted, found, strict=True)}
         removals = [order.get(id(f)) for f in families]
         if budget is not None and not one_size:
             name, target = budget
@@ -151,7 +158,7 @@ def plan_shrinking(
         name, value = budget or ("keep", shares)
         raise ArgumentError(
             f"{name}: with {value} and multiples of {goal.multiple} all units stay; keep less, or "
-            "pass a smaller multiple"
+            "pass a smaller multiple" + "".join(f"; {note}" for note in notes)
         )
     return ShrinkPlan(
         [families[i] for i in fewer],
@@ -161,10 +168,15 @@ def plan_shrinking(
     )
 
 
-def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
-    """The families of the kinds asked for, each reader in one of them."""
+def _families(
+    session: Session, goal: Goal, notes: list[str]
+) -> tuple[list[Family], dict[int, Removal]]:
+    """The families of the kinds asked for, each reader in one of them; and in which order experts
+    go, by the ``id`` of the family."""
     model = session.model
     families = list(families_of(model, goal.kinds))
+    if "experts" in goal.kinds:
+        families += expert_families(model)
     if goal.configured:
         families = configurable(model, families, notes)
     if "channels" in goal.kinds and not goal.for_class_of(model):
@@ -174,12 +186,33 @@ def _families(session: Session, goal: Goal, notes: list[str]) -> list[Family]:
             f"channels stay: a {type(model).__name__} made from its configuration cannot have "
             "other numbers of them (configured=False removes them nevertheless)"
         )
+    families, removals = _with_removable_experts(families, session, goal, notes)
     if not families:
         raise ArgumentError(
-            "model: it has no feed-forward layers, attention or channels whose units can be removed"
-            + "".join(f"; {note}" for note in notes)
+            "model: it has no feed-forward layers, attention, channels or experts whose units can "
+            "be removed" + "".join(f"; {note}" for note in notes)
         )
-    return families
+    return families, removals
+
+
+def _with_removable_experts(
+    families: list[Family], session: Session, goal: Goal, notes: list[str]
+) -> tuple[list[Family], dict[int, Removal]]:
+    """The families without those of experts that have to stay; and in which order the others go."""
+    mixtures = [f for f in families if f.kind == "experts"]
+    others = [f for f in families if f.kind != "experts"]
+    if not mixtures:
+        return families, {}
+    if isinstance(goal.keep, Mapping) and "experts" not in goal.keep:
+        return others, {}  # costs are not needed
+    if goal.parameters is None and goal.keep is None:
+        notes.append("experts stay: a row is routed to as many of fewer experts, in the same time")
+        return others, {}
+    found = expert_removals(mixtures, session, notes)
+    known = {id(f): r for f, r in zip(mixtures, found, strict=True) if r is not None}
+    if len(known) < len(mixtures) and goal.for_class_of(session.model):
+        return others, {}  # there is one number for all of them
+    return [f for f in families if f.kind != "experts" or id(f) in known], known
 
 
 def _with_channels(families: Sequence[Family], session: Session, notes: list[str]) -> list[Family]:

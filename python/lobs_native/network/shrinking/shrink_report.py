@@ -17,11 +17,14 @@ __all__ = ["ShrinkReport", "Shrunk"]
 class Shrunk:
     """What was removed of one family of units."""
 
-    kind: str  # "neurons", "heads" (groups that share keys and values) or "channels"
-    readers: tuple[str, ...]  # the layers that read them, and were repaired
-    producers: tuple[str, ...]  # the layers that lost outputs
+    # "neurons", "heads" (groups that share keys and values), "channels" or "experts"
+    kind: str
+    readers: tuple[str, ...]  # the layers that read them, and were repaired; of experts none
+    producers: tuple[str, ...]  # the layers that lost outputs, or the module that lost experts
     units: int  # before
     kept: tuple[int, ...]  # indices of those that stay, rising
+    # Of experts: ||change||^2 / ||what they add up to||^2, on a sample of the calibration data.
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,27 @@ class ShrinkReport:
     batch_norm: int  # layers of batch normalisation whose statistics were re-estimated
     configured: bool  # whether the model's own class, with its configuration, has the new sizes
     notes: tuple[str, ...]
-    pruning: Report = field(repr=False)  # errors of the repaired layers, masks of their weights
+    # Errors of the repaired layers, masks of their weights; None if nothing was repaired.
+    pruning: Report | None = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the masks as plain JSON values."""
         fields = {name: value for name, value in vars(self).items() if name != "pruning"}
         fields["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         fields["times"] = None if self.times is None else dataclasses.asdict(self.times)
-        return {**plain(fields), "pruning": self.pruning.to_dict()}
+        fields = plain(fields)
+        return {**fields, "pruning": None if self.pruning is None else self.pruning.to_dict()}
 
     def __str__(self) -> str:
         (p, q), (a, b), (m, n) = self.parameters, self.bytes, self.multiplications
         lines = [
             f"shrunk {len(self.layers)} kinds of units: {p:,} -> {q:,} parameters ({q / p:.1%}), "
             f"{a / 1e6:,.1f} -> {b / 1e6:,.1f} MB",
-            f"multiplications for a row in the layers concerned: {m:,} -> {n:,} ({n / m:.1%})",
         ]
+        if m:  # experts alone save none
+            lines.append(
+                f"multiplications for a row in the layers concerned: {m:,} -> {n:,} ({n / m:.1%})"
+            )
         if (t := self.times) is not None:
             (slow, fast), (low, high) = t.seconds, t.interval
             lines.append(

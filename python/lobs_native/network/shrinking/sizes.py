@@ -175,7 +175,7 @@ def _steps(family: Family, removable: int, multiple: int) -> list[int]:
 
 def _step(family: Family, multiple: int) -> int:
     """What numbers of its units are multiples of."""
-    return 1 if family.kind == "heads" else multiple
+    return 1 if family.kind in ("heads", "experts") else multiple
 
 
 def _too_little(name: str, target: float, least: float) -> ArgumentError:

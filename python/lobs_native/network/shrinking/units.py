@@ -13,7 +13,7 @@ from lobs_native.layers import Layer
 
 __all__ = ["KINDS", "Family", "Slot", "columns_of", "inputs_axis", "linear_shape"]
 
-KINDS = ("heads", "neurons", "channels")
+KINDS = ("heads", "neurons", "channels", "experts")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
 
     kind: str
     units: int
-    readers: tuple[str, ...]  # the layers that read them, and are repaired
+    readers: tuple[str, ...]  # the layers that read them, and are repaired; of experts none
     producers: tuple[str, ...]  # the layers that have them as outputs
     slots: tuple[Slot, ...] = field(repr=False)  # of all tensors that have them
     # (object, name, factor)
@@ -52,6 +52,8 @@ class Family:
     @property
     def label(self) -> str:
         """As messages name it."""
+        if not self.readers:
+            return f"{self.units} {self.kind} in {self.producers[0]}"
         more = f" and {len(self.readers) - 1} more" if len(self.readers) > 1 else ""
         return f"{self.units} {self.kind} before {self.readers[0]}{more}"
 
@@ -63,7 +65,7 @@ class Family:
     @property
     def single(self) -> bool:
         """Whether it has one reader, whose columns of a unit lie together."""
-        return self.kind != "channels"
+        return self.kind in ("heads", "neurons")
 
     def read_at(self, layer: str) -> Slot:
         """The places of the units among the inputs of a reader."""
