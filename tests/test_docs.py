@@ -21,6 +21,7 @@ from helpers.pages import blocks, rows_of_table
 import lobs_native
 from lobs_native.cli.arguments import add_prune
 from lobs_native.layers import LAYERS
+from lobs_native.network.inference.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -85,6 +86,21 @@ def test_the_example_of_torch_prune_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layer = run_page("docs/guide/pytorch.md")["model"][0]
     assert int((layer.weight_orig == 0).sum()) == int((layer.weight_mask == 0).sum()) == 1024
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_the_reader_of_compressed_rows_gives_the_weights_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_page("docs/guide/faster.md")
+    layer = torch.nn.Linear(40, 30)
+    with torch.no_grad():
+        layer.weight.masked_fill_(torch.rand(30, 40) < 0.9, 0)
+    report = export(layer, torch.ones(1, 40), tmp_path, to="torch-csr")
+    state = names["load_csr"](str(tmp_path / report.file))
+    weight, x = state["weight"], torch.randn(5, 40)
+    assert weight.layout == torch.sparse_csr
+    assert torch.equal(weight.to_dense(), layer.weight)
+    torch.testing.assert_close((weight @ x.T).T + state["bias"], layer(x).detach())
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -34,7 +34,13 @@ from lobs_native.network.inference.sparse_linear import (
     sparse_linear,
     to_sparse,
 )
-from lobs_native.network.inference.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
+from lobs_native.network.inference.speed import compare_speed, measure_speed
+from lobs_native.network.inference.speed_report import (
+    EngineSpeed,
+    LayerSpeed,
+    SpeedComparison,
+    SpeedReport,
+)
 from lobs_native.network.masks import (
     KeptMasks,
     apply_masks,
@@ -89,6 +95,7 @@ __all__ = [
     "Skipped",
     "SparseLayers",
     "SparseLinear",
+    "SpeedComparison",
     "SpeedReport",
     "StreamingInverse",
     "WeightTrace",
@@ -96,6 +103,7 @@ __all__ = [
     "apply_masks",
     "as_torch_prune",
     "backends",
+    "compare_speed",
     "compat",
     "fold_weights",
     "from_sparse",

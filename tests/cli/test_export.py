@@ -29,14 +29,14 @@ def _here(tmp_path, monkeypatch):
     """A converter that writes one file, and turns weights around."""
     (tmp_path / "networks_to_export.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(exporting._NEEDS, "onnx", ())
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ())
 
-    def written(subject):
+    def written(subject, _):
         (subject.folder / "model.onnx").write_bytes(b"onnx")
         values = subject.model[0].weight.detach().numpy().T.copy()
         return subject.folder / "model.onnx", {"val_0": Stored(values)}
 
-    monkeypatch.setitem(exporting._WRITERS, "onnx", written)
+    monkeypatch.setitem(exporting.WRITERS, ("onnx", None), written)
 
 
 def test_it_writes_a_folder_and_counts(capsys, tmp_path):
@@ -66,11 +66,11 @@ def test_the_folder_of_the_network_is_not_replaced(capsys, tmp_path):
 
 
 def test_a_run_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
-    def ended(subject):
+    def ended(subject, _):
         (subject.folder / "model.onnx").write_bytes(b"onnx")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setitem(exporting._WRITERS, "onnx", ended)
+    monkeypatch.setitem(exporting.WRITERS, ("onnx", None), ended)
     before = sorted(tmp_path.iterdir())
     assert cli.main(["export", "networks_to_export:pair", "--out", "out"]) == cli.TERMINATED
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
@@ -81,12 +81,12 @@ def test_nothing_is_written_where_zeros_are_lost(capsys, tmp_path, monkeypatch):
     assert cli.main([*arguments, "--quantize", "gptq"]) == 2
     assert "--quantize: gptq is refused" in capsys.readouterr().err
 
-    def lossy(subject):
+    def lossy(subject, _):
         (subject.folder / "model.onnx").write_bytes(b"onnx")
         values = subject.model[0].weight.detach().numpy() + 1e-6
         return subject.folder / "model.onnx", {"w": Stored(values, 1e-5)}
 
-    monkeypatch.setitem(exporting._WRITERS, "onnx", lossy)
+    monkeypatch.setitem(exporting.WRITERS, ("onnx", None), lossy)
     assert cli.main(arguments) == 1
     assert "12 of its 12 zeros are not zero" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

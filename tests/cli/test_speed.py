@@ -25,6 +25,9 @@ def pair():
 def dense():
     return torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.Linear(400, 4)), []
 
+def smaller():
+    return torch.nn.Sequential(torch.nn.Linear(300, 100), torch.nn.Linear(100, 4)), []
+
 def triple():
     return *pair(), lambda model, batch: model(batch)
 """
@@ -56,6 +59,34 @@ def test_json_picture_and_another_dense_network(capsys, tmp_path):
     assert found["parameters"] == [122004, 91504]
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_networks_share_a_table(capsys, tmp_path):
+    names = ["speed_networks:pair", "speed_networks:smaller"]
+    dense = ["--against", "speed_networks:dense"]
+    assert cli.main(["speed", *names, *dense, *FAST, "--picture", "speed.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["runtime", "network", "version"]
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["torch", names[0]],
+        ["torch", names[1]],
+        ["lobs.to_sparse", names[0]],
+    ]
+    for name in names:
+        assert sum(line.startswith(f"{name}: It ") for line in lines) == 1
+    assert sum(line.startswith(f"{names[1]}: lobs.to_sparse: not measured") for line in lines) == 1
+    assert "ms at best" in lines[-1]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["speed", *names, *dense, *FAST, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [*found["networks"]] == names
+    assert "ms at best" in found["advice"]
+    for arguments, words in (
+        (names, "--against: several networks"),
+        ([names[0], names[0], *dense], "MODEL: speed_networks:pair is given more than once"),
+    ):
+        assert cli.main(["speed", *arguments]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_folder_runs_on_random_tokens(capsys, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.network.inference import engines, speed
+from lobs_native.network.inference import engines, speed, speed_report, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("torch", "lobs.to_sparse")
@@ -62,6 +62,48 @@ def test_the_counterpart_has_no_zeros_and_is_as_large():
     assert report.parameters[1] < report.parameters[0]
 
 
+def test_several_networks_are_compared_with_one_dense_network():
+    dense, x = network(0.0), torch.randn(3, 260)
+    smaller = nn.Sequential(nn.Linear(260, 80), nn.ReLU(), nn.Linear(80, 8))
+    networks = {"90 %": network(0.9), "smaller": smaller}
+    found = lobs.compare_speed(networks, x, against=dense, runtimes=BOTH, pairs=2)
+    many, few = found.networks["90 %"], found.networks["smaller"]
+    assert [each.engine for each in many.engines] == [*BOTH]
+    assert [each.engine for each in few.engines] == ["torch"]
+    assert "zeros" in few.left["lobs.to_sparse"]
+    # Both were timed in the same rounds as the same dense network.
+    assert many.engines[0].dense_seconds == few.engines[0].dense_seconds
+    assert many.parameters[0] == few.parameters[0] > few.parameters[1]
+    assert all(each.difference < 1e-5 for each in (*many.engines, *few.engines))
+    assert found.advice == speed_report.overall(found.networks)
+    assert [*found.to_dict()["networks"]] == [*networks]
+    with pytest.raises(ArgumentError, match="networks: there is none"):
+        lobs.compare_speed({}, x, against=dense)
+
+
+def test_the_advice_about_several_names_the_fastest_and_what_it_must_beat():
+    def report(*rows: lobs.EngineSpeed) -> lobs.SpeedReport:
+        return lobs.SpeedReport(rows, {}, (), 0.9, (1, 1), "", "", 1, {})
+
+    def timed(engine: str, dense: float, pruned: float, low: float) -> lobs.EngineSpeed:
+        ratio = dense / pruned
+        return lobs.EngineSpeed(engine, "1", dense, pruned, ratio, (low, 9.0), 0.0)
+
+    slow = report(timed("torch", 0.040, 0.041, 0.9), timed("lobs.to_sparse", 0.040, 0.020, 1.9))
+    fast = report(timed("torch", 0.040, 0.030, 1.3), timed("openvino", 0.030, 0.016, 1.8))
+    said = speed_report.overall({"pruned": slow, "shrunk": fast})
+    assert said == (
+        "Fastest here: shrunk in openvino, 16 ms; the dense network takes 30 ms at best (openvino)."
+    )
+    assert "pruned in lobs.to_sparse, 20 ms" in speed_report.overall({"pruned": slow})
+    assert "40 ms at best (torch)" in speed_report.overall({"pruned": slow})
+    uncertain = report(timed("torch", 0.040, 0.038, 1.01))
+    assert speed_report.overall({"a": uncertain}).startswith("None of them pays here")
+    behind = report(timed("torch", 0.040, 0.020, 1.9), timed("openvino", 0.018, 0.018, 0.9))
+    assert speed_report.overall({"a": behind}).startswith("None of them is faster")
+    assert speed_report.overall({"a": report()}) == "Nothing could be measured."
+
+
 def test_a_layer_that_the_batch_does_not_reach_has_no_row():
     class Partial(nn.Module):
         def __init__(self) -> None:
@@ -86,9 +128,13 @@ def test_a_smaller_network_without_zeros_owes_nothing_to_sparse_kernels():
     assert "50% zeros" in report.left["lobs.to_sparse"]
     assert report.layers == ()
     assert report.sparsity == 0
-    said = speed.advice([row("torch", 1.0, 0.97)], (), 0.0)
+    said = speed_report.advice([row("torch", 1.0, 0.97)], (), 0.0)
     assert "no linear weight is zero" in said
     assert "--against" in said
+    said = speed_report.advice([row("torch", 1.0, 0.97)], (), 0.0, smaller=True)
+    assert "is smaller, but no faster" in said
+    said = speed_report.advice([row("torch", 1.5, 1.4)], (), 0.0, smaller=True)
+    assert "torch runs the smaller network 1.50 times as fast" in said
 
 
 def test_batches_may_be_tuples_and_dicts():
@@ -135,22 +181,39 @@ def test_few_rows_need_fewer_zeros():
 
 
 def test_the_interval_is_that_of_the_ratios_in_pairs():
-    slow, fast, ratio, (low, high) = speed.summarized([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
+    slow, fast, ratio, (low, high) = timing.summarized([2.0, 4.0, 6.0], [1.0, 1.0, 2.0])
     assert (slow, fast, ratio) == (4.0, 1.0, 3.0)
     assert (low, high) == (2.0, 4.0)
 
 
+def test_rounds_go_forth_and_back():
+    order: list[str] = []
+    runs = [lambda name=name: order.append(name) for name in "abc"]
+    seconds = timing.interleaved(runs, 3, iter(range(99)).__next__)
+    assert "".join(order) == "abccbaabc"
+    assert seconds == [[1, 1, 1]] * 3
+
+
+def test_seconds_of_the_processor_are_for_one_thread(monkeypatch):
+    given = {"runtimes": ["torch"], "pairs": 1, "processor_time": True}
+    report = lobs.measure_speed(network(), torch.randn(1, 260), **given)
+    assert report.machine["seconds"] == "processor"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ArgumentError, match="processor_time: torch uses 2 threads"):
+        lobs.measure_speed(network(), torch.randn(1, 260), **given)
+
+
 def test_the_advice_follows_from_what_was_measured():
     gains = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 2.0, 1.8, 0.5), row("other", 3.0, 2.0)]
-    said = speed.advice(gains, [layer(100)], 0.9)
+    said = speed_report.advice(gains, [layer(100)], 0.9)
     assert "lobs.to_sparse (with sparsity=0.7) runs the pruned network 2.00 times" in said
-    assert "other runs" in speed.advice([row("other", 3.0, 2.0)], [layer(1)], 0.9)
+    assert "other runs" in speed_report.advice([row("other", 3.0, 2.0)], [layer(1)], 0.9)
     uncertain = [row("torch", 1.0, 0.97), row("lobs.to_sparse", 1.5, 1.01)]
-    few = speed.advice(uncertain, [layer(128)], 0.5)
+    few = speed_report.advice(uncertain, [layer(128)], 0.5)
     assert "does not pay" in few
     assert "50%" in few
     assert "(128 here)" in few
     assert "shrink" in few
-    many = speed.advice(uncertain, [layer(4096)], 0.8)
+    many = speed_report.advice(uncertain, [layer(4096)], 0.8)
     assert "4096 rows" in many
     assert "shrink" in many

@@ -13,7 +13,7 @@ import torch
 import lobs_native
 from lobs_native import ops
 from lobs_native.errors import LobsError
-from lobs_native.network.inference.speed import processor
+from lobs_native.network.inference.timing import processor
 from lobs_native.solvers.hessian import Hessian
 from lobs_native.solvers.weight import prune_weight
 

@@ -29,7 +29,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     """The ``export`` command with its options."""
     command: argparse.ArgumentParser = commands.add_parser(
         "export",
-        help="write a network as ONNX or for OpenVINO, with its zeros counted there",
+        help="write a network for ONNX, OpenVINO, MNN, Core ML, ..., with its zeros counted there",
         description=_EXPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

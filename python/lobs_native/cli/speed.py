@@ -1,11 +1,11 @@
-"""The work of ``lobs-native speed``: a network's time here, against its dense counterpart."""
+"""The work of ``lobs-native speed``: networks' times here, against their dense counterpart."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,22 @@ from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError, LobsError
 from lobs_native.files.atomic import write_file
 from lobs_native.network.inference.engines import ENGINES
-from lobs_native.network.inference.speed import EngineSpeed, LayerSpeed, SpeedReport, measure_speed
+from lobs_native.network.inference.speed import compare_speed, measure_speed
+from lobs_native.network.inference.speed_report import (
+    EngineSpeed,
+    LayerSpeed,
+    SpeedComparison,
+    SpeedReport,
+)
 from lobs_native.report.text import visible
 
 __all__ = ["add_command", "add_sizes", "batch_of", "by_option", "run", "table"]
 
-_SPEED = """Time a pruned network on this machine, against its dense counterpart.
+_SPEED = """Time pruned networks on this machine, against their dense counterpart.
 
 MODEL is a folder, a GGUF file or module:function, as for prune. A folder is run on random tokens,
-a function's network on its first batch. Runs alternate between both networks; each ratio has its
-95 % interval.
+a function's network on its first batch. Several networks made from the same dense one go into one
+table. Runs alternate between all networks; each ratio has its 95 % interval.
 """
 
 
@@ -39,14 +45,17 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("model", metavar="MODEL", help="a folder, a GGUF file, or module:function")
-    help_ = "the dense network; default: MODEL with its zeros filled"
+    help_ = "a folder, a GGUF file, or module:function"
+    add("models", metavar="MODEL", nargs="+", help=help_)
+    help_ = "the dense network; default, for one MODEL: it with its zeros filled"
     add("--against", metavar="DENSE", help=help_)
     help_ = f"one of {', '.join(ENGINES)}; may be repeated; default: all that are installed"
     add("--runtime", action="append", metavar="NAME", help=help_)
     add_sizes(command)
     add("--pairs", type=int, default=7, metavar="N", help="pairs of runs; default: %(default)s")
     add("--threads", type=int, metavar="N", help="default: those of torch")
+    help_ = "seconds of the processor, for a machine that is not quiet; with --threads 1"
+    add("--processor-time", action="store_true", help=help_)
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--picture", type=Path, metavar="FILE.png", help="draw the table; needs matplotlib")
     return command
@@ -62,7 +71,11 @@ def add_sizes(command: argparse.ArgumentParser) -> None:
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the option in its place."""
     name, colon, rest = message.partition(": ")
-    option = {"runtimes": "--runtime", "pairs": "--pairs"}.get(name)
+    option = {
+        "runtimes": "--runtime",
+        "pairs": "--pairs",
+        "processor_time": "--processor-time",
+    }.get(name)
     return option + colon + rest if option else message
 
 
@@ -72,21 +85,28 @@ def run(options: argparse.Namespace) -> str:
         _check_matplotlib()
     if options.threads is not None:
         torch.set_num_threads(checks.positive_int(options.threads, "--threads"))
-    pruned = job.find(options.model, None, {}, planning=True)
-    dense = None if options.against is None else job.find(options.against, None, {}, planning=True)
-    batch = batch_of(pruned, options)
-    report = measure_speed(
-        pruned.model,
-        batch,
-        against=None if dense is None else dense.model,
-        runtimes=options.runtime,
-        pairs=options.pairs,
-    )
+    names: list[str] = options.models
+    if len(names) > 1 and options.against is None:
+        raise ArgumentError("--against: several networks are compared with one dense network")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ArgumentError(f"MODEL: {twice[0]} is given more than once")
+    found = {name: job.find(name, None, {}, planning=True) for name in names}
+    batch = batch_of(found[names[0]], options)
+    models = {name: each.model for name, each in found.items()}
+    how = {name: getattr(options, name) for name in ("pairs", "processor_time")}
+    how["runtimes"] = options.runtime
+    if options.against is None:
+        report: SpeedReport | SpeedComparison = measure_speed(models[names[0]], batch, **how)
+    else:
+        dense = job.find(options.against, None, {}, planning=True).model
+        compared = compare_speed(models, batch, against=dense, **how)
+        report = compared if len(names) > 1 else compared.networks[names[0]]
+    reports = report.networks if isinstance(report, SpeedComparison) else {names[0]: report}
     if options.picture is not None:
-        write_file(options.picture, _png(report))
+        write_file(options.picture, _png(reports))
     if options.json:
         return json.dumps(report.to_dict(), indent=1, allow_nan=False)
-    return table(report)
+    return table(reports, report.advice)
 
 
 def batch_of(found: job.Job, options: argparse.Namespace) -> Any:
@@ -109,23 +129,42 @@ def batch_of(found: job.Job, options: argparse.Namespace) -> Any:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def table(report: SpeedReport) -> str:
-    """The report for a terminal."""
+def table(reports: Mapping[str, SpeedReport], advice: str) -> str:
+    """The reports for a terminal, and the advice about all of them."""
+    several = len(reports) > 1
+
+    def labelled(label: str, cells: Sequence[str]) -> tuple[str, ...]:
+        return (*cells[:1], visible(label), *cells[1:]) if several else tuple(cells)
+
+    head: tuple[str, ...]
     head = ("runtime", "version", "dense, ms", "pruned, ms", "times as fast [95 %]")
-    parts = [aligned([head, *((e.engine, e.version, *_cells(e)) for e in report.engines)])]
-    of_layers = [("layer, as SparseLinear", "zeros", "rows", "dense, ms", "sparse, ms", "times")]
-    for layer in report.layers:
-        zeros, rows = f"{layer.sparsity:.0%}", str(layer.rows)
-        of_layers.append((visible(layer.name), zeros, rows, *_cells(layer)))
-    if report.layers:
-        parts.append(aligned(of_layers))
-    parts += [f"{name}: not measured: {visible(why)}" for name, why in report.left.items()]
-    before, after = report.parameters
-    parts.append(
-        f"{report.sparsity:.1%} of the linear weights are zero; {after:,} parameters against "
-        f"{before:,}; dense is {report.counterpart}; {report.machine['threads']} threads"
-    )
-    parts.append(report.advice)
+    rows = [
+        (list(ENGINES).index(e.engine), labelled(name, (e.engine, e.version, *_cells(e))))
+        for name, report in reports.items()
+        for e in report.engines
+    ]
+    ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    parts = [aligned([labelled("network", head), *ordered])]
+    head = ("layer, as SparseLinear", "zeros", "rows", "dense, ms", "sparse, ms", "times")
+    layers = [
+        labelled(name, (visible(e.name), f"{e.sparsity:.0%}", str(e.rows), *_cells(e)))
+        for name, report in reports.items()
+        for e in report.layers
+    ]
+    if layers:
+        parts.append(aligned([labelled("network", head), *layers]))
+    for name, report in reports.items():
+        which = f"{visible(name)}: " if several else ""
+        left = report.left.items()
+        parts += [f"{which}{engine}: not measured: {visible(why)}" for engine, why in left]
+        (before, after), threads = report.parameters, report.machine["threads"]
+        parts.append(
+            f"{which}{report.sparsity:.1%} of the linear weights are zero; {after:,} parameters "
+            f"against {before:,}; dense is {report.counterpart}; {threads} threads"
+        )
+        if several:
+            parts.append(which + report.advice)
+    parts.append(visible(advice))
     return "\n".join(parts)
 
 
@@ -144,20 +183,35 @@ def _check_matplotlib() -> None:
         ) from error
 
 
-def _png(report: SpeedReport) -> bytes:
-    """A bar for every runtime: how many times as fast the pruned network is."""
+def _png(reports: Mapping[str, SpeedReport]) -> bytes:
+    """A bar for every runtime and network: how many times as fast as dense the network is."""
     from matplotlib.figure import Figure
 
-    names: Iterable[str] = [e.engine for e in report.engines]
-    ratios = [e.ratio for e in report.engines]
-    lows = [e.ratio - e.interval[0] for e in report.engines]
-    highs = [e.interval[1] - e.ratio for e in report.engines]
-    figure = Figure(figsize=(7, 1 + 0.5 * len(ratios)), dpi=150, layout="constrained")
+    measured = [e.engine for report in reports.values() for e in report.engines]
+    names = [name for name in ENGINES if name in measured]
+    figure = Figure(figsize=(7, 1 + 0.5 * len(measured)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(list(names), ratios, xerr=(lows, highs), color="0.6")
+    high = 0.8 / len(reports)
+    for i, (label, report) in enumerate(reports.items()):
+        rows = report.engines
+        places = [names.index(e.engine) + (i - (len(reports) - 1) / 2) * high for e in rows]
+        ratios = [e.ratio for e in rows]
+        lows = [e.ratio - e.interval[0] for e in rows]
+        highs = [e.interval[1] - e.ratio for e in rows]
+        shown = f"{Path(label).name}, {report.sparsity:.0%} zeros"
+        axes.barh(
+            places,
+            ratios,
+            0.9 * high,
+            xerr=(lows, highs),
+            label=shown,
+            color=str(0.75 - 0.5 * i / len(reports)),
+        )
     axes.axvline(1, color="0.2", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as dense, {report.sparsity:.0%} zeros")
+    axes.set_xlabel("times as fast as dense")
+    axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()

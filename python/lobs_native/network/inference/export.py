@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from torch import nn
 from lobs_native import checks
 from lobs_native.errors import ArgumentError, CheckpointError, LobsError
 from lobs_native.network.inference.engines import Subject, absent, first_line
+from lobs_native.network.inference.formats import NEEDS, WRITERS, Stored
 
 __all__ = ["FORMATS", "QUANTIZERS", "REFUSED", "ExportReport", "ExportedWeight", "export"]
 
-FORMATS = ("onnx", "openvino")
-QUANTIZERS = ("int8",)
+FORMATS = tuple(to for to, quantize in WRITERS if quantize is None)
+QUANTIZERS = tuple(dict.fromkeys(quantize for _, quantize in WRITERS if quantize is not None))
 # Other ways to quantise, and how many zeros they leave, as measured in November 2026.
 REFUSED = {
     "gptq": "it moves rounding errors onto removed weights: 98 % of the zeros stay "
@@ -29,19 +29,6 @@ REFUSED = {
     "q4_1": "blocks have a minimum but no exact zero: 0.3 % of the zeros stay; Q4_0 keeps all",
     "q5_1": "blocks have a minimum but no exact zero: 0.3 % of the zeros stay; Q5_0 keeps all",
 }
-_NEEDS = {
-    "onnx": ("onnx", "onnxscript"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-    "int8": ("onnx", "onnxruntime"),
-}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a file as the numbers it stands for, and how far they may be from the weights."""
-
-    values: np.ndarray[Any, Any]
-    within: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,12 +76,17 @@ def export(
     batch : Tensor, tuple or dict of tensors
         What the network is called with; its sizes become those of the exported network.
     folder : Path
-        An existing folder, for model.onnx, or model.xml and model.bin.
+        An existing folder, for the files.
     to : str
-        "onnx" or "openvino".
+        "onnx": model.onnx. "openvino": model.xml and model.bin. "mnn": model.mnn, with sparse
+        weights from 60 % zeros on; a network of transformers is exported with eager attention.
+        "coreml": model.mlpackage, with sparse weights from half zeros on; it can be written
+        anywhere, and runs on Apple's systems. "torch-csr": model.csr.safetensors, with compressed
+        rows of weights, where these are smaller.
     quantize : str, optional
-        "int8": ONNX Runtime's dynamic quantisation, for "onnx". Ways to quantise that are known to
-        lose zeros are refused with the reason.
+        "int8": ONNX Runtime's dynamic quantisation for "onnx"; weights in symmetric steps for
+        "mnn" and "coreml". "float16": for "openvino" and "coreml". Ways to quantise that are known
+        to lose zeros are refused with the reason.
 
     Returns
     -------
@@ -115,11 +107,12 @@ def export(
         if quantize.lower() in REFUSED:
             raise ArgumentError(f"quantize: {quantize} is refused: {REFUSED[quantize.lower()]}")
         checks.check_choice(quantize, "quantize", QUANTIZERS)
-        if to != "onnx":
-            raise ArgumentError(f"quantize: {quantize} is for 'onnx', not for {to!r}")
-    for what in (to, *([quantize] if quantize else [])):
-        if why := absent(_NEEDS[what]):
-            raise LobsError(f"{what}: {why}")
+        if (to, quantize) not in WRITERS:
+            formats = ", ".join(name for name in FORMATS if (name, quantize) in WRITERS)
+            raise ArgumentError(f"quantize: {quantize} is for {formats}, not for {to!r}")
+    for what in (to, f"{to}, {quantize}"):
+        if why := absent(NEEDS.get(what, ())):
+            raise LobsError(f"to: {what}: {why}")
     subject = Subject(copy.deepcopy(model).eval(), batch, folder)
     weights = {
         name: module.weight.detach().float().numpy()
@@ -128,13 +121,13 @@ def export(
         and bool((module.weight == 0).any())
     }
     try:
-        file, tensors = _WRITERS[quantize or to](subject)
+        file, tensors = WRITERS[to, quantize](subject, weights)
     except Exception as error:  # whatever a converter raises
         raise CheckpointError(
             f"to: {to}: the network could not be converted: {first_line(error)}"
         ) from error
     found = tuple(found_weight(name, weight, tensors) for name, weight in weights.items())
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return ExportReport(file.name, to, quantize, found, size)
 
 
@@ -165,59 +158,3 @@ def found_weight(layer: str, weight: Any, tensors: Mapping[str, Stored]) -> Expo
         f"{layer}: its weight {weight.shape} is in no tensor of the file, as it is or transposed, "
         "so its zeros cannot be counted"
     )
-
-
-_Written = tuple[Path, Mapping[str, Stored]]
-
-
-def _arrays_of(path: Path) -> dict[str, Any]:
-    onnx: Any = importlib.import_module("onnx")
-    model = onnx.load(str(path))
-    return {
-        entry.name: onnx.numpy_helper.to_array(entry, base_dir=str(path.parent))
-        for entry in model.graph.initializer
-    }
-
-
-def _onnx(subject: Subject) -> _Written:
-    return subject.onnx, {k: Stored(v) for k, v in _arrays_of(subject.onnx).items()}
-
-
-def _int8(subject: Subject) -> _Written:
-    quantization: Any = importlib.import_module("onnxruntime.quantization")
-    path = subject.folder / "model.int8.onnx"
-    kind = quantization.QuantType.QInt8
-    quantization.quantize_dynamic(str(subject.onnx), str(path), weight_type=kind)
-    _remove_onnx(subject)
-    arrays = _arrays_of(path)
-    tensors = {k: Stored(v) for k, v in arrays.items()}
-    for name in [k.removesuffix("_quantized") for k in arrays if k.endswith("_quantized")]:
-        parts = (f"{name}_{part}" for part in ("quantized", "scale", "zero_point"))
-        whole, scale, zero = (arrays[part].astype(np.float64) for part in parts)
-        values = (whole - zero) * scale
-        tensors[f"{name}_quantized"] = Stored(values, 0.51 * float(scale.max()))  # and rounding
-    return path, tensors
-
-
-def _openvino(subject: Subject) -> _Written:
-    openvino: Any = importlib.import_module("openvino")
-    converted = openvino.convert_model(str(subject.onnx))
-    path = subject.folder / "model.xml"
-    openvino.save_model(converted, str(path), compress_to_fp16=False)
-    _remove_onnx(subject)
-    nodes = openvino.Core().read_model(str(path)).get_ops()
-    constants = [node for node in nodes if node.get_type_name() == "Constant"]
-    return path, {node.get_friendly_name(): Stored(node.data.copy()) for node in constants}
-
-
-def _remove_onnx(subject: Subject) -> None:
-    """Remove the file that was only a step on the way, and what belongs to it."""
-    for file in list(subject.folder.glob("model.onnx*")):
-        file.unlink()
-
-
-_WRITERS: dict[str, Callable[[Subject], _Written]] = {
-    "onnx": _onnx,
-    "int8": _int8,
-    "openvino": _openvino,
-}

@@ -1,17 +1,12 @@
-"""How fast a pruned network is on this machine, against its dense counterpart."""
+"""How fast pruned networks are on this machine, against their dense counterpart."""
 
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
-import platform
-import re
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +15,25 @@ from torch import Tensor, nn
 
 from lobs_native import checks
 from lobs_native.calibration.hooks import attached
-from lobs_native.errors import ArgumentError
+from lobs_native.errors import ArgumentError, LobsError
 from lobs_native.network.inference import engines
 from lobs_native.network.inference.sparse_linear import share_of_zeros, sparse_linear
-from lobs_native.ops import backends
+from lobs_native.network.inference.speed_report import (
+    EngineSpeed,
+    LayerSpeed,
+    SpeedComparison,
+    SpeedReport,
+    advice,
+    overall,
+)
+from lobs_native.network.inference.timing import interleaved, machine, summarized
 from lobs_native.ops.sliced import DTYPES_OF_VALUES
 
-__all__ = [
-    "EngineSpeed",
-    "LayerSpeed",
-    "SpeedReport",
-    "interleaved",
-    "machine",
-    "measure_speed",
-    "processor",
-    "summarized",
-]
+__all__ = ["compare_speed", "measure_speed"]
 
-RESAMPLES = 1000
-PAYS = 1.05  # what the whole interval must lie above
+_CLOCKS = {False: time.perf_counter, True: time.process_time}  # by processor_time
+_Timed = Callable[[Sequence[engines.Run]], list[list[float]]]  # runs -> seconds of each, per round
 SIZABLE = 1 << 16  # weights of a layer worth a row of its own
-
-
-@dataclass(frozen=True)
-class EngineSpeed:
-    """One engine: medians, and the dense time over the pruned time with its 95 % interval."""
-
-    engine: str
-    version: str
-    dense_seconds: float
-    pruned_seconds: float
-    ratio: float  # within pairs; above 1, the pruned network is faster
-    interval: tuple[float, float]
-    difference: float  # largest between its output and torch's, relative to the largest output
-
-
-@dataclass(frozen=True)
-class LayerSpeed:
-    """One linear layer in torch and as a ``SparseLinear``, for as many rows as the network has."""
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    rows: int
-    dense_seconds: float
-    pruned_seconds: float  # as a SparseLinear
-    ratio: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class SpeedReport:
-    """What :func:`measure_speed` found."""
-
-    engines: tuple[EngineSpeed, ...]
-    left: dict[str, str]  # engine -> why it was not measured
-    layers: tuple[LayerSpeed, ...]  # the first of every shape that the batch reached
-    sparsity: float  # of all linear layers together
-    parameters: tuple[int, int]  # dense, pruned
-    counterpart: str  # what the pruned network was compared with
-    advice: str
-    pairs: int
-    machine: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON types."""
-        return asdict(self)
 
 
 def measure_speed(
@@ -95,12 +43,13 @@ def measure_speed(
     against: nn.Module | None = None,
     runtimes: Sequence[str] | None = None,
     pairs: int = 7,
+    processor_time: bool = False,
 ) -> SpeedReport:
     """Time a pruned network against its dense counterpart, in the runtimes that are installed.
 
     Each ratio comes from pairs of runs back to back, in the order A, B, B, A, ..., so that a
-    machine that changes its speed does not distort it. Times are those of the clock, on the threads
-    that torch uses.
+    machine that changes its speed does not distort it. Times are those of the clock, or with
+    ``processor_time`` those of the processor, on the threads that torch uses.
 
     Parameters
     ----------
@@ -117,6 +66,9 @@ def measure_speed(
         from half zeros on for up to 8 rows, and from 70 % on for more.
     pairs : int
         Pairs of runs per runtime.
+    processor_time : bool
+        Count the seconds that the processor spends on this process, so that programs beside it
+        matter less. For one thread.
 
     Returns
     -------
@@ -127,95 +79,143 @@ def measure_speed(
     ArgumentError, DtypeError
         An argument does not fit. A runtime that fails is named in the report with its reason.
     """
+    counterpart, dense = "the network given", against
+    if dense is None:
+        counterpart, dense = "itself with its zeros filled", copy.deepcopy(model)
+        _fill_zeros(dense)
+    how: dict[str, Any] = {"runtimes": runtimes, "pairs": pairs, "processor_time": processor_time}
+    (report,) = _measured({"": model}, batch, dense, counterpart, **how).values()
+    return report
+
+
+def compare_speed(
+    networks: Mapping[str, nn.Module],
+    batch: Any,
+    *,
+    against: nn.Module,
+    runtimes: Sequence[str] | None = None,
+    pairs: int = 7,
+    processor_time: bool = False,
+) -> SpeedComparison:
+    """Time several networks made from the same dense one, pruned or smaller, against it.
+
+    As :func:`measure_speed`, with all networks in each round: A, B, C, C, B, A, ...
+
+    Parameters
+    ----------
+    networks : mapping of names to nn.Module
+        On the CPU. Not modified.
+    batch, runtimes, pairs, processor_time
+        As for :func:`measure_speed`; ``pairs`` is the number of rounds.
+    against : nn.Module
+        The dense network.
+
+    Returns
+    -------
+    SpeedComparison
+        A report for each network, and a sentence that names the fastest.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        As for :func:`measure_speed`.
+    """
+    if not networks:
+        raise ArgumentError("networks: there is none to compare")
+    how: dict[str, Any] = {"runtimes": runtimes, "pairs": pairs, "processor_time": processor_time}
+    reports = _measured(networks, batch, against, "the network given", **how)
+    return SpeedComparison(reports, overall(reports))
+
+
+def _measured(
+    networks: Mapping[str, nn.Module],
+    batch: Any,
+    against: nn.Module,
+    counterpart: str,
+    *,
+    runtimes: Sequence[str] | None,
+    pairs: int,
+    processor_time: bool,
+) -> dict[str, SpeedReport]:
     pairs = checks.positive_int(pairs, "pairs")
+    if processor_time and torch.get_num_threads() != 1:
+        raise ArgumentError(
+            f"processor_time: torch uses {torch.get_num_threads()} threads, whose seconds would be "
+            "added up; it is for one: torch.set_num_threads(1), --threads 1"
+        )
+    timed = functools.partial(interleaved, rounds=pairs, clock=_CLOCKS[processor_time])
     for name in runtimes or ():
         checks.check_choice(name, "runtimes", tuple(engines.ENGINES))
         if why := engines.missing(name):
             raise ArgumentError(f"runtimes: {name} {why}")
-    pruned = copy.deepcopy(model).eval()
-    dense = copy.deepcopy(model if against is None else against).eval()
-    if against is None:
-        _fill_zeros(dense)
     with tempfile.TemporaryDirectory() as folder:
         subjects = []
-        for name, side in (("dense", dense), ("pruned", pruned)):
-            subjects.append(engines.Subject(side, batch, Path(folder) / name))
-            subjects[-1].folder.mkdir()
-        measured, left = _engines(subjects, runtimes, pairs)
-        layers = tuple(_layers(subjects[1], pairs))
-    linear = {n: m for n, m in pruned.named_modules() if type(m) is nn.Linear}
-    zeros = sum(int((m.weight == 0).sum()) for m in linear.values())
-    total = sum(m.weight.numel() for m in linear.values())
-    sparsity = zeros / total if total else 0.0
-    return SpeedReport(
-        engines=tuple(measured),
-        left=left,
-        layers=layers,
-        sparsity=sparsity,
-        parameters=(_size(dense), _size(pruned)),
-        counterpart="itself with its zeros filled" if against is None else "the network given",
-        advice=advice(measured, layers, sparsity),
-        pairs=pairs,
-        machine=machine(),
-    )
+        for number, model in enumerate((against, *networks.values())):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            subjects.append(engines.Subject(copy.deepcopy(model).eval(), batch, place))
+        dense, *others = subjects
+        measured, left = _engines(dense, others, runtimes, timed)
+        layers = [tuple(_layers(subject, timed)) for subject in others]
+    about = machine() | {"seconds": "processor" if processor_time else "clock"}
+    reports = {}
+    for i, (name, subject) in enumerate(zip(networks, others, strict=True)):
+        sparsity, sizes = _sparsity(subject.model), (_size(dense.model), _size(subject.model))
+        said = advice(measured[i], layers[i], sparsity, smaller=sizes[1] < sizes[0])
+        reports[name] = SpeedReport(
+            engines=tuple(measured[i]),
+            left=left[i],
+            layers=layers[i],
+            sparsity=sparsity,
+            parameters=sizes,
+            counterpart=counterpart,
+            advice=said,
+            pairs=pairs,
+            machine=about,
+        )
+    return reports
 
 
 def _engines(
-    subjects: Sequence[engines.Subject], runtimes: Sequence[str] | None, pairs: int
-) -> tuple[list[EngineSpeed], dict[str, str]]:
-    """What was measured, and why the others were not."""
-    dense, pruned = subjects
-    measured: list[EngineSpeed] = []
-    left: dict[str, str] = {}
+    dense: engines.Subject,
+    others: Sequence[engines.Subject],
+    runtimes: Sequence[str] | None,
+    timed: _Timed,
+) -> tuple[list[list[EngineSpeed]], list[dict[str, str]]]:
+    """For each of the others: what was measured, and why the other engines were not."""
+    measured: list[list[EngineSpeed]] = [[] for _ in others]
+    left: list[dict[str, str]] = [{} for _ in others]
     baseline = engines.ENGINES["torch"](dense)
-    wanted = torch.as_tensor(engines.ENGINES["torch"](pruned)())
+    wanted = [torch.as_tensor(engines.ENGINES["torch"](other)()) for other in others]
     for name, make in engines.ENGINES.items():
         if runtimes is not None and name not in runtimes:
             continue
-        if why := engines.missing(name):
-            left[name] = why
-            continue
         try:
-            fast = make(pruned)
+            if why := engines.missing(name):
+                raise LobsError(why)
             slow = baseline if name == "lobs.to_sparse" else make(dense)
-            found = torch.as_tensor(fast())
             slow()
         except Exception as error:  # whatever another program's converter raises
-            left[name] = engines.first_line(error)
+            for reasons in left:
+                reasons[name] = engines.first_line(error)
             continue
-        difference = float((found - wanted).abs().max() / wanted.abs().max())
-        summary = summarized(*interleaved(slow, fast, pairs))
-        measured.append(EngineSpeed(name, engines.engine_version(name), *summary, difference))
+        runs: dict[int, engines.Run] = {}
+        differences = {}
+        for i, other in enumerate(others):
+            try:
+                runs[i] = make(other)
+                found = torch.as_tensor(runs[i]())
+            except Exception as error:  # likewise
+                runs.pop(i, None)
+                left[i][name] = engines.first_line(error)
+                continue
+            differences[i] = float((found - wanted[i]).abs().max() / wanted[i].abs().max())
+        seconds, *fast = timed([slow, *runs.values()])
+        version = engines.engine_version(name)
+        for i, own in zip(runs, fast, strict=True):
+            row = EngineSpeed(name, version, *summarized(seconds, own), differences[i])
+            measured[i].append(row)
     return measured, left
-
-
-def advice(measured: Sequence[EngineSpeed], layers: Sequence[LayerSpeed], sparsity: float) -> str:
-    """One sentence: whether the sparsity pays here, and what would."""
-    rows = max((layer.rows for layer in layers), default=0)
-    least = engines.least_sparsity(rows)
-    paying = [row for row in measured if row.interval[0] > PAYS]
-    if paying:
-        best = min(paying, key=lambda row: row.pruned_seconds)
-        how = f" (with sparsity={least})" if best.engine == "lobs.to_sparse" else ""
-        return (
-            f"It pays here: {best.engine}{how} runs the pruned network {best.ratio:.2f} times as "
-            "fast as the dense one."
-        )
-    if not sparsity:
-        return (
-            "It does not pay here: no linear weight is zero. If the network is smaller instead, "
-            "give the one before it (against=, --against)."
-        )
-    way = "lobs-native shrink makes a network smaller, and faster in every runtime"
-    if sparsity < least:
-        return (
-            f"It does not pay here: {sparsity:.0%} of the linear weights are zero, and to_sparse "
-            f"needs about 50 % for a few rows and 70 % for 100 ({rows} here); {way}."
-        )
-    return (
-        f"It does not pay here in what was measured, with {rows} rows per layer: to_sparse is for "
-        f"few rows, such as one token at a time; {way}."
-    )
 
 
 def _fill_zeros(model: nn.Module) -> None:
@@ -227,34 +227,7 @@ def _fill_zeros(model: nn.Module) -> None:
             weight.copy_(torch.where(weight == 0, noise.to(weight.dtype), weight))
 
 
-def interleaved(
-    slow: engines.Run, fast: engines.Run, pairs: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of the clock of both, in the order A, B, B, A, ..."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    sides = ((slow, seconds[0]), (fast, seconds[1]))
-    for pair in range(pairs):
-        for run, into in sides if pair % 2 == 0 else reversed(sides):
-            begun = time.perf_counter()
-            run()
-            into.append(time.perf_counter() - begun)
-    return seconds
-
-
-def summarized(
-    slow: Sequence[float], fast: Sequence[float]
-) -> tuple[float, float, float, tuple[float, float]]:
-    """Medians of both, the median ratio, and its 95 % interval by resampling the pairs."""
-    ratios = torch.tensor([a / b for a, b in zip(slow, fast, strict=True)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)
-    medians = ratios[drawn].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    middle = float(ratios.quantile(0.5))
-    return statistics.median(slow), statistics.median(fast), middle, (low, high)
-
-
-def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
+def _layers(subject: engines.Subject, timed: _Timed) -> list[LayerSpeed]:
     """The first layer of every shape that this batch reaches, on the rows that it gets."""
     names = {
         module: name
@@ -279,32 +252,17 @@ def _layers(subject: engines.Subject, pairs: int) -> list[LayerSpeed]:
         with torch.inference_mode():
             module(x), sparse(x)
             sides = functools.partial(module, x), functools.partial(sparse, x)
-            seconds = interleaved(*sides, pairs)
+            seconds = timed(sides)
         share, rows = share_of_zeros(module.weight), x.numel() // shape[1]
         found.append(LayerSpeed(names[module], shape, share, rows, *summarized(*seconds)))
     return found
 
 
+def _sparsity(model: nn.Module) -> float:
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    total = sum(weight.numel() for weight in weights)
+    return sum(int((weight == 0).sum()) for weight in weights) / total if total else 0.0
+
+
 def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        lines = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What times depend on: the processor, the threads, the platform, the date."""
-    return {
-        "processor": processor(),
-        "level": next(detail for name, _, detail in backends() if name == "cpu"),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "date": datetime.date.today().isoformat(),
-    }

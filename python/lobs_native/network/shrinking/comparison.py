@@ -15,7 +15,7 @@ from lobs_native.calibration.outputs import SAMPLE, Sample, measure_change, samp
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
-from lobs_native.network.inference.speed import interleaved, machine, summarized
+from lobs_native.network.inference.timing import interleaved, machine, summarized
 
 __all__ = ["Outputs", "ShrinkTimes", "bytes_of", "same_sizes", "times_of"]
 
@@ -92,7 +92,7 @@ def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> Shr
         sides = run(before), run(session.model)
         for each in sides:
             each()  # what the first call alone does
-        seconds = interleaved(*sides, pairs)
+        seconds = interleaved(sides, pairs)
     slow, fast, ratio, interval = summarized(*seconds)
     return ShrinkTimes((slow, fast), ratio, interval, pairs, machine())
 
