@@ -150,6 +150,25 @@ def test_distances_and_their_gradients(logits, dtype):
     assert distance.size == pytest.approx(size)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_tokens_that_a_network_rules_out_add_nothing(broken):
+    torch.manual_seed(2)
+    x, y = torch.randn(2, 5, 7).unbind()
+    whole, distance = Distance(True), Distance(True)
+    expected = whole.differentiable(x[:, :6].reshape(-1), [y[:, :6].reshape(-1)], None, 6)
+    x[:, 6] = y[:, 6] = -torch.inf
+    if broken:
+        x[3, 2] = torch.nan
+    x = x.clone().requires_grad_()
+    loss = distance.differentiable(x, [y.reshape(-1)], None, 7)
+    if broken:
+        assert loss.isnan()
+    else:
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert not gradient[:, 6].any()
+
+
 # ---- steps and what is kept ----------------------------------------------------------------------
 
 

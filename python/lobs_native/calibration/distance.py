@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,11 @@ class Distance:
             q, p = a.log_softmax(1), b.log_softmax(1)
             gap = p - q
             p = p.exp_()
-            self.difference += float((p * gap).sum(dtype=torch.float64))
+            each = gap.mul_(p)
+            found = float(each.sum(dtype=torch.float64))
+            if math.isnan(found):  # an entry of probability 0 adds nothing: its logit was -inf
+                found = float(each.masked_fill_(p == 0, 0).sum(dtype=torch.float64))
+            self.difference += found
             self.size += a.shape[0]
             return q.exp_().sub_(p) if sloped else None
         gap = a - b

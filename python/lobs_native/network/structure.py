@@ -64,9 +64,10 @@ class Structure:
         return [stack for stack, _ in self.parts if stack is not None]
 
     def finishing(self, stack: Stack, block: int) -> dict[nn.Module, list[str]]:
-        """The parts of a block that return the same once all of their layers, none of which is
-        called twice, are pruned: its children with several layers, but for the last one, and
-        elsewhere every layer that others still wait for. Part -> layers."""
+        """The parts of a block that return the same once all of their layers are pruned, none of
+        which may be called twice: children with several layers, without the one that has the
+        block's last layer; and each other layer on its own, but for those of the last group, for
+        which nothing waits. Part -> layers."""
         groups = self._groups_of(stack, block)
         names = [job.layer.name for group in groups for job in group]
         parts = {}
