@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lobs_native.calibration.finished import with_forward
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.outputs import floating_tensors
 from lobs_native.calibration.session import Session
@@ -251,7 +251,7 @@ class _Block:
             if len(left) < self.family.units:
                 self._reduce(numbers, undo)
             for module, forward in ((self.experts, record), *idle.items()):
-                undo.enter_context(_calling(module, forward))
+                undo.enter_context(with_forward(module, forward))
             for call in self.calls:
                 try:
                     self.block(*call.args, **call.kwargs)
@@ -300,19 +300,6 @@ def _idle(block: _Block) -> dict[nn.Module, Callable[..., Tensor]]:
     with attached(m.register_forward_hook(see) for m in beside):
         block.block(*block.calls[0].args, **block.calls[0].kwargs)
     return {module: torch.zeros_like for module, same in shapes.items() if same}
-
-
-@contextlib.contextmanager
-def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module's forward is this one for a while."""
-    before = vars(module).get("forward", inspect.Parameter.empty)
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if before is not inspect.Parameter.empty:
-            vars(module)["forward"] = before
 
 
 def _squared(products: Tensor, weights: Tensor) -> float:
