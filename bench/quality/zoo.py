@@ -48,13 +48,14 @@ import lobs_native as lobs
 from lobs_native.layers import stored_weights
 from quality import small_models, small_timm
 
-__all__ = ["checked", "kept", "pruned", "summary"]
+__all__ = ["LIBRARIES", "checked", "kept", "pruned", "run", "summary"]
 
 LIBRARIES: dict[str, Any] = {"transformers": small_models, "timm": small_timm}
 FIRST = {"transformers": ("bert", "llama", "vit"), "timm": ()}
 CHECKED = 8  # layers of a network whose errors are computed again
 _WAITING = 20  # times the limit, by the clock
 Row = dict[str, Any]
+OfType = Callable[[str, str, int], Row]  # (library, type, its number) -> what became of it
 
 
 def pruned(model: nn.Module, batches: list[Any], **options: Any) -> lobs.Report:
@@ -190,20 +191,23 @@ def _output(module: nn.Module, x: Tensor) -> Tensor:
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def _work(library: str, name: str, number: int, seconds: float, answer: Connection) -> None:
+def _work(
+    of_type: OfType, library: str, name: str, number: int, seconds: float, answer: Connection
+) -> None:
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (round(seconds), round(seconds) + 5))
     warnings.simplefilter("ignore")  # of the libraries
-    row = _row(library, name, number)
+    row = of_type(library, name, number)
     answer.send(json.dumps({**row, "cpu seconds": round(time.process_time(), 1)}, default=float))
     answer.close()
 
 
-def _in_a_process(library: str, name: str, number: int, seconds: float) -> Row:
+def _in_a_process(of_type: OfType, library: str, name: str, number: int, seconds: float) -> Row:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=_work, args=(library, name, number, seconds, theirs))
+    arguments = (of_type, library, name, number, seconds, theirs)
+    process = fork.Process(target=_work, args=arguments)
     process.start()
     theirs.close()
     row: Row = {"outcome": "too slow"}
@@ -220,11 +224,13 @@ def _in_a_process(library: str, name: str, number: int, seconds: float) -> Row:
     return {"type": name, **row}
 
 
-def rows(library: str, words: list[str], first: str, seconds: float) -> Iterator[Row]:
+def rows(
+    of_type: OfType, library: str, words: list[str], first: str, seconds: float
+) -> Iterator[Row]:
     """A row for every type that the words select, from the first on."""
     for number, name in enumerate(LIBRARIES[library].types()):
         if name >= first and (not words or any(word in name for word in words)):
-            yield _in_a_process(library, name, number, seconds)
+            yield _in_a_process(of_type, library, name, number, seconds)
 
 
 def summary(found: list[Row]) -> Row:
@@ -274,13 +280,19 @@ def _line(row: Row) -> str:
     return "\n".join([text, *(f"{'':28} {n}: {why}" for why, n in row["reasons"].items())])
 
 
-def kept(path: Path, library: str, about: Row, found: list[Row]) -> None:
+def kept(
+    path: Path,
+    library: str,
+    about: Row,
+    found: list[Row],
+    summed: Callable[[list[Row]], Row] = summary,
+) -> None:
     """Put rows into a file in the place of those of the same types; a line for each."""
     parts: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
     old = parts[library]["rows"] if library in parts else []
     named = {row["type"]: row for row in [*old, *found]}
     inside = [named[name] for name in sorted(named)]
-    parts[library] = {"about": about, "all": summary(inside), "rows": inside}
+    parts[library] = {"about": about, "all": summed(inside), "rows": inside}
     texts = []
     for name, part in parts.items():
         lines = ",\n  ".join(json.dumps(row) for row in part["rows"])
@@ -289,9 +301,15 @@ def kept(path: Path, library: str, about: Row, found: list[Row]) -> None:
     path.write_text("{" + ",\n".join(texts) + "}\n")
 
 
-def main() -> None:
-    """Print the table as it goes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run(
+    about: str,
+    of_type: OfType,
+    line: Callable[[Row], str],
+    summed: Callable[[list[Row]], Row],
+) -> None:
+    """Print the table as it goes: ``line`` of what ``of_type`` says of each type, then ``summed``
+    of all."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--library", choices=LIBRARIES, default="transformers")
     parser.add_argument("--from", default="", dest="first", metavar="TYPE", help="in their order")
@@ -306,15 +324,15 @@ def main() -> None:
     pruned(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)])  # what all of them would import
     for kind in FIRST[options.library]:
         LIBRARIES[options.library].made(kind)
-    about = {options.library: module.__version__, "torch": str(torch.__version__)}
+    versions = {options.library: module.__version__, "torch": str(torch.__version__)}
     found = []
-    for row in rows(options.library, options.words, options.first, options.seconds):
+    for row in rows(of_type, options.library, options.words, options.first, options.seconds):
         found.append(row)
-        print(_line(row), flush=True)
+        print(line(row), flush=True)
         if options.out is not None:
-            kept(options.out, options.library, about, found)
-    print(json.dumps(summary(found), indent=1))
+            kept(options.out, options.library, versions, found, summed)
+    print(json.dumps(summed(found), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", _row, _line, summary)
