@@ -246,7 +246,7 @@ def test_what_is_seen_between_layers_goes_with_them():
     report = lobs.shrink(model, [torch.randn(8, 12, 4)], keep=0.5, progress=False)
     assert [(x.kind, len(x.kept)) for x in report.layers] == [("channels", 8)]
     assert (model.between.groups, model.fc2.in_features) == (8, 8)
-    with pytest.raises(ArgumentError, match="something else depends on them"):
+    with pytest.raises(ArgumentError, match="without one of them the network does not"):
         lobs.shrink(
             Mixing().eval(), [torch.randn(8, 12, 4)], keep=0.5, kinds=("neurons",), progress=False
         )

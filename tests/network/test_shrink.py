@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.shrunk import SIZES, first, same, states, tokens
 from torch import Tensor, nn
 
 import lobs_native as lobs
@@ -15,7 +16,6 @@ from lobs_native.network import layerwise
 from lobs_native.network.shrinking.families import families_of
 
 transformers = pytest.importorskip("transformers")
-SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
 
 
 def llama(**other: Any) -> nn.Module:
@@ -29,23 +29,6 @@ def bert() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, intermediate_size=64, num_attention_heads=4)
     return transformers.BertModel(config).eval()
-
-
-def tokens(batches: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(60, (4, 16), generator=generator) for _ in range(batches)]
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.to_tuple()[0]
-
-
-def states(model: nn.Module) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_llama_keeps_half_of_its_neurons_and_heads_and_its_class_loads_it(tmp_path):
@@ -194,49 +177,6 @@ def test_numbers_of_neurons_are_multiples():
     model = llama()
     report = lobs.shrink(model, tokens(), keep={"neurons": 0.4}, multiple=16, progress=False)
     assert [len(x.kept) for x in report.layers] == [32, 32]
-
-
-class Watched(nn.Module):
-    """Something reads a neuron beside the layer that is meant to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x).relu()
-        return self.fc2(hidden) + hidden.mean(1, keepdim=True)
-
-
-def test_what_something_else_depends_on_is_refused_and_nothing_is_changed():
-    torch.manual_seed(0)
-    model = Watched()
-    before, parameters = states(model), list(model.parameters())
-    with pytest.raises(ArgumentError, match="something else depends on them"):
-        lobs.shrink(model, [torch.randn(32, 8)], keep=0.5, progress=False)
-    assert same(states(model), before)
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert (model.fc1.out_features, model.fc2.in_features) == (16, 16)
-
-
-class Viewed(nn.Module):
-    """Something has the number of neurons from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x).relu().view(-1, 2, 8).flatten(1))
-
-
-def test_sizes_that_do_not_fit_any_more_are_refused_and_nothing_is_changed():
-    torch.manual_seed(0)
-    model = Viewed()
-    before = states(model)
-    with pytest.raises(ArgumentError, match="something else depends on them"):
-        lobs.shrink(model, [torch.randn(3, 8)], keep=0.5, progress=False)
-    assert same(states(model), before)
 
 
 def test_a_square_weight_that_is_stored_the_other_way_round():

@@ -55,6 +55,14 @@ def deepseek(groups: int = 1) -> nn.Module:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def ernie() -> nn.Module:
+    """The bias of the choice is a row."""
+    sizes = {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 8}
+    experts = {"moe_layer_start_index": 0, "moe_num_shared_experts": 1}
+    config = transformers.Ernie4_5_MoeConfig(**SIZES, **sizes, **experts)
+    return transformers.Ernie4_5_MoeForCausalLM(config)
+
+
 def made(make: Any) -> nn.Module:
     torch.manual_seed(0)
     model = make().eval()
@@ -74,7 +82,7 @@ def logits(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).logits
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen, gpt_oss, deepseek])
+@pytest.mark.parametrize("make", [mixtral, qwen, gpt_oss, deepseek, ernie])
 def test_the_stock_class_loads_a_network_with_fewer_experts(make, tmp_path):
     model = made(make)
     report = lobs.shrink(model, tokens(), keep={"experts": 0.6}, progress=False)

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lobs_native.network.shrinking.surgery import replace
+from lobs_native.network.shrinking.surgery import new_counts, replace
 from lobs_native.network.shrinking.units import Family
 
-__all__ = ["configurable", "fits_its_class", "new_counts"]
-
-
-def new_counts(families: Sequence[Family], counts: Sequence[int]) -> Iterable[tuple[Any, str, int]]:
-    """Fields of modules and configurations, each once, with their new values."""
-    done: set[tuple[int, str]] = set()
-    for f, count in zip(families, counts, strict=True):
-        for owner, name, factor in f.counts:
-            if (id(owner), name) not in done:
-                done.add((id(owner), name))
-                yield owner, name, factor * count
+__all__ = ["configurable", "fits_its_class"]
 
 
 def configurable(model: nn.Module, families: Sequence[Family], notes: list[str]) -> list[Family]:
@@ -30,9 +19,9 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
     configuration, which has no class to ask. Takes a note of each kind that is left out."""
     if getattr(model, "config", None) is None:
         return list(families)
-    alike: dict[tuple[str, int], list[Family]] = {}
+    alike: dict[tuple[str, int, frozenset[tuple[int, str]]], list[Family]] = {}
     for family in families:
-        alike.setdefault((family.kind, family.units), []).append(family)
+        alike.setdefault((family.kind, family.units, family.fields), []).append(family)
     left_out: set[str] = set()
     for some in alike.values():
         left_out |= _misfits(model, some)
@@ -46,12 +35,14 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
 
 def _misfits(model: nn.Module, alike: Sequence[Family]) -> set[str]:
     """The producers of families of one kind and size that the model's class, with one unit fewer in
-    each of them, would not make as small as that takes."""
+    each, would not make as small as that takes; of all, if it made anything else smaller."""
+    before = _sizes_of_class(model)
     with contextlib.ExitStack() as undo:
         for owner, name, value in new_counts(alike, [f.units - 1 for f in alike]):
             replace(owner, name, value, undo)
         sizes = _sizes_of_class(model)
-    if sizes is None:
+    concerned = {slot.name for f in alike for slot in f.slots}
+    if before is None or sizes is None or _apart(before, sizes) - concerned:
         return {name for f in alike for name in f.producers}
     misfits, now = set[str](), dict(model.named_parameters())
     for f in alike:
@@ -60,6 +51,11 @@ def _misfits(model: nn.Module, alike: Sequence[Family]) -> set[str]:
             if slot.name in now and fewer not in sizes.get(slot.name, ()):
                 misfits.update(f.producers)
     return misfits
+
+
+def _apart(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The names of parameters that have other shapes in both, or are in one alone."""
+    return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
 
 
 def _sizes_of_class(model: nn.Module) -> dict[str, tuple[int, ...]] | None:

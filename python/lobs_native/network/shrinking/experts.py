@@ -31,9 +31,8 @@ from lobs_native.calibration.outputs import floating_tensors
 from lobs_native.calibration.session import Session
 from lobs_native.layers.experts import Experts
 from lobs_native.network.shrinking.alike import alike
-from lobs_native.network.shrinking.configured import new_counts
 from lobs_native.network.shrinking.families import counts_around
-from lobs_native.network.shrinking.surgery import replace, take_out
+from lobs_native.network.shrinking.surgery import new_counts, replace, take_out
 from lobs_native.network.shrinking.units import Family, Slot
 from lobs_native.solvers.joint import Removal
 
@@ -55,22 +54,29 @@ def expert_families(model: nn.Module) -> Iterator[Family]:
         layers = Experts.of(name, module)
         units = layers[0].groups
         block = name.rpartition(".")[0]
-        own = {f"{layer.name}" for layer in layers} | {f"{name}.{x.bias_part}" for x in layers}
-        beside = {
-            part: x for part, x in _tensors(model, block).items() if not part.startswith(f"{name}.")
+        tensors = _tensors(model, block)
+        parts = {layer.name for layer in layers} | {f"{name}.{x.bias_part}" for x in layers}
+        axes = {p: 0 for p in tensors if p in parts}
+        routers = {
+            p: int(len(x) != units)
+            for p, x in tensors.items()
+            if not p.startswith(f"{name}.") and _is_of_router(x, units)
         }
-        routers = [p for p, x in beside.items() if x.ndim in (1, 2) and len(x) == units]
-        slots = [*(p for p in _tensors(model, name) if p in own), *routers]
-        each = torch.arange(units)
-        if any(beside[p].ndim == 2 for p in routers):
+        if any(tensors[p].ndim == 2 and axis == 0 for p, axis in routers.items()):
+            each = torch.arange(units)
             yield Family(
                 kind="experts",
                 units=units,
                 readers=(),
                 producers=(name,),
-                slots=tuple(Slot(p, 0, each) for p in slots),
+                slots=tuple(Slot(p, axis, each) for p, axis in (axes | routers).items()),
                 counts=tuple(counts_around(model, block, dict.fromkeys(_FIELDS, units), units)),
             )
+
+
+def _is_of_router(x: Tensor, units: int) -> bool:
+    """Whether it has an entry or a row for each expert: (E,), (E, n) or (1, E)."""
+    return x.ndim in (1, 2) and (len(x) == units or x.shape == (1, units))
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -189,10 +195,10 @@ class _Block:
         """That the block without its first expert returns what the routing weights say."""
         left = torch.arange(1, self.family.units)
         call = self.calls[0]
-        whole = self.block(*call.args, **call.kwargs)
+        whole = self._run(call)
         with contextlib.ExitStack() as undo:
             self._reduce(left, undo)
-            fewer = self.block(*call.args, **call.kwargs)
+            fewer = self._run(call)
         moved = self._routing(left.tolist(), idle).weights - before.weights
         rows = before.inputs[0]
         change = torch.zeros_like(rows, dtype=torch.float64)
@@ -203,6 +209,16 @@ class _Block:
             raise _NotUnderstoodError(
                 "without one of them the block does not return what its routing weights say"
             )
+
+    def _run(self, call: _Call) -> Any:
+        """What the block returns for a call."""
+        try:
+            return self.block(*call.args, **call.kwargs)
+        except _NotUnderstoodError:
+            raise
+        except Exception as error:  # groups of experts that have to be alike, for example
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise _NotUnderstoodError(f"with fewer it does not run ({why})") from error
 
     def _returned(self, rows: Tensor, expert: int) -> Tensor:
         """What one expert returns for rows."""
@@ -253,13 +269,7 @@ class _Block:
             for module, forward in ((self.experts, record), *idle.items()):
                 undo.enter_context(with_forward(module, forward))
             for call in self.calls:
-                try:
-                    self.block(*call.args, **call.kwargs)
-                except _NotUnderstoodError:
-                    raise
-                except Exception as error:  # groups of experts that have to be alike, for example
-                    why = str(error).partition("\n")[0] or type(error).__name__
-                    raise _NotUnderstoodError(f"with fewer it does not run ({why})") from error
+                self._run(call)
         if len(inputs) != len(self.calls):
             raise _NotUnderstoodError("they are not called once in each call of the block")
         return _Routing(inputs, torch.cat(weights), chosen)

@@ -128,21 +128,34 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> Family | None:
         if k % size or heads % (k // size):
             continue
         groups, each = k // size, heads // (k // size)  # heads that share keys and values
-        rows = (each * size, size, size)
+        rows = dict(zip(producers, (each * size, size, size), strict=True))
+        for path, child in module.named_children():  # gates of each head, or of all that it makes
+            made = (linear_shape(child) or (0, 0))[0]
+            if path not in (*producers, reader) and made in (q, heads):
+                rows[path] = each * size if made == q else each
         expected = dict.fromkeys(_HEAD_FIELDS, heads) | dict.fromkeys(_KV_FIELDS, groups)
         expected |= dict.fromkeys(_WIDTH_FIELDS, q)
         return Family(
             kind="heads",
             units=groups,
             readers=(_joined(name, reader),),
-            producers=tuple(_joined(name, path) for path in producers),
+            producers=tuple(_joined(name, path) for path in rows),
             slots=(
-                *_outputs(model, name, producers, groups, rows),
+                *_outputs(model, name, tuple(rows), groups, tuple(rows.values())),
+                *_of_heads(model, inner, heads, each),
                 _inputs(model, _joined(name, reader), each * size),
             ),
             counts=tuple(_counts(model, inner, expected, groups)),
         )
     return None
+
+
+def _of_heads(model: nn.Module, name: str, heads: int, each: int) -> Iterator[Slot]:
+    """Parameters of an attention module that have an entry for each head, such as sinks."""
+    for part, parameter in model.get_submodule(name).named_parameters(recurse=False):
+        if parameter.shape == (heads,):
+            groups = torch.arange(heads // each).repeat_interleave(each)
+            yield Slot(_joined(name, part), 0, groups)
 
 
 def _outputs(
@@ -189,11 +202,20 @@ def _owners(model: nn.Module, name: str) -> Iterator[Any]:
         name = name.rpartition(".")[0]
 
 
+def _held(owner: Any, name: str) -> Any:
+    """An attribute; None if it has no one value, which configurations of layers that differ say by
+    errors of their own."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
+
+
 def _number(model: nn.Module, name: str, fields: tuple[str, ...]) -> int | None:
     """The first of the fields that has a number, from the inside out."""
     for owner in _owners(model, name):
         for each in fields:
-            value = getattr(owner, each, None)
+            value = _held(owner, each)
             if isinstance(value, int) and value > 0:
                 return value
     return None
@@ -208,7 +230,7 @@ def _counts(
         found = [
             (owner, each, number // units)
             for each, number in expected.items()
-            if getattr(owner, each, None) == number
+            if _held(owner, each) == number
             or (each == _DERIVED and hasattr(owner, each) and getattr(owner, each) is None)
         ]
         yield from found
@@ -224,6 +246,6 @@ def counts_around(
     around = [model.get_submodule(".".join(path[:k])) for k in range(len(path))]
     for module in (*model.get_submodule(name).modules(), *around):
         for each, number in expected.items():
-            if getattr(module, each, None) == number:
+            if _held(module, each) == number:
                 yield module, each, number // units
     yield from _counts(model, name, expected, units)

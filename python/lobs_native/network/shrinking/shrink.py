@@ -23,10 +23,10 @@ from lobs_native.network.resources import waiting_limit
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.alike import alike, apart, output_of
 from lobs_native.network.shrinking.comparison import Outputs, bytes_of, same_sizes, times_of
-from lobs_native.network.shrinking.configured import fits_its_class, new_counts
+from lobs_native.network.shrinking.configured import fits_its_class
 from lobs_native.network.shrinking.shrink_plan import Goal, ShrinkPlan, plan_shrinking
 from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
-from lobs_native.network.shrinking.surgery import replace, take_out
+from lobs_native.network.shrinking.surgery import new_counts, replace, take_out
 from lobs_native.network.shrinking.units import KINDS, Family, inputs_axis
 from lobs_native.solvers.methods import COLUMNS
 
@@ -192,7 +192,7 @@ def shrink(
     session = Session(
         model, batches, forward, device, seed, progress, token_mask=True, held_back=others
     )
-    plan = plan_shrinking(session, goal, notes, method=method, damping=damping, memory=memory)
+    plan = plan_shrinking(session, goal, settings, notes)
     settings = dataclasses.replace(
         settings,
         include=[name for f in plan.families for name in f.readers],

@@ -3,6 +3,7 @@ where that is decided before anything is pruned, which ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ from lobs_native.calibration.flow import flow_of
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
+from lobs_native.network.selection import candidates_of
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.channels import channel_families
 from lobs_native.network.shrinking.configured import configurable
 from lobs_native.network.shrinking.experts import expert_families, expert_removals
@@ -30,8 +33,9 @@ from lobs_native.network.shrinking.sizes import (
     shares_of,
     uniform,
 )
-from lobs_native.network.shrinking.surgery import stands_alone
+from lobs_native.network.shrinking.surgery import stand_alone
 from lobs_native.network.shrinking.units import KINDS, Family, columns_of
+from lobs_native.network.uses import settle
 from lobs_native.solvers.joint import Removal
 
 __all__ = ["BUDGETS", "Goal", "ShrinkPlan", "plan_shrinking"]
@@ -111,19 +115,14 @@ class ShrinkPlan:
 
 
 def plan_shrinking(
-    session: Session,
-    goal: Goal,
-    notes: list[str],
-    *,
-    method: str,
-    damping: float,
-    memory: int | None,
+    session: Session, goal: Goal, settings: NetworkSettings, notes: list[str]
 ) -> ShrinkPlan:
-    """Find the units of a model and decide what goes. Nothing is changed."""
+    """Find the units of a model and decide what goes; ``settings`` are those that their readers are
+    repaired with. Nothing is changed."""
     model, budget = session.model, goal.budget()
     shares = {} if goal.keep is None else shares_of(goal.keep)
     with session.evaluating():
-        families, order = _families(session, goal, notes)
+        families, order = _families(session, goal, settings, notes)
         each = _multiplications(families, session)
         costs: dict[str, _Cost] = {"parameters": _weights, "multiplications": each}
         table = None
@@ -137,7 +136,13 @@ def plan_shrinking(
             shares = dict.fromkeys(KINDS, uniform(work, target, goal.multiple, name))
         wanted = [f for f in families if f.readers and not (f.single and (shares or one_size))]
         if wanted:
-            found = removals_of(wanted, session, method=method, damping=damping, memory=memory)
+            found = removals_of(
+                wanted,
+                session,
+                method=settings.method,
+                damping=settings.damping,
+                memory=settings.memory,
+            )
             order |= {id(f): removal for f, removal in zip(wanted, found, strict=True)}
         removals = [order.get(id(f)) for f in families]
         if budget is not None and not one_size:
@@ -169,7 +174,7 @@ def plan_shrinking(
 
 
 def _families(
-    session: Session, goal: Goal, notes: list[str]
+    session: Session, goal: Goal, settings: NetworkSettings, notes: list[str]
 ) -> tuple[list[Family], dict[int, Removal]]:
     """The families of the kinds asked for, each reader in one of them; and in which order experts
     go, by the ``id`` of the family."""
@@ -186,6 +191,8 @@ def _families(
             f"channels stay: a {type(model).__name__} made from its configuration cannot have "
             "other numbers of them (configured=False removes them nevertheless)"
         )
+    families = _repairable(families, session, goal, settings, notes)
+    families = _alone(families, session, goal, notes)
     families, removals = _with_removable_experts(families, session, goal, notes)
     if not families:
         raise ArgumentError(
@@ -193,6 +200,67 @@ def _families(
             "be removed" + "".join(f"; {note}" for note in notes)
         )
     return families, removals
+
+
+def _repairable(
+    families: Sequence[Family],
+    session: Session,
+    goal: Goal,
+    settings: NetworkSettings,
+    notes: list[str],
+) -> list[Family]:
+    """The families whose readers can be pruned, and are reached by the data."""
+    if not any(family.readers for family in families):
+        return list(families)
+    settings = dataclasses.replace(settings, strict=False)
+    settled = settle(candidates_of(session.model, settings), session, settings)
+    known = {job.layer.name for job in settled.jobs}
+    reasons = {skipped.name: skipped.reason for skipped in settled.skipped}
+    why: dict[int, str] = {}
+    for family in families:
+        if unknown := next((name for name in family.readers if name not in known), None):
+            why[id(family)] = f"{unknown}: {reasons.get(unknown, 'its use is not known')}"
+    return _without(families, why, session, goal, notes)
+
+
+def _alone(
+    families: Sequence[Family], session: Session, goal: Goal, notes: list[str]
+) -> list[Family]:
+    """The families on whose units nothing but their readers depends, among those found by name:
+    all are tried together, and one by one only if that goes wrong."""
+    named = [f for f in families if f.single]
+    if not named:
+        return list(families)
+    batch = next(iter(session.each("units")))
+    if stand_alone(session, batch, named):
+        return list(families)
+    why = {id(f): _BOUND for f in named if not stand_alone(session, batch, [f])}
+    return _without(families, why, session, goal, notes)
+
+
+def _without(
+    families: Sequence[Family],
+    why: Mapping[int, str],
+    session: Session,
+    goal: Goal,
+    notes: list[str],
+) -> list[Family]:
+    """The families without those of which ``why`` has the ``id``, with a note of the reason. Where
+    the class of the model has one number for some of these and others, the others stay as well."""
+    left, fields = list[Family](), set[tuple[int, str]]()
+    for family in families:
+        if id(family) in why:
+            notes.append(f"{family.label} stay: {why[id(family)]}")
+            fields |= family.fields
+        else:
+            left.append(family)
+    if not goal.for_class_of(session.model):
+        return left
+    remaining = [f for f in left if fields.isdisjoint(f.fields)]
+    if len(remaining) < len(left):
+        count = len(left) - len(remaining)
+        notes.append(f"{count} more kinds of units stay: the configuration has one number for all")
+    return remaining
 
 
 def _with_removable_experts(
@@ -225,7 +293,7 @@ def _with_channels(families: Sequence[Family], session: Session, notes: list[str
     replaced = {name for f in wider for name in f.readers}
     result = [f for f in families if replaced.isdisjoint(f.readers)]
     for family in wider:
-        if stands_alone(session, batch, family):
+        if stand_alone(session, batch, [family]):
             result.append(family)
         else:
             notes.append(f"{', '.join(family.producers)}: their outputs stay: {_BOUND}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,23 @@ from lobs_native.calibration.session import Session
 from lobs_native.network.shrinking.alike import alike, output_of
 from lobs_native.network.shrinking.units import Family, Slot, inputs_axis, linear_shape
 
-__all__ = ["replace", "stands_alone", "take_out"]
+__all__ = ["new_counts", "replace", "stand_alone", "take_out"]
 
 
 def replace(owner: object, name: str, value: object, undo: contextlib.ExitStack) -> None:
     """``setattr``, which closing ``undo`` takes back."""
     undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def new_counts(families: Sequence[Family], counts: Sequence[int]) -> Iterable[tuple[Any, str, int]]:
+    """Fields of modules and configurations, each once, with their new values."""
+    done: set[tuple[int, str]] = set()
+    for f, count in zip(families, counts, strict=True):
+        for owner, name, factor in f.counts:
+            if (id(owner), name) not in done:
+                done.add((id(owner), name))
+                yield owner, name, factor * count
 
 
 def take_out(model: nn.Module, family: Family, kept: Tensor, undo: contextlib.ExitStack) -> None:
@@ -32,24 +43,28 @@ def take_out(model: nn.Module, family: Family, kept: Tensor, undo: contextlib.Ex
         _slice(model, slot, slot.kept(kept), undo)
 
 
-def stands_alone(session: Session, batch: Any, family: Family) -> bool:
-    """Whether the model, with one unit taken out of a family, returns what it does with that unit
-    set to zero in all that reads it; inside :meth:`Session.evaluating`. Nothing is changed."""
-    model = session.model
-    made = [set(slot.units.tolist()) - {-1} for slot in family.slots if not slot.read]
-    spare = [u for u in range(family.units) if all(some != {u} for some in made)]
-    if len(spare) < min(2, family.units):
-        return False
-    gone = torch.tensor(spare[:1])
-    units = torch.arange(family.units)
+def stand_alone(session: Session, batch: Any, families: Sequence[Family]) -> bool:
+    """Whether the model, with one unit taken out of each family, returns what it does with that
+    unit set to zero in all that reads it; inside :meth:`Session.evaluating`. Nothing is changed."""
+    model, gone = session.model, []
+    for family in families:
+        made = [set(slot.units.tolist()) - {-1} for slot in family.slots if not slot.read]
+        spare = [u for u in range(family.units) if all(some != {u} for some in made)]
+        if len(spare) < min(2, family.units):
+            return False
+        gone.append(spare[0])
     with contextlib.ExitStack() as undo:
-        for slot in family.slots:
-            if slot.read:
-                at = torch.isin(slot.units, gone).nonzero()[:, 0]
+        for family, unit in zip(families, gone, strict=True):
+            for slot in (s for s in family.slots if s.read):
+                at = (slot.units == unit).nonzero()[:, 0]
                 old = slot.tensor(model)
                 _put(model, old, old.detach().index_fill(slot.axis, at.to(old.device), 0), undo)
         wanted = output_of(session, batch)
-        take_out(model, family, units[~torch.isin(units, gone)], undo)
+        for family, unit in zip(families, gone, strict=True):
+            units = torch.arange(family.units)
+            take_out(model, family, units[units != unit], undo)
+            for owner, name, value in new_counts([family], [family.units - 1]):
+                replace(owner, name, value, undo)
         try:
             return alike(wanted, output_of(session, batch))
         except Exception:  # sizes that do not fit any more

@@ -58,6 +58,12 @@ class Family:
         return f"{self.units} {self.kind} before {self.readers[0]}{more}"
 
     @property
+    def fields(self) -> frozenset[tuple[int, str]]:
+        """The fields of configurations that hold their number: (``id`` of it, name)."""
+        owners = [(x, name) for x, name, _ in self.counts if not isinstance(x, nn.Module)]
+        return frozenset((id(x), name) for x, name in owners)
+
+    @property
     def tensors(self) -> set[str]:
         """The names of all that has them."""
         return {slot.name for slot in self.slots}
