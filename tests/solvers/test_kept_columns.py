@@ -59,6 +59,20 @@ def test_the_first_minimum_of_the_cross_validation_is_taken(rows):
     assert torch.allclose(found.change, best[1], atol=1e-9)
 
 
+@pytest.mark.parametrize(("kept", "shift"), [(1, 0.5), (8, 0.0)], ids=["one column", "no damping"])
+def test_the_damping_asked_for_is_kept_where_more_means_nothing(kept, shift):
+    x, removed = features(12, 9), torch.arange(9) >= kept
+    H, lost = x.T @ x / 12, weights()[:, : 9 - kept]
+    before = H.clone()
+    found = regressed(H, lost, removed, shift, 12)
+    assert found is not None
+    assert found.factor == 1
+    ridge = H[:kept, :kept] + shift * torch.eye(kept, dtype=H.dtype)
+    expected = torch.linalg.solve(ridge, (lost @ H[kept:, :kept]).T).T
+    assert torch.allclose(found.change, expected, atol=1e-9)
+    assert torch.equal(H, before)
+
+
 @pytest.mark.parametrize("rows", [24, 60, 100])
 def test_from_few_samples_it_is_no_worse_on_others_than_a_bias_alone(rows):
     x, other, W = texts(rows, 3), texts(2000, 4), weights()

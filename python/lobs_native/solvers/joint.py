@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobs_native.solvers.columns import ColumnGroup
+from lobs_native.solvers.column_group import ColumnGroup
 from lobs_native.solvers.problem import Problem, in_errors
 
 __all__ = ["Reader", "Removal", "cheapest_first", "joint_removal"]
@@ -73,15 +73,15 @@ def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor]
                 dear[next(iter(part))] = math.inf
         total = dear.clone()
         for group, of in groups:
-            total.index_add_(0, of[group.unit].cpu(), group.costs().cpu())
+            total.index_add_(0, of[group.unit].cpu(), group.ranks().cpu())
         unit = int(total.argmin())
         if math.isinf(float(total[unit])):
             return Removal(order, spent)
         order.append(unit)
         spent.append(
             sum(
-                group.remove(at[unit])
-                for (group, _), at in zip(groups, place, strict=True)
+                group.remove(at[unit], total.to(of.device)[of[group.unit]])
+                for (group, of), at in zip(groups, place, strict=True)
                 if unit in at
             )
         )

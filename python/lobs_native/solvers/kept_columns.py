@@ -68,11 +68,14 @@ def regressed(
     pull = lost @ across[:, kept]
     whole = float(((lost @ across[:, removed]) * lost).sum())
     del across
+    within = H[kept][:, kept]
+    # More of nothing is nothing; and one column alone has no others whose noise it could follow.
+    steps = 1 if shift == 0 or len(within) == 1 else _STEPS + 1
     best, least = None, math.inf
-    for step in range(_STEPS + 1):
+    for step in range(steps):
         factor = _STEP**step
         s = shift * factor
-        M = H[kept][:, kept]
+        M = within.clone() if step + 1 < steps else within
         M.diagonal().add_(s)
         if not invert_(M):
             return best
@@ -84,6 +87,6 @@ def regressed(
         if best is not None and validated >= least and least < math.inf:
             break
         best, least = Repair(change, factor), validated
-        if part < _MANY or shift == 0 or len(M) == 1:
+        if part < _MANY:
             break
     return best
