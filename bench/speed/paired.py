@@ -47,6 +47,7 @@ from speed import results_page
 from speed.case import Case
 from speed.cases import (
     admm,
+    columns,
     conjugate,
     exact,
     hessian,
@@ -67,6 +68,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "saliency": saliency.cases,
     "static_order": static_order.cases,
     "exact": exact.cases,
+    "columns": columns.cases,
     "sweep": sweep.cases,
     "solve": solve.cases,
     "admm": admm.cases,

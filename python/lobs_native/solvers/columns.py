@@ -42,9 +42,9 @@ class ExactColumns(Method):
 
     @classmethod
     def matrices(cls, extent: Extent) -> int:
-        """See :class:`Method`: the inverse and the factors of the removal; then H, and what is kept
-        of it twice."""
-        return 4 * 8 * extent.squares + 4 * 8 * extent.weights
+        """See :class:`Method`: the inverse, and half as much for the factors of the removal; then
+        what is kept of H twice. (Factors grow to three quarters where a quarter of H has gone.)"""
+        return 28 * extent.squares + 4 * 8 * extent.weights
 
     @classmethod
     def flops(cls, extent: Extent) -> Flops:

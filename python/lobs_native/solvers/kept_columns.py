@@ -33,7 +33,7 @@ class Repair(NamedTuple):
 
 
 def regressed(
-    H: Tensor, lost: Tensor, removed: Tensor, shift: float, samples: float
+    H: Tensor, lost: Tensor, removed: Tensor, shift: float, samples: float, scale: float = 1.0
 ) -> Repair | None:
     """The best change of the kept weights, where all rows lose the same.
 
@@ -46,7 +46,7 @@ def regressed(
     Parameters
     ----------
     H : (D, D) float64
-        Second moment without damping. Not modified.
+        Second moment without damping, times ``scale``. Not modified.
     lost : (R, P) float64
         The weights that are removed. Not modified.
     removed : (D,) bool
@@ -64,11 +64,11 @@ def regressed(
     Source: Golub, Heath & Wahba 1979.
     """
     kept = ~removed
-    across = H[removed]
+    across = H[removed].div_(scale)
     pull = lost @ across[:, kept]
     whole = float(((lost @ across[:, removed]) * lost).sum())
     del across
-    within = H[kept][:, kept]
+    within = H[kept][:, kept].div_(scale)
     # More of nothing is nothing; and one column alone has no others whose noise it could follow.
     steps = 1 if shift == 0 or len(within) == 1 else _STEPS + 1
     best, least = None, math.inf

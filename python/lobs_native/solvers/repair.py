@@ -66,8 +66,8 @@ def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
     """(R, D) float64: the best weights of group g where all rows lose the same, (D,) bool, with
     more damping where its rows are few; see :func:`regressed`."""
     w, scale = problem.working(g, torch.float64), problem.inverses[g].scale
-    H = problem.moments[g] / scale
-    found = regressed(H, w[:, removed], removed, problem.shift(g) / scale, problem.rows(g))
+    shift, rows = problem.shift(g) / scale, problem.rows(g)
+    found = regressed(problem.moments[g], w[:, removed], removed, shift, rows, scale)
     if found is None:
         raise NotPositiveDefiniteError(
             "hessian: what is kept of it is not positive definite; pass a larger damping"
