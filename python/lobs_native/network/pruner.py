@@ -190,8 +190,8 @@ def prune(
         ``report.settings["tuned"]`` has the errors before and after, on the batches held back and
         on as many others, and the seconds; errors of layers are of before.
     tune_passes : int, optional
-        How often tuning goes through the data: 3 times for the network and twice for each block
-        where nothing is said. Small networks can do with 10 and more.
+        How often tuning goes through the data: twice where nothing is said. Small networks can do
+        with 10 and more.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional

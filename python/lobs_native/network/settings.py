@@ -195,7 +195,7 @@ class NetworkSettings(LayerOptions):
     tune_passes: int | None = option(
         None,
         check=_passes,
-        help="of tuning, over the calibration data; default: 3 for the network, 2 for blocks",
+        help="of tuning, over the calibration data; default: 2",
     )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"

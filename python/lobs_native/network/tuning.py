@@ -35,7 +35,7 @@ from lobs_native.rundir.ledger import Ledger
 __all__ = ["Tuner", "blocks_to_tune", "network_to_tune", "tuning_passes"]
 
 _BLOCKS = Course(passes=2, rate=2e-3, seed=0)
-_NETWORK = Course(passes=3, rate=1e-3, seed=0)
+_NETWORK = Course(passes=2, rate=1e-3, seed=0)
 _NAME = "network"  # among what was tuned
 
 
