@@ -166,3 +166,35 @@ def test_what_else_has_an_entry_for_each_head_goes_with_it(make, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(first(loaded(tokens()[0])), first(model(tokens()[0])))
+
+
+def t5() -> nn.Module:
+    """Encoder and decoder have copies of the configuration."""
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    return transformers.T5Model(transformers.T5Config(**sizes, num_layers=1))
+
+
+def qwen2_moe() -> nn.Module:
+    """Three fields of the configuration have the number, of which one is that of the neurons."""
+    sizes = {**SIZES, "intermediate_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+    config = transformers.Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=64)
+    return transformers.Qwen2MoeModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"), [(t5, "d_ff"), (qwen2_moe, "shared_expert_intermediate_size")]
+)
+def test_the_field_that_the_class_reads_is_found(make, field, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    data = [{"input_ids": batch} for batch in tokens()]
+    if make is t5:
+        data = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in data]
+    report = lobs.shrink(model, data, keep={"neurons": 0.5}, progress=False)
+    assert report.configured
+    assert {len(x.kept) for x in report.layers} == {32}
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert getattr(loaded.config, field) == 32
+    assert torch.equal(first(loaded(**data[0])), first(model(**data[0])))

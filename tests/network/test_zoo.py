@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from quality import chosen_models, small_models, zoo
+from quality import chosen_models, shrink_zoo, small_models, zoo
 
 pytest.importorskip("transformers")
 pytestmark = [
@@ -124,11 +124,15 @@ WITH_TOWERS = {
 EXPECTED: dict[str, set[str]] = {}
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_small_networks_of_all_kinds_are_pruned_and_counted(name):
+def skip_with_older_versions():
     transformers = pytest.importorskip("transformers")
     if int(transformers.__version__.partition(".")[0]) < 5:
         pytest.skip("the configurations of older versions are made differently")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_small_networks_of_all_kinds_are_pruned_and_counted(name):
+    skip_with_older_versions()
     model, batches = small_models.made(name)
     assert sorted(batches[0]) == WITH_TOWERS.get(name, sorted(batches[0]))
     total = sum(p.numel() for p in model.parameters() if p.ndim > 1)
@@ -157,3 +161,29 @@ def test_a_file_keeps_the_rows_of_types_that_were_not_run_again(tmp_path):
     assert found["transformers"]["all"]["types"] == 3
     assert found["timm"]["all"]["types"] == 1
     assert sum('"type"' in line for line in out.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("bert", ["neurons"]),
+        ("ernie4_5_moe", ["experts", "neurons"]),
+        ("gemma", ["heads", "neurons"]),
+        ("mllama", ["neurons"]),  # the images' part is reached by no data
+    ],
+)
+def test_small_networks_get_smaller_and_their_classes_load_them(name, kinds):
+    skip_with_older_versions()
+    row = shrink_zoo.shrunk(*small_models.made(name))
+    assert row["outcome"] == "loads"
+    assert row["kinds"] == kinds
+    assert row["parameters"][1] < row["parameters"][0]
+
+
+def test_a_network_that_stays_is_left_with_the_reason():
+    skip_with_older_versions()
+    row = shrink_zoo.shrunk(*small_models.made("bitnet"))  # normalized between neurons and reader
+    assert row["outcome"] == "left"
+    assert "whose units can be removed" in row["said"]
+    summed = shrink_zoo.summary([row, {"type": "a", "outcome": "not made"}])
+    assert (summed["types"], summed["made"], summed["left"], summed["loads"]) == (2, 1, 1, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,18 +21,62 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
     configuration, which has no class to ask. Takes a note of each kind that is left out."""
     if getattr(model, "config", None) is None:
         return list(families)
-    alike: dict[tuple[str, int, frozenset[tuple[int, str]]], list[Family]] = {}
-    for family in families:
-        alike.setdefault((family.kind, family.units, family.fields), []).append(family)
-    left_out: set[str] = set()
-    for some in alike.values():
-        left_out |= _misfits(model, some)
-    for kind in dict.fromkeys(f.kind for f in families if not left_out.isdisjoint(f.producers)):
+    fitting: dict[int, Family] = {}
+    for some in _alike(families):
+        fitting |= {id(f): g for f, g in zip(some, _fitting(model, some), strict=True) if g}
+    for kind in dict.fromkeys(f.kind for f in families if id(f) not in fitting):
         notes.append(
             f"{kind} stay: a {type(model).__name__} made from its configuration cannot have "
             "another number of them alone (configured=False removes them nevertheless)"
         )
-    return [f for f in families if left_out.isdisjoint(f.producers)]
+    return [fitting[id(f)] for f in families if id(f) in fitting]
+
+
+def _alike(families: Sequence[Family]) -> list[list[Family]]:
+    """The families of one kind and size, as far as fields of configurations connect them: parts of
+    a model may have copies of its configuration, or configurations of their own."""
+    groups: list[list[Family]] = []
+    for family in families:
+        own = [
+            group
+            for group in groups
+            if (group[0].kind, group[0].units) == (family.kind, family.units)
+            and any(f.fields == family.fields or f.fields & family.fields for f in group)
+        ]
+        groups = [group for group in groups if all(group is not x for x in own)]
+        groups.append([*(f for group in own for f in group), family])
+    return groups
+
+
+def _fitting(model: nn.Module, alike: Sequence[Family]) -> list[Family | None]:
+    """Families of one kind and size, with the fields of configurations that make the model's class
+    give them another size and nothing else; None for those that no choice of fields does."""
+    first: list[Family | None] = []
+    for some in _choices(alike):
+        misfits = _misfits(model, some)
+        if not misfits:
+            return [*some]
+        first = first or [f if misfits.isdisjoint(f.producers) else None for f in some]
+    return first
+
+
+def _choices(alike: Sequence[Family]) -> Iterator[list[Family]]:
+    """These families with fewer of the fields that hold their number, some of which may be the size
+    of something else by chance: all or each alone, in the inmost configuration or in all around."""
+    names = sorted({name for f in alike for _, name in f.fields})
+    for some in (names, *([name] for name in names if len(names) > 1)):
+        for inmost in (True, False):
+            yield [dataclasses.replace(f, counts=_chosen(f, some, inmost)) for f in alike]
+
+
+def _chosen(family: Family, names: Sequence[str], inmost: bool) -> tuple[tuple[Any, str, int], ...]:
+    """The counts of modules, and these of configurations."""
+    configs = [owner for owner, _, _ in family.counts if not isinstance(owner, nn.Module)]
+    return tuple(
+        (owner, name, factor)
+        for owner, name, factor in family.counts
+        if isinstance(owner, nn.Module) or (name in names and (owner is configs[0] or not inmost))
+    )
 
 
 def _misfits(model: nn.Module, alike: Sequence[Family]) -> set[str]:

@@ -34,6 +34,11 @@ _NEURONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("c_fc",), "c_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
+    (("intermediate_dense",), "output_dense"),
+    (("ffn",), "ffn_output"),
+    (("linear_1",), "linear_2"),
+    (("input_linear",), "output_linear"),
+    (("Wi",), "Wo"),
 )
 _HEADS: tuple[tuple[tuple[str, str, str], str], ...] = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
@@ -44,7 +49,8 @@ _HEADS: tuple[tuple[tuple[str, str, str], str], ...] = (
 # Names under which configurations, and modules, know the number of units.
 _NEURON_FIELDS = (
     *("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "n_inner", "dim_feedforward"),
-    *("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "shared_intermediate_size"),
 )
 _DERIVED = "n_inner"  # GPT-2's None stands for 4 times the width
 _HEAD_FIELDS = (
@@ -224,24 +230,19 @@ def _number(model: nn.Module, name: str, fields: tuple[str, ...]) -> int | None:
 def _counts(
     model: nn.Module, name: str, expected: dict[str, int], units: int
 ) -> Iterator[tuple[Any, str, int]]:
-    """The fields that hold the expected numbers, with their factors: of the module, and of the
-    inmost configuration that has any of them."""
+    """The fields that hold the expected numbers, with their factors: of the module, and of its
+    configuration and those around it, inmost first."""
     for owner in _owners(model, name):
-        found = [
-            (owner, each, number // units)
-            for each, number in expected.items()
-            if _held(owner, each) == number
-            or (each == _DERIVED and hasattr(owner, each) and getattr(owner, each) is None)
-        ]
-        yield from found
-        if found and not isinstance(owner, nn.Module):
-            return
+        for each, number in expected.items():
+            derived = each == _DERIVED and hasattr(owner, each) and getattr(owner, each) is None
+            if derived or _held(owner, each) == number:
+                yield owner, each, number // units
 
 
 def counts_around(
     model: nn.Module, name: str, expected: dict[str, int], units: int
 ) -> Iterator[tuple[Any, str, int]]:
-    """The same of all modules below a module and around it, and of the inmost configuration."""
+    """The same, and of all modules below a module and around it."""
     path = name.split(".") if name else []
     around = [model.get_submodule(".".join(path[:k])) for k in range(len(path))]
     for module in (*model.get_submodule(name).modules(), *around):
