@@ -12,6 +12,7 @@ __all__ = [
     "NonFiniteError",
     "NotPositiveDefiniteError",
     "PatternError",
+    "RankError",
     "ShapeError",
 ]
 
@@ -58,3 +59,8 @@ class CheckpointError(LobsError):
 
 class HostError(LobsError):
     """A host's code is not the code that ``lobs_native.compat`` replaces."""
+
+
+class RankError(LobsError):
+    """Another process of a run on several has ended, failed or gone another way: see ``group`` of
+    :func:`lobs_native.prune`."""

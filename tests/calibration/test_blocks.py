@@ -58,9 +58,9 @@ def test_layers_that_read_one_tensor_are_calibrated_together(monkeypatch):
     passes: list[str] = []
     each = Session.each
 
-    def spy(self: Session, label: str, start: int = 0) -> Any:
+    def spy(self: Session, label: str, *rest: Any) -> Any:
         passes.append(label)
-        return each(self, label, start)
+        return each(self, label, *rest)
 
     monkeypatch.setattr(Session, "each", spy)
     pruned(made(), batches())

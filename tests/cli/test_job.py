@@ -17,7 +17,7 @@ from torch import nn
 import lobs_native as lobs
 from lobs_native.cli import commands as cli
 from lobs_native.cli import job
-from lobs_native.network import pruner
+from lobs_native.network import carrying_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,7 +156,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         seen.update(dataclasses.asdict(settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruner, "carried_out", stop)
+    monkeypatch.setattr(carrying_out, "carried_out", stop)
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --search 3 --search-seconds 60 --sensitivity none --token-weights output "
@@ -275,7 +275,7 @@ def test_what_is_left_out_is_one_line_without_source_and_part_of_the_summary(her
 def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_written(
     here, monkeypatch, capsys
 ):
-    prune = pruner.carried_out
+    prune = carrying_out.carried_out
 
     def losing(model, *rest):
         report = prune(model, *rest)
@@ -283,7 +283,7 @@ def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_wri
             model[2].weight[~report.masks["2"]] = 1.0
         return report
 
-    monkeypatch.setattr(pruner, "carried_out", losing)
+    monkeypatch.setattr(carrying_out, "carried_out", losing)
     code = cli.main(["prune", "made_here:pair", "--sparsity", "0.5", "--out", "out"])
     assert code == cli.FAILED
     assert "layer '2' would be written with 18 weights that were removed" in capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_the_plan_is_that_of_the_run():
     assert plan.seconds > 0
     assert plan.masks == 20 * 30 / 8 + (30 * 30 + 4) / 8  # a bit for each weight
     assert plan.kept == 2 * 4 * (21 * 30 + 31 * 30)
-    assert plan.statistics == 8 * 21**2
+    assert plan.statistics == 2 * 8 * 21**2  # of the chunk at hand, and of those before
 
 
 def test_the_original_network_s_outputs_wait_only_where_no_bound_holds():

@@ -46,7 +46,8 @@ def options(cls: type) -> dict[str, Any]:
 
 
 def test_the_keywords_of_prune_are_the_network_settings():
-    assert keywords(lobs.prune) == {**options(lobs.NetworkSettings), "settings": None}
+    others = {"settings": None, "group": None}
+    assert keywords(lobs.prune) == {**options(lobs.NetworkSettings), **others}
 
 
 @pytest.mark.parametrize(

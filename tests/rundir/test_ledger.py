@@ -192,9 +192,9 @@ def test_unfinished_work_is_saved_and_resumed(tmp_path, monkeypatch, model, opti
     assert ("costs" in all_saved) == (options.get("scope") == "model")
     each = Session.each
 
-    def starting(self: Any, what: str, start: int = 0) -> Any:
+    def starting(self: Any, what: str, start: int = 0, *among: Any) -> Any:
         started.append((what, start))
-        return each(self, what, start)
+        return each(self, what, start, *among)
 
     monkeypatch.setattr(Session, "each", starting)
     moments = range(1, len(all_saved) + 1)

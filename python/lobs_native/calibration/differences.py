@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lobs_native import ops
-from lobs_native.calibration.partial import Kept, below
 from lobs_native.errors import NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.drift import Drift
@@ -83,39 +82,32 @@ class Differences:
                 (target.square() * (1.0 if w is None else w)).sum(dtype=torch.float64)
             )
 
-    @property
-    def size(self) -> int:
-        """Bytes of the sums."""
-        if self.gap is not None:
-            return self.gap.size if self.gap.layer is self.layer else 0
-        return sum(p.numel() * p.element_size() for p in self.pull)
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, as :class:`lobs_native.calibration.tree.Summing` says; those that it shares
+        belong to one layer."""
+        if self.gap is None:
+            return {f"pull.{g}": p for g, p in enumerate(self.pull)}
+        return self.gap.tensors() if self.gap.layer is self.layer else {}
 
-    def kept(self) -> Kept:
-        """The sums, from which :meth:`restore` resumes."""
-        info: dict[str, Any] = {"summed": self.summed, "unlike": self.unlike}
-        if self.gap is not None:
-            tensors = self.gap.kept() if self.gap.layer is self.layer else {}
-            return tensors, {**info, "finite": self.gap.finite}
-        tensors = {f"pull.{g}": p for g, p in enumerate(self.pull)}
-        each = torch.tensor([self.inherited, self.energy], dtype=torch.float64)
-        return {**tensors, "inherited and energy": each}, info
+    def values(self) -> dict[str, Any]:
+        """What else belongs to the sums."""
+        values: dict[str, Any] = {"summed": self.summed, "unlike": self.unlike}
+        if self.gap is None:
+            return {**values, "inherited": self.inherited[:], "energy": self.energy[:]}
+        return {**values, "gap": self.gap.values()}
 
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over the sums that :meth:`kept` returned."""
-        self.summed, self.unlike = bool(info["summed"]), str(info["unlike"])
-        if self.gap is not None:
-            self.gap.finite = bool(info["finite"])
-            if self.gap.layer is self.layer:
-                self.gap.restore(tensors)
-            return
-        for g, pull in enumerate(self.pull):
-            pull.copy_(tensors[f"pull.{g}"])
-        self.inherited, self.energy = tensors["inherited and energy"].tolist()
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take over what :meth:`values` returned."""
+        self.summed, self.unlike = bool(values["summed"]), str(values["unlike"])
+        if self.gap is None:
+            self.inherited, self.energy = list(values["inherited"]), list(values["energy"])
+        else:
+            self.gap.set_values(values["gap"])
 
     def drift(self, rows: Sequence[float]) -> Drift:
         """The means over the rows that each group saw. Call it once: it overwrites the sums."""
-        finite = self.gap.finite if self.gap is not None else self._is_finite()
-        if not finite:
+        infinite = self.gap.infinite if self.gap is not None else not self._is_finite()
+        if infinite:
             raise NonFiniteError(
                 f"layer {self.layer.name!r}: NaN or infinity in its input in the original network"
             )
@@ -146,7 +138,7 @@ class Gap:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer  # one of those that share it
         bias, device = layer.bias() is not None, layer.weight().device
-        self.finite = True
+        self.infinite = False  # whether an input of the original network is NaN or infinite
         self.cross = [
             torch.zeros(layer.width + bias, layer.width, dtype=torch.float64, device=device)
             for _ in range(layer.groups)
@@ -164,12 +156,6 @@ class Gap:
         some = [layer for layer in layers if not layer.routed]  # the others are not compared
         return bool(some) and 3 * sum(layer.rows for layer in some) > 2 * some[0].width
 
-    @property
-    def size(self) -> int:
-        """Bytes of the sums."""
-        moments = [*self.apart, *self.original]
-        return sum(8 * x.numel() for x in self.cross) + sum(8 * h.columns**2 for h in moments)
-
     @ops.full_precision()
     def update(self, g: int, x: Tensor, x0: Tensor, weights: Tensor | None) -> None:
         """Add rows x (n, C) of the pruned and x0 (n, C) of the original network."""
@@ -184,28 +170,31 @@ class Gap:
                 self.original[g].update(b, w)
                 self.apart[g].update(apart, w)
             except NonFiniteError:  # the layer's own second moment has seen that x is finite
-                self.finite = False
+                self.infinite = True
                 return
             weighted = apart if w is None else apart * w[:, None].to(dtype)
             self.cross[g][:C] += (a.T @ weighted).double()
             if len(self.cross[g]) > C:
                 self.cross[g][C] += weighted.sum(0).double()
 
-    def kept(self) -> dict[str, Tensor]:
-        """The sums, from which :meth:`restore` resumes."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums."""
         tensors = {f"cross.{g}": x for g, x in enumerate(self.cross)}
         for kind, moments in (("apart", self.apart), ("original", self.original)):
-            for g, h in enumerate(moments):
-                tensors |= {f"{kind}.{g}.{k}": x for k, x in h.state_dict().items()}
+            tensors |= {f"{kind}.{g}": h.running_sum for g, h in enumerate(moments)}
         return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the sums that :meth:`kept` returned."""
-        for g, cross in enumerate(self.cross):
-            cross.copy_(tensors[f"cross.{g}"])
-        for kind, moments in (("apart", self.apart), ("original", self.original)):
-            for g, h in enumerate(moments):
-                h.load_state_dict(below(f"{kind}.{g}.", tensors))
+    def values(self) -> dict[str, Any]:
+        """What else belongs to the sums."""
+        rows = [[h.rows for h in moments] for moments in (self.apart, self.original)]
+        return {"rows": rows, "infinite": self.infinite}
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take over what :meth:`values` returned."""
+        self.infinite = bool(values["infinite"])
+        for moments, rows in zip((self.apart, self.original), values["rows"], strict=True):
+            for h, n in zip(moments, rows, strict=True):
+                h.set_rows(n)
 
     @ops.full_precision()
     def drift(self, W: Tensor, bias: Tensor | None, rows: Sequence[float]) -> Drift:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Source
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
@@ -60,13 +61,20 @@ class HeldBack:
         """Those held back."""
         return self.held_back
 
-    def each(self, label: str, start: int = 0) -> Iterator[Any]:
-        """Those held back; ``start`` is 0, since such passes are short and not saved."""
-        return self.source.each_held_back(label)
+    @property
+    def ranks(self) -> Ranks:
+        """The source's."""
+        return self.source.ranks
 
-    def each_held_back(self, label: str) -> Iterator[Any]:
+    def each(
+        self, label: str, start: int = 0, among: Container[int] | None = None
+    ) -> Iterator[Any]:
+        """Those held back; ``start`` is 0, since such passes are short and not saved."""
+        return self.source.each_held_back(label, among)
+
+    def each_held_back(self, label: str, among: Container[int] | None = None) -> Iterator[Any]:
         """The same."""
-        return self.source.each_held_back(label)
+        return self.source.each_held_back(label, among)
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """Run the source on a batch."""

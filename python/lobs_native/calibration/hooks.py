@@ -24,6 +24,7 @@ __all__ = [
     "hooked",
     "reader",
     "unfused_attention",
+    "without_caches",
 ]
 
 
@@ -114,3 +115,25 @@ def ending(until: nn.Module | None) -> Iterator[None]:
 
     with attached([] if until is None else [until.register_forward_hook(stop)]):
         yield
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Turn off ``use_cache`` in the configurations of the model and its parts, and in those inside
+    these. A cache would only take memory, and each block of a stack would write to it."""
+    waiting = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    configs: dict[int, Any] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in configs:
+            configs[id(config)] = config
+            inner = getattr(config, "__dict__", {}).values()
+            waiting.extend(value for value in inner if hasattr(value, "use_cache"))
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True

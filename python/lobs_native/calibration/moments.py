@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lobs_native.calibration.differences import Differences
 from lobs_native.calibration.hooks import Columns, Enough, ending, hooked
 from lobs_native.calibration.pairs import Pairs
-from lobs_native.calibration.partial import Kept, States, below, resumable
+from lobs_native.calibration.partial import States, resumable
 from lobs_native.calibration.session import Source
+from lobs_native.calibration.tree import Summing
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 from lobs_native.solvers.drift import Drift
@@ -36,7 +37,7 @@ class Moments(list[Hessian]):
         )
         self.layer = layer
         self.padding = 0  # rows left out
-        self.told_by = "attention_mask"  # what says which rows are padding
+        self.told_by = ""  # what says which rows are padding
         self.unmasked = False  # whether a mask did not fit
         self.squares = 0.0  # of the weights of the first group's rows
         self.unweighted = False  # whether weights of rows did not fit
@@ -139,27 +140,34 @@ class Moments(list[Hessian]):
         if uneven and group == 0 and weights is not None:
             self.squares += float(weights.square().sum())
 
-    def kept(self) -> Kept:
-        """The sums, from which :meth:`restore` resumes."""
-        tensors = {f"{g}.{k}": x for g, h in enumerate(self) for k, x in h.state_dict().items()}
-        info: dict[str, Any] = {"padding": self.padding, "unmasked": self.unmasked}
-        info |= {"squares": self.squares, "unweighted": self.unweighted}
-        info["told by"] = self.told_by
-        info["differences"] = {}
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, as :class:`lobs_native.calibration.tree.Summing` says."""
+        tensors = {f"{g}": h.running_sum for g, h in enumerate(self)}
         for name, difference in self.differences.items():
-            sums, info["differences"][name] = difference.kept()
-            tensors |= {f"{name}/{k}": x for k, x in sums.items()}
-        return tensors, info
+            tensors |= {f"{name}/{k}": x for k, x in difference.tensors().items()}
+        return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over the sums that :meth:`kept` returned."""
-        for g, h in enumerate(self):
-            h.load_state_dict({k: tensors[f"{g}.{k}"] for k in ("sum", "rows", "bias")})
-        self.padding, self.unmasked = int(info["padding"]), bool(info["unmasked"])
-        self.squares, self.unweighted = float(info["squares"]), bool(info["unweighted"])
-        self.told_by = str(info["told by"])
+    def values(self) -> dict[str, Any]:
+        """What else belongs to the sums."""
+        return {
+            "rows": [h.rows for h in self],
+            "padding": self.padding,
+            "told by": self.told_by,
+            "unmasked": self.unmasked,
+            "squares": self.squares,
+            "unweighted": self.unweighted,
+            "differences": {name: d.values() for name, d in self.differences.items()},
+        }
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take over what :meth:`values` returned."""
+        for h, rows in zip(self, values["rows"], strict=True):
+            h.set_rows(rows)
+        self.padding, self.unmasked = int(values["padding"]), bool(values["unmasked"])
+        self.squares, self.unweighted = float(values["squares"]), bool(values["unweighted"])
+        self.told_by = str(values["told by"])
         for name, difference in self.differences.items():
-            difference.restore(below(f"{name}/", tensors), info["differences"][name])
+            difference.set_values(values["differences"][name])
 
     def notes(self, layer: Layer) -> list[str]:
         """The notes of ``layer`` for a report."""
@@ -239,32 +247,22 @@ class _Shares:
         return part if self.counted is None else part * self.counted
 
 
-class _Statistics:
-    """The second moments of all layers of a pass, as sums that can be saved."""
+class _Statistics(Summing):
+    """The second moments of all layers of a pass, as sums over the data."""
 
     def __init__(self, moments: Mapping[str, Moments]) -> None:
         self.moments = moments
 
-    @property
-    def names(self) -> Sequence[str]:
-        return list(self.moments)
+    def tensors(self) -> dict[str, Tensor]:
+        of_each = [(name, m.tensors()) for name, m in self.moments.items()]
+        return {f"{name}:{k}": x for name, tensors in of_each for k, x in tensors.items()}
 
-    def size(self) -> int:
-        differences = [d for m in self.moments.values() for d in m.differences.values()]
-        moments = sum(h.columns**2 * h.dtype.itemsize for m in self.moments.values() for h in m)
-        return moments + sum(d.size for d in differences)
+    def values(self) -> dict[str, Any]:
+        return {name: moments.values() for name, moments in self.moments.items()}
 
-    def kept(self) -> Kept:
-        tensors: dict[str, Tensor] = {}
-        info: dict[str, Any] = {}
+    def set_values(self, values: Mapping[str, Any]) -> None:
         for name, moments in self.moments.items():
-            sums, info[name] = moments.kept()
-            tensors |= {f"{name}:{k}": x for k, x in sums.items()}
-        return tensors, info
-
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        for name, moments in self.moments.items():
-            moments.restore(below(f"{name}:", tensors), info[name])
+            moments.set_values(values[name])
 
 
 def calibrate(
@@ -340,7 +338,7 @@ def calibrate(
             raise Enough
 
     with hooked(layers, see):
-        for batch in resumable(source, label, purpose, _Statistics(moments), states):
+        for batch in resumable(source, label, purpose, list(moments), _Statistics(moments), states):
             mask = source.mask(batch)
             calls.clear()
             if pairs is None:

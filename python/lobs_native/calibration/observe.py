@@ -21,7 +21,7 @@ from lobs_native.calibration.blocks import Sightings
 from lobs_native.calibration.flow import Flow, Look
 from lobs_native.calibration.hooks import Columns, attached, first_argument, hooked
 from lobs_native.calibration.outputs import First, sizes_of
-from lobs_native.calibration.partial import random_state, set_random_state
+from lobs_native.calibration.seeding import random_state, set_random_state
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.survey import Survey, Use
 from lobs_native.calibration.watch import Touch

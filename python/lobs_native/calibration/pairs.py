@@ -65,12 +65,16 @@ class Pairs:
         }
         if not candidates:
             return {}
-        with Sums(candidates) as sums:
-            for batch in self.source.each("look"):
-                self.source.call(self.source.model, batch)
-                break
-        once = [n for n in candidates if sums.calls[n] == 1 and len(sums.addends[n]) == 1]
-        return {name: candidates[name] for name in once if name not in sums.elsewhere}
+        once: list[str] = []
+        if self.source.ranks.first:  # which has the first batch
+            with Sums(candidates) as sums:
+                for batch in self.source.each("look"):
+                    self.source.call(self.source.model, batch)
+                    break
+            once = [n for n in candidates if sums.calls[n] == 1 and len(sums.addends[n]) == 1]
+            once = [name for name in once if name not in sums.elsewhere]
+        names = self.source.ranks.value("layers whose outputs are summed", once)
+        return {name: candidates[name] for name in names}
 
     def watching(
         self, until: nn.Module | None

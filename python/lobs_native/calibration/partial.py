@@ -7,27 +7,21 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from lobs_native.calibration.session import Source
+from lobs_native.calibration.tree import Summing, Tree, own_batches
 from lobs_native.errors import CheckpointError
 
 __all__ = [
-    "Kept",
     "States",
-    "Summing",
-    "below",
     "passed_before",
-    "random_state",
     "readable",
     "resumable",
-    "set_random_state",
 ]
 
-Kept = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors, and plain JSON values
 _KEY = "statistics"  # one key, since there is one pass at a time
-_RANDOM = "random"
+_CHUNK, _TOTAL, _OF_BATCHES = "sums", "sums before", "of batches"
 
 
 class States(Protocol):
@@ -49,24 +43,6 @@ class States(Protocol):
         """Delete the state under ``key``."""
 
 
-class Summing(Protocol):
-    """Sums that a pass over the data adds to."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The layers that contribute to them."""
-
-    def size(self) -> int:
-        """The number of bytes of what :meth:`kept` returns."""
-
-    def kept(self) -> Kept:
-        """All sums."""
-
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Take over what :meth:`kept` returned, for these layers and perhaps others. Raises
-        KeyError, TypeError or a LobsError if it is something else."""
-
-
 def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, named without it."""
     return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
@@ -82,46 +58,53 @@ def passed_before(states: States | None, purpose: str) -> list[str]:
 
 
 def resumable(
-    source: Source, label: str, purpose: str, sums: Summing, states: States | None
+    source: Source,
+    label: str,
+    purpose: str,
+    names: Sequence[str],
+    sums: Summing,
+    states: States | None,
 ) -> Iterator[Any]:
     """The batches of a pass, from the one at which ``states`` has its sums. They are saved along
-    the way.
+    the way. Of several ranks, each gets its own batches, and nothing is saved; when the pass is
+    over, all have the sums over all batches.
 
     Parameters
     ----------
     source, label : Source, str
         What runs the model, and the pass's name in the progress bar.
-    purpose : str
-        The kind of pass. Passes of the same purpose and layers have the same sums.
+    purpose, names : str, sequence of str
+        The kind of pass, and its layers. Passes of the same purpose and layers have the same sums.
     sums : Summing
         The caller adds to them before it asks for the next batch.
     states : States, optional
-        None yields all batches and saves nothing.
+        None saves nothing.
     """
-    if states is None:
-        yield from source.each(label)
-        return
-    count, start, random = len(source.batches), 0, dict[str, Tensor]()
-    saved = states.info(_KEY)
-    if saved is not None and _is_of(saved, purpose, sums):
-        state = states.load(_KEY)
-        assert state is not None
-        start, random = _restored(*state, sums)
-        del state
+    count, start = len(source.batches), 0
+    tree = Tree(sums, source.ranks, count)
+    if source.ranks.size > 1:
+        states = None
+    if states is not None:
+        saved = states.info(_KEY)
+        if saved is not None and _is_of(saved, purpose, names):
+            state = states.load(_KEY)
+            assert state is not None
+            start = _restored(*state, tree)
+            del state
     if start >= count:
         return
-    done = start
-    for batch in source.each(label, start):
-        if random:  # continue the random sequence of the pass, for a model that draws numbers
-            set_random_state(random)
-            random = {}
+    own = own_batches(count, source.ranks)
+    ends = tree.ends
+    for batch, number in zip(source.each(label, start, own), list(own)[start:], strict=False):
         yield batch
-        done += 1
-        if states.due(_KEY, sums.size()):
-            tensors, info = sums.kept()
-            drawn = {f"{_RANDOM}/{name}": x for name, x in random_state().items()}
-            progress = {"pass": purpose, "layers": list(sums.names), "batches": done, "sums": info}
-            states.save(_KEY, {**tensors, **drawn}, progress)
+        done = number + 1
+        if done in ends:
+            tree.add()
+        if states is not None and states.due(_KEY, _size(tree)):
+            progress = {"pass": purpose, "layers": list(names), "batches": done}
+            states.save(_KEY, *_kept(tree, progress))
+    while not tree.complete:  # other ranks have one more chunk
+        tree.add()
 
 
 @contextlib.contextmanager
@@ -136,40 +119,44 @@ def readable(label: str) -> Iterator[None]:
         ) from error
 
 
-def _is_of(info: Mapping[str, Any], purpose: str, sums: Summing) -> bool:
-    """Whether a saved pass is for ``purpose`` and includes all layers of ``sums``."""
+def _is_of(info: Mapping[str, Any], purpose: str, names: Sequence[str]) -> bool:
+    """Whether a saved pass is for ``purpose`` and includes all these layers."""
     layers = info.get("layers")
     return (
         info.get("pass") == purpose
         and isinstance(layers, list)
-        and all(name in layers for name in sums.names)
+        and all(name in layers for name in names)
     )
 
 
-def _restored(
-    tensors: Mapping[str, Tensor], info: Mapping[str, Any], sums: Summing
-) -> tuple[int, dict[str, Tensor]]:
-    """Restore ``sums``. Returns how many batches they cover, and the random state after those."""
+def _size(tree: Tree) -> int:
+    some = [*tree.sums.tensors().values(), *tree.total.values()]
+    return sum(x.numel() * x.element_size() for x in some) + tree.sums.bytes_of_batches()
+
+
+def _kept(tree: Tree, progress: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is saved of a pass: the sums over the chunk at hand, and over those before."""
+    tensors = {f"{_CHUNK}/{name}": x for name, x in tree.sums.tensors().items()}
+    tensors |= {f"{_TOTAL}/{name}": x for name, x in tree.total.items()}
+    tensors |= {f"{_OF_BATCHES}/{name}": x for name, x in tree.sums.of_batches().items()}
+    return tensors, {**progress, _CHUNK: tree.sums.values(), _TOTAL: tree.total_values}
+
+
+def _restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], tree: Tree) -> int:
+    """Restore the sums of a pass. Returns how many batches they cover."""
     with readable("statistics"):
-        done, values = info["batches"], info["sums"]
-        if type(done) is not int or done < 1 or not isinstance(values, dict):
+        done = info["batches"]
+        if type(done) is not int or not 0 < done <= tree.chunks[-1].stop:
             raise TypeError("no number of batches")
-        sums.restore(tensors, values)
-    return done, below(f"{_RANDOM}/", tensors)
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's random numbers, of the CPU and of every CUDA device in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {str(i): x for i, x in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Go back to what :func:`random_state` returned."""
-    for name, value in states.items():
-        if name == "cpu":
-            torch.set_rng_state(value.clone())
-        elif int(name) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value.clone(), int(name))
+        tree.added = sum(chunk.stop <= done for chunk in tree.chunks)
+        for name, x in tree.sums.tensors().items():
+            x.copy_(tensors[f"{_CHUNK}/{name}"])
+            if tree.added and not tree.complete:
+                tree.total[name] = tensors[f"{_TOTAL}/{name}"].clone().to(x.device)
+                if tree.total[name].shape != x.shape:
+                    raise TypeError(f"{name} has another shape")
+        tree.sums.add_of_batches(below(f"{_OF_BATCHES}/", tensors))
+        tree.sums.set_values(info[_CHUNK])
+        if tree.added:
+            tree.total_values = {name: info[_TOTAL][name] for name in tree.sums.values()}
+    return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from lobs_native.calibration.calls import STRUCTURE, BlockCall, packed, unpacked
 from lobs_native.calibration.finished import Finished
 from lobs_native.calibration.hooks import Enough, attached
 from lobs_native.calibration.partial import States, readable
+from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Session
+from lobs_native.calibration.tree import own_batches
 from lobs_native.errors import LobsError
 from lobs_native.files.shelf import Shelf
 from lobs_native.files.strict_json import MOST_MARKS, count_marks
@@ -46,7 +48,7 @@ class _Inputs:
 
     def __init__(self, limit: int | None, repeated: int | None) -> None:
         self.hidden = Shelf(limit)  # hidden states of the current block, by batch
-        self.calls: list[list[BlockCall]] = []  # by batch and block, without hidden states
+        self.calls: dict[int, list[BlockCall]] = {}  # by batch and block, without hidden states
         self.finished = Finished(repeated)  # parts of the current block
 
 
@@ -67,7 +69,7 @@ class Replay:
     ) -> None:
         self.stack = stack
         self.session = session
-        self.states = states
+        self.states = states if session.ranks.size == 1 else None  # one rank has not all inputs
         self.block = 0
         share = limit // 2 if limit is not None and corrected else limit
         repeated, self._widest = repeated_limit(stack), widest_repeated(stack)
@@ -83,7 +85,6 @@ class Replay:
             return self
         for batch in self._all(f"inputs of {self.stack.name}"):
             number = self._next
-            self._next += 1
             if self._original is not None:
                 with self.session.original():
                     self._store(self._original, number, batch)
@@ -96,7 +97,7 @@ class Replay:
         if calls is None:
             calls = self._calls(batch)
         inputs.hidden.put(number, calls[0].hidden.detach())
-        inputs.calls.append([call.with_hidden(None) for call in calls])
+        inputs.calls[number] = [call.with_hidden(None) for call in calls]
 
     def _calls(self, batch: Any) -> list[BlockCall]:
         """How the model calls the blocks on a batch, by running it up to the last of them."""
@@ -141,20 +142,30 @@ class Replay:
         """The model's batches."""
         return self.session.batches
 
-    def each(self, label: str, start: int = 0) -> Iterator[Any]:
-        """The batches of one pass without the first ``start``, seeded."""
-        self._next = start
-        yield from self.session.each(label, start)
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work; each has the inputs for its own batches."""
+        return self.session.ranks
 
-    def each_held_back(self, label: str) -> Iterator[Any]:
+    def each(
+        self, label: str, start: int = 0, among: Container[int] | None = None
+    ) -> Iterator[Any]:
+        """The batches of one pass without the first ``start``, seeded."""
+        for batch in self.session.each(label, start, among):
+            self._next = self.session.number
+            yield batch
+
+    def each_held_back(self, label: str, among: Container[int] | None = None) -> Iterator[Any]:
         """The batches that are held back; their numbers follow those of the others."""
-        self._next = len(self.batches)
-        yield from self.session.each_held_back(label)
+        for batch in self.session.each_held_back(label, among):
+            self._next = len(self.batches) + self.session.number
+            yield batch
 
     def _all(self, label: str) -> Iterator[Any]:
-        yield from self.each(label)
-        if self.session.held_back:
-            yield from self.each_held_back(label)
+        """The own batches, and those that are held back."""
+        yield from self.each(label, among=own_batches(len(self.batches), self.ranks))
+        if held_back := self.session.held_back:
+            yield from self.each_held_back(label, own_batches(len(held_back), self.ranks))
 
     def mask(self, batch: Any) -> Tensor | None:
         """The mask of :meth:`Session.mask`."""
@@ -251,7 +262,11 @@ class Replay:
         if not states.due(key, sum(inputs.hidden.in_memory for _, inputs in networks)):
             return
         if not self._calls_saved:
-            calls = packed({name: inputs.calls for name, inputs in networks})
+            lists = {
+                name: [inputs.calls[n] for n in range(len(inputs.calls))]
+                for name, inputs in networks
+            }
+            calls = packed(lists)
             if count_marks(calls[STRUCTURE].numpy().tobytes()) > MOST_MARKS:
                 return  # many thousands of batches: parse_json would refuse to read them
             states.save(f"calls of {self.stack.name}", calls, {})
@@ -272,10 +287,10 @@ class Replay:
         with readable(f"inputs of {self.stack.name}"):
             calls = unpacked(saved_calls[0])
             for name, inputs in self._networks():
-                inputs.calls = [
-                    [BlockCall(tuple(args), kwargs, self.stack.slot) for args, kwargs in batch]
-                    for batch in calls[name]
-                ]
+                inputs.calls = {
+                    n: [BlockCall(tuple(args), kwargs, self.stack.slot) for args, kwargs in batch]
+                    for n, batch in enumerate(calls[name])
+                }
                 for n in range(len(inputs.calls)):
                     key = f"{name}.{n}"
                     inputs.hidden.put(n, tensors[key].clone().to(info["devices"][name]))
@@ -294,18 +309,25 @@ class Replay:
         Raises UnlikeError if they differ: layers would then have been calibrated on inputs other
         than the network's.
         """
-        for batch in self.each("check"):
+        alike = True
+        for batch in self.each("check") if self.ranks.first else ():
             if self._original is not None:
                 replayed = hidden_of(self.call_original(batch))
                 with self.session.original():
-                    self._compare(replayed)
-            self._compare(hidden_of(self.call(self.model, batch)))
+                    alike = self._is_alike(replayed)
+            alike = alike and self._is_alike(hidden_of(self.call(self.model, batch)))
             break
+        if not self.ranks.value("whether blocks return the same", alike):
+            raise UnlikeError(
+                f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "
+                "they return in the model; pass blocks=None"
+            )
         if self.states is not None:
             for kind in ("inputs", "calls"):  # in this order: calls alone are of no use
                 self.states.drop(f"{kind} of {self.stack.name}")
 
-    def _compare(self, replayed: Any) -> None:
+    def _is_alike(self, replayed: Any) -> bool:
+        """Whether the current block returns this in the model, too."""
         results: list[Any] = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -317,8 +339,4 @@ class Replay:
             contextlib.suppress(Enough),
         ):
             run_first(self.session)
-        if not results or not same(replayed, results[0]):
-            raise UnlikeError(
-                f"blocks: run one by one, the blocks of {self.stack.name!r} do not return what "
-                "they return in the model; pass blocks=None"
-            )
+        return bool(results) and same(replayed, results[0])

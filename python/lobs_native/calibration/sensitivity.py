@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.hooks import attached
 from lobs_native.calibration.outputs import floating_tensors, tokens_in
-from lobs_native.calibration.partial import Kept, States, below, resumable
+from lobs_native.calibration.partial import States, resumable
 from lobs_native.calibration.session import Session
 from lobs_native.calibration.token_weights import TokenWeights
+from lobs_native.calibration.tree import Summing
 from lobs_native.errors import ArgumentError, NonFiniteError
 from lobs_native.layers import Layer
 
@@ -69,7 +70,8 @@ def sensitivities(
     sums = _Meters(meters, tokens)
     half = any(tensor.dtype == torch.float16 for tensor in state)
     with requiring_gradients(session.model.parameters(), False), torch.enable_grad():
-        for batch in resumable(session, "sensitivity", "sensitivity", sums, states):
+        names = [meter.layer.name for meter in meters]
+        for batch in resumable(session, "sensitivity", "sensitivity", names, sums, states):
             mask = session.mask(batch)
             with attached([handle for meter in meters for handle in meter.handles(session, mask)]):
                 output = session.call(session.model, batch)
@@ -224,32 +226,30 @@ class _Meter:
             self._squares[call] = torch.cat(each)
 
 
-class _Meters:
-    """Meters as sums that can be saved."""
+class _Meters(Summing):
+    """Meters as sums over the data."""
 
     def __init__(self, meters: Sequence[_Meter], tokens: TokenWeights | None) -> None:
         self.meters = meters
         self.tokens = tokens
 
-    @property
-    def names(self) -> Sequence[str]:
-        return [meter.layer.name for meter in self.meters]
+    def tensors(self) -> dict[str, Tensor]:
+        return {meter.layer.name: meter.sum for meter in self.meters}
 
-    def size(self) -> int:
-        sums = sum(meter.sum.numel() * 8 for meter in self.meters)
-        return sums + (0 if self.tokens is None else self.tokens.size)
+    def values(self) -> dict[str, Any]:
+        return {meter.layer.name: [meter.rows, meter.seen] for meter in self.meters}
 
-    def kept(self) -> Kept:
-        tensors = {f"of {meter.layer.name}": meter.sum for meter in self.meters}
-        if self.tokens is not None:
-            tensors |= {f"tokens: {name}": x for name, x in self.tokens.kept().items()}
-        info = {meter.layer.name: [meter.rows, meter.seen] for meter in self.meters}
-        return tensors, info
-
-    def restore(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    def set_values(self, values: Mapping[str, Any]) -> None:
         for meter in self.meters:
-            meter.sum.copy_(tensors[f"of {meter.layer.name}"])
-            rows, seen = info[meter.layer.name]
+            rows, seen = values[meter.layer.name]
             meter.rows, meter.seen = int(rows), bool(seen)
+
+    def of_batches(self) -> Mapping[str, Tensor]:
+        return {} if self.tokens is None else self.tokens.kept()
+
+    def bytes_of_batches(self) -> int:
+        return 0 if self.tokens is None else self.tokens.size
+
+    def add_of_batches(self, tensors: Mapping[str, Tensor]) -> None:
         if self.tokens is not None:
-            self.tokens.restore(below("tokens: ", tensors))
+            self.tokens.restore(tensors)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from lobs_native.calibration.hooks import unfused_attention
+from lobs_native.calibration.hooks import unfused_attention, without_caches
 from lobs_native.calibration.padding import Padding, tokens_of
+from lobs_native.calibration.ranks import ALONE, Ranks
+from lobs_native.calibration.seeding import seeded
 from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.calibration.unchanged import Unchanged
 from lobs_native.errors import ArgumentError, DtypeError
@@ -70,11 +72,17 @@ class Source(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
-    def each(self, label: str, start: int = 0) -> Iterator[Any]:
-        """The batches of one pass, without the first ``start``."""
+    def each(
+        self, label: str, start: int = 0, among: Container[int] | None = None
+    ) -> Iterator[Any]:
+        """The batches of one pass, without the first ``start``; only the numbers ``among`` some."""
 
-    def each_held_back(self, label: str) -> Iterator[Any]:
-        """The batches that nothing is calibrated on."""
+    def each_held_back(self, label: str, among: Container[int] | None = None) -> Iterator[Any]:
+        """The batches that nothing is calibrated on, likewise."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work."""
 
     @property
     def batches(self) -> Sequence[Any]:
@@ -114,6 +122,7 @@ class Session:
     progress: bool
     token_mask: bool = False  # leave out positions that masks declare to be padding
     held_back: Sequence[Any] = ()  # batches that nothing is calibrated on
+    ranks: Ranks = ALONE
     padded: bool = field(default=False, init=False)  # whether any were left out
     told_by: str = field(default="attention_mask", init=False)  # the kind of mask of a batch
     originals: Shelf = field(
@@ -284,16 +293,21 @@ class Session:
         attention = [m for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)]
         return tokens if all(m.batch_first for m in attention) else tokens.T
 
-    def each(self, label: str, start: int = 0) -> Iterator[Any]:
-        """The batches of one pass without the first ``start``, seeded, with a progress bar."""
-        return self._seeded(self.batches, label, start)
+    def each(
+        self, label: str, start: int = 0, among: Container[int] | None = None
+    ) -> Iterator[Any]:
+        """The batches of one pass without the first ``start``, with a progress bar; only the
+        numbers ``among`` some. Each is seeded by its number, so that the random numbers on it do
+        not depend on which others the model is run on."""
+        return self._seeded(self.batches, label, start, among)
 
-    def each_held_back(self, label: str) -> Iterator[Any]:
+    def each_held_back(self, label: str, among: Container[int] | None = None) -> Iterator[Any]:
         """The batches that are held back, likewise."""
-        return self._seeded(self.held_back, label, 0)
+        return self._seeded(self.held_back, label, 0, among)
 
-    def _seeded(self, batches: Sequence[Any], label: str, start: int) -> Iterator[Any]:
-        torch.manual_seed(self.seed)
+    def _seeded(
+        self, batches: Sequence[Any], label: str, start: int, among: Container[int] | None
+    ) -> Iterator[Any]:
         bar = tqdm(
             batches,
             desc=label,
@@ -301,8 +315,10 @@ class Session:
             leave=False,
             disable=None if self.progress else True,
         )
-        for self.number, batch in enumerate(bar):
-            if self.number >= start:
+        seed = self.seed
+        for number, batch in enumerate(seeded(bar, seed)):
+            self.number = number
+            if number >= start and (among is None or number in among):
                 yield batch
 
     @contextlib.contextmanager
@@ -317,7 +333,7 @@ class Session:
                 scope.enter_context(torch.no_grad())
                 scope.enter_context(torch.random.fork_rng(devices=self._devices()))
                 scope.enter_context(unfused_attention())
-                scope.enter_context(_without_caches(self.model))
+                scope.enter_context(without_caches(self.model))
                 if self.token_mask:
                     scope.enter_context(self._padding)
                 yield
@@ -361,28 +377,6 @@ def _misfit(model: nn.Module, batch: Any) -> str | None:
             "forward=lambda model, batch: model(batch[0])"
         )
     return None
-
-
-@contextlib.contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Turn off ``use_cache`` in the configurations of the model and its parts, and in those inside
-    these. A cache would only take memory, and each block of a stack would write to it."""
-    waiting = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
-    configs: dict[int, Any] = {}
-    while waiting:
-        config = waiting.pop()
-        if id(config) not in configs:
-            configs[id(config)] = config
-            inner = getattr(config, "__dict__", {}).values()
-            waiting.extend(value for value in inner if hasattr(value, "use_cache"))
-    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    try:
-        for config in caching:
-            config.use_cache = False
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True
 
 
 def _attended(attention_mask: Any) -> Tensor | None:

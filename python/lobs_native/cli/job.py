@@ -31,7 +31,7 @@ from lobs_native.huggingface.perplexity import perplexity
 from lobs_native.huggingface.spelling import places_of, same_bits
 from lobs_native.huggingface.text import GENERATE, generated_batches, text_batches
 from lobs_native.huggingface.verification import check_zeros
-from lobs_native.network import pruner
+from lobs_native.network import carrying_out
 from lobs_native.network.folding import fold_weights
 from lobs_native.network.masks import pack_masks
 from lobs_native.network.peak import keep_tight
@@ -360,7 +360,7 @@ def run(
             with clock.stage("perplexity"):
                 measured["perplexity before"] = job.measure()
         with clock.stage("pruning"):
-            report = pruner.carried_out(job.model, job.batches, settings, job.places)
+            report = carrying_out.carried_out(job.model, job.batches, settings, job.places)
         if job.measure is not None:
             with clock.stage("perplexity"):
                 measured["perplexity after"] = job.measure()

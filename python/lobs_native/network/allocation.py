@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from torch import Tensor
 from lobs_native import ops
 from lobs_native.calibration.moments import Moments, calibrate
 from lobs_native.calibration.partial import States, passed_before, readable
+from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Session
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shared import owner_of
 from lobs_native.solvers.measurement import energy
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.problem import Problem, nearest_count
@@ -60,6 +63,7 @@ def budget_costs(
         job for job in jobs if job.shared and (sensitivity is None or job.layer.name in sensitivity)
     ]
     costs = {} if states is None else _kept_costs(states)
+    owners: dict[str, int] = {}  # the ranks that compute them
     rest = [job for job in together if job.layer.name not in costs]
     for piece in passes(rest, plan.statistics_limit, passed_before(states, _PURPOSE)):
         layers = [job.layer for job in piece]
@@ -67,18 +71,31 @@ def budget_costs(
         moments = calibrate(layers, session, what, states=states, purpose=_PURPOSE)
         for job in piece:
             name = job.layer.name
-            costs[name] = _costs(
-                job,
-                moments.pop(name),
-                spread=settings.spread,
-                importance=None if sensitivity is None else sensitivity[name],
-                each=each.get(name, 1.0),
-                memory=plan.scratch,
-                backend=settings.backend,
-            )
+            of_layer = moments.pop(name)
+            owners[name] = owner_of(session.ranks, job)
+            if owners[name] == session.ranks.rank:
+                costs[name] = _costs(
+                    job,
+                    of_layer,
+                    spread=settings.spread,
+                    importance=None if sensitivity is None else sensitivity[name],
+                    each=each.get(name, 1.0),
+                    memory=plan.scratch,
+                    backend=settings.backend,
+                )
             if states is not None:
                 _keep_costs(states, costs)
+    for name, owner in owners.items():
+        costs[name] = _known_to_all(session.ranks, name, costs.get(name), owner)
     return {job.layer.name: costs[job.layer.name] for job in together}
+
+
+def _known_to_all(ranks: Ranks, name: str, costs: Costs | None, owner: int) -> Costs:
+    """The costs of a layer that one of the ranks has computed."""
+    info: dict[str, Any] = {} if costs is None else dataclasses.asdict(costs)
+    values = {} if costs is None else {"values": info.pop("values")}
+    info = ranks.value(f"costs of {name}", info, owner)
+    return Costs(ranks.tensors(f"values of costs of {name}", values, owner)["values"], **info)
 
 
 def _keep_costs(states: States, costs: Mapping[str, Costs]) -> None:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,11 +30,13 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.layers import Layer
 from lobs_native.network.allocation import passes
 from lobs_native.network.experts import error_of_each, prune_experts, zeros_of_each
+from lobs_native.network.layer_report import layer_report
 from lobs_native.network.packed import PackedMask
 from lobs_native.network.peak import LayerPeak, give_back
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shared import Done, SharedLedger, shared_out
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import Structure
 from lobs_native.network.tuning import Tuner
@@ -43,7 +45,7 @@ from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
-__all__ = ["Context", "LayerLoop", "layer_report", "prune_layer"]
+__all__ = ["Context", "LayerLoop", "prune_layer"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Context:
     settings: NetworkSettings
     plan: RunPlan
     sensitivity: Mapping[str, Tensor]
-    ledger: Ledger | None
+    ledger: Ledger | SharedLedger | None
     stages: Stages
     tuner: Tuner | None = None
 
@@ -113,7 +115,7 @@ class LayerLoop:
 
     def _prune(
         self, job: LayerJob, moments: Moments, elsewhere: Moments | None, calibrating: float
-    ) -> _New:
+    ) -> Done:
         with self.stage("removing weights"):
             give_back(before=job.moment_bytes)
             report, out = prune_layer(
@@ -125,20 +127,39 @@ class LayerLoop:
                 memory=self.context.plan.scratch,
                 backend=self.context.settings.backend,
             )
-        if self.ledger is not None:
-            self.ledger.keep(job.layer, report, out.weight, out.bias, out.mask)
-        self.done[job.layer.name] = report
-        self.masks[job.layer.name] = PackedMask.of(out.mask)
-        self.bar.update()
-        return out.weight, out.bias
+        return Done.of(report, out)
+
+    def _pruned(
+        self,
+        jobs: Sequence[LayerJob],
+        moments: dict[str, Moments],
+        elsewhere: dict[str, Moments],
+        calibrating: float,
+    ) -> Iterator[tuple[LayerJob, _New]]:
+        """Prune layers, each on one of the ranks, and commit them in order. The moments are taken
+        out."""
+
+        def prune(job: LayerJob) -> Done:
+            name = job.layer.name
+            return self._prune(job, moments.pop(name), elsewhere.pop(name, None), calibrating)
+
+        def forget(job: LayerJob) -> None:
+            del moments[job.layer.name]
+
+        for job, done in shared_out(self.session.ranks, jobs, prune, forget):
+            if self.ledger is not None:
+                self.ledger.keep(job.layer, *done)
+            yield job, self._note(job, done)
 
     def _load(self, job: LayerJob) -> _New:
         assert self.ledger is not None
-        name = job.layer.name
-        self.done[name], weight, bias, mask = self.ledger.load(job.layer)
-        self.masks[name] = PackedMask.of(mask)
+        return self._note(job, Done(*self.ledger.load(job.layer)))
+
+    def _note(self, job: LayerJob, done: Done) -> _New:
+        self.done[job.layer.name] = done.report
+        self.masks[job.layer.name] = PackedMask.of(done.mask)
         self.bar.update()
-        return weight, bias
+        return done.weight, done.bias
 
     def _write(self, job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
         self.session.changed.update(job.layer.parameters)
@@ -169,9 +190,8 @@ class LayerLoop:
                     moments = calibrate(layers, self.session, what, states=self.states)
                     elsewhere = self._elsewhere(layers, self.session)
                 calibrating = (time.perf_counter() - begun) / len(piece)
-                for job in piece:
-                    own, other = moments.pop(job.layer.name), elsewhere.pop(job.layer.name, None)
-                    wait(job, *self._prune(job, own, other, calibrating))
+                for job, new in self._pruned(piece, moments, elsewhere, calibrating):
+                    wait(job, *new)
                 _log.info("%d of %d layers", len(self.done), len(self.names))
             for job in jobs:
                 name = job.layer.name
@@ -269,11 +289,13 @@ class LayerLoop:
             (moments,) = calibrate([leader], source, what, states=self.states, **how).values()
             elsewhere = self._elsewhere([leader], source, **how).get(leader.name)
         calibrating = (time.perf_counter() - begun) / len(group)
-        for job in group:
-            if self._committed(job):
-                self._write(job, *self._load(job))
-            else:
-                self._write(job, *self._prune(job, moments, elsewhere, calibrating))
+        for job in filter(self._committed, group):
+            self._write(job, *self._load(job))
+        rest = [job for job in group if job.layer.name not in self.done]
+        of_each = {job.layer.name: moments for job in rest}
+        others = {} if elsewhere is None else {job.layer.name: elsewhere for job in rest}
+        for job, new in self._pruned(rest, of_each, others, calibrating):
+            self._write(job, *new)
 
 
 def prune_layer(
@@ -352,49 +374,3 @@ def prune_layer(
             expert_error=error_of_each(layer.weight(), layer.bias(), out, moments.matrices()),
         )
     return report, out
-
-
-def layer_report(
-    job: LayerJob,
-    out: PrunedWeight,
-    *,
-    rows: float,
-    calibrating: float = 0.0,
-    inherited: float | None = None,
-    peak: LayerPeak | None = None,
-) -> LayerReport:
-    """The report of a layer: its settings and its result."""
-    layer, settings = job.layer, job.settings
-    return LayerReport(
-        name=layer.name,
-        kind=layer.kind,
-        shape=layer.shape,
-        method=settings.method,
-        scope=job.scope,
-        asked=settings.target.label,
-        sparsity=out.sparsity,
-        error=out.error,
-        relative_error=out.relative_error,
-        damping=out.damping,
-        damping_asked=settings.damping,
-        optimality=out.optimality,
-        swaps=out.swaps,
-        rows=rows,
-        columns=layer.width,
-        dead_columns=out.dead_columns,
-        backend=out.backend,
-        status=out.status,
-        notes=out.notes,
-        seconds_calibrating=calibrating,
-        seconds_pruning=out.seconds,
-        inherited=inherited,
-        pattern=settings.resolved_pattern.name,
-        dtype=str(out.weight.dtype).removeprefix("torch."),
-        predicted=out.predicted,
-        energy=out.energy,
-        condition=out.condition,
-        curve_sparsity=out.curve_sparsity,
-        curve_error=out.curve_error,
-        peak_memory=None if peak is None else peak.bytes(),
-        peak_memory_device=None if peak is None else peak.device_bytes(),
-    )

@@ -8,18 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lobs_native.calibration.replay import UnlikeError
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
-from lobs_native.files.shelf import Place
+from lobs_native.network.carrying_out import carried_out
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.report import Report
 
-__all__ = ["carried_out", "plan_prune", "prune"]
+__all__ = ["plan_prune", "prune"]
 
 
 def prune(
@@ -61,6 +60,7 @@ def prune(
     measure: str = "sample",
     held_back: float = 0.0,
     settings: NetworkSettings | None = None,
+    group: Any = None,
 ) -> Report:
     """Prune the linear, convolution and recurrent layers, attention and experts of a network in
     place, one after another, without retraining.
@@ -245,6 +245,13 @@ def prune(
     settings : NetworkSettings, optional
         All arguments after ``calibration`` as one object, instead of keywords. A keyword that
         differs from its default is then an error.
+    group : torch.distributed.ProcessGroup, optional
+        The processes that share the work; ``torch.distributed.group.WORLD`` is all of them. Each
+        calls prune with the same model, data and arguments, runs its part of the batches, prunes
+        its part of the layers, and gets the whole network and report, with the bits of one process
+        with as many threads. Rank 0 alone writes ``run_dir``. None: this process does all of it,
+        even where there is a process group. Not with ``tune`` or ``search``. Tested with gloo on
+        CPUs; NCCL has not been tried.
 
     Returns
     -------
@@ -266,6 +273,9 @@ def prune(
     CheckpointError
         ``run_dir`` cannot be written or read, holds another run or is in use. The model is as it
         was.
+    RankError
+        Another process of ``group`` has ended, has failed, or does something else. The model is as
+        it was. An error of another rank that has a class of its own is raised as that.
 
     Notes
     -----
@@ -315,28 +325,7 @@ def prune(
         measure=measure,
         held_back=held_back,
     )
-    return carried_out(model, calibration, _chosen(settings, arguments))
-
-
-def carried_out(
-    model: nn.Module,
-    calibration: Iterable[Any],
-    settings: NetworkSettings,
-    places: Mapping[str, Place] | None = None,
-    masks: Mapping[str, Tensor] | None = None,
-) -> Report:
-    """:func:`prune`; ``places`` says where parameters lie in files, as far as known, and ``masks``
-    (G, R, C) what may stay of some layers, which then lose the rest and nothing else."""
-    pruning = Pruning(model, calibration, settings, places, masks)
-    try:
-        return pruning.carry_out()
-    except UnlikeError as error:  # seen at the end: what flows between blocks has changed
-        if settings.run_dir is not None:
-            raise
-        reason = str(error).removesuffix("; pass blocks=None")
-    whole = dataclasses.replace(settings, blocks=None)
-    report = Pruning(model, pruning.batches, whole, places, masks).carry_out()
-    return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
+    return carried_out(model, calibration, _chosen(settings, arguments), group=group)
 
 
 def plan_prune(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
 from lobs_native.calibration.outputs import First, Samples, held_back_loss
 from lobs_native.calibration.partial import States
+from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.calibration.sensitivity import sensitivities
 from lobs_native.calibration.session import Session, batches_of
 from lobs_native.calibration.token_weights import TokenWeights
@@ -29,10 +31,12 @@ from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
 from lobs_native.network.peak import Peak, give_back, keep_tight, tighter
 from lobs_native.network.resources import RunPlan, plan_run, waiting_limit
+from lobs_native.network.run_report import report_of
 from lobs_native.network.search import Search
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.sensitive import sensitive_of, weighted_of
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shared import Clock, SharedLedger, check_ranks, refuse_dtensors
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
 from lobs_native.network.tuning import Tuner, blocks_to_tune, network_to_tune
@@ -65,6 +69,7 @@ class Pruning:
         settings: NetworkSettings,
         places: Mapping[str, Place] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.masks = masks or {}  # by layer, where what may stay is decided already
         self.stages = Stages()
@@ -72,6 +77,7 @@ class Pruning:
         self.settings = settings
         self.searched: dict[str, float] | None = None  # what a search for a division found
         self.candidates = candidates_of(model, settings)
+        refuse_dtensors(model)
         self.batches = batches_of(calibration)
         batches, held_back = divided(self.batches, settings.held_back)
         if settings.device is not None:
@@ -85,9 +91,10 @@ class Pruning:
             settings.forward,
             settings.device,
             settings.seed,
-            settings.progress,
+            settings.progress and ranks.first,
             token_mask=settings.token_mask == "auto",
             held_back=held_back,
+            ranks=ranks,
         )
 
     def look(self, first: First | None = None) -> RunPlan:
@@ -144,12 +151,14 @@ class Pruning:
 
     def carry_out(self) -> Report:
         """Prune; on any exception, all weights get their old values back."""
-        session, peak = self.session, Peak()
+        session, peak, clock = self.session, Peak(), Clock()
+        check_ranks(session.ranks, self.settings, lambda: self._prints)
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
             first = First(kept.enter_context(Shelf(waiting_limit(self.settings.memory))))
             with self.stages.stage("looking at the model"), tighter():
                 plan = self.look(None if self.settings.measure == "all" else first)
-            self._warn("prune", 4)
+            if session.ranks.first:
+                self._warn("prune", 4)
             _show(plan, session.progress)
             if plan.limit is not None:
                 keep_tight()
@@ -159,8 +168,8 @@ class Pruning:
             if ledger is not None:
                 kept.enter_context(ledger)
                 ledger.check_space([job.layer for job in self.jobs])
-                limited = self.settings.memory is not None
-                ledger.states.largest = plan.scratch if limited else None
+                if ledger.states is not None and self.settings.memory is not None:
+                    ledger.states.largest = plan.scratch
             with self.stages.stage("keeping original weights"):
                 parts = [*(job.layer.parameters for job in self.selected), *self.tuned]
                 parameters = {name: p for part in parts for name, p in part.items()}
@@ -168,20 +177,33 @@ class Pruning:
                     session.originals.put_copy(name, parameter, self.places.get(name))
             try:
                 with self.stages.stage("measuring the output"):
-                    samples = samples_of(session, self.settings, first, kept, sampled=self.sampled)
+                    part, samples = self.sampled, Samples()
+                    if session.ranks.first:
+                        samples = samples_of(session, self.settings, first, kept, sampled=part)
                 loop, error_bound = self._prune(plan, ledger, peak, samples)
+                of_ranks = clock.of_all(session.ranks)
             except BaseException as error:
                 session.restore()
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
-                        f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.run.path}; "
+                        f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.path}; "
                         "call prune with the same arguments to resume"
                     )
                 raise
-        return self._report(loop, error_bound, peak, ledger)
+        return report_of(
+            loop,
+            error_bound,
+            jobs=self.jobs,
+            skipped=self.skipped,
+            coverage=self.coverage,
+            peak=peak,
+            ledger=ledger,
+            searched=self.searched,
+            ranks=of_ranks,
+        )
 
     def _prune(
-        self, plan: RunPlan, ledger: Ledger | None, peak: Peak, samples: Samples
+        self, plan: RunPlan, ledger: Ledger | SharedLedger | None, peak: Peak, samples: Samples
     ) -> tuple[LayerLoop, ErrorBound]:
         """Prune the layers in the model, and bound the change of its output."""
         with self.stages.stage("sensitivities"):
@@ -196,34 +218,45 @@ class Pruning:
             with self.stages.stage("tuning the network"):
                 if loop.context.tuner.tune_network(self.structure.stacks):
                     loop.tuned_with("network", list(loop.done))
-        if ledger is not None:
+        if ledger is not None and ledger.states is not None:
             ledger.states.clear()
-        limit = plan.output_limit
         give_back()
         with self.stages.stage("measuring the output"):
-            error_bound = error_bound_of(
-                self.session, jobs, loop.done, self.settings, limit, samples
-            )
-        return loop, error_bound
+            return loop, self._error_bound(jobs, loop, plan, samples)
+
+    def _error_bound(
+        self, jobs: Sequence[LayerJob], loop: LayerLoop, plan: RunPlan, samples: Samples
+    ) -> ErrorBound:
+        """What rank 0 measures of the whole network."""
+        session, found = self.session, dict[str, Any]()
+        session.padded = any(session.ranks.all_values("padding", session.padded))
+        if session.ranks.first:
+            limit = plan.output_limit
+            measured = error_bound_of(session, jobs, loop.done, self.settings, limit, samples)
+            found = dataclasses.asdict(measured)
+        return ErrorBound(**session.ranks.value("the change of the output", found))
 
     def _loop(
         self,
         jobs: Sequence[LayerJob],
         plan: RunPlan,
         sensitivity: Mapping[str, Tensor] | None,
-        ledger: Ledger | None,
+        ledger: Ledger | SharedLedger | None,
         stages: Stages,
     ) -> LayerLoop:
         """The loop over the layers, with these settings for each."""
         tuner = None
         if self.tuned:
+            assert not isinstance(ledger, SharedLedger)  # see check_ranks
             tuner = Tuner(self.session, self._pruned(), ledger, plan, self.settings.tune_passes)
         context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
         return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
 
     # ---- a common budget -------------------------------------------------------------------------
 
-    def _sensitivity(self, ledger: Ledger | None, peak: Peak) -> dict[str, Tensor] | None:
+    def _sensitivity(
+        self, ledger: Ledger | SharedLedger | None, peak: Peak
+    ) -> dict[str, Tensor] | None:
         """The sensitivity of the output to the rows of each layer, from the run directory if it is
         there; None if nothing is measured."""
         known = None if ledger is None else ledger.sensitivity()
@@ -260,7 +293,10 @@ class Pruning:
         return {x.name: found[x.name] for x in rows if x.name in found} if rows else None
 
     def _shares(
-        self, plan: RunPlan, sensitivity: Mapping[str, Tensor] | None, ledger: Ledger | None
+        self,
+        plan: RunPlan,
+        sensitivity: Mapping[str, Tensor] | None,
+        ledger: Ledger | SharedLedger | None,
     ) -> dict[str, float]:
         """The sparsities of the layers that share a budget, from the run directory if they are
         there."""
@@ -281,7 +317,7 @@ class Pruning:
             costs,
             {job.layer.name: job.weights for job in self.jobs},
             lambda shares: self._loss(shares, plan, sensitivity),
-            ledger,
+            ledger if isinstance(ledger, Ledger) else None,
         )
         shares = search.best(self.settings.search, self.settings.search_seconds)
         self.searched = search.summary()
@@ -320,24 +356,35 @@ class Pruning:
 
     # ---- the run directory and the report --------------------------------------------------------
 
-    def _ledger(self) -> Ledger | None:
+    def _ledger(self) -> Ledger | SharedLedger | None:
         """The ledger in the run directory, opened; None without a run directory."""
         path = self.settings.run_dir
         if path is None:
             return None
-        header = {
+        ranks, own = self.session.ranks, None
+        if ranks.first:
+            own = Ledger.open(path, self._header(), self.settings.resume)
+        return own if ranks.size == 1 else SharedLedger(ranks, own, path)
+
+    def _header(self) -> dict[str, Any]:
+        """What the run is, for its run directory."""
+        return {
             "config": plain(self.settings.arguments(compared=True)),
             "coverage": {
                 "pruned": self.coverage.pruned,
                 "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             },
-            "fingerprints": fingerprints(self.session.model, self.batches, self.masks),
+            "fingerprints": self._prints,
             "forward": name_of(self.settings.forward),
             "layers": [job.layer.name for job in self.jobs],
             "machine": {"threads": ops.threads(), "backends": self._backends()},
             "versions": versions(),
         }
-        return Ledger.open(path, header, self.settings.resume)
+
+    @functools.cached_property
+    def _prints(self) -> dict[str, Any]:
+        """The fingerprints of the model, the data and the masks."""
+        return fingerprints(self.session.model, self.batches, self.masks)
 
     def _backends(self) -> list[str]:
         """The names of the backends that will prune the layers."""
@@ -346,51 +393,6 @@ class Pruning:
             for job in self.jobs
         }
         return sorted(names)
-
-    def _report(
-        self, loop: LayerLoop, error_bound: ErrorBound, peak: Peak, ledger: Ledger | None
-    ) -> Report:
-        masks = loop.masks
-        seconds, of_stages = self.stages.total()
-        weights = sum(mask.shape.numel() for mask in masks.values())
-        removed = sum(mask.removed for mask in masks.values())
-        measured = bool(loop.context.sensitivity) or self.session.weights is not None
-        settings = {
-            **self.settings.arguments(),
-            "threads": ops.threads(),
-            "batches": len(self.session.batches),
-            "batches held back": len(self.session.held_back),
-            **self.structure.summary(),
-            "plan": loop.context.plan.to_dict(),
-            "search for a division": self.searched,
-            "seconds": of_stages,
-            "peak memory": peak.bytes(),
-            "peak memory of sensitivities": peak.before_reset if measured else None,
-        }
-        if loop.context.tuner is not None:
-            settings["tuned"] = [dataclasses.asdict(x) for x in loop.context.tuner.done]
-        if ledger is not None:
-            settings["run_dir"] = str(ledger.run.path)
-            settings["resumed layers"] = ledger.resumed
-            settings.update(ledger.states.summary())
-            if ledger.differences:
-                settings["resumed despite"] = ledger.differences
-        return Report(
-            layers=tuple(loop.done.values()),
-            skipped=tuple(self.skipped),
-            error_bound=error_bound,
-            sparsity=removed / weights,
-            removed=removed,
-            weights=weights,
-            seconds=seconds,
-            settings=settings,
-            versions=versions(),
-            coverage=dataclasses.replace(self.coverage, removed=removed),
-            masks={
-                job.layer.name: job.layer.unpack(masks.pop(job.layer.name).unpacked())
-                for job in self.jobs
-            },
-        )
 
 
 def _show(plan: RunPlan, progress: bool) -> None:

@@ -18,13 +18,14 @@ from lobs_native.layers.conv import PATCH_BYTES, Conv
 from lobs_native.network.packed import packed_bytes
 from lobs_native.network.selection import LayerJob, weights_of
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.solvers.extent import Flops
 from lobs_native.solvers.measurement import measuring_bytes
 from lobs_native.solvers.method import Method
 from lobs_native.solvers.methods import method_of
 
-__all__ = ["RunPlan", "Workload", "plan_run", "waiting_limit"]
+__all__ = ["RunPlan", "Workload", "in_products", "plan_run", "waiting_limit"]
 
-STATISTICS = 4 << 30  # the most bytes of second moments in a pass over the data without a limit
+STATISTICS = 4 << 30  # the most bytes of second moments from one pass without a limit
 _WAITING = 4 << 20  # bytes of outputs that wait in memory without a limit
 _REMOVAL, _DOUBLE = 0.4, 0.4  # speed of exact removal and of float64 relative to float32 products
 _BETWEEN = 16  # the part of a limit that is left for what lies between tensors in memory
@@ -45,6 +46,7 @@ class Workload:
     batches: float  # size of all batches relative to the first
     forward: float  # seconds of one forward pass over all batches
     rows: dict[str, float]  # rows of the first batch for each layer
+    sets: int = 1  # of sums at a time: over the chunk at hand, and over those before it
     states: int = 0  # bytes of hidden states between blocks, of all batches
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     put_aside: int = 0  # more of them, on disk
@@ -68,7 +70,7 @@ class RunPlan:
 
     largest: str  # the layer that needs the most
     layer: int  # bytes that pruning it takes: second moment, inverse, trace, scratch; or tuning
-    statistics: int  # second moments of other layers at the same time
+    statistics: int  # sums for second moments of other layers at the same time
     states: int  # hidden states between blocks
     kept: int  # original weights and outputs, results that wait or weights that are swapped
     masks: int  # as bits; those of the report come last, and take a byte for each weight
@@ -79,7 +81,7 @@ class RunPlan:
     seconds: float  # an estimate; expect half to twice of it
     limit: int | None
     scratch: int | None  # limit on the scratch of one layer
-    statistics_limit: int  # limits on what can be divided
+    statistics_limit: int  # limits on what can be divided: second moments from one pass
     states_limit: int | None
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
@@ -126,7 +128,7 @@ def _scratch_limit(jobs: Sequence[LayerJob], settings: NetworkSettings) -> int |
 
 
 def _layer_memory(
-    job: LayerJob, scratch: int | None, settings: NetworkSettings, rows: float, batches: float
+    job: LayerJob, scratch: int | None, settings: NetworkSettings, rows: float, work: Workload
 ) -> int:
     """Bytes that pruning one layer takes: its second moments, of so many rows in so many batches,
     and all that is needed to sum them, and then by its method."""
@@ -135,9 +137,9 @@ def _layer_memory(
     extent = dataclasses.replace(
         extent,
         inverted=extent.inverted or corrected,
-        samples=math.inf if job.layer.routed else rows * batches,
+        samples=math.inf if job.layer.routed else rows * work.batches,
     )
-    work = method.memory(extent, limit=scratch, backend=settings.backend).total
+    removing = method.memory(extent, limit=scratch, backend=settings.backend).total
     sums = 8 * extent.weights if corrected else 0
     changed = (8 + 4) * extent.weights if corrected else 0  # and the weights as they were
     if corrected and Gap.pays([job.layer]):
@@ -146,8 +148,10 @@ def _layer_memory(
     # At the end, when scratch is free again: beside the result, and the inverse.
     measuring = measuring_bytes(extent) + (extent.kernel.itemsize + 1) * extent.weights
     measuring += 8 * extent.squares if method.inverts and not method.factor_alone else 0
-    solving = max(work, measuring) + changed
-    return job.moment_bytes + sums + max(solving, _summing_bytes(job, rows, corrected)) + elsewhere
+    solving = max(removing, measuring) + changed
+    summing = _summing_bytes(job, rows, corrected)
+    summing += (work.sets - 1) * (job.moment_bytes + sums)
+    return job.moment_bytes + sums + max(solving, summing) + elsewhere
 
 
 def _summing_bytes(job: LayerJob, rows: float, corrected: bool) -> int:
@@ -178,7 +182,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     corrected = settings.inputs == "corrected"
     rows = {job.layer.name: work.rows.get(job.layer.name, 0.0) for job in jobs}
     needs = {
-        name: _layer_memory(job, scratch, settings, rows[name], work.batches)
+        name: _layer_memory(job, scratch, settings, rows[name], work)
         for job in jobs
         for name in [job.layer.name]
     }
@@ -200,10 +204,10 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
             f"allowed; allow more, or {'pass smaller batches' if measured else 'exclude it'}"
             + (", or use inputs='pruned', which takes less" if corrected else "")
         )
-    moments = {job.layer.name: job.moment_bytes for job in jobs}
+    moments = {job.layer.name: job.moment_bytes * work.sets for job in jobs}
     together = settings.inputs == "dense" or any(job.shared for job in jobs)
     more = max(0, sum(moments.values()) - moments[largest]) if together else 0
-    more = min(more, STATISTICS)
+    more = min(more, STATISTICS * work.sets)
     times = (
         1 if settings.inputs == "pruned" else 2
     )  # results wait until the end, or weights are swapped
@@ -237,7 +241,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         seconds=_searching(_seconds(jobs, work, corrected), settings),
         limit=memory,
         scratch=scratch,
-        statistics_limit=statistics + moments[largest],
+        statistics_limit=(statistics + moments[largest]) // work.sets,
         states_limit=states_limit,
         kept_limit=kept_limit,
         swapped_limit=swapped_limit,
@@ -257,7 +261,7 @@ def _searching(once: float, settings: NetworkSettings) -> float:
 
 def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
-    products, doubles, removals = 0.0, work.norms, 0.0
+    products, doubles = 0.0, work.norms
     for job in jobs:
         extent, N = job.extent, work.rows.get(job.layer.name, 0.0) * work.batches
         products += N * extent.squares
@@ -265,15 +269,17 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
         if corrected:
             products += 6 * N * extent.weights
             doubles += 0.0 if method.inverts else 2.0 * extent.order * extent.squares
-        flops = method.flops(extent)
-        products += flops.single
-        doubles += flops.double
-        removals += flops.removal
-    in_products = products + doubles / _DOUBLE + removals / _REMOVAL
-    spent = in_products / _rate(_BRIEFLY)
+        products += in_products(method.flops(extent))
+    operations = products + doubles / _DOUBLE
+    spent = operations / _rate(_BRIEFLY)
     if spent > _SHORT:
-        spent = in_products / _rate(_LONG)
+        spent = operations / _rate(_LONG)
     return spent + work.forward * work.passes
+
+
+def in_products(flops: Flops) -> float:
+    """How many operations of float32 products take as long."""
+    return flops.single + flops.double / _DOUBLE + flops.removal / _REMOVAL
 
 
 def _rate(measuring: float) -> float:

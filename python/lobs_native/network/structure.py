@@ -210,6 +210,7 @@ def workload(
         batches=batches,
         forward=forward,
         rows=dict(rows),
+        sets=2 if len(session.batches) > 1 else 1,
         states=round(states * all_batches * (doubled + by_blocks)),  # and targets
         repeated=repeated,
         put_aside=put_aside,

@@ -88,6 +88,17 @@ class Ledger:
             run.close()
             raise
 
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.run.path
+
+    def summary(self) -> dict[str, Any]:
+        """The entries for ``report.settings``."""
+        entries = {"run_dir": str(self.path), "resumed layers": self.resumed}
+        entries |= self.states.summary()
+        return {**entries, "resumed despite": self.differences} if self.differences else entries
+
     def __enter__(self) -> Ledger:
         return self
 

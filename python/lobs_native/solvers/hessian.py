@@ -75,6 +75,17 @@ class Hessian:
         """Total weight of the samples seen: their number where no weights were passed."""
         return self._rows
 
+    def set_rows(self, rows: float) -> None:
+        """State the total weight of the samples that :attr:`running_sum` is of, after it has been
+        written to from outside."""
+        self._rows = float(rows)
+
+    @property
+    def running_sum(self) -> Tensor:
+        """The sum itself, not a copy: the lower triangle of a (C, C) or (C + 1, C + 1) matrix."""
+        self._check_whole()
+        return self._sum
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the running sum."""

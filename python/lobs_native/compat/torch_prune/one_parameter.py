@@ -20,7 +20,7 @@ from lobs_native.calibration.moments import calibrate
 from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError, DtypeError, LobsError, ShapeError
 from lobs_native.layers import Layer, layers_for, layers_of
-from lobs_native.network.layerwise import layer_report
+from lobs_native.network.layer_report import layer_report
 from lobs_native.network.selection import LayerJob
 from lobs_native.report.records import LayerReport
 from lobs_native.solvers.hessian import Hessian, few_rows, second_moment

@@ -18,7 +18,7 @@ from lobs_native.calibration.session import Forward, Session, batches_of
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import overwrite
 from lobs_native.network.batch_norm import reestimate_batch_norm, statistics_of
-from lobs_native.network.pruner import carried_out
+from lobs_native.network.carrying_out import carried_out
 from lobs_native.network.resources import waiting_limit
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.alike import alike, apart, output_of

@@ -1,0 +1,152 @@
+"""The order in which sums over the data are formed: the same for any number of ranks.
+
+The batches are divided into ``CHUNKS`` runs of neighbours (fewer if there are fewer batches). The
+sums over a chunk begin with zero and take its batches in order. Then the chunks' sums are added in
+order: ``((S_0 + S_1) + S_2) + ...``. Rank r of N computes the chunks r, r + N, r + 2 N and so on.
+When each rank has one, these are added, every rank adding its piece of the entries, so that no rank
+holds more than two sets of sums. One process does the same additions, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lobs_native.calibration.ranks import Ranks
+
+__all__ = ["CHUNKS", "Summing", "Tree", "chunks", "own_batches"]
+
+CHUNKS = 16
+
+
+class Summing(Protocol):
+    """Sums that a pass over the data adds to."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The sums themselves, not copies of them; each contiguous."""
+
+    def values(self) -> dict[str, Any]:
+        """All else that belongs to them, as plain JSON values, which :func:`added` adds."""
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take over such values. Raises KeyError or TypeError if they are something else."""
+
+    def of_batches(self) -> Mapping[str, Tensor]:
+        """What is kept of each batch by itself, and not summed; by default nothing."""
+        return {}
+
+    def bytes_of_batches(self) -> int:
+        """The bytes of that, or a little less."""
+        return 0
+
+    def add_of_batches(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add what another rank, or a run before, has of its batches."""
+        return
+
+
+def chunks(count: int) -> list[range]:
+    """The numbers of the batches of each chunk, of ``count`` batches."""
+    parts = min(CHUNKS, count)
+    return [range(j * count // parts, (j + 1) * count // parts) for j in range(parts)]
+
+
+def own_batches(count: int, ranks: Ranks) -> dict[int, None]:
+    """The numbers of the batches, of ``count``, that this rank runs the model on, in order."""
+    own = chunks(count)[ranks.rank :: ranks.size]
+    return {number: None for chunk in own for number in chunk}
+
+
+def added(a: Any, b: Any) -> Any:
+    """The sum of plain JSON values of one form: numbers are added, flags are joined by or, and of
+    texts the first that is not empty stays."""
+    if isinstance(a, dict):
+        return {key: added(value, b[key]) for key, value in a.items()}
+    if isinstance(a, list):
+        return [added(x, y) for x, y in zip(a, b, strict=True)]
+    if isinstance(a, (bool, str)):
+        return a or b
+    return a + b
+
+
+class Tree:
+    """The sums over the chunks that have been added so far.
+
+    ``sums`` are those of the chunk at hand; when all chunks have been added, those over the data.
+    """
+
+    def __init__(self, sums: Summing, ranks: Ranks, count: int) -> None:
+        self.sums, self.ranks = sums, ranks
+        self.chunks = chunks(count)
+        self.added = 0  # chunks
+        self.total: dict[str, Tensor] = {}  # of several ranks, the own piece of each
+        self.total_values: dict[str, Any] | None = None
+        self._none = sums.values()  # before anything has been added
+
+    @property
+    def ends(self) -> set[int]:
+        """How many batches have been passed when a chunk of this rank ends."""
+        return {chunk.stop for chunk in self.chunks[self.ranks.rank :: self.ranks.size]}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all chunks have been added."""
+        return self.added >= len(self.chunks)
+
+    def add(self) -> None:
+        """Add the next chunk of every rank; ``sums`` are those of this rank's, if it has one."""
+        if self.ranks.size == 1:
+            self._add_alone()
+        else:
+            self._add_pieces()
+
+    def _add_alone(self) -> None:
+        self.added += 1
+        self._add_values(self.sums.values())
+        for name, x in self.sums.tensors().items():
+            if self.complete:
+                if name in self.total:
+                    x += self.total.pop(name)
+            elif name in self.total:
+                self.total[name] += x
+                x.zero_()
+            else:
+                self.total[name] = x.clone()
+                x.zero_()
+        self._finish()
+
+    def _add_pieces(self) -> None:
+        ranks = self.ranks
+        senders = min(ranks.size, len(self.chunks) - self.added)
+        self.added += senders
+        for values in ranks.all_values("values of sums", self.sums.values())[:senders]:
+            self._add_values(values)
+        tensors = self.sums.tensors()
+        for name, parts in ranks.to_owners("sums of a chunk", tensors, senders):
+            for part in parts:
+                if name in self.total:
+                    self.total[name] += part
+                else:
+                    self.total[name] = part.clone()
+        if self.complete:
+            ranks.from_owners("sums", self.total, tensors)
+            self.total.clear()
+        else:
+            for x in tensors.values():
+                x.zero_()
+        self._finish()
+        if self.complete:
+            own = self.sums.of_batches()
+            every = [ranks.tensors("of batches", own, source) for source in range(ranks.size)]
+            for source, tensors in enumerate(every):
+                if source != ranks.rank:
+                    self.sums.add_of_batches(tensors)
+
+    def _add_values(self, values: dict[str, Any]) -> None:
+        known = self.total_values
+        self.total_values = values if known is None else added(known, values)
+
+    def _finish(self) -> None:
+        assert self.total_values is not None
+        self.sums.set_values(self.total_values if self.complete else self._none)

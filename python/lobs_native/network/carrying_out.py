@@ -1,0 +1,45 @@
+"""A run of :func:`lobs_native.prune` from its settings to its report, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lobs_native.calibration.ranks import Ranks
+from lobs_native.calibration.replay import UnlikeError
+from lobs_native.files.shelf import Place
+from lobs_native.network.pruning import Pruning
+from lobs_native.network.settings import NetworkSettings
+from lobs_native.report.report import Report
+
+__all__ = ["carried_out"]
+
+
+def carried_out(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    settings: NetworkSettings,
+    places: Mapping[str, Place] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    group: Any = None,
+) -> Report:
+    """:func:`prune`; ``places`` says where parameters lie in files, as far as known, and ``masks``
+    (G, R, C) what may stay of some layers, which then lose the rest and nothing else."""
+    ranks = Ranks(group)
+    try:
+        pruning = Pruning(model, calibration, settings, places, masks, ranks)
+        try:
+            return pruning.carry_out()
+        except UnlikeError as error:  # seen at the end: what flows between blocks has changed
+            if settings.run_dir is not None:
+                raise
+            reason = str(error).removesuffix("; pass blocks=None")
+        whole = dataclasses.replace(settings, blocks=None)
+        report = Pruning(model, pruning.batches, whole, places, masks, ranks).carry_out()
+        return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
+    except BaseException as error:
+        ranks.tell(error)
+        raise

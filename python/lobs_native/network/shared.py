@@ -1,0 +1,251 @@
+"""Work of one run that several ranks share: layers that one rank each prunes, and a run directory
+that rank 0 writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lobs_native import ops
+from lobs_native.calibration.ranks import Ranks, check_alike
+from lobs_native.errors import ArgumentError
+from lobs_native.layers import Layer
+from lobs_native.network.resources import in_products
+from lobs_native.network.selection import LayerJob
+from lobs_native.network.settings import NetworkSettings
+from lobs_native.report.records import LayerReport, plain, report_of_layer
+from lobs_native.rundir.ledger import Ledger
+from lobs_native.solvers.methods import method_of
+from lobs_native.solvers.weight import PrunedWeight
+from lobs_native.version import versions
+
+__all__ = [
+    "Clock",
+    "Done",
+    "SharedLedger",
+    "check_ranks",
+    "owner_of",
+    "refuse_dtensors",
+    "shared_out",
+]
+
+
+class Done(NamedTuple):
+    """A layer that was pruned: its report, weight (G, R, C), bias (G, R) and mask (G, R, C)."""
+
+    report: LayerReport
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+
+    @classmethod
+    def of(cls, report: LayerReport, out: PrunedWeight) -> Done:
+        """What was made of a layer."""
+        return cls(report, out.weight, out.bias, out.mask)
+
+    def told(self, ranks: Ranks, name: str, source: int) -> None:
+        """Tell the other ranks."""
+        tensors = {"weight": self.weight, "mask": self.mask}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        ranks.from_one(f"layer {name}", plain(dataclasses.asdict(self.report)), tensors, source)
+
+    @classmethod
+    def heard(cls, ranks: Ranks, layer: Layer, source: int) -> Done:
+        """What another rank tells of a layer, on the layer's device."""
+        report, tensors = ranks.from_one(f"layer {layer.name}", None, None, source)
+        x = {name: value.to(layer.weight().device) for name, value in tensors.items()}
+        return cls(report_of_layer(report), x["weight"], x.get("bias"), x["mask"])
+
+
+def shared_out(
+    ranks: Ranks,
+    jobs: Sequence[LayerJob],
+    prune: Callable[[LayerJob], Done],
+    forget: Callable[[LayerJob], object] = lambda job: None,
+) -> Iterator[tuple[LayerJob, Done]]:
+    """The jobs in order, each pruned by one rank; all ranks get what comes of them. ``forget`` is
+    called for those that another rank prunes."""
+    if ranks.size == 1:
+        for job in jobs:
+            yield job, prune(job)
+        return
+    owners = [owner_of(ranks, job) for job in jobs]
+    own: dict[str, Done] = {}
+    for job, owner in zip(jobs, owners, strict=True):
+        if owner == ranks.rank:
+            own[job.layer.name] = prune(job)
+        else:
+            forget(job)
+    for job, owner in zip(jobs, owners, strict=True):
+        name = job.layer.name
+        if owner == ranks.rank:
+            own[name].told(ranks, name, owner)
+            yield job, own.pop(name)
+        else:
+            yield job, Done.heard(ranks, job.layer, owner)
+
+
+def owner_of(ranks: Ranks, job: LayerJob) -> int:
+    """The rank that prunes a layer, or computes its costs: the one that has the least to do."""
+    method = method_of(job.settings.method, job.settings.resolved_pattern)
+    return ranks.owner_of(in_products(method.flops(job.extent)))
+
+
+class SharedLedger:
+    """A ledger that rank 0 has, as all ranks see it. What it loads, all ranks get; only rank 0
+    keeps anything. Unfinished work between two layers is not saved: each rank has a part of it.
+
+    It stands in for :class:`lobs_native.rundir.ledger.Ledger`, whose methods it has.
+    """
+
+    states = None
+
+    def __init__(self, ranks: Ranks, own: Ledger | None, path: Any) -> None:
+        self.ranks, self.own, self.path = ranks, own, Path(path)
+        mine = [] if own is None else [r.name for r in own.run.records if r.kind == "layer"]
+        self._layers: Collection[str] = set(ranks.value("layers in the run directory", mine))
+
+    def summary(self) -> dict[str, Any]:
+        """See :meth:`Ledger.summary`."""
+        if self.own is None:
+            return {"run_dir": str(self.path), "resumed layers": len(self._layers)}
+        return self.own.summary()
+
+    def __enter__(self) -> SharedLedger:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.own is not None:
+            self.own.__exit__()
+
+    def __len__(self) -> int:
+        return len(self._layers) if self.own is None else len(self.own)
+
+    def __contains__(self, layer: Layer) -> bool:
+        return layer.name in self._layers
+
+    def check_space(self, layers: Sequence[Layer]) -> None:
+        """See :meth:`Ledger.check_space`."""
+        if self.own is not None:
+            self.own.check_space(layers)
+
+    def keep(self, layer: Layer, report: LayerReport, *tensors: Tensor | None) -> None:
+        """See :meth:`Ledger.keep`."""
+        if self.own is not None:
+            self.own.keep(layer, report, *tensors)  # type: ignore[arg-type]
+
+    def load(self, layer: Layer) -> tuple[LayerReport, Tensor, Tensor | None, Tensor]:
+        """See :meth:`Ledger.load`."""
+        if self.own is None:
+            return Done.heard(self.ranks, layer, 0)
+        done = Done(*self.own.load(layer))
+        done.told(self.ranks, layer.name, 0)
+        return done
+
+    def keep_sensitivity(self, *tensors: Mapping[str, Tensor] | None) -> None:
+        """See :meth:`Ledger.keep_sensitivity`."""
+        if self.own is not None:
+            self.own.keep_sensitivity(*tensors)
+
+    def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
+        """See :meth:`Ledger.sensitivity`."""
+        known = None if self.own is None else self.own.sensitivity()
+        form = None if known is None else [known[0] is not None]
+        form = self.ranks.value("whether there are sensitivities", form)
+        if form is None:
+            return None
+        measured = None if known is None else known[0]
+        return (self.ranks.tensors("sensitivities", measured) if form[0] else None,)
+
+    def token_weights(self) -> dict[str, Tensor]:
+        """See :meth:`Ledger.token_weights`."""
+        mine = None if self.own is None else self.own.token_weights()
+        return self.ranks.tensors("weights of tokens", mine)
+
+    def keep_shares(self, shares: Mapping[str, float]) -> None:
+        """See :meth:`Ledger.keep_shares`."""
+        if self.own is not None:
+            self.own.keep_shares(shares)
+
+    def shares(self) -> dict[str, float] | None:
+        """See :meth:`Ledger.shares`."""
+        found: dict[str, float] | None = self.ranks.value(
+            "shares of the budget", None if self.own is None else self.own.shares()
+        )
+        return found
+
+
+class Clock:
+    """What a run takes of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._begun, self._cpu = time.perf_counter(), time.process_time()
+
+    def of_all(self, ranks: Ranks) -> list[dict[str, float]] | None:
+        """For the report: seconds and bytes of every rank; None for one process alone."""
+        if ranks.size == 1:
+            return None
+        own = {
+            "seconds": time.perf_counter() - self._begun,
+            "CPU seconds": time.process_time() - self._cpu,
+            "seconds waiting": ranks.waited,
+            "seconds exchanging": ranks.exchanging,
+            "bytes sent": ranks.sent,
+        }
+        return ranks.all_values("work of the ranks", own)
+
+
+def check_ranks(
+    ranks: Ranks, settings: NetworkSettings, prints: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Raise ArgumentError if this run cannot be shared, or if the ranks are about to do different
+    things. ``prints`` are the fingerprints of the model and the data."""
+    if ranks.size == 1:
+        return
+    if settings.tune is not None:
+        raise ArgumentError(
+            f"group: tune={settings.tune!r} is not supported on several ranks yet; leave tune out, "
+            "and tune the pruned network in one process"
+        )
+    if settings.search:
+        raise ArgumentError(
+            f"group: search={settings.search} is not supported on several ranks yet; leave it out, "
+            "or search in one process"
+        )
+    header = {f"argument {k}": v for k, v in plain(settings.arguments()).items()}
+    header["argument run_dir"] = settings.run_dir is not None
+    header |= {f"version of {k}": v for k, v in versions().items()}
+    header |= {"code of lobs_native": _code(), "threads": ops.threads()}
+    header["processor level"] = torch.backends.cpu.get_cpu_capability()
+    header["backends"] = [detail for _, _, detail in ops.backends()]
+    check_alike(ranks, header | dict(prints()))
+
+
+def _code() -> str:
+    """sha256 of this package's files."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(p for kind in ("*.py", "*.so") for p in root.rglob(kind)):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def refuse_dtensors(model: nn.Module) -> None:
+    """Raise ArgumentError if a parameter lies in pieces on several ranks."""
+    module = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    for name, parameter in model.named_parameters() if module is not None else ():
+        if isinstance(parameter, module.DTensor):  # type: ignore[union-attr]
+            raise ArgumentError(
+                f"model: parameter {name!r} is a DTensor, of which each rank has a piece (FSDP2, "
+                "tensor parallelism); this is not supported yet: gather the model, so that every "
+                "rank has all of it"
+            )
