@@ -20,6 +20,8 @@ __all__ = [
 class LobsError(Exception):
     """Base class. The message names the argument, its value, and what to do about it."""
 
+    rank: int | None = None  # which of several ranks it comes from; None if that is this process
+
 
 class ArgumentError(LobsError, ValueError):
     """A value is out of range, or arguments contradict each other."""

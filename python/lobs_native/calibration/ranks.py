@@ -227,7 +227,9 @@ class Ranks:
             out = _bytes_of(data)
             kind, text = json.loads(bytes(self._broadcast(out, source).numpy()))
             if self.rank != source:
-                raise _error(kind, text, source)
+                error = _error(kind, text, source)
+                error.rank = source  # type: ignore[attr-defined]
+                raise error
         elif len(set(labels)) > 1:
             self._over = True
             raise RankError(
@@ -291,10 +293,12 @@ def check_alike(ranks: Ranks, header: Mapping[str, Any]) -> None:
     """Raise ArgumentError, on all ranks, unless all have the same ``header``: what names what."""
     values = ranks.all_values("what the ranks are about to do", dict(header))
     if differing := _differing(values):
-        raise ArgumentError(
+        error = ArgumentError(
             f"group: not the same as on rank 0: {'; '.join(differing)}; start all ranks with the "
             "same model, data, arguments, versions and threads"
         )
+        error.rank = 0
+        raise error
 
 
 ALONE = Ranks()

@@ -52,6 +52,10 @@ def add_prune(commands: Any) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--no-progress", action="store_true", help="no progress bars (only on a terminal anyway)")
 
+    help_ = "under torchrun: seconds that a process waits for another one before it ends; "
+    help_ += "default: %(default)s"
+    add("--rank-timeout", type=float, default=1800.0, metavar="X", help=help_)
+
     help_ = "put plain layers in the place of those that standardize or scale their weight in each "
     help_ += "call first; for module:function; see lobs_native.fold_weights"
     add("--fold-weights", action="store_true", help=help_)

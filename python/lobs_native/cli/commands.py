@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lobs_native
-from lobs_native.cli import demo, doctor, export, job, shrinking, speed
+from lobs_native.cli import demo, doctor, export, job, shrinking, speed, torchrun
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.surroundings import (
     TerminatedError,
@@ -26,6 +26,7 @@ from lobs_native.errors import (
     CheckpointError,
     LobsError,
     PatternError,
+    RankError,
 )
 from lobs_native.files.atomic import check_new_folder
 from lobs_native.report.text import visible
@@ -46,7 +47,7 @@ _EPILOG = """exit codes:
   74   with a run directory: a file could not be read or written, or is damaged; finished layers
        are kept
   75   with a run directory: ended by SIGTERM after the current layer or calibration batch; can be
-       resumed
+       resumed. Under torchrun: another process has ended; with a run directory, can be resumed
   130  interrupted by Ctrl-C, in the middle of a layer; with a run directory finished ones are kept
   141  the reader of the output went away
   143  without a run directory: ended by SIGTERM at once; nothing is written
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(getattr(options, "by_option", str)(str(error)), error)
         if isinstance(error, (ArgumentError, BackendError, PatternError)):
             return USAGE
+        if isinstance(error, RankError):
+            return STOPPED
         return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
     except KeyboardInterrupt as error:
         _complain("interrupted", error)
@@ -96,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, error: BaseException) -> None:
-    """One line on standard error: the message, and the notes that were added to the error."""
+    """One line on standard error: the message, and the notes that were added to the error; of
+    several ranks, from one of them."""
+    if torchrun.is_told_elsewhere(error):
+        return
     line = "; ".join([message, *getattr(error, "__notes__", [])])
     print(f"lobs-native: {visible(line)}", file=sys.stderr)
 
@@ -173,9 +179,11 @@ def _prune(options: argparse.Namespace) -> int:
         if options.plan:
             planned = job.plan(task, settings)
         else:
-            with at_work(options):
-                masks = {"masks": options.masks, "mask_bits": options.mask_bits}
-                report = job.run(task, settings, out, overwrite=options.overwrite, **masks)
+            with at_work(options), torchrun.joined(options.rank_timeout) as group:
+                how = {"masks": options.masks, "mask_bits": options.mask_bits, "group": group}
+                report = job.run(task, settings, out, overwrite=options.overwrite, **how)
+    if torchrun.rank() > 0:
+        return OK
     if options.plan:
         print(json.dumps(planned, indent=1) if options.json else plan_table(planned))
         return OK

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files import safefile
@@ -334,8 +335,10 @@ def run(
     overwrite: bool,
     masks: bool,
     mask_bits: bool = False,
+    group: Any = None,
 ) -> Report:
-    """Prune the network and write it with its report into a new folder.
+    """Prune the network and write it with its report into a new folder; of several ranks, the first
+    writes it.
 
     Parameters
     ----------
@@ -346,6 +349,8 @@ def run(
     out : Path
         Gets the weights, report.json, report.html, and masks.safetensors (layer name -> bool, True
         = kept) if ``masks`` says so; with one bit per weight if ``mask_bits`` does.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share the work.
 
     Raises
     ------
@@ -354,13 +359,19 @@ def run(
     """
     settings, skipped = _for_job(job, settings)
     keep_tight(_MAPPED)
+
+    def prune() -> Report:
+        return carrying_out.carried_out(job.model, job.batches, settings, job.places, group=group)
+
+    if not Ranks(group).first:
+        return prune()
     with new_folder(out, overwrite=overwrite) as folder:
         clock, measured = Stages(), dict[str, float | None]()
         if job.measure is not None:
             with clock.stage("perplexity"):
                 measured["perplexity before"] = job.measure()
         with clock.stage("pruning"):
-            report = carrying_out.carried_out(job.model, job.batches, settings, job.places)
+            report = prune()
         if job.measure is not None:
             with clock.stage("perplexity"):
                 measured["perplexity after"] = job.measure()

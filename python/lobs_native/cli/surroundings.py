@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lobs_native.cli import torchrun
 from lobs_native.report.text import visible
 from lobs_native.rundir import ledger
 from lobs_native.rundir.underway import stop
@@ -73,7 +74,7 @@ def at_work(options: argparse.Namespace) -> Iterator[None]:
     with (
         heeding_sigterm(options.run_dir is not None),
         _remembered(options.arguments),
-        _telling(not (options.no_progress or options.json)),
+        _telling(not (options.no_progress or options.json) and torchrun.rank() == 0),
     ):
         yield
 
