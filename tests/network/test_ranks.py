@@ -1,0 +1,240 @@
+"""One run on several processes: the bits of one process, and errors that reach all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.on_ranks import CASES, pruned, seen
+from torch import nn
+
+import lobs_native as lobs
+from lobs_native.calibration.moments import calibrate
+from lobs_native.calibration.ranks import ALONE, Ranks
+from lobs_native.calibration.session import Session
+from lobs_native.calibration.tree import CHUNKS, added, chunks, own_batches
+from lobs_native.errors import ArgumentError
+from lobs_native.layers import layers_of
+from stress.forks import Forks
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded(forks: Forks) -> None:
+    forks.preload("helpers.on_ranks", "lobs_native.cli.commands")
+
+
+def started(forks: Forks, folder: Path, size: int, task: str, **environment: str) -> list[Any]:
+    """What each of ``size`` processes found, None for one that was killed."""
+    arguments = ["-m", "helpers.on_ranks", folder]
+    for found in folder.glob("*.json"):
+        found.unlink()
+    running = [
+        forks.start([*arguments, rank, size, task], env={**ENVIRONMENT, **environment})
+        for rank in range(size)
+    ]
+    codes = [process.wait(120) for process in running]
+    assert set(codes) <= {0, -9}
+    return [
+        json.loads((folder / f"{rank}.json").read_text()) if code == 0 else None
+        for rank, code in enumerate(codes)
+    ]
+
+
+# ---- the tree ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 100])
+def test_chunks_are_all_batches_in_order_and_alike(count):
+    parts = chunks(count)
+    assert [n for part in parts for n in part] == list(range(count))
+    assert len(parts) == min(CHUNKS, count)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+def test_every_batch_is_that_of_one_rank(size):
+    ranks = [Ranks() for _ in range(size)]
+    for rank, of_rank in enumerate(ranks):
+        of_rank.rank, of_rank.size = rank, size
+    numbers = [n for of_rank in ranks for n in own_batches(33, of_rank)]
+    assert sorted(numbers) == list(range(33))
+
+
+def test_second_moments_are_those_of_the_stated_tree():
+    """((S_0 + S_1) + S_2) + ..., with the sums of each chunk begun anew: to the bit."""
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    data = [torch.randn(9, 6, dtype=torch.float64) for _ in range(35)]
+    session = Session(model, data, None, None, 0, False)
+    (layer,) = layers_of(model)
+    (moments,) = (calibrate([layer], session, "calibrate")[layer.name],)
+    total = None
+    for chunk in chunks(35):
+        part = lobs.Hessian(6, bias=True)
+        for number in chunk:
+            part.update(data[number])
+        total = part if total is None else total.merge(part)
+    one = lobs.Hessian(6, bias=True)
+    for x in data:
+        one.update(x)
+    assert torch.equal(moments[0].matrix(), total.matrix())
+    assert moments[0].rows == total.rows == 9 * 35
+    assert not torch.equal(one.matrix(), total.matrix())  # or the test would show nothing
+
+
+def test_values_are_added_by_their_kind():
+    a = {"n": [1, 0.5], "flag": False, "why": "", "inside": {"x": 1}}
+    b = {"n": [2, 0.25], "flag": True, "why": "b", "inside": {"x": 2}}
+    assert added(a, b) == {"n": [3, 0.75], "flag": True, "why": "b", "inside": {"x": 3}}
+    assert added({"why": "a"}, {"why": "b"}) == {"why": "a"}
+
+
+def test_random_numbers_on_a_batch_do_not_depend_on_the_others():
+    session = Session(nn.Linear(1, 1), [torch.zeros(1)] * 4, None, None, 7, False)
+    every = [float(torch.rand(()) + torch.rand(())) for _ in session.each("all")]
+    some = [float(torch.rand(()) + torch.rand(())) for _ in session.each("some", 0, {1, 3})]
+    assert some == [every[1], every[3]]
+    assert len(set(every)) == 4
+
+
+def test_alone_everything_is_what_was_given():
+    assert ALONE.value("it", {"a": 1}) == {"a": 1}
+    assert ALONE.all_values("it", 2) == [2]
+    assert (ALONE.first, ALONE.owner_of(1.0), ALONE.sent) == (True, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "match"),
+    [("world", ArgumentError, "init_process_group"), (object(), ArgumentError, "init_process")],
+)
+def test_a_group_without_processes_is_refused(group, error, match):
+    model = nn.Linear(3, 2)
+    with pytest.raises(error, match=match):
+        lobs.prune(model, [torch.randn(5, 3)], sparsity=0.5, progress=False, group=group)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_any_number_of_ranks_gives_the_bits_of_one_process(forks, tmp_path):
+    found = started(forks, tmp_path, 4, "equal")
+    compared = set[tuple[str, int, int]]()
+    for name in CASES:
+        alone = found[0][f"{name} alone"]
+        for rank, of_rank in enumerate(found):
+            for n in range(1, 5):
+                if (on_ranks := of_rank.get(f"{name} on {n}")) is not None:
+                    assert on_ranks == alone, f"{name} on {n}"
+                    compared.add((name, n, rank))
+    assert {n for _, n, _ in compared} == {1, 2, 3, 4}
+    assert all((name, n, n - 1) in compared for name, n, _ in compared)
+    assert {name for name, _, _ in compared} == set(CASES)
+    for entry in found[0]["ranks"]:
+        assert entry["bytes sent"] > 0
+        assert entry["seconds"] >= entry["seconds exchanging"] >= entry["seconds waiting"] > 0
+
+
+def test_errors_reach_all_ranks_and_nothing_is_changed(forks, tmp_path):
+    first, second = started(forks, tmp_path, 2, "failing")
+    for name in first:
+        if name.endswith("restored"):
+            assert (first[name], second[name]) == (True, True), name
+    for found in (first, second):
+        kind, text, rank = found["other data"]
+        assert (kind, rank) == ("ArgumentError", 0)
+        assert "calibration (on rank 1)" in text
+        assert "argument damping (on rank 1)" in found["other arguments"][1]
+        assert "tune='network' is not supported" in found["tune"][1]
+        assert "search=2 is not supported" in found["search"][1]
+        assert found["not finite"][0] == "NonFiniteError"
+        assert "layer 'embed'" in found["not finite"][1]
+        assert "'weight' is a DTensor" in found["DTensor"][1]
+    assert second["not finite"][2] is None
+    assert first["not finite"][2] == 1
+    assert first["not finite"][1].startswith("rank 1: ")
+    assert second["of the model"] == ["ValueError", "a model's own error", None]
+    assert first["of the model"][0] == "RankError"
+    assert "ValueError: a model's own error" in first["of the model"][1]
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_with_other_ranks(forks, tmp_path):
+    first, second = started(forks, tmp_path, 2, "killed", CALLS="40")
+    assert second is None
+    assert first["error"][0] == "RankError"
+    assert "has ended or does not answer" in first["error"][1]
+    found = started(forks, tmp_path, 3, "resuming")
+    alone = seen(*pruned(CASES["wanda"]))[0]
+    for of_rank in found:
+        assert of_rank["seen"] == alone
+        assert 0 < of_rank["resumed"] < 14
+
+
+NET = """
+import os, signal, torch
+from torch import nn
+
+def made():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    return model, [torch.randn(6, 8) for _ in range(6)], forward
+
+calls = 0
+
+def forward(model, batch):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and calls == int(os.environ.get("KILLED", "0")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return model(batch)
+"""
+
+
+def torchrun(forks: Forks, folder: Path, size: int, *more: str, **environment: str) -> list[Any]:
+    """(exit code, standard output, standard error) of the ranks, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = ["-m", "lobs_native", "prune", "net:made", "--sparsity", "0.5", "--overwrite"]
+    shared = {**ENVIRONMENT, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [
+        forks.start(
+            [*arguments, *more],
+            cwd=folder,
+            env={**shared, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **pipes,
+        )
+        for rank in range(size)
+    ]
+    texts = [process.communicate(120) for process in running]
+    return [(p.wait(), *text) for p, text in zip(running, texts, strict=True)]
+
+
+def test_the_command_under_torchrun(forks, tmp_path):
+    """One result and one message; exit code 75 where a process is gone."""
+    (tmp_path / "net.py").write_text(NET)
+    (one,) = torchrun(forks, tmp_path, 1, "--out", "one")
+    first, second = torchrun(forks, tmp_path, 2, "--out", "two")
+    assert [one[0], first[0], second[0]] == [0, 0, 0]
+    assert "wrote" in first[1]
+    assert second[1:] == ("", "")
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert len(json.loads((tmp_path / "two/report.json").read_text())["settings"]["ranks"]) == 2
+    ends = torchrun(forks, tmp_path, 3, "--out", "three", "--run-dir", "run", KILLED="5")
+    assert [code for code, _, _ in ends] == [75, -9, 75]
+    assert "".join(errors for _, _, errors in ends).count("another rank has ended") == 1
+    assert not (tmp_path / "three").exists()
+    again = torchrun(forks, tmp_path, 2, "--out", "three", "--run-dir", "run")
+    assert [code for code, _, _ in again] == [0, 0]
+    assert (tmp_path / "three" / "model.safetensors").read_bytes() == weights[0]
+    refused = torchrun(forks, tmp_path, 2, "--out", "four", "--tune", "network")
+    assert [code for code, _, _ in refused] == [2, 2]
+    assert "tune='network' is not supported" in refused[0][2]
