@@ -152,7 +152,7 @@ def test_the_weights_are_those_of_pruning_in_python(here, name, flag):
 def test_every_argument_reaches_prune(here, monkeypatch):
     seen = {}
 
-    def stop(model, batches, settings, places):
+    def stop(model, batches, settings, places, group):
         seen.update(dataclasses.asdict(settings))
         raise KeyboardInterrupt
 
@@ -277,8 +277,8 @@ def test_a_network_with_nonzero_weights_that_its_report_calls_removed_is_not_wri
 ):
     prune = carrying_out.carried_out
 
-    def losing(model, *rest):
-        report = prune(model, *rest)
+    def losing(model, *rest, **group):
+        report = prune(model, *rest, **group)
         with torch.no_grad():
             model[2].weight[~report.masks["2"]] = 1.0
         return report
