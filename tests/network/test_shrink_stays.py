@@ -198,3 +198,27 @@ def test_the_field_that_the_class_reads_is_found(make, field, tmp_path):
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert getattr(loaded.config, field) == 32
     assert torch.equal(first(loaded(**data[0])), first(model(**data[0])))
+
+
+class Towers(Branches):
+    """The number of one is its field of the configuration alone, that of the other of more."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        width = config.ffn_dim
+        self.spare = nn.ModuleDict({"fc1": nn.Linear(8, width), "fc2": nn.Linear(width, 8)})
+        self.also = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.spare["fc2"](self.spare["fc1"](x).relu())
+
+
+def test_some_of_a_size_stay_where_others_can_go():
+    torch.manual_seed(0)
+    config = Sizes(16)
+    config.ffn_dim = 16
+    model = Towers(config)
+    report = lobs.shrink(model, [torch.randn(32, 8)], keep=0.5, kinds=["neurons"], progress=False)
+    assert report.configured
+    assert [x.readers for x in report.layers] == [("used.fc2",)]
+    assert (config.intermediate_size, config.ffn_dim) == (8, 16)

@@ -23,7 +23,7 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
         return list(families)
     fitting: dict[int, Family] = {}
     for some in _alike(families):
-        fitting |= {id(f): g for f, g in zip(some, _fitting(model, some), strict=True) if g}
+        fitting |= _fitting(model, some)
     for kind in dict.fromkeys(f.kind for f in families if id(f) not in fitting):
         notes.append(
             f"{kind} stay: a {type(model).__name__} made from its configuration cannot have "
@@ -48,16 +48,17 @@ def _alike(families: Sequence[Family]) -> list[list[Family]]:
     return groups
 
 
-def _fitting(model: nn.Module, alike: Sequence[Family]) -> list[Family | None]:
-    """Families of one kind and size, with the fields of configurations that make the model's class
-    give them another size and nothing else; None for those that no choice of fields does."""
-    first: list[Family | None] = []
+def _fitting(model: nn.Module, alike: Sequence[Family]) -> dict[int, Family]:
+    """Families of one kind and size, by the ``id`` of those given, with the fields of
+    configurations that make the model's class give them another size and nothing else; without
+    those that no choice of fields does."""
     for some in _choices(alike):
         misfits = _misfits(model, some)
-        if not misfits:
-            return [*some]
-        first = first or [f if misfits.isdisjoint(f.producers) else None for f in some]
-    return first
+        fit = {id(f): g for f, g in zip(alike, some, strict=True) if g.producers[0] not in misfits}
+        others = [f for f in alike if id(f) not in fit]
+        if fit and not (others and _misfits(model, list(fit.values()))):
+            return fit | (_fitting(model, others) if others else {})
+    return {}
 
 
 def _choices(alike: Sequence[Family]) -> Iterator[list[Family]]:
