@@ -15,19 +15,19 @@ that exists, and written to it if not:
 
 Then every convolution and every linear layer, including the first and the last, is pruned to the
 same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
-training images without labels, and not retrained. The tables show errors in percent on the 10,000
-test images and the seconds of a call of ``prune``. For the residual network they also show the
-errors after its batch normalisation was re-estimated on the same 2,000 images, and the seconds of
-that. With several seeds, each trains a network of its own, and a cell is the mean with the lowest
-and the highest in brackets. Differences of a few tenths of a point between methods mean nothing for
-one seed.
+training images without labels, and not retrained ("tuned": towards the network's own outputs for
+these images). The tables show errors in percent on the 10,000 test images and the seconds of a call
+of ``prune``. For the residual network they also show the errors after its batch normalisation was
+re-estimated on the same 2,000 images, and the seconds of that. With several seeds, each trains a
+network of its own, and a cell is the mean with the lowest and the highest in brackets. For one
+seed, differences of a few tenths of a point mean nothing. --networks, --sparsities and --only leave
+out the others.
 
 ``--batch-norm`` compares ways to re-estimate instead, on one residual network: this package's,
 layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval mode, which
 feed a layer values that the layers before it normalised with outdated statistics.
 
-``bench/results/convnets.json`` comes from --seeds 3 --threads 1 --out bench/results/convnets.json
-with torch 2.13: 14 minutes of training, 28 of pruning, on cores that other programs shared.
+``bench/results/convnets.json`` comes from --seeds 3 --threads 1 with torch 2.13.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from paper.data import FASHION, Images, idx_images, standardised
 
 MEAN, STD = 0.2860, 0.3530  # of the training images' pixels
 CALIBRATION, AT_ONCE, TRAINED_AT_ONCE = 2000, 100, 128
+STEP = 50  # images in a batch where the network is tuned: each batch is a step
 EPOCHS = {"lenet5": 4, "resnet": 5}
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -80,6 +81,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm, layer, corrected": {"method": "admm", "inputs": "corrected"},
     "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
 }
+TUNED = {"tune": "network", "tune_passes": 30, "tune_rate": 0.016}
+METHODS["exact, model, corrected, tuned"] = {**METHODS["exact, model, corrected"], **TUNED}
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -219,6 +222,7 @@ class Row:
     seconds_reestimating: list[float] = field(default_factory=list)
     reached: list[float] = field(default_factory=list)
     damping: list[list[float]] = field(default_factory=list)  # of every layer
+    cpu_seconds: list[float] = field(default_factory=list)
 
     def line(self) -> str:
         """As a line of the table."""
@@ -249,14 +253,15 @@ def reestimate(model: nn.Module, batches: Sequence[Tensor], tested: Images, row:
     row.reestimated.append(percent_wrong(model, tested))
 
 
-def measure(
-    models: Sequence[nn.Module], batches: Sequence[Tensor], tested: Images, row: Row
-) -> None:
+def measure(models: Sequence[nn.Module], images: Tensor, tested: Images, row: Row) -> None:
     """Prune a copy of every model in the way that ``row`` says."""
+    settings = METHODS[row.method]
+    batches = images.split(STEP if "tune" in settings else AT_ONCE)
     for model in models:
         pruned = copy.deepcopy(model)
-        settings = METHODS[row.method]
+        begun = time.process_time()
         report = lobs.prune(pruned, batches, sparsity=row.sparsity, progress=False, **settings)
+        row.cpu_seconds.append(time.process_time() - begun)
         row.seconds.append(report.seconds)
         row.reached.append(report.sparsity)
         row.damping.append([layer.damping for layer in report.layers])
@@ -331,15 +336,15 @@ def compare_batch_norm(model: nn.Module, training: Images, tested: Images) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pruning convolutional networks.")
-    parser.add_argument("--images", type=Path, default=FASHION, help="folder of Fashion-MNIST")
+    parser.add_argument("--images", type=Path, default=FASHION, help="of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
     parser.add_argument("--cache", help="prefix of files with trained weights")
     parser.add_argument("--threads", type=int, help="default torch's")
-    parser.add_argument(
-        "--batch-norm", action="store_true", help="compare ways to re-estimate it instead"
-    )
-    text = "write all numbers to this JSON file; rows that it holds already are not computed again"
-    parser.add_argument("--out", type=Path, help=text)
+    parser.add_argument("--batch-norm", action="store_true", help="re-estimate it in several ways")
+    parser.add_argument("--out", type=Path, help="JSON; what it holds is not computed again")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds: {arguments.seeds}; at least one network is needed")
@@ -349,34 +354,31 @@ def main() -> None:
     if arguments.batch_norm:
         compare_batch_norm(trained("resnet", training, 0, arguments.cache), training, tested)
         return
-    batches = training.x[:CALIBRATION].split(AT_ONCE)
-    rows: list[Row] = []
+    images = training.x[:CALIBRATION]
     known: dict[tuple[str, float, str], Row] = {}
     if arguments.out and arguments.out.is_file():
         kept = [Row(**row) for row in json.loads(arguments.out.read_text())["rows"]]
         known = {(row.network, row.sparsity, row.method): row for row in kept}
-    for network in NETWORKS:
+    for network in arguments.networks:
         models = [trained(network, training, s, arguments.cache) for s in range(arguments.seeds)]
         dense = Row(network, 0.0, "not pruned")
         for model in models:
             dense.error.append(percent_wrong(model, tested))
-            reestimate(copy.deepcopy(model), batches, tested, dense)
-        rows.append(dense)
+            reestimate(copy.deepcopy(model), images.split(AT_ONCE), tested, dense)
+        known[network, 0.0, dense.method] = dense
         print(f"\n{network}: errors in percent, not retrained\n")
         print("| sparsity | method | error | batch norm re-estimated | seconds | its seconds |")
         print("| --- | --- | --- | --- | --- | --- |")
         print(dense.line(), flush=True)
-        for sparsity in SPARSITIES:
-            for method in METHODS:
+        for sparsity in arguments.sparsities:
+            for method in arguments.only:
                 row = known.get((network, sparsity, method)) or Row(network, sparsity, method)
                 if not row.error:
-                    measure(models, batches, tested, row)
+                    measure(models, images, tested, row)
                     known[network, sparsity, method] = row
                     save(arguments.out, arguments.seeds, known)  # a long run may be interrupted
-                rows.append(row)
                 print(row.line(), flush=True)
-        print()
-    save(arguments.out, arguments.seeds, {(r.network, r.sparsity, r.method): r for r in rows})
+    save(arguments.out, arguments.seeds, known)
 
 
 def save(out: Path | None, seeds: int, rows: dict[tuple[str, float, str], Row]) -> None:
@@ -387,11 +389,9 @@ def save(out: Path | None, seeds: int, rows: dict[tuple[str, float, str], Row]) 
         "torch": str(torch.__version__),
         "lobs_native": lobs.__version__,
         "backends": [detail for name, _, detail in lobs.backends() if name == "cpu"],
-        "threads": torch.get_num_threads(),
-        "seeds": seeds,
-        "calibration": CALIBRATION,
+        "threads": torch.get_num_threads(), "seeds": seeds, "calibration": CALIBRATION,
         "epochs": EPOCHS,
-    }
+    }  # fmt: skip
     result = {"about": about, "rows": [asdict(row) for row in rows.values()]}
     write_file(out, json.dumps(result, indent=1) + "\n")
 

@@ -73,6 +73,9 @@ MORE: dict[str, list[str]] = {
     "tuned": ["--tune", "blocks"],
     "rows, tokens, tuned": ["--token-weights", "output", "--tune", "blocks"],
     "network tuned": ["--tune", "network"],
+    "tokens, network tuned": [
+        *("--token-weights", "output", "--sensitivity", "none", "--tune", "network"),
+    ],
     "rows, tokens, network tuned": ["--token-weights", "output", "--tune", "network"],
 }
 MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
@@ -81,7 +84,8 @@ MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
     for inputs in ("dense", "corrected")
     for more in MORE
     if more != PLAIN and not (inputs == "dense" and "tuned" in more)
-    if not (scope == "model" and more in ("rows", "tokens"))  # rows are always weighted there
+    # With scope "model", rows are always weighted.
+    if not (scope == "model" and more in ("rows", "tokens", "tokens, network tuned"))
 ]
 PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are run
 

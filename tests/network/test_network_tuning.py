@@ -117,6 +117,20 @@ def test_other_outputs_come_closer_by_the_squared_distance_and_more_so_with_more
     assert found["held_back_after"] < 0.7 * found["held_back_before"]
 
 
+def test_the_rate_of_the_first_step_can_be_said():
+    """With one step, a parameter moves by its rate along the sign of the gradient."""
+    plain, model, batches = Language(), Language(), 2 * data(1)
+    lobs.prune(plain, batches, **{**OPTIONS, "tune": None})
+    lobs.prune(model, batches, tune_passes=1, tune_rate=0.01, **OPTIONS)
+    for name, before in plain.named_parameters():
+        if name.endswith("up.weight"):
+            weights = before.detach()[before != 0]
+            moved = (model.get_parameter(name).detach()[before != 0] - weights).abs()
+            step = 0.01 * float(weights.square().mean().sqrt())  # where the gradient is not zero
+            assert float(moved.median()) == pytest.approx(step, rel=1e-3)
+            assert float(moved.max()) == pytest.approx(step, rel=1e-3)
+
+
 def test_padding_does_not_count():
     models = [Language(), Language()]
     for model, padding in zip(models, (0, 7), strict=True):
@@ -362,6 +376,8 @@ def test_it_is_refused_without_data_to_hold_back_or_in_inference_mode():
         lobs.prune(Language(), data(1), **OPTIONS)
     with pytest.raises(ArgumentError, match="tune_passes: it is how long to tune"):
         lobs.prune(Language(), data(2), tune_passes=2, **{**OPTIONS, "tune": None})
+    with pytest.raises(ArgumentError, match=r"tune_rate: .*; pass tune"):
+        lobs.prune(Language(), data(2), tune_rate=0.01, **{**OPTIONS, "tune": None})
     with torch.inference_mode():
         model = Language()
     with pytest.raises(ArgumentError, match=r"tune: the model was made .*inference_mode"):

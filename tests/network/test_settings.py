@@ -139,6 +139,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "token_weights": ("loss", ArgumentError),
     "tune": ("layers", ArgumentError),
     "tune_passes": (0, ArgumentError),
+    "tune_rate": (1.0, ArgumentError),
     "budget": (None, DtypeError),
     "inputs": ("sparse", ArgumentError),
     "blocks": (True, DtypeError),

@@ -248,7 +248,7 @@ class Pruning:
         tuner = None
         if self.tuned:
             assert not isinstance(ledger, SharedLedger)  # see check_ranks
-            tuner = Tuner(self.session, self._pruned(), ledger, plan, self.settings.tune_passes)
+            tuner = Tuner(self.session, self._pruned(), ledger, plan, self.settings)
         context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
         return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
 

@@ -67,6 +67,17 @@ def _passes(value: Any, name: str) -> int | None:
     return None if value is None else checks.positive_int(value, name)
 
 
+def _rate(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    rate = number(value, name)
+    if not 0 < rate < 1:
+        raise ArgumentError(
+            f"{name}: {rate:g}; it is a share of the size of a parameter, above 0 and below 1"
+        )
+    return rate
+
+
 def _seconds(value: Any, name: str) -> float | None:
     if value is None:
         return None
@@ -197,6 +208,12 @@ class NetworkSettings(LayerOptions):
         check=_passes,
         help="of tuning, over the calibration data; default: 2",
     )
+    tune_rate: float | None = option(
+        None,
+        check=_rate,
+        help="of the first step of tuning, relative to the size of a parameter; default: 0.001 for "
+        "the network, 0.002 for blocks",
+    )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"
     )
@@ -255,6 +272,8 @@ class NetworkSettings(LayerOptions):
             raise ArgumentError("search_seconds: it limits a search; pass search, for example 20")
         if self.tune_passes is not None and self.tune is None:
             raise ArgumentError("tune_passes: it is how long to tune; pass tune, as 'network'")
+        if self.tune_rate is not None and self.tune is None:
+            raise ArgumentError("tune_rate: it is how far steps of tuning go; pass tune")
         if not self.overrides:
             self._common()  # raises if what all layers are pruned with does not fit together
 

@@ -29,6 +29,7 @@ from lobs_native.layers import overwrite
 from lobs_native.network.descent import HELD_BACK, Aim, Course, Tuned, descend
 from lobs_native.network.output_aim import OutputAim, check_differentiable, recomputing
 from lobs_native.network.resources import RunPlan, waiting_limit
+from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import plain
 from lobs_native.rundir.ledger import Ledger
 
@@ -135,7 +136,8 @@ class Tuner:
     """Tunes the parts of a network one after another, and keeps them in the run directory.
 
     ``pruned`` are the parameters of all pruned layers, by name. The ``plan`` bounds the bytes of
-    original outputs in memory; the rest waits on disk. ``passes`` replaces the usual number.
+    original outputs in memory; the rest waits on disk. ``settings`` may say how long and how far to
+    go.
     """
 
     def __init__(
@@ -144,13 +146,13 @@ class Tuner:
         pruned: Mapping[str, nn.Parameter],
         ledger: Ledger | None,
         plan: RunPlan,
-        passes: int | None = None,
+        settings: NetworkSettings,
     ) -> None:
         self.session = session
         self.pruned = pruned
         self.ledger = ledger
         self.plan = plan
-        self.passes = passes
+        self.settings = settings
         self.done: list[Tuned] = []
 
     def committed(self, name: str) -> bool:
@@ -194,7 +196,8 @@ class Tuner:
         session.changed.update(names)
         course = dataclasses.replace(
             course,
-            passes=self.passes or course.passes,
+            passes=self.settings.tune_passes or course.passes,
+            rate=self.settings.tune_rate or course.rate,
             progress=session.progress,
             stoppable=self.ledger is not None,
         )

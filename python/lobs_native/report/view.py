@@ -116,7 +116,7 @@ _ARGUMENTS = (
     *("model", "model class", "dtype", "method", "pattern", "sparsity", "threshold", "max_error"),
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity"),
     *("token_weights", "budget", "search", "search_seconds", "include", "exclude", "overrides"),
-    *("strict", "memory", "device", "backend", "blocks", "tune", "tune_passes"),
+    *("strict", "memory", "device", "backend", "blocks", "tune", "tune_passes", "tune_rate"),
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
