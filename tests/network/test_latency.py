@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -116,3 +117,15 @@ def test_layers_whose_inputs_are_given_by_name_take_time_too(counted):
 def test_times_are_of_calls():
     seconds = latency.least_seconds(lambda: sum(range(20_000)), torch.device("cpu"))
     assert 1e-6 < seconds < 1.0
+
+
+def test_on_one_thread_waiting_does_not_count():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = latency.least_seconds(
+            lambda: (sum(range(50_000)), time.sleep(0.01)), torch.device("cpu")
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert 1e-6 < seconds < 0.01
