@@ -135,6 +135,24 @@ def test_the_table_of_convolutional_networks_is_what_was_measured():
             assert any(math.isclose(value, mean, abs_tol=0.011) for mean in means), value
 
 
+def test_the_table_of_four_networks_is_what_was_measured():
+    found = json.loads((ROOT / "bench/results/speed-encoder-1-thread.json").read_text())
+    rows = rows_of_table(
+        (DOCS / "results/runtimes.md").read_text(), "| network | runtime | dense |"
+    )
+    measured = [
+        (name, e["engine"], *(1e3 * e[f"{k}_seconds"] for k in ("dense", "pruned")), e["ratio"])
+        + tuple(e["interval"])
+        for name, report in found["networks"].items()
+        for e in report["engines"]
+    ]
+    for (name, engine, *shown), (stated, runtime, *cells) in zip(measured, rows, strict=True):
+        assert name == stated
+        assert engine.rpartition(".")[2][:4] in runtime.lower().replace(" ", "")
+        numbers = [float(x) for x in re.findall(r"[\d.]+", " ".join(cells))]
+        assert numbers == pytest.approx(shown, abs=0.051, rel=5e-3)
+
+
 # ---- the format of a run directory ---------------------------------------------------------------
 
 
