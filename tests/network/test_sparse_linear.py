@@ -49,8 +49,17 @@ def test_it_computes_what_the_dense_layer_computes(bias):
         for shape in ((70,), (1, 70), (2, 3, 70), (40, 70), (0, 70)):
             x = torch.randn(shape)
             torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-6)
+        for x in (
+            torch.randn(70, 5).T,
+            torch.randn(3, 70, 5).mT,
+            torch.randn(1, 70).expand(3, 2, 70),
+        ):
+            torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-6)
         nothing = lobs.SparseLinear(torch.ones(3, 0))
         assert nothing(torch.ones(2, 4, 0)).equal(torch.zeros(2, 4, 3))
+    with torch.no_grad():
+        x = torch.randn(2, 70, requires_grad=True)
+        assert not sparse(x).requires_grad
     assert torch.equal(sparse.weight, dense.weight)
     assert (sparse.bias is None) if not bias else torch.equal(sparse.bias, dense.bias)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -140,17 +141,27 @@ def best_width() -> int:
 
 
 def multiply(x: Tensor, weight: SlicedWeight, bias: Tensor | None, chosen: str) -> Tensor:
-    """``sliced_linear`` for arguments that have been checked, on a backend by its own name."""
+    """``sliced_linear`` for x (..., C) and arguments that have been checked, on a backend by its
+    own name. Views of tensors are avoided: each takes a tenth of a small product's time."""
+    leading = x.shape[:-1]
+    samples = math.prod(leading)
     if chosen == "reference" or not has(chosen, "sliced_linear"):
         parts = (weight.values, weight.columns, weight.steps)
-        return reference.sliced_linear(x, *parts, bias, weight.rows, weight.features, weight.width)
-    y = x.new_empty(len(x), weight.rows)
+        sizes = (weight.rows, weight.features, weight.width)
+        rows = x.detach().reshape(samples, weight.features)
+        return reference.sliced_linear(rows, *parts, bias, *sizes).view(*leading, weight.rows)
+    y = x.new_empty(*leading, weight.rows)
     if y.numel() == 0:
         return y
+    if x.ndim == 2:
+        given = crossing(x)
+    else:
+        x = x.contiguous()
+        given = (x.data_ptr(), DTYPES[x.dtype], (samples, weight.features), (weight.features, 1))
     status, _ = core.sliced_linear(  # not by call(), which takes as long as a small product
         chosen,
-        crossing(y),
-        crossing(x),
+        (y.data_ptr(), DTYPES[y.dtype], (samples, weight.rows), (weight.rows, 1)),
+        given,
         weight.values.data_ptr(),
         DTYPES[weight.values.dtype],
         weight.columns.data_ptr(),

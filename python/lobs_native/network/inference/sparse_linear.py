@@ -99,7 +99,7 @@ class SparseLinear(nn.Module):
         sliced = self._sliced
         if x.dtype not in DTYPES_OF_VALUES:
             raise DtypeError(f"x: dtype is {x.dtype}, but a SparseLinear takes float32 or bfloat16")
-        if x.device != _CPU:
+        if not x.is_cpu:
             raise BackendError(
                 f"x: on {x.device}, but a SparseLinear computes on the CPU; put the dense layers "
                 "back with from_sparse(model) before the network is moved"
@@ -113,10 +113,9 @@ class SparseLinear(nn.Module):
                 "x: requires a gradient, which a SparseLinear does not compute; call the network "
                 "under torch.inference_mode(), or put the dense layers back with from_sparse(model)"
             )
-        rows = x.detach().reshape(math.prod(x.shape[:-1]), sliced.features)
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.lobs_native.sliced_linear(
-                rows,
+                x.detach().reshape(math.prod(x.shape[:-1]), sliced.features),
                 sliced.values,
                 sliced.columns,
                 sliced.steps,
@@ -125,9 +124,8 @@ class SparseLinear(nn.Module):
                 features=sliced.features,
                 width=sliced.width,
             )
-        else:
-            y = multiply(rows, sliced, self._bias, _backend())
-        return y.view(*x.shape[:-1], sliced.rows)
+            return y.view(*x.shape[:-1], sliced.rows)
+        return multiply(x, sliced, self._bias, _backend())
 
     def extra_repr(self) -> str:
         stored = str(self._sliced.values.dtype).removeprefix("torch.")
