@@ -203,15 +203,8 @@ def _(
     "(Tensor x, Tensor values, Tensor columns, Tensor steps, Tensor? bias=None, *, int rows, "
     "int features, int width=64, str? backend=None) -> Tensor"
 )
-def sliced_linear(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    steps: Tensor,
-    bias: Tensor | None = None,
-    **how: Any,
-) -> Tensor:
-    return ops.sliced_linear(x, values, columns, steps, bias, **how)
+def sliced_linear(x: Tensor, *parts: Any, **how: Any) -> Tensor:
+    return ops.sliced_linear(x, *parts, **how)
 
 
 @sliced_linear.register_fake
