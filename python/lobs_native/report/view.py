@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from lobs_native.report import runtimes
+from lobs_native.report import quantizers, runtimes
 from lobs_native.report.charts import LayerCharts, layer_charts
 from lobs_native.report.layer_table import LayerTable, layer_table
 from lobs_native.report.records import Coverage, ErrorBound, LayerReport, ReportRecord
@@ -44,6 +44,7 @@ class ReportView:
     weights: tuple[tuple[str, int, float], ...]  # of the network: what became of them, and shares
     runtimes: tuple[runtimes.Runtime, ...]
     runtimes_as_of: str
+    quantizers: tuple[str, str]  # sentences about them
     requested: dict[str, Setting]
     recorded: dict[str, Setting]  # during the run
 
@@ -65,6 +66,7 @@ def report_view(report: ReportRecord) -> ReportView:
         weights=_weights(report.coverage),
         runtimes=runtimes.runtimes_for(report.layers, str(report.settings.get("pattern"))),
         runtimes_as_of=runtimes.as_of(),
+        quantizers=quantizers.sentences(),
         requested=requested,
         recorded=recorded,
     )

@@ -26,8 +26,10 @@ REFUSED = {
     "(llm-compressor 0.14, gptqmodel 7.6); use a round-to-nearest quantiser, or apply_masks after",
     "fp8_dynamic": "llm-compressor 0.14 by GPTQ keeps 0.7 % of the zeros; round to nearest instead",
     "nvfp4": "llm-compressor 0.14 by GPTQ keeps 79 % of the zeros; round to nearest instead",
-    "q4_1": "blocks have a minimum but no exact zero: 0.3 % of the zeros stay; Q4_0 keeps all",
-    "q5_1": "blocks have a minimum but no exact zero: 0.3 % of the zeros stay; Q5_0 keeps all",
+    "q4_1": "blocks have a minimum but no exact zero: 0.3 to 5 % of the zeros stay; Q4_0 keeps all",
+    "q5_1": "blocks have a minimum but no exact zero: 0.3 to 5 % of the zeros stay; Q5_0 keeps all",
+    "qint4": "groups of optimum-quanto 0.2.7 have no exact zero: 0 % stay; qint8 keeps all",
+    "qint2": "groups of optimum-quanto 0.2.7 have no exact zero: 0 % stay; qint8 keeps all",
 }
 
 
