@@ -42,6 +42,7 @@ OUTCOMES = {
 def shrunk(model: nn.Module, batches: list[Any]) -> Row:
     """What became of a network, which is shrunk: "loads", "smaller", "left", or what is wrong."""
     row: Row = {}
+    finite = _finite(model, batches[0])
     for configured in (True, False):
         try:
             with warnings.catch_warnings():
@@ -71,7 +72,7 @@ def shrunk(model: nn.Module, batches: list[Any]) -> Row:
         }
         if report.configured:
             row["outcome"] = _loaded(model, batches[0])
-        elif not _finite(model, batches[0]):
+        elif _finite(model, batches[0]) != finite:
             row["outcome"] = "not finite"
         return row
     return row
@@ -84,8 +85,9 @@ def _outputs(model: nn.Module, batch: Any) -> list[torch.Tensor]:
     return list(floating_tensors(output))
 
 
-def _finite(model: nn.Module, batch: Any) -> bool:
-    return all(bool(x.isfinite().all()) for x in _outputs(model, batch))
+def _finite(model: nn.Module, batch: Any) -> list[bool]:
+    """Of each tensor in the output; some networks return infinities."""
+    return [bool(x.isfinite().all()) for x in _outputs(model, batch)]
 
 
 def _loaded(model: nn.Module, batch: Any) -> str:

@@ -295,3 +295,21 @@ def test_a_failure_changes_nothing(monkeypatch):
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], x) for name, x in after.items())
     assert (model.first.out_channels, model.bn.num_features) == (6, 8)
+
+
+class Gated(nn.Module):
+    """An operation entry by entry that returns more than one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.logsigmoid(self.first(x)))
+
+
+def test_an_operation_that_returns_several_tensors_entry_by_entry():
+    torch.manual_seed(0)
+    model = Gated().eval()
+    report = lobs.shrink(model, images(2), keep=0.5, multiple=2, progress=False)
+    assert [(x.kind, len(x.kept)) for x in report.layers] == [("channels", 4)]

@@ -153,8 +153,11 @@ class Ties(Mode):
         return known
 
     def _pointwise(self, call: _Call) -> Any:
-        """Entry by entry, with broadcasting."""
-        shape, axes = call.out.shape, {}
+        """Entry by entry, with broadcasting; the same for all that comes out."""
+        every = list(tensors_in(call.out))
+        if not every or len({x.shape for x in every}) > 1:
+            return None
+        shape, axes = every[0].shape, {}
         for d in range(len(shape)):
             parts: list[list[int] | None] = []  # of the tensors that have this axis
             for label, size in zip(call.labels, call.sizes, strict=True):
@@ -173,7 +176,7 @@ class Ties(Mode):
                     )
                 else:
                     axes[d] = known[0]
-        return Label(axes)
+        return [Label(dict(axes)) for _ in every]
 
     def _op_copy_(self, call: _Call) -> Any:
         return self._pointwise(call) if all(call.labels) else None
