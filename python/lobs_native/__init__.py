@@ -21,6 +21,7 @@ from lobs_native.errors import (
     NonFiniteError,
     NotPositiveDefiniteError,
     PatternError,
+    RankError,
     ShapeError,
 )
 from lobs_native.files.compressed import load_compressed, save_compressed
@@ -86,6 +87,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "PatternError",
     "PrunedWeight",
+    "RankError",
     "Report",
     "RunPlan",
     "ShapeError",

@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,17 +96,19 @@ class Ranks:
         """The plain JSON value of every rank, in the order of ranks."""
         if self.size == 1:
             return [value]
-        from torch import distributed as dist
-
         data = json.dumps(value).encode()
         with self._exchange(what, len(data)) as lengths:
-            longest = max(lengths)
-            own = _bytes_of(data.ljust(longest))
-            every = [torch.zeros_like(own, device=self._device) for _ in range(self.size)]
-            dist.all_gather(every, own.to(self._device), group=self.group)
-            self.sent += longest * (self.size - 1)
-        parts = zip(every, lengths, strict=True)
-        return [json.loads(bytes(x[:n].cpu().numpy())) for x, n in parts]
+            return self._gathered(data, lengths)
+
+    def _gathered(self, data: bytes, lengths: Sequence[int]) -> list[Any]:
+        """The values whose JSON, of these lengths, the ranks pass."""
+        from torch import distributed as dist
+
+        own = _bytes_of(data.ljust(max(lengths))).to(self._device)
+        every = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own, group=self.group)
+        self.sent += len(own) * (self.size - 1)
+        return [json.loads(bytes(x.cpu().numpy())) for x in every]
 
     def value(self, what: str, value: Any, source: int = 0) -> Any:
         """The plain JSON value of one rank; what the others pass does not count."""
@@ -160,14 +162,20 @@ class Ranks:
         return [end - begin for begin, end in itertools.pairwise(ends)]
 
     def to_owners(
-        self, what: str, tensors: Mapping[str, Tensor], senders: int
-    ) -> Iterator[tuple[str, list[Tensor]]]:
-        """Of each tensor, the own piece as each of the first ``senders`` ranks has it. To be gone
-        through to the end."""
+        self,
+        what: str,
+        values: Any,
+        tensors: Mapping[str, Tensor],
+        senders: int,
+        take: Callable[[str, list[Tensor]], None],
+    ) -> list[Any]:
+        """The JSON values of the first ``senders`` ranks. ``take`` is called for each tensor, with
+        the own piece of it as each of these ranks has it."""
         from torch import distributed as dist
 
-        sends = self.rank < senders
-        with self._exchange(what, len(tensors)):
+        sends, data = self.rank < senders, json.dumps(values).encode()
+        with self._exchange(what, len(data)) as lengths:
+            found = self._gathered(data, lengths)
             for name, x in tensors.items():
                 pieces = self._pieces(x.numel())
                 away = pieces if sends else [0] * self.size
@@ -176,7 +184,8 @@ class Ranks:
                 out = torch.empty(sum(come), dtype=x.dtype, device=self._device)
                 dist.all_to_all_single(out, flat.to(self._device), come, away, group=self.group)
                 self.sent += (sum(away) - away[self.rank]) * x.element_size()
-                yield name, list(out.to(x.device).split(come)[:senders])
+                take(name, list(out.to(x.device).split(come)[:senders]))
+        return found[:senders]
 
     def from_owners(
         self, what: str, pieces: Mapping[str, Tensor], tensors: Mapping[str, Tensor]

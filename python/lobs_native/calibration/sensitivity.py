@@ -244,6 +244,10 @@ class _Meters(Summing):
             rows, seen = values[meter.layer.name]
             meter.rows, meter.seen = int(rows), bool(seen)
 
+    @property
+    def keeps_batches(self) -> bool:
+        return self.tokens is not None
+
     def of_batches(self) -> Mapping[str, Tensor]:
         return {} if self.tokens is None else self.tokens.kept()
 

@@ -33,8 +33,13 @@ class Summing(Protocol):
     def set_values(self, values: Mapping[str, Any]) -> None:
         """Take over such values. Raises KeyError or TypeError if they are something else."""
 
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether something is kept of each batch by itself, and not summed."""
+        return False
+
     def of_batches(self) -> Mapping[str, Tensor]:
-        """What is kept of each batch by itself, and not summed; by default nothing."""
+        """What is kept of each batch."""
         return {}
 
     def bytes_of_batches(self) -> int:
@@ -120,15 +125,9 @@ class Tree:
         ranks = self.ranks
         senders = min(ranks.size, len(self.chunks) - self.added)
         self.added += senders
-        for values in ranks.all_values("values of sums", self.sums.values())[:senders]:
+        tensors, own = self.sums.tensors(), self.sums.values()
+        for values in ranks.to_owners("sums of a chunk", own, tensors, senders, self._take):
             self._add_values(values)
-        tensors = self.sums.tensors()
-        for name, parts in ranks.to_owners("sums of a chunk", tensors, senders):
-            for part in parts:
-                if name in self.total:
-                    self.total[name] += part
-                else:
-                    self.total[name] = part.clone()
         if self.complete:
             ranks.from_owners("sums", self.total, tensors)
             self.total.clear()
@@ -136,12 +135,20 @@ class Tree:
             for x in tensors.values():
                 x.zero_()
         self._finish()
-        if self.complete:
-            own = self.sums.of_batches()
-            every = [ranks.tensors("of batches", own, source) for source in range(ranks.size)]
+        if self.complete and self.sums.keeps_batches:
+            kept = self.sums.of_batches()
+            every = [ranks.tensors("of batches", kept, source) for source in range(ranks.size)]
             for source, tensors in enumerate(every):
                 if source != ranks.rank:
                     self.sums.add_of_batches(tensors)
+
+    def _take(self, name: str, parts: list[Tensor]) -> None:
+        """Add the own piece of a tensor from every chunk, in order."""
+        for part in parts:
+            if name in self.total:
+                self.total[name] += part
+            else:
+                self.total[name] = part.clone()
 
     def _add_values(self, values: dict[str, Any]) -> None:
         known = self.total_values

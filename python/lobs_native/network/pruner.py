@@ -225,8 +225,8 @@ def prune(
     progress : bool
         Progress bars on a terminal.
     seed : int
-        Set before every pass over the data, so that a stochastic forward repeats; the caller's
-        generators are kept.
+        Set before every pass over the data, and made anew from it for every batch, so that a
+        stochastic forward repeats; the caller's generators are kept.
     token_mask : "auto" or None
         "auto" leaves padding out. With an ``attention_mask`` (B, T) of zeros and ones among the
         arguments of the model, that is the rows at zeros wherever a linear layer's input is

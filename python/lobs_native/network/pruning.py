@@ -152,8 +152,8 @@ class Pruning:
     def carry_out(self) -> Report:
         """Prune; on any exception, all weights get their old values back."""
         session, peak, clock = self.session, Peak(), Clock()
-        check_ranks(session.ranks, self.settings, lambda: self._prints)
         with peak.measuring(), contextlib.ExitStack() as kept, session.evaluating():
+            check_ranks(session.ranks, self.settings, lambda: self._prints)
             first = First(kept.enter_context(Shelf(waiting_limit(self.settings.memory))))
             with self.stages.stage("looking at the model"), tighter():
                 plan = self.look(None if self.settings.measure == "all" else first)
@@ -383,16 +383,14 @@ class Pruning:
 
     @functools.cached_property
     def _prints(self) -> dict[str, Any]:
-        """The fingerprints of the model, the data and the masks."""
+        """The fingerprints of the model, the data (seeded, since some are shuffled) and masks."""
+        torch.manual_seed(self.settings.seed)
         return fingerprints(self.session.model, self.batches, self.masks)
 
     def _backends(self) -> list[str]:
         """The names of the backends that will prune the layers."""
-        names = {
-            ops.select_backend(self.settings.backend, job.layer.weight().device)
-            for job in self.jobs
-        }
-        return sorted(names)
+        devices = {job.layer.weight().device for job in self.jobs}
+        return sorted({ops.select_backend(self.settings.backend, x) for x in devices})
 
 
 def _show(plan: RunPlan, progress: bool) -> None:
