@@ -68,20 +68,28 @@ def sent(count: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(140 // count), chosen.split(140 // count), strict=True))
 
 
+def one() -> nn.Module:
+    return made(blocks=1)
+
+
+def two() -> nn.Module:
+    return made(blocks=2)
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any]]
 
 # More batches than chunks, as many as ranks, fewer; every way of calibrating and of choosing.
 CASES: dict[str, Case] = {
-    "corrected": (made, lambda: batches(19), {"held_back": 0.15}),
-    "model": (made, lambda: batches(5), {"scope": "model", "inputs": "dense"}),
-    "tokens": (made, lambda: batches(3), {"token_weights": "output", "inputs": "pruned"}),
-    "2:4": (made, lambda: batches(4), {"pattern": "2:4", "sparsity": None, "method": "admm"}),
-    "row": (made, lambda: batches(2), {"scope": "row", "refine": "exchange", "method": "admm"}),
+    "corrected": (two, lambda: batches(19), {"held_back": 0.15}),
+    "model": (one, lambda: batches(5), {"scope": "model", "inputs": "dense"}),
+    "tokens": (one, lambda: batches(3), {"token_weights": "output", "inputs": "pruned"}),
+    "2:4": (one, lambda: batches(4), {"pattern": "2:4", "sparsity": None, "method": "admm"}),
+    "row": (one, lambda: batches(2), {"scope": "row", "refine": "exchange", "method": "admm"}),
     "noisy": (Noisy, lambda: images(18), {"sensitivity": "output"}),
+    "sweep": (Noisy, lambda: images(3), {"method": "sweep", "inputs": "dense"}),
     "padded": (Padded, lambda: padded(17), {"max_error": 0.01, "sparsity": None}),
     "experts": (lambda: Experts(True), lambda: sent(14), {"method": "lobs"}),
-    "wanda": (made, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
-    "sweep": (Noisy, lambda: images(3), {"method": "sweep", "inputs": "dense"}),
+    "wanda": (two, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
 }
 
 
