@@ -4,9 +4,9 @@ ranks left hanging?
     python bench/ranks/kills.py [--kills 50] [--out FILE]
 
 Each start has two, three or four ranks and goes on with the run directory of the last one. A rank
-chosen at random gets SIGKILL at a random moment. The others must end by themselves, with a
-RankError. When a run is complete, its network must have the bits of one process; then the next
-begins.
+chosen at random gets SIGKILL at a random moment after all have joined (until then it is torch that
+waits). The others must end by themselves, with a RankError. When a run is complete, its network
+must have the bits of one process; then the next begins.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def child(folder: Path, rank: int, size: int, together: str) -> int:
         )
     except RuntimeError:
         return LOST
+    Path(f"{together}-{rank}").touch()
     try:
         group = distributed.group.WORLD
         lobs.prune(model, data, run_dir=folder / "run", group=group, **options)
@@ -122,7 +123,6 @@ def main() -> None:
         while counts["kills"] < arguments.kills:
             size = draw.choice([2, 3, 4])
             together = str(folder / f"together{counts['starts']}")
-            begun = time.monotonic()
             running = [
                 forks.start(
                     [__file__, "--child", place, rank, size, together], stderr=subprocess.DEVNULL
@@ -130,7 +130,10 @@ def main() -> None:
                 for rank in range(size)
             ]
             counts["starts"] += 1
-            victim, moment = draw.randrange(size), draw.uniform(0.2, 1.0) * seconds
+            while not all(Path(f"{together}-{rank}").exists() for rank in range(size)):
+                time.sleep(0.01)
+            begun = time.monotonic()
+            victim, moment = draw.randrange(size), draw.uniform(0.0, 1.0) * seconds
             while time.monotonic() < begun + moment and running[victim].poll() is None:
                 time.sleep(0.01)
             running[victim].kill()

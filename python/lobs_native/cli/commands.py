@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, (ArgumentError, BackendError, PatternError)):
             return USAGE
         if isinstance(error, RankError):
-            return STOPPED
+            return torchrun.LOST
         return IO_FAILED if kept and isinstance(error, (CheckpointError, OSError)) else FAILED
     except KeyboardInterrupt as error:
         _complain("interrupted", error)

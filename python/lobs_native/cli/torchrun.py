@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 
 from lobs_native.errors import ArgumentError, RankError
 
-__all__ = ["is_told_elsewhere", "joined", "rank"]
+__all__ = ["LOST", "is_told_elsewhere", "joined", "rank"]
+
+LOST = 75  # the exit code where another process is gone
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _store: Any = None  # of the processes that are joined
@@ -46,17 +50,28 @@ def joined(seconds: float) -> Iterator[Any]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     timeout = timedelta(seconds=seconds)
+    # Joining may last longer than its time limit, where a process ends in the midst of it.
+    watch = threading.Timer(1.5 * seconds, _give_up)
+    watch.daemon = True
+    watch.start()
     try:
         store, number, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=timeout)
     except RuntimeError as error:
         text = " ".join(str(error).split())[:200]
         raise RankError(f"torchrun: the processes did not find one another: {text}") from error
+    finally:
+        watch.cancel()
     _store = store
     try:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _give_up() -> None:
+    print("lobs-native: torchrun: the processes did not find one another in time", file=sys.stderr)
+    os._exit(LOST)
 
 
 def is_told_elsewhere(error: BaseException) -> bool:

@@ -186,7 +186,7 @@ class Pruning:
                 session.restore()
                 if ledger is not None and hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
-                        f"{len(ledger)} of {len(self.jobs)} layers are kept in {ledger.path}; "
+                        f"{ledger.kept(len(self.jobs))} are kept in {ledger.path}; "
                         "call prune with the same arguments to resume"
                     )
                 raise

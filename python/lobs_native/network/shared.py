@@ -127,8 +127,9 @@ class SharedLedger:
         if self.own is not None:
             self.own.__exit__()
 
-    def __len__(self) -> int:
-        return len(self._layers) if self.own is None else len(self.own)
+    def kept(self, total: int) -> str:
+        """See :meth:`Ledger.kept`."""
+        return "finished layers" if self.own is None else self.own.kept(total)
 
     def __contains__(self, layer: Layer) -> bool:
         return layer.name in self._layers

@@ -109,6 +109,10 @@ class Ledger:
         """The number of committed layers."""
         return len([r for r in self.run.records if r.kind == "layer"])
 
+    def kept(self, total: int) -> str:
+        """How many layers of a run are committed, in words."""
+        return f"{len(self)} of {total} layers"
+
     def check_space(self, layers: Iterable[Layer]) -> None:
         """Raise CheckpointError if the disk has too little space for the uncommitted layers."""
         needed = 0
