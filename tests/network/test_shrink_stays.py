@@ -222,3 +222,19 @@ def test_some_of_a_size_stay_where_others_can_go():
     assert report.configured
     assert [x.readers for x in report.layers] == [("used.fc2",)]
     assert (config.intermediate_size, config.ffn_dim) == (8, 16)
+
+
+class Derived(Sizes):
+    """A configuration that, read from a file, has the size that another field gives."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ratio": 2}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        return cls(8 * values["ratio"])
+
+
+def test_units_stay_whose_number_does_not_outlast_a_file():
+    with pytest.raises(ArgumentError, match="neurons stay: a Branches made from its configuration"):
+        lobs.shrink(Branches(Derived(16)), [torch.randn(32, 8)], keep=0.5, kinds=["neurons"])

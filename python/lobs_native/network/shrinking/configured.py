@@ -106,10 +106,14 @@ def _apart(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -
 
 
 def _sizes_of_class(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the parameters of a new model of the same class and configuration."""
+    """The shapes of the parameters of a new model of the same class, and of the configuration as it
+    would be read from a file: some set fields by others then."""
     try:
+        config: Any = model.config
+        if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
+            config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
-            new = type(model)(model.config)
+            new = type(model)(config)
     except Exception:
         return None
     return {name: tuple(p.shape) for name, p in new.named_parameters()}
