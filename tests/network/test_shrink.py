@@ -269,3 +269,13 @@ def test_a_model_without_units_is_refused():
     assert list(families_of(nn.Sequential(nn.Linear(4, 4)))) == []
     with pytest.raises(ArgumentError, match="model: it has no feed-forward layers, attention, ch"):
         lobs.shrink(nn.Sequential(nn.Linear(4, 4)), [torch.randn(8, 4)], keep=0.5)
+
+
+def test_a_number_that_the_configuration_refuses_is_reported():
+    """32 is no multiple of 6 heads, as the configuration wants it to be; of 4 it is."""
+    for keep, heads in ((0.75, 6), (0.5, 4)):
+        model = llama(num_attention_heads=8, num_key_value_heads=4)
+        report = lobs.shrink(model, tokens(), keep={"heads": keep}, progress=False)
+        assert model.config.num_attention_heads == heads
+        assert report.configured == (heads == 4)
+        assert any("it refuses one of the new numbers" in x for x in report.notes) == (heads == 6)

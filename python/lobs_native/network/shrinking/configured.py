@@ -105,13 +105,19 @@ def _apart(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -
     return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
 
 
-def _sizes_of_class(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
+def _sizes_of_class(model: nn.Module, *, strict: bool = False) -> dict[str, tuple[int, ...]] | None:
     """The shapes of the parameters of a new model of the same class, and of the configuration as it
-    would be read from a file: some set fields by others then."""
+    would be read from a file: some set fields by others then, and some refuse numbers that do not
+    divide each other. With ``strict``, None in that case; otherwise as if it were not refused, for
+    another number of units may be taken."""
+    config: Any = model.config
     try:
-        config: Any = model.config
         if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
             config = type(config).from_dict(config.to_dict())
+    except Exception:
+        if strict:
+            return None
+    try:
         with torch.device("meta"):
             new = type(model)(config)
     except Exception:
@@ -120,8 +126,9 @@ def _sizes_of_class(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
 
 
 def fits_its_class(model: nn.Module) -> bool:
-    """Whether a new model of the same class and configuration has the same shapes."""
+    """Whether a new model of the same class, and of the configuration as it would be read from a
+    file, has the same shapes."""
     if getattr(model, "config", None) is None:
         return False
-    sizes = _sizes_of_class(model)
+    sizes = _sizes_of_class(model, strict=True)
     return sizes == {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -227,6 +227,12 @@ def shrink(
             change, held_back_change = outputs.changes(session)
         times = None if larger is None else times_of(larger, session, first, pairs)
         undo.pop_all()
+    configured_now = fits_its_class(model)
+    if goal.for_class_of(model) and not configured_now:
+        notes.append(
+            f"a {type(model).__name__} is not made from this configuration: it refuses one of the "
+            "new numbers; keep another share of the units"
+        )
     return ShrinkReport(
         layers=tuple(
             Shrunk(f.kind, f.readers, f.producers, f.units, _listed(stay[i]), plan.spent(i))
@@ -239,7 +245,7 @@ def shrink(
         held_back_change=held_back_change,
         times=times,
         batch_norm=normed,
-        configured=fits_its_class(model),
+        configured=configured_now,
         notes=tuple(dict.fromkeys(notes)),
         pruning=report,
     )
