@@ -192,6 +192,8 @@ def forward(model, batch):
     calls += 1
     if os.environ.get("RANK") == "1" and calls == int(os.environ.get("KILLED", "0")):
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("RANK") == "1" and calls == int(os.environ.get("STOPPED", "0")):
+        os.kill(os.getpid(), signal.SIGTERM)
     return model(batch)
 """
 
@@ -236,6 +238,6 @@ def test_the_command_under_torchrun(forks, tmp_path):
     again = torchrun(forks, tmp_path, 2, "--out", "three", "--run-dir", "run")
     assert [code for code, _, _ in again] == [0, 0]
     assert (tmp_path / "three" / "model.safetensors").read_bytes() == weights[0]
-    refused = torchrun(forks, tmp_path, 2, "--out", "four", "--tune", "network")
-    assert [code for code, _, _ in refused] == [2, 2]
-    assert "tune='network' is not supported" in refused[0][2]
+    stopped = torchrun(forks, tmp_path, 2, "--out", "four", "--run-dir", "other", STOPPED="5")
+    assert [code for code, _, _ in stopped] == [75, 75]
+    assert "ended by SIGTERM; 1 of 2 layers are kept" in "".join(x for _, _, x in stopped)
