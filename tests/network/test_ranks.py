@@ -18,7 +18,14 @@ import lobs_native as lobs
 from lobs_native.calibration.moments import calibrate
 from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.calibration.session import Session
-from lobs_native.calibration.tree import CHUNKS, added, chunks, own_batches
+from lobs_native.calibration.tree import (
+    CHUNKS,
+    _lower,
+    _put_lower,
+    added,
+    chunks,
+    own_batches,
+)
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
 from stress.forks import Forks
@@ -87,6 +94,15 @@ def test_second_moments_are_those_of_the_stated_tree():
     assert torch.equal(moments[0].matrix(), total.matrix())
     assert moments[0].rows == total.rows == 9 * 35
     assert not torch.equal(one.matrix(), total.matrix())  # or the test would show nothing
+
+
+@pytest.mark.parametrize("order", [1, 64, 65, 150])
+def test_lower_triangles_are_sent_without_most_of_their_zeros(order):
+    x, y = torch.randn(order, order).tril(), torch.zeros(order, order)
+    entries = _lower(x)
+    _put_lower(y, entries)
+    assert torch.equal(x, y)
+    assert len(entries) <= order * (order + 64) / 2
 
 
 def test_values_are_added_by_their_kind():

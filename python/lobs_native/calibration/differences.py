@@ -89,6 +89,10 @@ class Differences:
             return {f"pull.{g}": p for g, p in enumerate(self.pull)}
         return self.gap.tensors() if self.gap.layer is self.layer else {}
 
+    def lower(self) -> list[str]:
+        """The names of those that are zero above the diagonal."""
+        return [name for name in self.tensors() if not name.startswith(("pull.", "cross."))]
+
     def values(self) -> dict[str, Any]:
         """What else belongs to the sums."""
         values: dict[str, Any] = {"summed": self.summed, "unlike": self.unlike}

@@ -147,6 +147,11 @@ class Moments(list[Hessian]):
             tensors |= {f"{name}/{k}": x for k, x in difference.tensors().items()}
         return tensors
 
+    def lower(self) -> list[str]:
+        """The names of those that are zero above the diagonal."""
+        own = [f"{g}" for g in range(len(self))]
+        return own + [f"{name}/{k}" for name, d in self.differences.items() for k in d.lower()]
+
     def values(self) -> dict[str, Any]:
         """What else belongs to the sums."""
         return {
@@ -256,6 +261,9 @@ class _Statistics(Summing):
     def tensors(self) -> dict[str, Tensor]:
         of_each = [(name, m.tensors()) for name, m in self.moments.items()]
         return {f"{name}:{k}": x for name, tensors in of_each for k, x in tensors.items()}
+
+    def lower(self) -> set[str]:
+        return {f"{name}:{k}" for name, m in self.moments.items() for k in m.lower()}
 
     def values(self) -> dict[str, Any]:
         return {name: moments.values() for name, moments in self.moments.items()}

@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,22 +165,22 @@ class Ranks:
         self,
         what: str,
         values: Any,
-        tensors: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
         senders: int,
         take: Callable[[str, list[Tensor]], None],
     ) -> list[Any]:
-        """The JSON values of the first ``senders`` ranks. ``take`` is called for each tensor, with
-        the own piece of it as each of these ranks has it."""
+        """The JSON values of the first ``senders`` ranks. ``take`` is called for each of the flat
+        tensors, with the own piece of it as each of these ranks has it."""
         from torch import distributed as dist
 
         sends, data = self.rank < senders, json.dumps(values).encode()
         with self._exchange(what, len(data)) as lengths:
             found = self._gathered(data, lengths)
-            for name, x in tensors.items():
-                pieces = self._pieces(x.numel())
+            for name, x in tensors:
+                pieces = self._pieces(len(x))
                 away = pieces if sends else [0] * self.size
                 come = [pieces[self.rank] if r < senders else 0 for r in range(self.size)]
-                flat = x.reshape(-1) if sends else x.new_empty(0)
+                flat = x if sends else x.new_empty(0)
                 out = torch.empty(sum(come), dtype=x.dtype, device=self._device)
                 dist.all_to_all_single(out, flat.to(self._device), come, away, group=self.group)
                 self.sent += (sum(away) - away[self.rank]) * x.element_size()
@@ -188,20 +188,25 @@ class Ranks:
         return found[:senders]
 
     def from_owners(
-        self, what: str, pieces: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+        self,
+        what: str,
+        pieces: Mapping[str, Tensor],
+        lengths: Mapping[str, int],
+        take: Callable[[str, Tensor], None],
     ) -> None:
-        """Write the pieces of all ranks into each of the tensors, which are contiguous."""
+        """``take`` is called for each of the flat tensors, put together from the pieces of all
+        ranks."""
         from torch import distributed as dist
 
-        with self._exchange(what, len(tensors)):
-            for name, x in tensors.items():
-                piece, come = pieces[name], self._pieces(x.numel())
-                away = [len(piece)] * self.size
+        with self._exchange(what, len(pieces)):
+            for name, piece in pieces.items():
                 flat = piece.to(self._device).repeat(self.size)
-                out = torch.empty(x.numel(), dtype=x.dtype, device=self._device)
+                out = torch.empty(lengths[name], dtype=piece.dtype, device=self._device)
+                away = [len(piece)] * self.size
+                come = self._pieces(lengths[name])
                 dist.all_to_all_single(out, flat, come, away, group=self.group)
-                self.sent += len(piece) * (self.size - 1) * x.element_size()
-                x.view(-1).copy_(out)
+                self.sent += len(piece) * (self.size - 1) * piece.element_size()
+                take(name, out.to(piece.device))
 
     # ---- failures --------------------------------------------------------------------------------
 

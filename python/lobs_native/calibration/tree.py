@@ -9,9 +9,10 @@ holds more than two sets of sums. One process does the same additions, one after
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lobs_native.calibration.ranks import Ranks
@@ -19,6 +20,7 @@ from lobs_native.calibration.ranks import Ranks
 __all__ = ["CHUNKS", "Summing", "Tree", "chunks", "own_batches"]
 
 CHUNKS = 16
+_ROWS = 64  # of a lower triangular matrix, that are sent together
 
 
 class Summing(Protocol):
@@ -26,6 +28,10 @@ class Summing(Protocol):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The sums themselves, not copies of them; each contiguous."""
+
+    def lower(self) -> Collection[str]:
+        """The names of those that are square and zero above the diagonal; none by default."""
+        return ()
 
     def values(self) -> dict[str, Any]:
         """All else that belongs to them, as plain JSON values, which :func:`added` adds."""
@@ -73,6 +79,24 @@ def added(a: Any, b: Any) -> Any:
     if isinstance(a, (bool, str)):
         return a or b
     return a + b
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """Views of the rows of a lower triangular matrix, some at a time, each as far as they reach."""
+    for first in range(0, len(x), _ROWS):
+        yield x[first : first + _ROWS, : first + _ROWS]
+
+
+def _lower(x: Tensor) -> Tensor:
+    """The entries of a lower triangular matrix, and few of the zeros, as one row."""
+    return torch.cat([block.reshape(-1) for block in _blocks(x)])
+
+
+def _put_lower(x: Tensor, entries: Tensor) -> None:
+    """The inverse of :func:`_lower`."""
+    blocks = list(_blocks(x))
+    for block, part in zip(blocks, entries.split([b.numel() for b in blocks]), strict=True):
+        block.copy_(part.view(block.shape))
 
 
 class Tree:
@@ -125,11 +149,25 @@ class Tree:
         ranks = self.ranks
         senders = min(ranks.size, len(self.chunks) - self.added)
         self.added += senders
-        tensors, own = self.sums.tensors(), self.sums.values()
-        for values in ranks.to_owners("sums of a chunk", own, tensors, senders, self._take):
+        tensors, lower, own = self.sums.tensors(), self.sums.lower(), self.sums.values()
+        lengths: dict[str, int] = {}
+
+        def flat() -> Iterator[tuple[str, Tensor]]:
+            for name, x in tensors.items():
+                entries = _lower(x) if name in lower else x.view(-1)
+                lengths[name] = len(entries)
+                yield name, entries
+
+        def put(name: str, entries: Tensor) -> None:
+            if name in lower:
+                _put_lower(tensors[name], entries)
+            else:
+                tensors[name].view(-1).copy_(entries)
+
+        for values in ranks.to_owners("sums of a chunk", own, flat(), senders, self._take):
             self._add_values(values)
         if self.complete:
-            ranks.from_owners("sums", self.total, tensors)
+            ranks.from_owners("sums", self.total, lengths, put)
             self.total.clear()
         else:
             for x in tensors.values():
