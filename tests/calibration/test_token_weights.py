@@ -17,6 +17,7 @@ from lobs_native.calibration.session import Session
 from lobs_native.calibration.token_weights import TokenWeights
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
+from lobs_native.solvers.drift import Drift, trusted_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +134,20 @@ def test_the_output_of_the_network_changes_less(inputs):
         known = [x.effective_rows for x in report.layers]
         assert (known == [None] * 3) if weights is None else all(20 < x < 400 for x in known)
     assert change["output"] < 0.8 * change[None]
+
+
+def test_corrections_trust_all_rows_whatever_they_weigh(monkeypatch):
+    seen = []
+
+    def share(drift: Drift, *others: Any) -> float:
+        seen.append(drift.rows)
+        return trusted_share(drift, *others)
+
+    monkeypatch.setattr("lobs_native.solvers.problem.trusted_share", share)
+    options = {"sparsity": 0.6, "token_weights": "output", "inputs": "corrected"}
+    lobs.prune(Pooled(), batches(), progress=False, **options)
+    assert seen
+    assert all(n == pytest.approx(3 * 40 * 4) for n in seen)
 
 
 def test_rows_are_weighted_as_well_unless_that_is_turned_off():

@@ -103,7 +103,8 @@ class Moments(list[Hessian]):
         if difference is None or difference.unlike:
             return None
         drift = difference.drift([h.rows for h in self])
-        return dataclasses.replace(drift, rows=self.effective_rows or self[0].rows)
+        # Weights do not reduce their number: rows that weigh more are taken to have less noise.
+        return dataclasses.replace(drift, rows=self[0].rows)
 
     def error(
         self, layer: Layer, weight: Tensor, bias: Tensor | None, *, corrected: bool
