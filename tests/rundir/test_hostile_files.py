@@ -579,5 +579,5 @@ def test_mutated_runs_raise_only_errors_of_this_package(in_memory):
 
 def test_the_fuzzer_detects_a_reader_that_trusts_too_much(in_memory, monkeypatch):
     """The fuzzer would prove little if it could not fail."""
-    monkeypatch.setattr(safefile, "_whole_numbers", lambda value: True)
+    monkeypatch.setattr(safefile, "whole_numbers", lambda value: True)
     assert fuzz_rundir.fuzz(3, 1, in_memory)["crashes"] > 0
