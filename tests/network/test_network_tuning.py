@@ -233,14 +233,17 @@ class Sum:
         return float(self.loss(0).detach())
 
 
-def test_parameters_with_one_gradient_are_masked_each_by_their_own_zeros():
-    a, b = nn.Parameter(torch.tensor([2.0, 0.0, 3.0])), nn.Parameter(torch.tensor([0.0, 3.0, 3.0]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_with_one_gradient_are_masked_each_by_their_own_zeros(dtype):
+    a = nn.Parameter(torch.tensor([2.0, 0.0, 3.0]))
+    b = nn.Parameter(torch.tensor([0.0, 3.0, 3.0], dtype=dtype))
     descend("x", Sum(a, b), 2, {"a": a, "b": b}, {"a": a, "b": b}, Course(1, 0.1, 0))
     assert (a == 0).tolist() == [False, True, False]
     assert (b == 0).tolist() == [True, False, False]
     for p, before in ((a, [2.0, 3.0]), (b, [3.0, 3.0])):
-        size = torch.tensor(before).square().mean().sqrt()
-        torch.testing.assert_close(p.detach()[p != 0], torch.tensor(before) - 0.1 * size)
+        values = torch.tensor(before, dtype=p.dtype)
+        moved = values - 0.1 * values.square().mean().sqrt()
+        torch.testing.assert_close(p.detach()[p != 0], moved)
 
 
 def test_only_what_is_better_on_the_batches_held_back_is_kept():

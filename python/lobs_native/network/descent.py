@@ -146,8 +146,10 @@ class _Steps:
         self.each = [
             torch.optim.Adam([x], betas=_BETAS, eps=_TINY, **_fused(x)) for x in self.masters
         ]
+        largest = max((x.numel() for x in self.masters), default=0)
         self.masked = {
-            x.dtype: x.new_empty(max(m.numel() for m in self.masters)) for x in self.masters
+            (device, dtype): torch.empty(largest, dtype=dtype, device=device)
+            for device, dtype in {(x.device, x.dtype) for x in self.masters}
         }
         self.taken, self.total = 0, course.passes * batches
 
@@ -177,7 +179,7 @@ class _Steps:
             return torch.zeros_like(x)
         if kept is None:
             return gradient.to(x.dtype)
-        out = self.masked[x.dtype][: x.numel()].view(x.shape)
+        out = self.masked[x.device, x.dtype][: x.numel()].view(x.shape)
         return torch.mul(gradient, kept, out=out)
 
     def remember(self) -> None:
