@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,7 +16,16 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.solvers.options import option_of
 from lobs_native.solvers.settings import LAYER_OPTIONS, TARGETS
 
-__all__ = ["TEXT", "add_options", "add_prune", "add_text", "by_option", "settings_of"]
+__all__ = [
+    "TEXT",
+    "add_options",
+    "add_prune",
+    "add_text",
+    "by_option",
+    "flag",
+    "settings_of",
+    "with_flags",
+]
 
 # For a folder's text and files.
 TEXT = ("prompts", "lines", "tokens", "min_words", "length", "batch_size", "shard_size")
@@ -84,9 +93,8 @@ def add_options(group: argparse._ActionsContainer, names: Sequence[str]) -> None
     kinds = get_type_hints(NetworkSettings)
     for field in _offered():
         if field.name in names:
-            flag = f"--{field.name.replace('_', '-')}"
             reading = _reading(field, kinds[field.name])
-            group.add_argument(flag, **reading, help=option_of(field).help)
+            group.add_argument(flag(field.name), **reading, help=option_of(field).help)
 
 
 def add_text(command: argparse.ArgumentParser) -> None:
@@ -166,9 +174,19 @@ def by_option(message: str) -> str:
     name, colon, rest = message.partition(": ")
     if name.startswith("overrides"):
         return f"--override{name.removeprefix('overrides')}{colon}{rest}"
-    if name in {"out", *(field.name for field in _offered())}:
-        return f"--{name.replace('_', '-')}{colon}{rest}"
-    return message
+    names = ("out", *(field.name for field in _offered()))
+    return with_flags(message, {name: flag(name) for name in names})
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """An error's message that begins with a key of ``flags``, with its value in that place."""
+    name, colon, rest = message.partition(": ")
+    return f"{flags.get(name, name)}{colon}{rest}"
+
+
+def flag(name: str) -> str:
+    """The option that stands for an argument of Python."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _offered() -> list[dataclasses.Field[Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lobs_native.cli import job
+from lobs_native.cli.arguments import flag, with_flags
 from lobs_native.cli.speed import add_sizes, batch_of
 from lobs_native.cli.tables import aligned
 from lobs_native.files.atomic import new_folder
@@ -47,8 +48,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the option in its place."""
-    name, colon, rest = message.partition(": ")
-    return f"--{name}{colon}{rest}" if name in ("out", "to", "quantize") else message
+    return with_flags(message, {name: flag(name) for name in ("out", "to", "quantize")})
 
 
 def run(options: argparse.Namespace) -> str:

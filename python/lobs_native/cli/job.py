@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Forward
+from lobs_native.cli.arguments import flag
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError, LobsError
 from lobs_native.files import safefile
 from lobs_native.files.atomic import new_folder, writing
@@ -130,8 +131,7 @@ def _of_function(
     options = {"calibration": calibration, **text}
     if extra := [name for name, value in options.items() if value is not None]:
         raise ArgumentError(
-            f"--{extra[0].replace('_', '-')}: it is for folders; the function {source} brings its "
-            "own batches"
+            f"{flag(extra[0])}: it is for folders; the function {source} brings its own batches"
         )
     model, batches, forward = _call(source)
     settings = {"folded weights": fold_weights(model)} if fold else {}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lobs_native.cli.arguments import add_options, add_text
+from lobs_native.cli.arguments import add_options, add_text, flag, with_flags
 from lobs_native.cli.job import Job
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError
@@ -79,14 +79,10 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
 
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the options in its place."""
-    name, colon, rest = message.partition(": ")
-    kinds = [kind for kind in KINDS if name in (f"keep[{kind!r}]", "keep")]
-    options = kinds or [option for option in _OPTIONS if name == option]
-    return (
-        ", ".join(f"--{option.replace('_', '-')}" for option in options) + colon + rest
-        if options
-        else message
-    )
+    flags = {name: flag(name) for name in _OPTIONS}
+    flags |= {f"keep[{kind!r}]": flag(kind) for kind in KINDS}
+    flags["keep"] = ", ".join(map(flag, KINDS))
+    return with_flags(message, flags)
 
 
 def run(job: Job, options: argparse.Namespace, out: Path) -> tuple[ShrinkReport, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 
 from lobs_native import checks
 from lobs_native.cli import job
+from lobs_native.cli.arguments import flag, with_flags
 from lobs_native.cli.tables import aligned
 from lobs_native.errors import ArgumentError, LobsError
 from lobs_native.files.atomic import write_file
@@ -27,6 +28,8 @@ from lobs_native.network.inference.speed_report import (
 from lobs_native.report.text import visible
 
 __all__ = ["add_command", "add_sizes", "batch_of", "by_option", "run", "table"]
+
+_AS_IN_PYTHON = ("pairs", "processor_time")
 
 _SPEED = """Time pruned networks on this machine, against their dense counterpart.
 
@@ -70,13 +73,8 @@ def add_sizes(command: argparse.ArgumentParser) -> None:
 
 def by_option(message: str) -> str:
     """An error's message that begins with an argument of Python, with the option in its place."""
-    name, colon, rest = message.partition(": ")
-    option = {
-        "runtimes": "--runtime",
-        "pairs": "--pairs",
-        "processor_time": "--processor-time",
-    }.get(name)
-    return option + colon + rest if option else message
+    flags = {name: flag(name) for name in _AS_IN_PYTHON}
+    return with_flags(message, {"runtimes": "--runtime", **flags})
 
 
 def run(options: argparse.Namespace) -> str:
