@@ -91,15 +91,17 @@ def run(options: argparse.Namespace) -> str:
     found = {name: job.find(name, None, {}, planning=True) for name in names}
     batch = batch_of(found[names[0]], options)
     models = {name: each.model for name, each in found.items()}
-    how = {name: getattr(options, name) for name in ("pairs", "processor_time")}
+    how = {name: getattr(options, name) for name in _AS_IN_PYTHON}
     how["runtimes"] = options.runtime
-    if options.against is None:
-        report: SpeedReport | SpeedComparison = measure_speed(models[names[0]], batch, **how)
+    if options.against is not None:
+        how["against"] = job.find(options.against, None, {}, planning=True).model
+    report: SpeedReport | SpeedComparison
+    if len(names) == 1:
+        report = measure_speed(models[names[0]], batch, **how)
+        reports = {names[0]: report}
     else:
-        dense = job.find(options.against, None, {}, planning=True).model
-        compared = compare_speed(models, batch, against=dense, **how)
-        report = compared if len(names) > 1 else compared.networks[names[0]]
-    reports = report.networks if isinstance(report, SpeedComparison) else {names[0]: report}
+        report = compare_speed(models, batch, **how)
+        reports = report.networks
     if options.picture is not None:
         write_file(options.picture, _png(reports))
     if options.json:
@@ -137,12 +139,13 @@ def table(reports: Mapping[str, SpeedReport], advice: str) -> str:
     head: tuple[str, ...]
     head = ("runtime", "version", "dense, ms", "pruned, ms", "times as fast [95 %]")
     rows = [
-        (list(ENGINES).index(e.engine), labelled(name, (e.engine, e.version, *_cells(e))))
+        labelled(name, (e.engine, e.version, *_cells(e)))
+        for engine in ENGINES
         for name, report in reports.items()
         for e in report.engines
+        if e.engine == engine
     ]
-    ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
-    parts = [aligned([labelled("network", head), *ordered])]
+    parts = [aligned([labelled("network", head), *rows])]
     head = ("layer, as SparseLinear", "zeros", "rows", "dense, ms", "sparse, ms", "times")
     layers = [
         labelled(name, (visible(e.name), f"{e.sparsity:.0%}", str(e.rows), *_cells(e)))
