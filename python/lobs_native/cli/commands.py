@@ -216,7 +216,6 @@ def _shrink(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
         print(shrinking.table(report, result["settings"]))
-    if not options.json:
         print(f"wrote {visible(out)}")
     return OK
 
