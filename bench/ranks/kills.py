@@ -12,7 +12,6 @@ must have the bits of one process; then the next begins.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import shutil
@@ -28,10 +27,11 @@ if __name__ == "__main__":  # run as a script: modules are found from the folder
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.rundir.directory import RunDirectory
+from ranks.group import joined
 from stress.forks import Forks, Process
 
 LOST, HANGS = 75, 60.0  # exit code of a rank that lost another; seconds after which it hangs
@@ -54,18 +54,11 @@ def child(folder: Path, rank: int, size: int, together: str) -> int:
         save_file(model.state_dict(), folder / "right.safetensors")
         return 0
     try:
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{together}",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=HANGS),
-        )
+        group = joined(together, rank, size, HANGS)
     except RuntimeError:
         return LOST
     Path(f"{together}-{rank}").touch()
     try:
-        group = distributed.group.WORLD
         lobs.prune(model, data, run_dir=folder / "run", group=group, **options)
     except lobs.RankError:
         return LOST

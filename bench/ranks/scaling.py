@@ -10,7 +10,6 @@ Every rank is a process with one thread, on this computer, with gloo. CPU second
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import sys
@@ -23,9 +22,9 @@ if __name__ == "__main__":  # run as a script: modules are found from the folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import distributed
 
 import lobs_native as lobs
+from ranks.group import joined
 from ranks.networks import NETWORKS
 from stress.forks import Forks
 
@@ -64,16 +63,7 @@ def pruned(network: str, options: str, group: Any) -> dict[str, Any]:
 def child(folder: Path, rank: int, size: int, network: str, options: str) -> None:
     """One rank; the first writes what came of it."""
     torch.set_num_threads(1)
-    group = None
-    if size > 1:
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/together",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(minutes=20),
-        )
-        group = distributed.group.WORLD
+    group = joined(folder / "together", rank, size, 1200.0) if size > 1 else None
     found = pruned(network, options, group)
     (folder / f"{rank}.json").write_text(json.dumps(found))
 

@@ -7,7 +7,6 @@ It joins the others through a file in FOLDER and writes what it found to FOLDER/
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from helpers.experts import Experts, routed
 from helpers.stacks import batches, made
+from ranks.group import joined
 from torch import Tensor, distributed, nn
 
 import lobs_native as lobs
@@ -207,13 +207,7 @@ def resuming(rank: int, size: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     folder, rank, size, task = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/{task}.together",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    joined(folder / f"{task}.together", rank, size, 60.0)
     tasks = {f.__name__: f for f in (equal, failing, killed, resuming)}
     found = tasks[task](rank, size, folder)
     (folder / f"{rank}.json").write_text(json.dumps(found))
