@@ -18,10 +18,8 @@ def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     ``seed``, the others with other numbers. A batch then has the same ones wherever a pass begins,
     and whether or not the model is run on those before it."""
     torch.manual_seed(seed)
-    batch, number, end = iter(batches), 0, object()
-    while (following := next(batch, end)) is not end:
-        yield following
-        number += 1
+    for number, batch in enumerate(batches, 1):
+        yield batch
         _seed((seed + number * _STRIDE) % 2**64)
 
 
@@ -29,14 +27,14 @@ def _seed(seed: int) -> None:
     """As torch.manual_seed, which writes down where it is called from (a tenth of a millisecond, or
     ten in a deep stack) for a CUDA that is not in use."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def random_state() -> dict[str, Tensor]:
     """The states of torch's random numbers, of the CPU and of every CUDA device in use."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states |= {str(i): x for i, x in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
