@@ -81,7 +81,7 @@ def advice(
     """One sentence: whether the sparsity or the smaller size pays here, and what would."""
     rows = max((layer.rows for layer in layers), default=0)
     least = engines.least_sparsity(rows)
-    paying = _paying(measured)
+    paying = [row for row in measured if _pays(row)]
     if paying:
         best = min(paying, key=lambda row: row.pruned_seconds)
         how = f" (with sparsity={least})" if best.engine == "lobs.to_sparse" else ""
@@ -111,7 +111,7 @@ def advice(
 def overall(reports: Mapping[str, SpeedReport]) -> str:
     """One sentence about several networks: the fastest, and how long the dense one takes."""
     rows = [(name, row) for name, report in reports.items() for row in report.engines]
-    paying = [(name, row) for name, row in rows if row in _paying(reports[name].engines)]
+    paying = [(name, row) for name, row in rows if _pays(row)]
     if not rows:
         return "Nothing could be measured."
     dense = min((row for _, row in rows), key=lambda row: row.dense_seconds)
@@ -125,5 +125,5 @@ def overall(reports: Mapping[str, SpeedReport]) -> str:
     return f"Fastest here: {name} in {best.engine}, {best.pruned_seconds * 1e3:.3g} ms; {takes}."
 
 
-def _paying(measured: Sequence[EngineSpeed]) -> list[EngineSpeed]:
-    return [row for row in measured if row.interval[0] > PAYS]
+def _pays(row: EngineSpeed) -> bool:
+    return row.interval[0] > PAYS
