@@ -30,8 +30,9 @@ def table() -> tuple[Quantizer, ...]:
 
 def sentences() -> tuple[str, str]:
     """For reports: which ways keep every zero, and which lose some and how many."""
-    keeping = "; ".join(entry.way for entry in table() if entry.kept == 1)
-    losing = "; ".join(f"{e.way} ({e.kept:.1%} stay)" for e in table() if e.kept < 1)
+    entries = table()
+    keeping = "; ".join(entry.way for entry in entries if entry.kept == 1)
+    losing = "; ".join(f"{e.way} ({e.kept:.1%} stay)" for e in entries if e.kept < 1)
     return (
         f"Quantised afterwards, it keeps every zero with {keeping}.",
         f"It loses zeros with {losing}; apply_masks puts them back where weights can be written.",
