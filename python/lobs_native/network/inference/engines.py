@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -10,7 +11,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "first_line",
     "least_sparsity",
     "missing",
+    "quiet",
 ]
 
 FEW_ROWS = 8
@@ -82,22 +84,24 @@ class Subject:
         """The network as an ONNX file, by torch's own exporter, made once for all engines."""
         path = self.folder / "model.onnx"
         names = [f"input{i}" for i in range(len(self.tensors))]
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    self.called,
-                    self.tensors,
-                    str(path),
-                    dynamo=True,
-                    verbose=False,
-                    input_names=names,
-                )
-        finally:
-            logging.disable(before)
+        with quiet():
+            torch.onnx.export(
+                self.called, self.tensors, str(path), dynamo=True, verbose=False, input_names=names
+            )
         return path
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without a converter's warnings, logged or not."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def least_sparsity(rows: int) -> float:

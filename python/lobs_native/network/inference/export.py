@@ -20,7 +20,7 @@ __all__ = ["FORMATS", "QUANTIZERS", "REFUSED", "ExportReport", "ExportedWeight",
 
 FORMATS = tuple(to for to, quantize in WRITERS if quantize is None)
 QUANTIZERS = tuple(dict.fromkeys(quantize for _, quantize in WRITERS if quantize is not None))
-# Other ways to quantise, and how many zeros they leave, as measured in November 2026.
+# Ways to quantise that lose zeros; report/quantizers.json and findings/ have the measurements.
 REFUSED = {
     "gptq": "it moves rounding errors onto removed weights: 98 % of the zeros stay "
     "(llm-compressor 0.14, gptqmodel 7.6); use a round-to-nearest quantiser, or apply_masks after",

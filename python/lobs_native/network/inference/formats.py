@@ -4,9 +4,9 @@ are read back from the files that it wrote."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
-import logging
 import struct
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lobs_native.errors import CheckpointError
-from lobs_native.network.inference.engines import Subject
+from lobs_native.network.inference.engines import Subject, quiet
 
 __all__ = ["NEEDS", "WRITERS", "Stored", "Weights", "Written"]
 
@@ -98,10 +98,6 @@ def _openvino(subject: Subject, _: Weights, *, half: bool = False) -> Written:
     nodes = openvino.Core().read_model(str(path)).get_ops()
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     return path, {node.get_friendly_name(): _rounded(node.data.copy()) for node in constants}
-
-
-def _openvino_float16(subject: Subject, weights: Weights) -> Written:
-    return _openvino(subject, weights, half=True)
 
 
 def _rounded(values: np.ndarray[Any, Any]) -> Stored:
@@ -188,7 +184,7 @@ def _bytes_of_mnn(content: bytes, weights: Weights) -> Iterator[tuple[str, Store
 
 def _coreml(subject: Subject, _: Weights, *, half: bool = False, int8: bool = False) -> Written:
     path = subject.folder / "model.mlpackage"
-    with _quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it draws progress bars
         tools: Any = importlib.import_module("coremltools")
         optimize: Any = importlib.import_module("coremltools.optimize.coreml")
         exported = torch.export.export(subject.called, subject.tensors).run_decompositions()
@@ -205,14 +201,6 @@ def _coreml(subject: Subject, _: Weights, *, half: bool = False, int8: bool = Fa
             model = optimize.linear_quantize_weights(model, config, joint_compression=True)
         model.save(str(path))
         return path, dict(_weights_of_coreml(path))
-
-
-def _coreml_float16(subject: Subject, weights: Weights) -> Written:
-    return _coreml(subject, weights, half=True)
-
-
-def _coreml_int8(subject: Subject, weights: Weights) -> Written:
-    return _coreml(subject, weights, int8=True)
 
 
 def _weights_of_coreml(path: Path) -> Iterator[tuple[str, Stored]]:
@@ -244,18 +232,6 @@ def _maker(operation: Any) -> str:
     """The type of the operation that gives a sparse weight its numbers, or nothing."""
     made = operation.inputs.get("nonzero_data")
     return made.op.op_type if made is not None and made.op is not None else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's warnings about versions, and its progress bars."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 # ---- compressed rows -----------------------------------------------------------------------------
@@ -302,11 +278,11 @@ WRITERS: dict[tuple[str, str | None], Callable[[Subject, Weights], Written]] = {
     ("onnx", None): _onnx,
     ("onnx", "int8"): _onnx_int8,
     ("openvino", None): _openvino,
-    ("openvino", "float16"): _openvino_float16,
+    ("openvino", "float16"): functools.partial(_openvino, half=True),
     ("mnn", None): _mnn,
     ("mnn", "int8"): _mnn_int8,
     ("coreml", None): _coreml,
-    ("coreml", "float16"): _coreml_float16,
-    ("coreml", "int8"): _coreml_int8,
+    ("coreml", "float16"): functools.partial(_coreml, half=True),
+    ("coreml", "int8"): functools.partial(_coreml, int8=True),
     ("torch-csr", None): _torch_csr,
 }
