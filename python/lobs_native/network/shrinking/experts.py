@@ -144,6 +144,9 @@ class _Block:
         self.inside = dataclasses.replace(
             family, slots=tuple(dataclasses.replace(s, name=s.name[start:]) for s in family.slots)
         )
+        # Without the weights of the experts: routing does not read them, and they are large.
+        routing = tuple(s for s in self.inside.slots if not s.name.startswith(f"{self.name}."))
+        self.router = dataclasses.replace(self.inside, slots=routing)
         self.calls: list[_Call] = []
         self.mask: Tensor | None = None
         self._rows = 0
@@ -197,7 +200,7 @@ class _Block:
         call = self.calls[0]
         whole = self._run(call)
         with contextlib.ExitStack() as undo:
-            self._reduce(left, undo)
+            self._reduce(self.inside, left, undo)
             fewer = self._run(call)
         moved = self._routing(left.tolist(), idle).weights - before.weights
         rows = before.inputs[0]
@@ -237,10 +240,10 @@ class _Block:
                 parts.append(f @ f.mT)
         return torch.cat(parts)
 
-    def _reduce(self, left: Tensor, undo: contextlib.ExitStack) -> None:
-        """Leave only these experts in the block."""
-        take_out(self.block, self.inside, left, undo)
-        for owner, name, value in new_counts([self.inside], [len(left)]):
+    def _reduce(self, family: Family, left: Tensor, undo: contextlib.ExitStack) -> None:
+        """Leave only these experts in the tensors of ``inside`` or ``router``."""
+        take_out(self.block, family, left, undo)
+        for owner, name, value in new_counts([family], [len(left)]):
             replace(owner, name, value, undo)
 
     def _routing(self, left: Sequence[int], idle: Mapping[nn.Module, Any]) -> _Routing:
@@ -265,7 +268,7 @@ class _Block:
 
         with contextlib.ExitStack() as undo:
             if len(left) < self.family.units:
-                self._reduce(numbers, undo)
+                self._reduce(self.router, numbers, undo)
             for module, forward in ((self.experts, record), *idle.items()):
                 undo.enter_context(with_forward(module, forward))
             for call in self.calls:
