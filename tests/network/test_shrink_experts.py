@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.shrunk import same, states
 from torch import Tensor, nn
 
 import lobs_native as lobs
@@ -102,9 +103,12 @@ def without(block: nn.Module, gone: set[int]) -> nn.Module:
     """A copy of a block of Mixtral without some experts, written out."""
     block = copy.deepcopy(block)
     stay = [e for e in range(block.experts.num_experts) if e not in gone]
-    for owner, part in (
-        *((block.experts, "gate_up_proj"), (block.experts, "down_proj"), (block.gate, "weight")),
-    ):
+    weights = (
+        (block.experts, "gate_up_proj"),
+        (block.experts, "down_proj"),
+        (block.gate, "weight"),
+    )
+    for owner, part in weights:
         setattr(owner, part, nn.Parameter(getattr(owner, part).detach()[stay]))
     block.experts.num_experts = block.gate.num_experts = len(stay)
     return block
@@ -197,16 +201,16 @@ def test_a_budget_of_parameters_takes_experts_and_one_of_multiplications_none():
 
 def test_experts_that_have_to_come_in_groups_stay_and_are_named():
     model = made(lambda: deepseek(groups=2))
-    state = {name: x.clone() for name, x in model.state_dict().items()}
+    before = states(model)
     with pytest.raises(ArgumentError, match=r"mlp\.experts: its experts stay: with fewer it does"):
         lobs.shrink(model, tokens(), keep={"experts": 0.6}, progress=False)
-    assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
+    assert same(states(model), before)
     assert model.config.n_routed_experts == 6
 
 
 def test_after_an_interruption_the_experts_are_back(monkeypatch):
     model = made(mixtral)
-    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    before, config = states(model), model.config.to_dict()
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -215,5 +219,5 @@ def test_after_an_interruption_the_experts_are_back(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         lobs.shrink(model, tokens(), keep=0.6, progress=False)
     assert model.config.to_dict() == config
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert same(states(model), before)
     assert model.model.layers[0].mlp.experts.num_experts == 5

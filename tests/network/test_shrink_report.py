@@ -27,10 +27,6 @@ def images(count: int = 4) -> list[Tensor]:
     return [torch.randn(3, 2, 7, 7, generator=generator) for _ in range(count)]
 
 
-def sizes(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def relative(model: nn.Module, original: nn.Module, batches: list[Tensor]) -> float:
     with torch.no_grad():
         before, after = (torch.cat([m(x) for x in batches]).double() for m in (original, model))
