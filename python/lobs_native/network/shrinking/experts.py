@@ -38,7 +38,7 @@ from lobs_native.solvers.joint import Removal
 
 __all__ = ["expert_families", "expert_removals"]
 
-_ROWS = 2048  # of the calibration data, on which what experts return is compared
+_ROWS = 2048  # on which what experts return is compared; with the rest of the batch they are in
 _AT_ONCE = 64 << 20  # bytes of what all experts return for a piece of the rows
 _FIELDS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
