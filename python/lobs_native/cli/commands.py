@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -15,9 +14,9 @@ from lobs_native.cli import demo, doctor, export, job, shrinking, speed, torchru
 from lobs_native.cli.arguments import TEXT, add_prune, by_option, settings_of
 from lobs_native.cli.surroundings import (
     TerminatedError,
+    around_models,
     at_work,
     heeding_sigterm,
-    plain_warnings,
 )
 from lobs_native.cli.tables import aligned, in_short, plan_table, report_table
 from lobs_native.errors import (
@@ -170,8 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    # Whatever the model's code prints must not get between the lines of a result.
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
+    with around_models():
         if not options.plan:
             out = _check_out(options)
         task = _task(options, planning=options.plan, fold=options.fold_weights)
@@ -207,7 +205,7 @@ def _task(options: argparse.Namespace, **how: bool) -> job.Job:
 
 
 def _shrink(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
+    with around_models():
         out = _check_out(options)
         task = _task(options)
         with at_work(options):
@@ -224,7 +222,7 @@ def _printing(work: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
     """A command that prints what ``work`` returns, and nothing that a model's code prints."""
 
     def command(options: argparse.Namespace) -> int:
-        with contextlib.redirect_stdout(sys.stderr), job.importable_here(), plain_warnings():
+        with around_models():
             if "out" in options:
                 options.out = _check_out(options)
             with heeding_sigterm(kept=False):

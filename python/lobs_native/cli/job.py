@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import operator
-import os
 import re
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +43,7 @@ from lobs_native.report.records import Skipped
 from lobs_native.report.report import Report
 from lobs_native.solvers.methods import method_of
 
-__all__ = ["Job", "find", "importable_here", "plan", "run"]
+__all__ = ["Job", "find", "plan", "run"]
 
 SHARD_BYTES = 5_000_000_000
 HEAD = "it makes the logits, and is left alone unless include names it"
@@ -198,17 +195,6 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         elif key not in old or before != value:
             found[key] = value
     return found
-
-
-@contextlib.contextmanager
-def importable_here() -> Iterator[None]:
-    """Modules of the current folder can be imported, as with ``python -m``."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _call(source: str) -> tuple[nn.Module, Any, Forward | None]:

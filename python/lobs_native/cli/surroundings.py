@@ -18,7 +18,7 @@ from lobs_native.report.text import visible
 from lobs_native.rundir import ledger
 from lobs_native.rundir.underway import stop
 
-__all__ = ["TerminatedError", "at_work", "heeding_sigterm", "plain_warnings"]
+__all__ = ["TerminatedError", "around_models", "at_work", "heeding_sigterm"]
 
 
 class TerminatedError(BaseException):
@@ -26,7 +26,26 @@ class TerminatedError(BaseException):
 
 
 @contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
+def around_models() -> Iterator[None]:
+    """While models' code runs: its modules are found, and what it prints and the warnings of this
+    package go to standard error, not between the lines of a result."""
+    with contextlib.redirect_stdout(sys.stderr), _importable_here(), _plain_warnings():
+        yield
+
+
+@contextlib.contextmanager
+def _importable_here() -> Iterator[None]:
+    """Modules of the current folder can be imported, as with ``python -m``."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
     """Show warnings of this package as one line each, without a line of source."""
     with warnings.catch_warnings():
         show = warnings.showwarning
