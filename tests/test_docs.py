@@ -139,7 +139,7 @@ def test_the_table_of_convolutional_networks_is_what_was_measured():
     ("file", "head"),
     [
         ("speed-encoder-1-thread", "| network | runtime | dense |"),
-        ("speed-encoder-two-threads", "| two threads | runtime | dense |"),
+        ("speed-encoder-2-threads", "| two threads | runtime | dense |"),
     ],
 )
 def test_the_table_of_four_networks_is_what_was_measured(file, head):

@@ -67,7 +67,7 @@ def test_its_ratios_are_among_those_that_were_measured():
     measured = [
         row
         for file in (ROOT / "bench/results").glob("*-2-threads.json")
-        for row in json.loads(file.read_text())["rows"]
+        for row in json.loads(file.read_text()).get("rows", ())  # networks have none
     ]
     for *_, ours, ratio in rows_of_table(README, "| what | rival |"):
         value, low, high = (float(x) for x in re.findall(r"[\d.]+", ratio))
