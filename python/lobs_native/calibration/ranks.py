@@ -33,7 +33,7 @@ _KNOWN |= {kind.__name__: kind for kind in (MemoryError, OSError, StoppedError)}
 class Ranks:
     """The ranks of a ``torch.distributed`` group, or, without one, this process alone.
 
-    All methods but :meth:`owner_of` are collective: every rank calls them in the same order. Alone,
+    All methods but :meth:`tell` are collective: every rank calls them in the same order. Alone,
     they return what they were given.
 
     Raises

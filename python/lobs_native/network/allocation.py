@@ -92,17 +92,17 @@ def budget_costs(
 
 def _known_to_all(ranks: Ranks, name: str, costs: Costs | None, owner: int) -> Costs:
     """The costs of a layer that one of the ranks has computed."""
-    info: dict[str, Any] = {} if costs is None else dataclasses.asdict(costs)
-    values = {} if costs is None else {"values": info.pop("values")}
-    info = ranks.value(f"costs of {name}", info, owner)
-    return Costs(ranks.tensors(f"values of costs of {name}", values, owner)["values"], **info)
+    info, tensors = dict[str, Any](), dict[str, Tensor]()
+    if costs is not None:
+        info, tensors = costs.numbers(), {"values": costs.values}
+    info, tensors = ranks.from_one(f"costs of {name}", info, tensors, owner)
+    return Costs(tensors["values"], **info)
 
 
 def _keep_costs(states: States, costs: Mapping[str, Costs]) -> None:
     if states.due(_PURPOSE, sum(x.values.numel() * 8 for x in costs.values())):
-        info = {name: dataclasses.asdict(x) for name, x in costs.items()}
-        tensors = {name: values.pop("values") for name, values in info.items()}
-        states.save(_PURPOSE, tensors, info)
+        tensors = {name: x.values for name, x in costs.items()}
+        states.save(_PURPOSE, tensors, {name: x.numbers() for name, x in costs.items()})
 
 
 def _kept_costs(states: States) -> dict[str, Costs]:
@@ -144,6 +144,10 @@ class Costs:
     least: int  # bounds on its removals
     most: int
     each: float = 1.0  # what a removal counts in the budget
+
+    def numbers(self) -> dict[str, Any]:
+        """All but ``values``, by name."""
+        return {name: x for name, x in vars(self).items() if name != "values"}
 
     def below(self, limit: float, *, reached: bool = True) -> int:
         """The number of removals that cost at most ``limit`` (less than it without ``reached``),

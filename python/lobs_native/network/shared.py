@@ -160,12 +160,10 @@ class SharedLedger:
     def sensitivity(self) -> tuple[dict[str, Tensor] | None] | None:
         """See :meth:`Ledger.sensitivity`."""
         known = None if self.own is None else self.own.sensitivity()
-        form = None if known is None else [known[0] is not None]
-        form = self.ranks.value("whether there are sensitivities", form)
-        if form is None:
-            return None
         measured = None if known is None else known[0]
-        return (self.ranks.tensors("sensitivities", measured) if form[0] else None,)
+        form = [known is not None, measured is not None]
+        (kept, some), tensors = self.ranks.from_one("sensitivities", form, measured, 0)
+        return (tensors if some else None,) if kept else None
 
     def token_weights(self) -> dict[str, Tensor]:
         """See :meth:`Ledger.token_weights`."""
