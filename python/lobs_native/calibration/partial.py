@@ -13,12 +13,7 @@ from lobs_native.calibration.session import Source
 from lobs_native.calibration.tree import Summing, Tree, own_batches
 from lobs_native.errors import CheckpointError
 
-__all__ = [
-    "States",
-    "passed_before",
-    "readable",
-    "resumable",
-]
+__all__ = ["States", "passed_before", "readable", "resumable"]
 
 _KEY = "statistics"  # one key, since there is one pass at a time
 _CHUNK, _TOTAL, _OF_BATCHES = "sums", "sums before", "of batches"
@@ -43,7 +38,7 @@ class States(Protocol):
         """Delete the state under ``key``."""
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, named without it."""
     return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
 
@@ -155,7 +150,7 @@ def _restored(tensors: Mapping[str, Tensor], info: Mapping[str, Any], tree: Tree
                 tree.total[name] = tensors[f"{_TOTAL}/{name}"].clone().to(x.device)
                 if tree.total[name].shape != x.shape:
                     raise TypeError(f"{name} has another shape")
-        tree.sums.add_of_batches(below(f"{_OF_BATCHES}/", tensors))
+        tree.sums.add_of_batches(_below(f"{_OF_BATCHES}/", tensors))
         tree.sums.set_values(info[_CHUNK])
         if tree.added:
             tree.total_values = {name: info[_TOTAL][name] for name in tree.sums.values()}
