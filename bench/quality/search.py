@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import lobs_native as lobs
 from paper.networks import percent_wrong
 from quality import lenet
-from quality.whole_encoder import AT_ONCE, encoder_folder, lines, means, tokenised
+from quality.whole_encoder import AT_ONCE, encoder_folder, lines, loaded, means, tokenised
 
 HELD_BACK = 0.2
 LINES = 200  # to calibrate on, with those held back
@@ -66,8 +66,6 @@ def lenet_case(arguments: argparse.Namespace) -> Case:
 
 def encoder_case(arguments: argparse.Namespace) -> Case:
     """Lines of text; mean cosine of the embeddings on others."""
-    from transformers import BertModel
-
     folder, some = encoder_folder(), lines()
     tested = tokenised(folder, some[TESTED], AT_ONCE)
 
@@ -79,7 +77,7 @@ def encoder_case(arguments: argparse.Namespace) -> Case:
         return float(nn.functional.cosine_similarity(before, after).mean())
 
     return Case(
-        lambda: BertModel.from_pretrained(folder).eval(),
+        lambda: loaded(folder),
         tokenised(folder, some[: arguments.lines], 10),
         outputs,
         cosine,

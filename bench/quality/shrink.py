@@ -43,9 +43,9 @@ from quality.whole_encoder import (
     AT_ONCE,
     CALIBRATION,
     Measure,
-    embeddings,
     encoder_folder,
     lines,
+    loaded,
     normalised,
     tokenised,
 )
@@ -119,11 +119,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    from transformers import BertModel
-
     folder = encoder_folder()
     measure, batches = Measure(folder), tokenised(folder, lines()[:CALIBRATION], 8)
-    original = BertModel.from_pretrained(folder).eval()
+    original = loaded(folder)
     rows: list[dict[str, Any]] = []
     heads = ["what stays", "choice and repair", "cosine", "CPU s", "stock class", "faster [95 %]"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
@@ -139,7 +137,7 @@ def main() -> None:
             else:
                 report = lobs.shrink(model, batches, progress=False, **what, **CHOICES[choice])
             spent = time.process_time() - begun
-            cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
+            cosine = measure.cosine(model)
             pairs, on_processor = arguments.pairs, arguments.processor_time
             faster = speed_ups(
                 original, model, measure.batches[0], pairs, processor_time=on_processor

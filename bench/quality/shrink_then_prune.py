@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import lobs_native as lobs
-from quality.whole_encoder import Measure, embeddings, encoder_folder, lines, tokenised
+from quality.whole_encoder import Measure, encoder_folder, lines, loaded, tokenised
 
 SHRUNK, PRUNED = 0.75, 0.5  # of the neurons, and of the weights that are left then
 LINES = 150
@@ -67,13 +67,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from transformers import BertModel
-
     folder = encoder_folder()
     measure, batches = Measure(folder), tokenised(folder, lines()[: options.lines], 8)
-    original: nn.Module = BertModel.from_pretrained(folder).eval()
-    hidden, neurons = original.config.hidden_size, original.config.intermediate_size  # type: ignore[union-attr]
-    blocks = len(original.encoder.layer)  # type: ignore[union-attr, arg-type]
+    original = loaded(folder)
+    hidden, neurons = original.config.hidden_size, original.config.intermediate_size
+    blocks = len(original.encoder.layer)
     attention, each = 4 * hidden * hidden, 2 * hidden  # weights of a block, and of a neuron
     left = round(blocks * (1 - PRUNED) * (attention + SHRUNK * neurons * each))
     rows: list[dict[str, Any]] = []
@@ -81,7 +79,7 @@ def main() -> None:
 
     def row(first: str, then: str, model: nn.Module, begun: float) -> None:
         spent = time.process_time() - begun
-        cosine = float((embeddings(model, measure.batches) * measure.original).sum(1).mean())
+        cosine = measure.cosine(model)
         every, some = weights(model)
         rows.append(
             {"first": first, "then": then, "weights": every, "not zero": some, "cosine": cosine}

@@ -131,15 +131,18 @@ class Measure:
     def __init__(self, folder: Path, count: int = MEASURED) -> None:
         some = lines()[CALIBRATION : CALIBRATION + count]
         self.batches = tokenised(folder, some, AT_ONCE)
-        self.original = self.embeddings(folder)
+        self.original = embeddings(loaded(folder), self.batches)
 
-    def embeddings(self, folder: Path) -> Tensor:
-        from transformers import BertModel
+    def cosine(self, model: nn.Module) -> float:
+        """The mean cosine of a network's embeddings with the original's."""
+        return float((embeddings(model, self.batches) * self.original).sum(1).mean())
 
-        return embeddings(BertModel.from_pretrained(folder).eval(), self.batches)
 
-    def cosine(self, folder: Path) -> float:
-        return float((self.embeddings(folder) * self.original).sum(1).mean())
+def loaded(folder: Path) -> Any:
+    """The encoder in a folder."""
+    from transformers import BertModel
+
+    return BertModel.from_pretrained(folder).eval()
 
 
 def encoder_folder() -> Path:
@@ -219,7 +222,7 @@ def main() -> None:
                 begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
                 report = prune(folder, out, row_name, target, arguments.lines)
                 cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
-                cosine = measure.cosine(out)
+                cosine = measure.cosine(loaded(out))
             settings = report["settings"]
             row = {
                 "target": target, "method": method, "scope": scope, "inputs": inputs, "more": more,
