@@ -315,8 +315,7 @@ class Session:
             leave=False,
             disable=None if self.progress else True,
         )
-        seed = self.seed
-        for number, batch in enumerate(seeded(bar, seed)):
+        for number, batch in enumerate(seeded(bar, self.seed)):
             self.number = number
             if number >= start and (among is None or number in among):
                 yield batch
