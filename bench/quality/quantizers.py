@@ -26,6 +26,11 @@ from torch import Tensor, nn
 from lobs_native.network.inference.export import export
 
 SHAPE, ZEROS = (256, 512), 0.8
+TORCHAO = (
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "IntxWeightOnlyConfig",
+)
 
 
 def of_torchao(config: str) -> Callable[[nn.Linear], Tensor]:
@@ -86,11 +91,7 @@ def of_export(to: str, quantize: str) -> Callable[[nn.Linear], Tensor | float]:
 
 WAYS: dict[tuple[str, str], Callable[[nn.Linear], Tensor | float]] = {
     ("torch", "quantize_dynamic, qint8"): of_torch,
-    ("torchao", "Int8WeightOnlyConfig"): of_torchao("Int8WeightOnlyConfig"),
-    ("torchao", "Int8DynamicActivationInt8WeightConfig"): of_torchao(
-        "Int8DynamicActivationInt8WeightConfig"
-    ),
-    ("torchao", "IntxWeightOnlyConfig"): of_torchao("IntxWeightOnlyConfig"),
+    **{("torchao", config): of_torchao(config) for config in TORCHAO},
     **{("optimum-quanto", n): of_quanto(n) for n in ("qint8", "qint4", "qint2", "qfloat8")},
     **{("bitsandbytes", kind): of_bitsandbytes(kind) for kind in ("nf4", "fp4")},
     **{("gguf", n): of_gguf(n) for n in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")},
