@@ -53,7 +53,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     title = "how far (one of the first three, or some of the others)"
     far = command.add_argument_group(title).add_argument
     for budget in BUDGETS:
-        help_ = f"share of the {budget} of the layers concerned that stays at most"
+        help_ = f"largest share of the {budget} of the layers concerned that may stay"
         far(f"--{budget}", type=float, metavar="X", help=help_)
     help_ = "JSON file of times for --latency, read and written; default: none"
     far("--latency-table", metavar="FILE", help=help_)
@@ -62,13 +62,8 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
         far(f"--{kind}", type=float, metavar="X", help=help_)
     group = command.add_argument_group("how (see lobs_native.shrink)")
     how = group.add_argument
-    how(
-        "--multiple",
-        type=int,
-        default=8,
-        metavar="N",
-        help="of neurons and channels; default: %(default)s",
-    )
+    help_ = "numbers of neurons and channels become multiples of N; default: %(default)s"
+    how("--multiple", type=int, default=8, metavar="N", help=help_)
     how("--method", choices=tuple(COLUMNS), default="exact", help="default: %(default)s")
     help_ = "pairs of runs, before and after, to time the first batch; default: %(default)s"
     how("--pairs", type=int, default=5, metavar="N", help=help_)
