@@ -43,7 +43,7 @@ def removals_of(
     removals = []
     for piece in _pieces(families, layers, _AT_ONCE if memory is None else memory // 2):
         some = [layers[name] for family in piece for name in family.readers]
-        moments = calibrate(some, session, f"costs of {len(piece)} kinds of units")
+        moments = calibrate(some, session, f"costs of units, {len(piece)} families")
         for family in piece:
             readers = [
                 _reader(layers[name], family, moments.pop(name), method, damping)

@@ -259,7 +259,9 @@ def _without(
     remaining = [f for f in left if fields.isdisjoint(f.fields)]
     if len(remaining) < len(left):
         count = len(left) - len(remaining)
-        notes.append(f"{count} more kinds of units stay: the configuration has one number for all")
+        notes.append(
+            f"other families that stay: {count}, as the configuration has one number for all"
+        )
     return remaining
 
 

@@ -58,8 +58,8 @@ class ShrinkReport:
     def __str__(self) -> str:
         (p, q), (a, b), (m, n) = self.parameters, self.bytes, self.multiplications
         lines = [
-            f"shrunk {len(self.layers)} kinds of units: {p:,} -> {q:,} parameters ({q / p:.1%}), "
-            f"{a / 1e6:,.1f} -> {b / 1e6:,.1f} MB",
+            f"families of units that shrank: {len(self.layers)}; "
+            f"{p:,} -> {q:,} parameters ({q / p:.1%}), {a / 1e6:,.1f} -> {b / 1e6:,.1f} MB",
         ]
         if m:  # experts alone save none
             lines.append(
