@@ -205,6 +205,7 @@ def _task(options: argparse.Namespace, **how: bool) -> job.Job:
 
 
 def _shrink(options: argparse.Namespace) -> int:
+    torchrun.check_alone("shrink")
     with around_models():
         out = _check_out(options)
         task = _task(options)
@@ -222,6 +223,7 @@ def _printing(work: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
     """A command that prints what ``work`` returns, and nothing that a model's code prints."""
 
     def command(options: argparse.Namespace) -> int:
+        torchrun.check_alone(options.arguments[0])
         with around_models():
             if "out" in options:
                 options.out = _check_out(options)

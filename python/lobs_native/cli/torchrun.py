@@ -14,7 +14,7 @@ import torch
 
 from lobs_native.errors import ArgumentError, RankError
 
-__all__ = ["LOST", "is_told_elsewhere", "joined", "rank"]
+__all__ = ["LOST", "check_alone", "is_told_elsewhere", "joined", "rank"]
 
 LOST = 75  # the exit code where another process is gone
 
@@ -29,6 +29,16 @@ def rank() -> int:
 
 def _launched() -> bool:
     return all(name in os.environ for name in _NEEDED) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def check_alone(command: str) -> None:
+    """Raise ArgumentError if torchrun has started several processes, each of which would do all the
+    work of this command."""
+    if _launched():
+        raise ArgumentError(
+            f"torchrun: {command} runs in one process, and {os.environ['WORLD_SIZE']} were "
+            "started; start it without torchrun (prune shares its work)"
+        )
 
 
 @contextlib.contextmanager
