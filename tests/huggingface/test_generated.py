@@ -9,6 +9,7 @@ import torch
 from helpers import hf_folders
 
 from lobs_native.cli import commands as cli
+from lobs_native.cli import job
 from lobs_native.errors import ArgumentError
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.text import generated_batches
@@ -114,3 +115,29 @@ def test_the_command_calibrates_on_it(source, prompts, tmp_path, capsys):
     assert settings["tokens"] == 256
     assert cli.main([*line, "--calibration", str(prompts), "--overwrite"]) == cli.USAGE
     assert "--prompts: it is for --calibration generate" in capsys.readouterr().err
+
+
+def test_several_texts_are_calibrated_on_together(source, prompts, tmp_path):
+    """Their batches one after another, as each would be by itself; with what it was, and totals."""
+    other = tmp_path / "other.txt"
+    other.write_text(hf_folders.text(lines=200, words=30))
+    how = {"tokens": 256, "length": 16}
+    written = {**how, "prompts": prompts}
+    parts = [job.find(str(source), ["generate"], written), job.find(str(source), [other], how)]
+    found = job.find(str(source), ["generate", other], written)
+    batches = [batch for part in parts for batch in part.batches]
+    assert len(found.batches) == len(batches) == 4
+    for a, b in zip(found.batches, batches, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"])
+    described = [{k: part.settings[k] for k in ("text", "tokens")} for part in parts]
+    assert [{k: x[k] for k in ("text", "tokens")} for x in found.settings["texts"]] == described
+    assert found.settings["tokens"] == 512
+    assert found.settings["tokens held back"] == parts[1].settings["tokens held back"] > 0
+    assert found.measure() == parts[1].measure()
+
+
+def test_a_text_is_given_once(source, prompts, capsys):
+    line = ["prune", str(source), "--sparsity", "0.5", "--out", "out"]
+    line += ["--calibration", str(prompts)] * 2
+    assert cli.main(line) == cli.USAGE
+    assert "is given twice, and would count twice" in capsys.readouterr().err

@@ -100,8 +100,11 @@ def add_options(group: argparse._ActionsContainer, names: Sequence[str]) -> None
 def add_text(command: argparse.ArgumentParser) -> None:
     """The options for a folder's text and files."""
     add = command.add_argument_group("for folders").add_argument
-    help_ = "UTF-8 text to calibrate on; or the word generate: what a causal language model writes"
-    add("--calibration", type=_calibration, metavar="FILE", help=help_)
+    help_ = (
+        "UTF-8 text to calibrate on; or the word generate: what a causal language model writes. "
+    )
+    help_ += "May be repeated: all of them, with the limits below for each"
+    add("--calibration", action="append", type=_calibration, metavar="FILE", help=help_)
     help_ = "with generate: UTF-8 text whose lines begin the sequences; default: nothing does"
     add("--prompts", type=Path, metavar="FILE", help=help_)
     add("--lines", type=int, metavar="N", help="lines of it at most; default 600, or --tokens")

@@ -28,7 +28,7 @@ from lobs_native.files.shelf import Place
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.perplexity import perplexity
 from lobs_native.huggingface.spelling import places_of, same_bits
-from lobs_native.huggingface.text import GENERATE, generated_batches, text_batches
+from lobs_native.huggingface.text import GENERATE, generated_batches, joined, text_batches
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import carrying_out
 from lobs_native.network.folding import fold_weights
@@ -72,7 +72,7 @@ class Job:
 
 def find(
     source: str,
-    calibration: Path | str | None,
+    calibration: Sequence[Path | str] | None,
     text: Mapping[str, Any],
     *,
     planning: bool = False,
@@ -86,11 +86,11 @@ def find(
     source : str
         A folder, a GGUF file, or ``module:function``, which is called without arguments and returns
         (model, batches) or (model, batches, forward).
-    calibration : Path, "generate" or None
-        For a folder: a text file, or what the network writes.
+    calibration : sequence of Path or "generate", optional
+        For a folder: text files, or what the network writes; all are calibrated on.
     text : mapping
-        Options of :func:`~lobs_native.huggingface.text.text_batches`, and ``shard_size`` in bytes;
-        for a folder.
+        Options of :func:`~lobs_native.huggingface.text.text_batches`, for each of them, and
+        ``shard_size`` in bytes; for a folder.
     planning : bool
         Batches are not needed.
     seed : int
@@ -118,7 +118,7 @@ def find(
 
 
 def _of_function(
-    source: str, calibration: Path | str | None, text: Mapping[str, Any], fold: bool
+    source: str, calibration: Sequence[Path | str] | None, text: Mapping[str, Any], fold: bool
 ) -> Job:
     if not _FUNCTION.fullmatch(source):
         raise ArgumentError(
@@ -142,16 +142,25 @@ def _of_function(
 
 
 def _folder(
-    folder: Path, calibration: Path | str | None, text: dict[str, Any], planning: bool, seed: int
+    folder: Path,
+    calibration: Sequence[Path | str] | None,
+    text: dict[str, Any],
+    planning: bool,
+    seed: int,
 ) -> Job:
     """The network in a folder, or in a GGUF file."""
     if not folder.exists():
         raise ArgumentError(f"MODEL: there is no file {folder}")
     shard_bytes = text.pop("shard_size", None) or SHARD_BYTES
-    if calibration is None and not planning:
+    texts = list(calibration or ())
+    if not texts and not planning:
         raise ArgumentError("--calibration: it is missing; give a text file to calibrate on")
     prompts = text.pop("prompts", None)
-    if prompts is not None and calibration != GENERATE:
+    if twice := [each for each in texts if texts.count(each) > 1]:
+        raise ArgumentError(
+            f"--calibration: {twice[0]} is given twice, and would count twice; give it once"
+        )
+    if prompts is not None and GENERATE not in texts:
         raise ArgumentError(f"--prompts: it is for --calibration {GENERATE}")
     checkpoint = hf.examine(folder)
     model = hf.load(checkpoint)
@@ -162,12 +171,16 @@ def _folder(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     batches = measure = None
-    if calibration is not None:
+    if texts:
         chosen = {name: value for name, value in text.items() if value is not None}
-        if isinstance(calibration, Path):
-            calibrating = text_batches(checkpoint, model, calibration, **chosen)
-        else:
-            calibrating = generated_batches(checkpoint, model, prompts=prompts, seed=seed, **chosen)
+        calibrating = joined(
+            [
+                text_batches(checkpoint, model, each, **chosen)
+                if isinstance(each, Path)
+                else generated_batches(checkpoint, model, prompts=prompts, seed=seed, **chosen)
+                for each in texts
+            ]
+        )
         batches = calibrating.batches
         settings |= calibrating.settings
         if calibrating.held_back:

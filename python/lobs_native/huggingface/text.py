@@ -1,4 +1,4 @@
-"""Calibration batches: from a text file and a folder's tokenizer, or written by the network."""
+"""Calibration batches: from text files and a folder's tokenizer, or written by the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lobs_native.huggingface import gguf
 from lobs_native.huggingface.checkpoint import Checkpoint
 from lobs_native.huggingface.library import one_line, quiet, transformers_library
 
-__all__ = ["GENERATE", "Text", "generated_batches", "text_batches"]
+__all__ = ["GENERATE", "Text", "generated_batches", "joined", "text_batches"]
 
 GENERATE = "generate"  # in place of a file: what the network itself writes
 _WRITTEN = 16_384  # tokens, by default
@@ -34,6 +34,21 @@ class Text:
     batches: list[dict[str, Tensor]]  # input_ids and attention_mask, (batch, tokens) int64
     settings: dict[str, Any]  # for the report
     held_back: list[dict[str, Tensor]]  # of a causal language model: blocks of the lines after them
+
+
+def joined(texts: Sequence[Text]) -> Text:
+    """Several texts as one: their batches one after another, with the settings of each."""
+    if len(texts) == 1:
+        return texts[0]
+    totals = {
+        name: sum(text.settings.get(name, 0) for text in texts)
+        for name in ("tokens", "tokens held back")
+    }
+    return Text(
+        [batch for text in texts for batch in text.batches],
+        {"texts": [text.settings for text in texts], **{k: n for k, n in totals.items() if n}},
+        [batch for text in texts for batch in text.held_back],
+    )
 
 
 def text_batches(
