@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, DtypeError
+from lobs_native.network import peak
 from lobs_native.network.shrinking import comparison
 from lobs_native.network.shrinking.comparison import same_sizes
 
@@ -100,12 +102,42 @@ def test_no_pairs_measure_no_times_and_the_json_is_plain():
 def test_the_report_to_read_has_all_that_was_measured():
     report = shrunk(network(), held_back=0.25)
     lines = str(report).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 4 + (report.memory is not None)
     (p, q), (m, n) = report.parameters, report.multiplications
     assert f"{p:,} -> {q:,} parameters" in lines[0]
     assert f"{m:,} -> {n:,}" in lines[1]
-    assert "times as fast [" in lines[2]
-    assert "on batches held back" in lines[3]
+    assert "times as fast [" in lines[-2]
+    assert "on batches held back" in lines[-1]
+
+
+def wide(batch: int) -> lobs.ShrinkReport:
+    """A network whose peak is two tensors of 2,048 features, which become 256."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 2048), nn.ReLU(), nn.Linear(2048, 8))
+    data = [torch.randn(batch, 32) for _ in range(2)]
+    return lobs.shrink(model, data, keep=0.125, method="magnitude", pairs=0, progress=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says")
+def test_memory_is_the_peak_of_a_forward_pass_of_both_networks():
+    report = wide(2000)
+    assert report.memory is not None
+    for took, width in zip(report.memory, (2048, 256), strict=True):
+        activations = 2 * 4 * 2000 * width  # bytes: before and after the nonlinearity
+        assert activations < took + (1 << 19) < activations + (4 << 20)
+    took, takes = (f"{x / 1e6:,.1f}" for x in report.memory)
+    assert f"{took} -> {takes} MB at its peak" in str(report)
+
+
+def test_memory_that_the_system_does_not_say_is_none(monkeypatch):
+    def refused() -> None:
+        raise OSError
+
+    monkeypatch.setattr(peak, "forget_peak", refused)
+    report = wide(4)
+    assert report.memory is None
+    assert "at its peak" not in str(report)
+    assert report.to_dict()["memory"] is None
 
 
 class Uncopied(nn.Sequential):

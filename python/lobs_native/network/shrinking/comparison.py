@@ -1,4 +1,4 @@
-"""The network as it was against the smaller one: times, and the change of the output."""
+"""The network as it was against the smaller one: memory, times, and the change of the output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 from lobs_native.network.inference.timing import interleaved, machine, summarized
+from lobs_native.network.peak import Peak, give_back
 
-__all__ = ["Outputs", "ShrinkTimes", "bytes_of", "same_sizes", "times_of"]
+__all__ = ["Outputs", "ShrinkTimes", "bytes_of", "memory_of", "same_sizes", "times_of"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,25 @@ class Outputs:
 def bytes_of(model: nn.Module) -> int:
     """Of all parameters and buffers, each once."""
     return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+
+
+def memory_of(session: Session, batch: Any) -> int | None:
+    """The peak bytes that a forward pass of a batch takes above what is in use before it: of what
+    torch allocates on the model's CUDA devices, or else of the process, as Linux counts it, to some
+    pages. None where that is not known. After a first pass, and inside :meth:`Session.evaluating`.
+    """
+    devices = {p.device for p in session.model.parameters() if p.is_cuda}
+    torch.manual_seed(session.seed)
+    give_back()
+    before = {device: torch.cuda.memory_allocated(device) for device in devices}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    with Peak().measuring() as peak:
+        session.call(session.model, batch)
+        process = peak.bytes()
+    if devices:
+        return sum(torch.cuda.max_memory_allocated(x) - held for x, held in before.items())
+    return process
 
 
 def same_sizes(model: nn.Module) -> nn.Module:

@@ -22,7 +22,13 @@ from lobs_native.network.carrying_out import carried_out
 from lobs_native.network.resources import waiting_limit
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.alike import alike, apart, output_of
-from lobs_native.network.shrinking.comparison import Outputs, bytes_of, same_sizes, times_of
+from lobs_native.network.shrinking.comparison import (
+    Outputs,
+    bytes_of,
+    memory_of,
+    same_sizes,
+    times_of,
+)
 from lobs_native.network.shrinking.configured import fits_its_class
 from lobs_native.network.shrinking.shrink_plan import Goal, ShrinkPlan, plan_shrinking
 from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
@@ -203,6 +209,7 @@ def shrink(
         with session.evaluating():
             first = next(iter(session.each("output")))
             original = output_of(session, first)
+            took = memory_of(session, first)
             outputs = Outputs(session, waiting_limit(memory), kept)
         larger = _same_sizes(model, notes) if pairs else None
         stay = {i: plan.kept(i) for i in range(len(plan.families))}
@@ -225,6 +232,7 @@ def shrink(
             normed = _renormed(session, first, original, found)
         with session.evaluating():
             change, held_back_change = outputs.changes(session)
+            takes = memory_of(session, first)
         times = None if larger is None else times_of(larger, session, first, pairs)
         undo.pop_all()
     configured_now = fits_its_class(model)
@@ -241,6 +249,7 @@ def shrink(
         parameters=(before[0], _size(model)),
         bytes=(before[1], bytes_of(model)),
         multiplications=plan.multiplications,
+        memory=None if took is None or takes is None else (took, takes),
         change=change,
         held_back_change=held_back_change,
         times=times,

@@ -36,6 +36,9 @@ class ShrinkReport:
     bytes: tuple[int, int]  # of its parameters and buffers
     # Of the layers concerned, before and after: for one row of inputs of the layer that has fewest.
     multiplications: tuple[int, int]
+    # Peak bytes of a forward pass of the first batch above what was in use before it (parameters
+    # and buffers are in ``bytes``), before and after. None: the system does not say.
+    memory: tuple[int, int] | None
     # ||output - original|| / ||original|| on some 512 rows of output: of the calibration data, and
     # of the batches held back. None: no such batches, or no tensors in the output.
     change: float | None
@@ -64,6 +67,12 @@ class ShrinkReport:
         if m:  # experts alone save none
             lines.append(
                 f"multiplications for a row in the layers concerned: {m:,} -> {n:,} ({n / m:.1%})"
+            )
+        if self.memory is not None:
+            took, takes = (x / 1e6 for x in self.memory)
+            lines.append(
+                f"forward pass of the first batch: {took:,.1f} -> {takes:,.1f} MB at its peak, "
+                "besides parameters and buffers"
             )
         if (t := self.times) is not None:
             (slow, fast), (low, high) = t.seconds, t.interval
