@@ -6,9 +6,11 @@
 
 SmolLM2 with 135 million parameters, calibrated on the first half of a text and measured on windows
 of the second. All rows remove the same number of neurons from every feed-forward layer, so that the
-stock class loads the result, and no heads; they differ in which ones, and in what is repaired:
+stock class loads the result, and no heads; they differ in which ones, and in what is repaired.
+"blocks" leaves out whole blocks, as many as make the model as small.
 
-- "exact": ``lobs.shrink``, with corrected or with pruned inputs;
+- "exact": ``lobs.shrink``, with corrected or with pruned inputs, or with tokens weighted by the
+  sensitivity of the output;
 - "like FLAP": by the variance of a neuron's values times the squared norm of its column, and a bias
   for the mean of what was removed (An et al. 2024: their metric and their bias; sizes per layer,
   which the stock class could not load, left out);
@@ -49,7 +51,9 @@ FEWER = (0.2, 0.3)  # of the parameters of the blocks
 MULTIPLE = 8
 OURS: dict[str, dict[str, Any]] = {
     "exact, corrected": {},
+    "exact, corrected, tokens weighted": {"token_weights": "output"},
     "exact, pruned": {"inputs": "pruned"},
+    "blocks": {},
 }
 GROUPS = (1024, 8)  # of columns that go at once, the first and the least
 DAMPING = 0.01
@@ -132,7 +136,7 @@ def shrunk(folder: Path, windows: Tensor, choice: str, fewer: float) -> Any:
     share = neurons_kept(model, fewer)
     if choice in OURS:
         batches = list(windows.split(AT_ONCE))
-        keep = {"neurons": share}
+        keep = {"blocks": 1 - fewer} if choice == "blocks" else {"neurons": share}
         lobs.shrink(model, batches, keep=keep, multiple=MULTIPLE, progress=False, **OURS[choice])
         return model
     width = model.config.intermediate_size

@@ -71,19 +71,44 @@ def test_json_is_all_of_standard_output(tmp_path, text, capsys):
     assert any("heads stay" in note for note in printed["notes"])
 
 
+def test_blocks_go_and_the_configuration_counts_what_is_left(tmp_path, text, capsys):
+    source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
+    out = shrink(source, text, "--blocks", "0.5", "--neurons", "0.5", "--multiple", "4")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, out))
+    assert after["num_hidden_layers"] * 2 == before["num_hidden_layers"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["configured"]
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"][1]
+    assert report["layers"][0]["kind"] == "blocks"
+    assert f"{before['num_hidden_layers']} blocks" in capsys.readouterr().out
+
+
+def test_a_budget_takes_blocks_where_they_are_named(tmp_path, text):
+    source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
+    out = shrink(source, text, "--parameters", "0.5", "--kinds", "blocks", "--pairs", "0")
+    report = json.loads((out / "report.json").read_text())
+    assert {layer["kind"] for layer in report["layers"]} == {"blocks"}
+    assert report["pruning"] is None
+    assert not (out / "report.html").exists()
+
+
 def test_wrong_usage_is_one_line_and_nothing_is_written(tmp_path, text, capsys):
     source = hf_folders.save(tmp_path / "model", "LlamaForCausalLM")
     capsys.readouterr()
     wrong = [
         (
-            "--latency, --heads, --neurons, --channels, --experts: give one",
+            "--latency, --heads, --neurons, --channels, --experts, --blocks: give one",
             [],
         ),
-        ("--channels, --experts: give one", ["--parameters", "0.5", "--heads", "0.5"]),
-        ("--channels, --experts: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
+        ("--experts, --blocks: give one", ["--parameters", "0.5", "--heads", "0.5"]),
+        ("--experts, --blocks: give one", ["--parameters", "0.5", "--multiplications", "0.5"]),
         ("--neurons: 0.0; something has to stay", ["--neurons", "0"]),
         ("--heads: 1.5; it is a fraction", ["--heads", "1.5"]),
-        ("--heads, --neurons, --channels, --experts: with ", ["--neurons", "1"]),  # all units stay
+        (
+            "--heads, --neurons, --channels, --experts, --blocks: with ",
+            ["--neurons", "1"],
+        ),  # all units stay
         ("--multiple: ", ["--neurons", "0.5", "--multiple", "0"]),
         ("--parameters: 0.001; with the fewest", ["--parameters", "0.001"]),
         ("--damping: ", ["--neurons", "0.5", "--damping", "-1"]),

@@ -92,6 +92,33 @@ def test_repair_lowers_the_change_of_the_output():
     assert change["exact"] < 0.8 * min(change["wanda"], change["magnitude"])
 
 
+class OfOne(nn.Module):
+    """Returns something for the first of the rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())[:, 0]
+
+
+def test_rows_count_as_much_as_the_output_depends_on_them():
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(60, 4, 12, generator=generator) for _ in range(4)]
+    for x in data:
+        x[:, 0, 6:] = x[:, 1:, :6] = 0  # other rows have other features
+    change = {}
+    for weights in (None, "output"):
+        torch.manual_seed(0)
+        report = lobs.shrink(
+            OfOne(), data, keep=0.25, token_weights=weights, pairs=0, progress=False
+        )
+        assert report.pruning.settings["token_weights"] == weights
+        change[weights] = report.change
+    assert change["output"] < 0.8 * change[None]
+
+
 def test_heads_stay_where_the_configuration_cannot_say_how_many_there_are(tmp_path):
     model = bert()
     report = lobs.shrink(model, tokens(), keep=0.5, progress=False)

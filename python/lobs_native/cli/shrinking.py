@@ -16,19 +16,29 @@ from lobs_native.files.atomic import new_folder
 from lobs_native.network.shrinking.shrink import shrink
 from lobs_native.network.shrinking.shrink_plan import BUDGETS
 from lobs_native.network.shrinking.shrink_report import ShrinkReport
-from lobs_native.network.shrinking.units import KINDS
+from lobs_native.network.shrinking.units import BY_DEFAULT, KINDS
 from lobs_native.report.text import visible
 from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["add_shrink", "by_option", "run", "table"]
 
 # Those of prune that mean the same here.
-_AS_PRUNE = ("damping", "inputs", "device", "memory", "held_back", "run_dir", "resume", "seed")
-_OPTIONS = (*BUDGETS, "latency_table", "multiple", "method", "pairs", *_AS_PRUNE)
+_AS_PRUNE = (
+    "damping",
+    "inputs",
+    "token_weights",
+    "device",
+    "memory",
+    "held_back",
+    "run_dir",
+    "resume",
+    "seed",
+)
+_OPTIONS = (*BUDGETS, "kinds", "latency_table", "multiple", "method", "pairs", *_AS_PRUNE)
 # Of the report about the repair, what belongs to the whole command.
 _OF_RUN = ("run_dir", "resumed layers", "resumed despite")
 
-_SHRINK = """Make a network smaller: remove neurons, heads, channels or experts, and repair.
+_SHRINK = """Make a network smaller: remove neurons, heads, channels, experts or blocks, and repair.
 
 MODEL is as for prune. The new folder holds the smaller weights and the configuration with the new
 sizes, so that stock transformers loads it; everything else in the old folder; report.json, and
@@ -40,7 +50,7 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     """The ``shrink`` command with its options."""
     command: argparse.ArgumentParser = commands.add_parser(
         "shrink",
-        help="make a network smaller and faster: fewer neurons, heads, channels, experts",
+        help="make a network smaller and faster: fewer neurons, heads, channels, experts, blocks",
         description=_SHRINK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,6 +70,8 @@ def add_shrink(commands: Any) -> argparse.ArgumentParser:
     for kind in KINDS:
         help_ = f"share of the {kind} that stays; default: all"
         far(f"--{kind}", type=float, metavar="X", help=help_)
+    help_ = "with a budget: what may be removed, of %(choices)s; default: all but blocks"
+    far("--kinds", nargs="+", choices=KINDS, default=BY_DEFAULT, metavar="KIND", help=help_)
     group = command.add_argument_group("how (see lobs_native.shrink)")
     how = group.add_argument
     help_ = "numbers of neurons and channels become multiples of N; default: %(default)s"
@@ -95,6 +107,7 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> tuple[ShrinkReport,
             keep=keep or None,
             latency_table=options.latency_table,
             **{name: getattr(options, name) for name in budgets},
+            kinds=options.kinds,
             multiple=options.multiple,
             method=options.method,
             pairs=options.pairs,
@@ -122,8 +135,9 @@ def table(report: ShrinkReport, settings: Mapping[str, Any]) -> str:
     rows = [("before", "units", "stay", "relative error")]
     for family in report.layers:
         units, stay = f"{family.units} {family.kind}", str(len(family.kept))
-        of_family = {name: errors[name] for name in family.readers}
-        if family.error is not None:
+        if family.error is None:
+            of_family = {name: errors[name] for name in family.readers}
+        else:
             of_family = dict.fromkeys(family.producers, family.error)
         for name, error in of_family.items():
             rows.append((visible(name), units, stay, f"{error:.4g}"))

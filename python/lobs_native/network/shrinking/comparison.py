@@ -18,7 +18,15 @@ from lobs_native.files.shelf import Shelf
 from lobs_native.network.inference.timing import interleaved, machine, summarized
 from lobs_native.network.peak import Peak, give_back
 
-__all__ = ["Outputs", "ShrinkTimes", "bytes_of", "memory_of", "same_sizes", "times_of"]
+__all__ = [
+    "Outputs",
+    "ShrinkTimes",
+    "bytes_of",
+    "in_eval_mode",
+    "memory_of",
+    "same_sizes",
+    "times_of",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class Outputs:
             shelf = kept.enter_context(Shelf(limit))
             sample = sample_outputs(session, shelf, SAMPLE, held_back=held_back)
             self._samples.append((held_back, sample))
+
+    @property
+    def calibrated(self) -> Sample:
+        """That of the batches calibrated on."""
+        return self._samples[0][1]
 
     def changes(self, session: Session) -> tuple[float | None, float | None]:
         """``||output - original|| / ||original||`` now, on both samples; None where there is none,
@@ -105,8 +118,8 @@ def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> Shr
 
     with (
         torch.random.fork_rng(devices=[device.index for device in devices]),
-        _in_eval_mode(before),
-        _in_eval_mode(session.model),
+        in_eval_mode(before),
+        in_eval_mode(session.model),
         torch.inference_mode(),
     ):
         sides = run(before), run(session.model)
@@ -118,7 +131,8 @@ def times_of(before: nn.Module, session: Session, batch: Any, pairs: int) -> Shr
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode, for a while."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lobs_native.network.shrinking.surgery import new_counts, replace
+from lobs_native.network.shrinking.surgery import new_counts, replace, take_out
 from lobs_native.network.shrinking.units import Family
 
-__all__ = ["configurable", "fits_its_class"]
+__all__ = ["Agreed", "agreed_attributes", "configurable", "fits_its_class"]
+
+Agreed = frozenset[tuple[str, str]]  # names of modules and of their attributes
 
 
 def configurable(model: nn.Module, families: Sequence[Family], notes: list[str]) -> list[Family]:
@@ -22,7 +24,10 @@ def configurable(model: nn.Module, families: Sequence[Family], notes: list[str])
     if getattr(model, "config", None) is None:
         return list(families)
     fitting: dict[int, Family] = {}
-    for some in _alike(families):
+    for family in (f for f in families if f.kind == "blocks"):
+        if (fit := _fitting_blocks(model, family, notes)) is not None:
+            fitting[id(family)] = fit
+    for some in _alike([f for f in families if f.kind != "blocks"]):
         fitting |= _fitting(model, some)
     for kind in dict.fromkeys(f.kind for f in families if id(f) not in fitting):
         notes.append(
@@ -59,6 +64,37 @@ def _fitting(model: nn.Module, alike: Sequence[Family]) -> dict[int, Family]:
         if fit and not (others and _misfits(model, list(fit.values()))):
             return fit | (_fitting(model, others) if others else {})
     return {}
+
+
+def _fitting_blocks(model: nn.Module, family: Family, notes: list[str]) -> Family | None:
+    """A list of blocks with the fields of configurations that make the model's class do without one
+    of them. Without the first, all others get other numbers: where that fits, any may go; where it
+    does not, those are fixed without which alone it does not fit."""
+    agreed = agreed_attributes(model)
+    removable = sorted(set(range(family.units)) - family.fixed)
+
+    def fits(some: Family, gone: int) -> bool:
+        units = torch.arange(family.units)
+        with contextlib.ExitStack() as undo:
+            take_out(model, some, units[units != gone], undo)
+            for owner, name, value in new_counts([some], [family.units - 1]):
+                replace(owner, name, value, undo)
+            return fits_its_class(model, agreed)
+
+    for count in sorted({len(family.lists), min(1, len(family.lists)), 0}, reverse=True):
+        for (chosen,) in _choices([family]):
+            some = dataclasses.replace(chosen, lists=family.lists[:count])
+            if fits(some, removable[0]):
+                return some
+            if fits(some, removable[-1]):
+                tied = [i for i in removable[:-1] if not fits(some, i)]
+                notes.append(
+                    f"{family.producers[0]}: blocks {', '.join(map(str, tied))} stay: a "
+                    f"{type(model).__name__} made from its configuration would not be the same "
+                    "without them (configured=False tries them nevertheless)"
+                )
+                return dataclasses.replace(some, fixed=family.fixed | set(tied))
+    return None
 
 
 def _choices(alike: Sequence[Family]) -> Iterator[list[Family]]:
@@ -105,11 +141,11 @@ def _apart(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -
     return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
 
 
-def _sizes_of_class(model: nn.Module, *, strict: bool = False) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the parameters of a new model of the same class, and of the configuration as it
-    would be read from a file: some set fields by others then, and some refuse numbers that do not
-    divide each other. With ``strict``, None in that case; otherwise as if it were not refused, for
-    another number of units may be taken."""
+def _of_class(model: nn.Module, *, strict: bool = False) -> nn.Module | None:
+    """A new model of the same class, without data, and of the configuration as it would be read
+    from a file: some set fields by others then, and some refuse numbers that do not divide each
+    other. With ``strict``, None in that case; otherwise as if it were not refused, for another
+    number of units may be taken."""
     config: Any = model.config
     try:
         if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
@@ -119,16 +155,61 @@ def _sizes_of_class(model: nn.Module, *, strict: bool = False) -> dict[str, tupl
             return None
     try:
         with torch.device("meta"):
-            new = type(model)(config)
+            return type(model)(config)
     except Exception:
         return None
-    return {name: tuple(p.shape) for name, p in new.named_parameters()}
 
 
-def fits_its_class(model: nn.Module) -> bool:
+def _sizes_of_class(model: nn.Module, *, strict: bool = False) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the parameters of :func:`_of_class`."""
+    new = _of_class(model, strict=strict)
+    return None if new is None else {name: tuple(p.shape) for name, p in new.named_parameters()}
+
+
+def agreed_attributes(model: nn.Module) -> Agreed:
+    """The attributes of modules that a new model of the same class has as well: their classes, and
+    numbers, words and lists of these."""
+    config = getattr(model, "config", None)
+    new = None if config is None else _of_class(model)
+    return frozenset() if new is None else _agreed(model, new)
+
+
+def _agreed(model: nn.Module, new: nn.Module) -> Agreed:
+    theirs = {path: _plain(module) for path, module in new.named_modules()}
+    return frozenset(
+        (path, name)
+        for path, module in model.named_modules()
+        if path in theirs
+        for name, value in _plain(module).items()
+        if name in theirs[path] and theirs[path][name] == value
+    )
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Its class, and its attributes that are numbers, words, or lists of these."""
+    plain = (bool, int, float, str, type(None))
+    held = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+        or (isinstance(value, (list, tuple)) and all(isinstance(x, plain) for x in value))
+    }
+    return {**held, "class": type(module).__name__, "training": None}
+
+
+def fits_its_class(model: nn.Module, agreed: Agreed = frozenset()) -> bool:
     """Whether a new model of the same class, and of the configuration as it would be read from a
-    file, has the same shapes."""
+    file, has the same shapes; and of ``agreed`` attributes, as :func:`agreed_attributes` found
+    them, those of the modules that the model still has."""
     if getattr(model, "config", None) is None:
         return False
-    sizes = _sizes_of_class(model, strict=True)
-    return sizes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    new = _of_class(model, strict=True)
+    if new is None:
+        return False
+    sizes = {name: tuple(p.shape) for name, p in new.named_parameters()}
+    if sizes != {name: tuple(p.shape) for name, p in model.named_parameters()}:
+        return False
+    if not agreed:
+        return True
+    there = {path for path, _ in model.named_modules()}
+    return {place for place in agreed if place[0] in there} <= _agreed(model, new)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lobs_native.network.shrinking.units import Family, Slot, inputs_axis, linear_shape
 
-__all__ = ["counts_around", "families_of"]
+__all__ = ["counts_around", "families_of", "held_lists"]
 
 # Layers that make what the last one reads, below one module.
 _NEURONS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -250,3 +250,13 @@ def counts_around(
             if _held(module, each) == number:
                 yield module, each, number // units
     yield from _counts(model, name, expected, units)
+
+
+def held_lists(model: nn.Module, name: str, length: int) -> Iterator[tuple[Any, str]]:
+    """The fields of configurations of a module and of all around it that are lists of so many
+    entries, each once, inmost first."""
+    configs = {id(x): x for x in _owners(model, name) if not isinstance(x, nn.Module)}
+    for owner in configs.values():
+        for each, value in vars(owner).items():
+            if isinstance(value, list) and len(value) == length:
+                yield owner, each

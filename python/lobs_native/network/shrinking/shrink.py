@@ -22,6 +22,7 @@ from lobs_native.network.carrying_out import carried_out
 from lobs_native.network.resources import waiting_limit
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.alike import alike, apart, output_of
+from lobs_native.network.shrinking.block_repair import gaps_filled
 from lobs_native.network.shrinking.comparison import (
     Outputs,
     bytes_of,
@@ -29,11 +30,11 @@ from lobs_native.network.shrinking.comparison import (
     same_sizes,
     times_of,
 )
-from lobs_native.network.shrinking.configured import fits_its_class
+from lobs_native.network.shrinking.configured import agreed_attributes, fits_its_class
 from lobs_native.network.shrinking.shrink_plan import Goal, ShrinkPlan, plan_shrinking
 from lobs_native.network.shrinking.shrink_report import ShrinkReport, Shrunk
-from lobs_native.network.shrinking.surgery import new_counts, replace, take_out
-from lobs_native.network.shrinking.units import KINDS, Family, inputs_axis
+from lobs_native.network.shrinking.surgery import new_counts, renaming, replace, take_out
+from lobs_native.network.shrinking.units import BY_DEFAULT, KINDS, Family, inputs_axis
 from lobs_native.solvers.methods import COLUMNS
 
 __all__ = ["shrink"]
@@ -53,12 +54,13 @@ def shrink(
     multiplications: float | None = None,
     latency: float | None = None,
     latency_table: str | os.PathLike[str] | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = BY_DEFAULT,
     multiple: int = 8,
     method: str = "exact",
     refine: str | None = None,
     inputs: str = "corrected",
     damping: float = 0.01,
+    token_weights: str | None = None,
     configured: bool = True,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
@@ -72,7 +74,7 @@ def shrink(
 ) -> ShrinkReport:
     """Make a network smaller in place, without retraining: remove neurons of the feed-forward
     layers and heads of the attention of a transformer, or channels of a convolutional network, and
-    repair the layers that read them.
+    repair the layers that read them; on request, remove whole blocks.
 
     A unit (a neuron with its gate; the heads that share keys and values; a channel with all that is
     tied to it by residual connections) costs what the layers that read it lose when all their other
@@ -99,14 +101,19 @@ def shrink(
     latency_table : path, optional
         With ``latency``: a JSON file of the times of layers by their sizes. What it does not have
         is measured, and it is written again. Without it, all is measured.
-    kinds : of "neurons", "heads", "channels" and "experts"
-        What may be removed. Experts are those of mixtures with stacked weights, as in
-        transformers; they go with their rows of the router, and never so many that fewer stay than
-        a row is routed to. What that changes is measured exactly, but nothing is repaired for it;
-        all other units are chosen and repaired on the network without these experts. Channels are
-        outputs of convolutions and linear layers, found by running the first batch: what adds them,
-        normalises, pools, flattens or concatenates them loses them as well. Where something else
-        reads them, they stay, and ``notes`` says why.
+    kinds : of "neurons", "heads", "channels", "experts" and "blocks"
+        What may be removed; blocks only if they are named here or in ``keep``. Experts are those
+        of mixtures with stacked weights, as in transformers; they go with their rows of the
+        router, and never so many that fewer stay than a row is routed to. What that changes is
+        measured exactly, but nothing is repaired for it; all other units are chosen and repaired
+        on the network without these experts. Channels are outputs of convolutions and linear
+        layers, found by running the first batch: what adds them, normalises, pools, flattens or
+        concatenates them loses them as well. Where something else reads them, they stay, and
+        ``notes`` says why. Blocks are entries of a list of modules that are called once and return
+        a tensor of the shape they read, such as the layers of a transformer. That goes without
+        which the output of the network changes least, one after another; the last linear layer
+        before a gap that adds to what its block passes on is fitted to what the blocks that went
+        passed on. All other units are chosen and repaired on the network without these blocks.
     multiple : int
         Numbers of neurons and channels are rounded to a multiple of this, as hardware likes it, and
         are at least this (or all there are).
@@ -119,6 +126,10 @@ def shrink(
     damping : float >= 0
         As in :func:`prune`; what is left is repaired with more where rows are few, as generalised
         cross-validation finds it. The report has the damping used.
+    token_weights : "output" or None
+        "output": neurons and heads are chosen, and all readers repaired, with the rows of inputs
+        and outputs weighted by how much the network's output depends on them, as in :func:`prune`.
+        It needs gradients, and a forward and backward pass over the data.
     inputs, forward, device, memory, held_back, progress, seed
         As in :func:`prune`.
     pairs : int >= 0
@@ -154,11 +165,14 @@ def shrink(
     the first batch closer to the original network's.
 
     Sources: Hassibi & Stork 1993 for the cost of a group with repair; Kurtic et al. 2023 (ZipLM)
-    for using it on structures of transformers. Corrected inputs are those of :func:`prune`.
+    for using it on structures of transformers; Shopkhoev et al. 2025 (ReplaceMe) for a linear
+    transform in the place of blocks. Corrected inputs are those of :func:`prune`.
     """
     checks.check_choice(method, "method", tuple(COLUMNS))
     for kind in kinds:
         checks.check_choice(kind, "kinds", KINDS)
+    if isinstance(keep, Mapping) and "blocks" in keep:
+        kinds = tuple(dict.fromkeys([*kinds, "blocks"]))
     multiple = checks.positive_int(multiple, "multiple")
     pairs = checks.count(pairs, "pairs")
     settings = NetworkSettings(
@@ -168,6 +182,7 @@ def shrink(
         pattern="columns",
         inputs=inputs,
         damping=damping,
+        token_weights=token_weights,
         forward=forward,
         device=device,
         memory=memory,
@@ -198,12 +213,7 @@ def shrink(
     session = Session(
         model, batches, forward, device, seed, progress, token_mask=True, held_back=others
     )
-    plan = plan_shrinking(session, goal, settings, notes)
-    settings = dataclasses.replace(
-        settings,
-        include=[name for f in plan.families for name in f.readers],
-        overrides=dict(_overrides(plan)),
-    )
+    blocks, plan = plan_shrinking(session, goal, settings, notes).parted()
     before = _size(model), bytes_of(model)
     with contextlib.ExitStack() as kept, contextlib.ExitStack() as undo:
         with session.evaluating():
@@ -211,7 +221,16 @@ def shrink(
             original = output_of(session, first)
             took = memory_of(session, first)
             outputs = Outputs(session, waiting_limit(memory), kept)
-        larger = _same_sizes(model, notes) if pairs else None
+        agreed = agreed_attributes(model) if blocks.families else frozenset()
+        larger = _same_sizes(model, notes) if pairs or blocks.families else None
+        with session.evaluating():
+            plan = _leave_blocks(model, blocks, plan, undo)
+            gaps = gaps_filled(session, larger, blocks, outputs.calibrated, damping, notes, undo)
+        settings = dataclasses.replace(
+            settings,
+            include=[name for f in plan.families for name in f.readers],
+            overrides=dict(_overrides(plan)),
+        )
         stay = {i: plan.kept(i) for i in range(len(plan.families))}
         experts = [i for i, family in enumerate(plan.families) if not family.readers]
         _take_out(model, plan, {i: stay[i] for i in experts}, undo)
@@ -233,18 +252,21 @@ def shrink(
         with session.evaluating():
             change, held_back_change = outputs.changes(session)
             takes = memory_of(session, first)
-        times = None if larger is None else times_of(larger, session, first, pairs)
+        times = times_of(larger, session, first, pairs) if larger is not None and pairs else None
         undo.pop_all()
-    configured_now = fits_its_class(model)
+    configured_now = fits_its_class(model, agreed)
     if goal.for_class_of(model) and not configured_now:
         notes.append(
             f"a {type(model).__name__} is not made from this configuration: it refuses one of the "
-            "new numbers; keep another share of the units"
+            "new numbers, or makes other layers of them; keep another share of the units"
         )
     return ShrinkReport(
-        layers=tuple(
-            Shrunk(f.kind, f.readers, f.producers, f.units, _listed(stay[i]), plan.spent(i))
-            for i, f in enumerate(plan.families)
+        layers=(
+            *gaps,
+            *(
+                Shrunk(f.kind, f.readers, f.producers, f.units, _listed(stay[i]), plan.spent(i))
+                for i, f in enumerate(plan.families)
+            ),
         ),
         parameters=(before[0], _size(model)),
         bytes=(before[1], bytes_of(model)),
@@ -265,8 +287,20 @@ def _same_sizes(model: nn.Module, notes: list[str]) -> nn.Module | None:
     try:
         return same_sizes(model)
     except ArgumentError as error:
-        notes.append(f"no times: {error}")
+        notes.append(f"no times, and nothing makes up for blocks: {error}")
         return None
+
+
+def _leave_blocks(
+    model: nn.Module, blocks: ShrinkPlan, others: ShrinkPlan, undo: contextlib.ExitStack
+) -> ShrinkPlan:
+    """Leave the blocks that stay by a plan; that of other units under their new names."""
+    for i, family in enumerate(blocks.families):
+        kept = blocks.kept(i)
+        assert kept is not None
+        others = others.renamed(renaming(model, family, kept))
+        _take_out(model, blocks, {i: kept}, undo)
+    return others
 
 
 def _overrides(plan: ShrinkPlan) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -16,8 +16,10 @@ from lobs_native.calibration.flow import flow_of
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
+from lobs_native.network.resources import waiting_limit
 from lobs_native.network.selection import candidates_of
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shrinking.blocks import block_families, block_removals
 from lobs_native.network.shrinking.channels import channel_families
 from lobs_native.network.shrinking.configured import configurable
 from lobs_native.network.shrinking.experts import expert_families, expert_removals
@@ -92,11 +94,30 @@ class ShrinkPlan:
         return units[~torch.isin(units, gone)]
 
     def spent(self, f: int) -> float | None:
-        """What the removal of experts costs: see :func:`expert_removals`; None for other units."""
+        """What the removal of experts or blocks costs: see :func:`expert_removals` and
+        :func:`block_removals`; None for other units."""
         removal, family = self.removals[f], self.families[f]
         if removal is None or family.readers:
             return None
         return sum(removal.spent[: family.units - self.counts[f]])
+
+    def parted(self) -> tuple[ShrinkPlan, ShrinkPlan]:
+        """That of blocks, and that of everything else."""
+        parts = []
+        for blocks in (True, False):
+            at = [i for i, f in enumerate(self.families) if (f.kind == "blocks") == blocks]
+            parts.append(self._of(at, [self.families[i] for i in at]))
+        return parts[0], parts[1]
+
+    def renamed(self, renaming: Callable[[str], str | None]) -> ShrinkPlan:
+        """Of the families that are left when some names change, and others go."""
+        new = [family.renamed(renaming) for family in self.families]
+        at = [i for i, family in enumerate(new) if family is not None]
+        return self._of(at, [family for family in new if family is not None])
+
+    def _of(self, at: Sequence[int], families: list[Family]) -> ShrinkPlan:
+        counts, removals = [self.counts[i] for i in at], [self.removals[i] for i in at]
+        return ShrinkPlan(families, counts, removals, self.multiplications)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """(G, R, C) bool for each reader of the units that are known: what may stay of it."""
@@ -122,7 +143,7 @@ def plan_shrinking(
     model, budget = session.model, goal.budget()
     shares = {} if goal.keep is None else shares_of(goal.keep)
     with session.evaluating():
-        families, order = _families(session, goal, settings, notes)
+        families, order = _families(session, goal, settings, shares, notes)
         each = _multiplications(families, session)
         costs: dict[str, _Cost] = {"parameters": _weights, "multiplications": each}
         table = None
@@ -174,14 +195,20 @@ def plan_shrinking(
 
 
 def _families(
-    session: Session, goal: Goal, settings: NetworkSettings, notes: list[str]
+    session: Session,
+    goal: Goal,
+    settings: NetworkSettings,
+    shares: Mapping[str, float],
+    notes: list[str],
 ) -> tuple[list[Family], dict[int, Removal]]:
     """The families of the kinds asked for, each reader in one of them; and in which order experts
-    go, by the ``id`` of the family."""
+    and blocks go, by the ``id`` of the family."""
     model = session.model
     families = list(families_of(model, goal.kinds))
     if "experts" in goal.kinds:
         families += expert_families(model)
+    if "blocks" in goal.kinds:
+        families += block_families(session, next(iter(session.each("blocks"))))
     if goal.configured:
         families = configurable(model, families, notes)
     if "channels" in goal.kinds and not goal.for_class_of(model):
@@ -194,9 +221,14 @@ def _families(
     families = _repairable(families, session, goal, settings, notes)
     families = _alone(families, session, goal, notes)
     families, removals = _with_removable_experts(families, session, goal, notes)
+    if lists := [f for f in families if f.kind == "blocks"]:
+        fewest = [1 if goal.keep is None else kept(f, shares.get("blocks", 1.0), 1) for f in lists]
+        limit = waiting_limit(settings.memory)
+        orders = block_removals(lists, fewest, session, limit, notes)
+        removals |= {id(f): order for f, order in zip(lists, orders, strict=True)}
     if not families:
         raise ArgumentError(
-            "model: it has no feed-forward layers, attention, channels or experts whose units can "
+            "model: it has no feed-forward layers, attention, channels, experts or blocks that can "
             "be removed" + "".join(f"; {note}" for note in notes)
         )
     return families, removals

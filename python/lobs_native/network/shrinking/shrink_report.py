@@ -17,13 +17,18 @@ __all__ = ["ShrinkReport", "Shrunk"]
 class Shrunk:
     """What was removed of one family of units."""
 
-    # "neurons", "heads" (groups that share keys and values), "channels" or "experts"
+    # "neurons", "heads" (groups that share keys and values), "channels", "experts" or "blocks"
     kind: str
-    readers: tuple[str, ...]  # the layers that read them, and were repaired; of experts none
-    producers: tuple[str, ...]  # the layers that lost outputs, or the module that lost experts
+    # The layers that read them, and were repaired; of experts none; of blocks those that were
+    # repaired, in the block before each gap.
+    readers: tuple[str, ...]
+    # The layers that lost outputs, the module that lost experts, or the list that lost blocks.
+    producers: tuple[str, ...]
     units: int  # before
     kept: tuple[int, ...]  # indices of those that stay, rising
-    # Of experts: ||change||^2 / ||what they add up to||^2, on a sample of the calibration data.
+    # Of experts: ||change||^2 / ||what they add up to||^2. Of blocks, before the repair: the same
+    # of the network's output, or, of logits over its vocabulary, the mean Kullback-Leibler
+    # divergence; of several lists, what each added to it. On a sample of the calibration data.
     error: float | None = None
 
 

@@ -93,7 +93,10 @@ class Work:
     def _cost(self, name: str, counts: Counts) -> float:
         shape = list(self._shapes[name])
         for f, axis, taken in self._losses[name]:
-            shape[axis] -= int(taken[self.families[f].units - counts[f]])
+            gone = int(taken[self.families[f].units - counts[f]])
+            shape[axis] = max(0, shape[axis] - gone)  # the rows of a block that goes may go already
+        if 0 in shape:
+            return 0.0
         key = name, tuple(shape)
         if key not in self._known:
             self._known[key] = self.each(*key)
@@ -175,7 +178,7 @@ def _steps(family: Family, removable: int, multiple: int) -> list[int]:
 
 def _step(family: Family, multiple: int) -> int:
     """What numbers of its units are multiples of."""
-    return 1 if family.kind in ("heads", "experts") else multiple
+    return multiple if family.kind in ("neurons", "channels") else 1
 
 
 def _too_little(name: str, target: float, least: float) -> ArgumentError:

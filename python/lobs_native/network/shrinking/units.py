@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lobs_native.layers import Layer
 
-__all__ = ["KINDS", "Family", "Slot", "columns_of", "inputs_axis", "linear_shape"]
+__all__ = ["BY_DEFAULT", "KINDS", "Family", "Slot", "columns_of", "inputs_axis", "linear_shape"]
 
-KINDS = ("heads", "neurons", "channels", "experts")
+BY_DEFAULT = ("heads", "neurons", "channels", "experts")
+KINDS = (*BY_DEFAULT, "blocks")
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Family:
 
     kind: str
     units: int
-    readers: tuple[str, ...]  # the layers that read them, and are repaired; of experts none
-    producers: tuple[str, ...]  # the layers that have them as outputs
+    # The layers that read them, and are repaired; of experts and blocks none.
+    readers: tuple[str, ...]
+    # The layers that have them as outputs; the module with the experts, the list of the blocks.
+    producers: tuple[str, ...]
     slots: tuple[Slot, ...] = field(repr=False)  # of all tensors that have them
     # (object, name, factor)
     counts: tuple[tuple[Any, str, int], ...] = field(default=(), repr=False)
+    lists: tuple[tuple[Any, str], ...] = field(default=(), repr=False)  # with an entry for each
+    fixed: frozenset[int] = field(default=frozenset(), repr=False)  # blocks that stay
 
     @property
     def label(self) -> str:
@@ -59,9 +65,9 @@ class Family:
 
     @property
     def fields(self) -> frozenset[tuple[int, str]]:
-        """The fields of configurations that hold their number: (``id`` of it, name)."""
+        """The fields of configurations about them: (``id`` of it, name)."""
         owners = [(x, name) for x, name, _ in self.counts if not isinstance(x, nn.Module)]
-        return frozenset((id(x), name) for x, name in owners)
+        return frozenset((id(x), name) for x, name in (*owners, *self.lists))
 
     @property
     def tensors(self) -> set[str]:
@@ -72,6 +78,17 @@ class Family:
     def single(self) -> bool:
         """Whether it has one reader, whose columns of a unit lie together."""
         return self.kind in ("heads", "neurons")
+
+    def renamed(self, renaming: Callable[[str], str | None]) -> Family | None:
+        """With the names that ``renaming`` returns for those of modules and tensors, and without
+        those for which it returns None; None if all its readers, or producers, go."""
+        readers = tuple(x for name in self.readers if (x := renaming(name)) is not None)
+        producers = tuple(x for name in self.producers if (x := renaming(name)) is not None)
+        slots = [(slot, renaming(slot.name)) for slot in self.slots]
+        left = tuple(replace(slot, name=name) for slot, name in slots if name is not None)
+        if not producers or (self.readers and not readers):
+            return None
+        return replace(self, readers=readers, producers=producers, slots=left)
 
     def read_at(self, layer: str) -> Slot:
         """The places of the units among the inputs of a reader."""
