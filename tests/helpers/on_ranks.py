@@ -23,6 +23,8 @@ from ranks.group import joined
 from torch import Tensor, distributed, nn
 
 import lobs_native as lobs
+from lobs_native.network import divided, shared
+from lobs_native.solvers import rows
 
 
 class Noisy(nn.Module):
@@ -89,7 +91,23 @@ CASES: dict[str, Case] = {
     "sweep": (Noisy, lambda: images(3), {"method": "sweep", "inputs": "dense"}),
     "padded": (Padded, lambda: padded(17), {"max_error": 0.01, "sparsity": None}),
     "experts": (lambda: Experts(True), lambda: sent(14), {"method": "lobs"}),
+    "tuned": (two, lambda: batches(5), {"tune": "blocks", "inputs": "pruned"}),
+    "tuned whole": (one, lambda: batches(4), {"tune": "network", "tune_passes": 1}),
+    "searched": (two, lambda: batches(6), {"search": 3, "held_back": 0.3, "scope": "model"}),
     "wanda": (two, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
+}
+
+
+def wide() -> nn.Module:
+    return made(blocks=1, width=48)
+
+
+# Layers whose rows are shared; those of one process as well are in blocks of 16.
+ROWS: dict[str, Case] = {
+    "admm": (wide, lambda: batches(4), {"method": "admm", "held_back": 0.25}),
+    "exact": (wide, lambda: batches(3), {"method": "exact", "inputs": "pruned"}),
+    "lobs": (wide, lambda: batches(3), {"method": "lobs", "scope": "row"}),
+    "exchange": (wide, lambda: batches(3), {"pattern": "2:4", "refine": "exchange"}),
 }
 
 
@@ -132,6 +150,27 @@ def equal(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def by_rows(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Every case of ROWS on one process and on all, and how many layers they shared by rows."""
+    rows._BLOCK, divided._WORTH, divided._GAIN = 16, 0.0, 1.0
+    choose, chosen = divided.divided, list[int]()
+
+    def watched(jobs: Any, size: int) -> Any:
+        some = choose(jobs, size)
+        chosen.append(len(some))
+        return some
+
+    shared.divided = watched
+    found: dict[str, Any] = {}
+    for name, case in ROWS.items():
+        if rank == 0:
+            found[f"{name} alone"] = seen(*pruned(case))
+        chosen.clear()
+        found[name] = seen(*pruned(case, group=distributed.group.WORLD))
+        found[f"{name} divided"] = sum(chosen)
+    return found
+
+
 def raised(run: Callable[[], Any]) -> list[Any]:
     try:
         run()
@@ -156,8 +195,6 @@ def failing(rank: int, size: int, folder: Path) -> dict[str, Any]:
         other[2] += 1
     attempt("other data", other)
     attempt("other arguments", batches(4), damping=0.01 + rank)
-    attempt("tune", batches(4), tune="network")
-    attempt("search", batches(4), search=2, held_back=0.5, scope="model")
     broken = batches(4)
     broken[3][0, 0, 0] = float("nan")  # which rank 1 reads
     attempt("not finite", broken, inputs="pruned")
@@ -208,7 +245,7 @@ def main() -> None:
     folder, rank, size, task = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     joined(folder / f"{task}.together", rank, size, 60.0)
-    tasks = {f.__name__: f for f in (equal, failing, killed, resuming)}
+    tasks = {f.__name__: f for f in (equal, by_rows, failing, killed, resuming)}
     found = tasks[task](rank, size, folder)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.on_ranks import CASES, pruned, seen
+from helpers.on_ranks import CASES, ROWS, pruned, seen
 from torch import nn
 from torch.distributed import TCPStore
 
@@ -28,6 +28,8 @@ from lobs_native.calibration.tree import (
 )
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
+from lobs_native.network.pruning import Pruning
+from lobs_native.network.settings import NetworkSettings
 from stress.forks import Forks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -123,7 +125,7 @@ def test_random_numbers_on_a_batch_do_not_depend_on_the_others():
 def test_alone_everything_is_what_was_given():
     assert ALONE.value("it", {"a": 1}) == {"a": 1}
     assert ALONE.all_values("it", 2) == [2]
-    assert (ALONE.first, ALONE.owner_of(1.0), ALONE.sent) == (True, 0, 0)
+    assert (ALONE.first, ALONE.owner_of(1.0, [0.0]), ALONE.sent) == (True, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,44 @@ def test_a_group_without_processes_is_refused(group, error, match):
     model = nn.Linear(3, 2)
     with pytest.raises(error, match=match):
         lobs.prune(model, [torch.randn(5, 3)], sparsity=0.5, progress=False, group=group)
+
+
+def test_a_lack_of_memory_here_is_not_the_end_of_another_rank():
+    def fails(text: str, kind: type[Exception] = RuntimeError) -> Any:
+        def collective(*arguments: Any, group: Any) -> None:
+            raise kind(text)
+
+        return collective
+
+    ranks = Ranks()
+    with pytest.raises(MemoryError, match="rank 0 of 1 has too little memory"):
+        ranks._carry_out(fails("DefaultCPUAllocator: can't allocate memory: 8 bytes"))
+    with pytest.raises(MemoryError, match="too little memory"):
+        ranks._carry_out(fails("CUDA out of memory", torch.OutOfMemoryError))
+    with pytest.raises(lobs.RankError, match="another rank has ended"):
+        ranks._carry_out(fails("Connection closed by peer"))
+
+
+def test_own_errors_during_an_exchange_stay_what_they_are(monkeypatch):
+    """And are not told: the others are at another step."""
+    ranks = Ranks()
+    monkeypatch.setattr(ranks, "_meet", lambda *_: [0])
+    with pytest.raises(RuntimeError, match="of mine"), ranks._exchange("it", 0):
+        raise RuntimeError("of mine")
+    ranks.size = 2
+    monkeypatch.setattr(ranks, "_meet", lambda *_: pytest.fail("it was told"))
+    ranks.tell(RuntimeError("of mine"))
+
+
+def test_a_plan_says_how_many_ranks_have_no_batches():
+    model = nn.Linear(3, 2)
+    ranks = Ranks()
+    ranks.size = 20
+    settings = NetworkSettings(sparsity=0.5)
+    plan = Pruning(model, [torch.randn(5, 3)] * 40, settings, ranks=ranks).plan(stacklevel=1)
+    assert plan.idle == 4
+    assert "4 ranks have no batches" in str(plan)
+    assert "ranks" not in str(lobs.plan_prune(model, [torch.randn(5, 3)], sparsity=0.5))
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -157,6 +197,14 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(forks, tmp_path):
         assert entry["seconds"] >= entry["seconds exchanging"] >= entry["seconds waiting"] > 0
 
 
+def test_shared_rows_of_layers_have_the_bits_of_one_process(forks, tmp_path):
+    found = started(forks, tmp_path, 3, "by_rows")
+    for name in ROWS:
+        for of_rank in found:
+            assert of_rank[name] == found[0][f"{name} alone"], name
+            assert of_rank[f"{name} divided"] > 0, name
+
+
 def test_errors_reach_all_ranks_and_nothing_is_changed(forks, tmp_path):
     first, second = started(forks, tmp_path, 2, "failing")
     for name in first:
@@ -167,8 +215,6 @@ def test_errors_reach_all_ranks_and_nothing_is_changed(forks, tmp_path):
         assert (kind, rank) == ("ArgumentError", 0)
         assert "calibration (on rank 1)" in text
         assert "argument damping (on rank 1)" in found["other arguments"][1]
-        assert "tune='network' is not supported" in found["tune"][1]
-        assert "search=2 is not supported" in found["search"][1]
         assert found["not finite"][0] == "NonFiniteError"
         assert "layer 'embed'" in found["not finite"][1]
         assert "'weight' is a DTensor" in found["DTensor"][1]

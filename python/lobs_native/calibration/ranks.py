@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ class Ranks:
         self.exchanging = 0.0  # seconds, with those
         self._device = torch.device("cpu")
         self._over = False  # whether an error has ended the exchange
-        self._load: list[float] = []
+        self._load = [0.0]
         if group is not None:
             self._join(group)
 
@@ -81,12 +82,11 @@ class Ranks:
         """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
-    def owner_of(self, cost: float) -> int:
-        """The rank that does the next piece of work that is done by one rank: the one with the
-        least so far. Every rank asks for every piece."""
-        if self.size == 1:
-            return 0
-        owner = min(range(self.size), key=self._load.__getitem__)
+    def owner_of(self, cost: float, here: Sequence[float]) -> int:
+        """The rank that does the next piece of work that is done by one rank: the one that has the
+        least to do ``here``, or, of those, has done the least so far. Every rank asks for every
+        piece."""
+        owner = min(range(self.size), key=lambda rank: (here[rank], self._load[rank]))
         self._load[owner] += cost
         return owner
 
@@ -106,13 +106,17 @@ class Ranks:
 
         own = _bytes_of(data.ljust(max(lengths))).to(self._device)
         every = [torch.zeros_like(own) for _ in range(self.size)]
-        dist.all_gather(every, own, group=self.group)
+        self._carry_out(dist.all_gather, every, own)
         self.sent += len(own) * (self.size - 1)
         return [json.loads(bytes(x.cpu().numpy())) for x in every]
 
     def value(self, what: str, value: Any, source: int = 0) -> Any:
         """The plain JSON value of one rank; what the others pass does not count."""
         return self.from_one(what, value, {}, source)[0]
+
+    def clock(self) -> float:
+        """The seconds of rank 0, for what all must decide alike."""
+        return float(self.value("the time", time.perf_counter()))
 
     def tensors(
         self, what: str, tensors: Mapping[str, Tensor] | None, source: int = 0
@@ -149,10 +153,31 @@ class Ranks:
         if not data.numel():
             return data
         moved = data.to(self._device)
-        dist.broadcast(moved, dist.get_global_rank(self.group, source), group=self.group)
+        self._carry_out(dist.broadcast, moved, dist.get_global_rank(self.group, source))
         if self.rank == source:
             self.sent += data.numel()
         return moved.cpu()
+
+    def joined(self, what: str, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """(sum(counts), ...): the tensors (counts[r], ...) of all ranks, one after another."""
+        if self.size == 1:
+            return own
+        flat = own.detach().contiguous().view(-1).view(torch.uint8)
+        each = own.dtype.itemsize * math.prod(own.shape[1:])
+        with self._exchange(what, len(flat)):
+            out = self._to_all(flat, [count * each for count in counts])
+        return out.view(own.dtype).view(-1, *own.shape[1:])
+
+    def _to_all(self, piece: Tensor, come: Sequence[int]) -> Tensor:
+        """The flat pieces of all ranks, of so many entries each, one after another."""
+        from torch import distributed as dist
+
+        flat = piece.to(self._device).repeat(self.size)
+        out = torch.empty(sum(come), dtype=piece.dtype, device=self._device)
+        away = [len(piece)] * self.size
+        self._carry_out(dist.all_to_all_single, out, flat, list(come), away)
+        self.sent += len(piece) * (self.size - 1) * piece.element_size()
+        return out.to(piece.device)
 
     # ---- sums ------------------------------------------------------------------------------------
 
@@ -182,7 +207,7 @@ class Ranks:
                 come = [pieces[self.rank] if r < senders else 0 for r in range(self.size)]
                 flat = x if sends else x.new_empty(0)
                 out = torch.empty(sum(come), dtype=x.dtype, device=self._device)
-                dist.all_to_all_single(out, flat.to(self._device), come, away, group=self.group)
+                self._carry_out(dist.all_to_all_single, out, flat.to(self._device), come, away)
                 self.sent += (sum(away) - away[self.rank]) * x.element_size()
                 take(name, list(out.to(x.device).split(come)[:senders]))
         return found[:senders]
@@ -196,17 +221,9 @@ class Ranks:
     ) -> None:
         """``take`` is called for each of the flat tensors, put together from the pieces of all
         ranks."""
-        from torch import distributed as dist
-
         with self._exchange(what, len(pieces)):
             for name, piece in pieces.items():
-                flat = piece.to(self._device).repeat(self.size)
-                out = torch.empty(lengths[name], dtype=piece.dtype, device=self._device)
-                away = [len(piece)] * self.size
-                come = self._pieces(lengths[name])
-                dist.all_to_all_single(out, flat, come, away, group=self.group)
-                self.sent += len(piece) * (self.size - 1) * piece.element_size()
-                take(name, out.to(piece.device))
+                take(name, self._to_all(piece, self._pieces(lengths[name])))
 
     # ---- failures --------------------------------------------------------------------------------
 
@@ -214,15 +231,18 @@ class Ranks:
     def _exchange(self, what: str, length: int) -> Iterator[list[int]]:
         """An exchange in which all ranks take part, with the ``length`` that each of them states.
 
-        Raises the error of a rank that has failed, and RankError if a rank is gone.
+        Raises the error of a rank that has failed, and RankError if a rank is gone. After an own
+        error the others are in the middle of it, and cannot be told: they notice when this process
+        ends.
         """
         begun = time.perf_counter()
         try:
-            with self._lost():
-                lengths = self._meet(_STOPPING if stop.is_set() else _WELL, what, length)
+            lengths = self._meet(_STOPPING if stop.is_set() else _WELL, what, length)
             self.waited += time.perf_counter() - begun
-            with self._lost():
-                yield lengths
+            yield lengths
+        except BaseException:
+            self._over = True
+            raise
         finally:
             self.exchanging += time.perf_counter() - begun
 
@@ -231,11 +251,10 @@ class Ranks:
 
         own = torch.tensor([state, zlib.crc32(what.encode()), length], device=self._device)
         every = [torch.zeros_like(own) for _ in range(self.size)]
-        dist.all_gather(every, own, group=self.group)
+        self._carry_out(dist.all_gather, every, own)
         self.sent += own.numel() * own.element_size() * (self.size - 1)
         states, labels, lengths = map(list[int], torch.stack(every).T.tolist())
         if _FAILED in states:
-            self._over = True
             source = states.index(_FAILED)
             data = what.encode() if self.rank == source else bytes(lengths[source])
             out = _bytes_of(data)
@@ -245,7 +264,6 @@ class Ranks:
                 error.rank = source  # type: ignore[attr-defined]
                 raise error
         elif len(set(labels)) > 1:
-            self._over = True
             raise RankError(
                 f"group: rank {self.rank} is at {what!r} and another is not; all ranks must call "
                 "prune alike, with nothing else on this group meanwhile"
@@ -254,17 +272,18 @@ class Ranks:
             stop.set()
         return lengths
 
-    @contextlib.contextmanager
-    def _lost(self) -> Iterator[None]:
-        """Turn the failure of an exchange into a RankError."""
+    def _carry_out(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function of ``torch.distributed``. Raises RankError where another rank is gone,
+        and MemoryError where this one lacks memory."""
         try:
-            yield
+            collective(*arguments, group=self.group)
         except RuntimeError as error:
-            self._over = True
             text = " ".join(str(error).split())[:200]
+            here = f"rank {self.rank} of {self.size}"
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+                raise MemoryError(f"group: {here} has too little memory: {text}") from error
             raise RankError(
-                f"group: another rank has ended or does not answer (rank {self.rank} of "
-                f"{self.size} noticed: {text})"
+                f"group: another rank has ended or does not answer ({here} noticed: {text})"
             ) from error
 
     def tell(self, error: BaseException) -> None:

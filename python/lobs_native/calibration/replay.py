@@ -56,7 +56,8 @@ class Replay:
     """A stack that is run block by block on stored hidden states. Use it as a context manager.
 
     It stands in for a ``Session`` in :func:`lobs_native.calibration.moments.calibrate`: it has the
-    model's batches, but running one runs the current block alone.
+    model's batches, but running one runs the current block alone. Of several ranks, each has the
+    inputs for its own batches; with ``whole``, the first one has all.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Replay:
         limit: int | None,
         corrected: bool,
         states: States | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.stack = stack
         self.session = session
@@ -79,6 +82,7 @@ class Replay:
         self._calls_saved = False
         self._repeats = limit is None  # whether there is memory for outputs of finished parts
         self._advancing = False
+        self._whole = whole and session.ranks.first
 
     def __enter__(self) -> Replay:
         if self._restore():
@@ -144,7 +148,7 @@ class Replay:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that share the work; each has the inputs for its own batches."""
+        """The processes that share the work."""
         return self.session.ranks
 
     def each(
@@ -162,8 +166,9 @@ class Replay:
             yield batch
 
     def _all(self, label: str) -> Iterator[Any]:
-        """The own batches, and those that are held back."""
-        yield from self.each(label, among=own_batches(len(self.batches), self.ranks))
+        """The batches whose inputs are here, and those that are held back."""
+        own = None if self._whole else own_batches(len(self.batches), self.ranks)
+        yield from self.each(label, among=own)
         if held_back := self.session.held_back:
             yield from self.each_held_back(label, own_batches(len(held_back), self.ranks))
 

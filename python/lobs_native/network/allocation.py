@@ -22,10 +22,10 @@ from lobs_native.calibration.partial import States, passed_before, readable
 from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Session
 from lobs_native.errors import NonFiniteError, NotPositiveDefiniteError
+from lobs_native.network.divided import owners
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shared import owner_of
 from lobs_native.solvers.measurement import energy
 from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.problem import Problem, nearest_count
@@ -63,17 +63,17 @@ def budget_costs(
         job for job in jobs if job.shared and (sensitivity is None or job.layer.name in sensitivity)
     ]
     costs = {} if states is None else _kept_costs(states)
-    owners: dict[str, int] = {}  # the ranks that compute them
+    by_rank: dict[str, int] = {}  # who computes them
     rest = [job for job in together if job.layer.name not in costs]
     for piece in passes(rest, plan.statistics_limit, passed_before(states, _PURPOSE)):
         layers = [job.layer for job in piece]
         what = f"costs of {len(layers)} layers"
         moments = calibrate(layers, session, what, states=states, purpose=_PURPOSE)
+        by_rank |= owners(session.ranks, piece)
         for job in piece:
             name = job.layer.name
             of_layer = moments.pop(name)
-            owners[name] = owner_of(session.ranks, job)
-            if owners[name] == session.ranks.rank:
+            if by_rank[name] == session.ranks.rank:
                 costs[name] = _costs(
                     job,
                     of_layer,
@@ -85,7 +85,7 @@ def budget_costs(
                 )
             if states is not None:
                 _keep_costs(states, costs)
-    for name, owner in owners.items():
+    for name, owner in by_rank.items():
         costs[name] = _known_to_all(session.ranks, name, costs.get(name), owner)
     return {job.layer.name: costs[job.layer.name] for job in together}
 

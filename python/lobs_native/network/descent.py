@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,7 @@ class Course:
     seed: int
     progress: bool = False
     stoppable: bool = False  # whether a request to stop ends it: what is lost can be made again
+    goes_on: Callable[[], object] = bool  # called at every step, for those who wait
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def descend(
                 for i in torch.randperm(len(training), generator=generator).tolist():
                     if course.stoppable and stop.is_set():
                         raise StoppedError
+                    course.goes_on()
                     steps.step(aim.loss(training[i]))
                     bar.update()
                 if (now := aim.error(held_back)) < least:

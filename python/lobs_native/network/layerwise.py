@@ -43,6 +43,7 @@ from lobs_native.network.tuning import Tuner
 from lobs_native.network.zeros import more_zeros, within
 from lobs_native.report.records import LayerReport
 from lobs_native.rundir.ledger import Ledger
+from lobs_native.solvers.rows import WHOLE, Rows
 from lobs_native.solvers.weight import PrunedWeight, prune_groups
 
 __all__ = ["Context", "LayerLoop", "prune_layer"]
@@ -114,7 +115,12 @@ class LayerLoop:
         return calibrate(layers, HeldBack(source, self.session.held_back), "held back", **how)
 
     def _prune(
-        self, job: LayerJob, moments: Moments, elsewhere: Moments | None, calibrating: float
+        self,
+        job: LayerJob,
+        moments: Moments,
+        elsewhere: Moments | None,
+        calibrating: float,
+        rows: Rows,
     ) -> Done:
         with self.stage("removing weights"):
             give_back(before=job.moment_bytes)
@@ -126,6 +132,7 @@ class LayerLoop:
                 importance=self.context.sensitivity.get(job.layer.name),
                 memory=self.context.plan.scratch,
                 backend=self.context.settings.backend,
+                rows=rows,
             )
         return Done.of(report, out)
 
@@ -136,12 +143,12 @@ class LayerLoop:
         elsewhere: dict[str, Moments],
         calibrating: float,
     ) -> Iterator[tuple[LayerJob, _New]]:
-        """Prune layers, each on one of the ranks, and commit them in order. The moments are taken
-        out."""
+        """Prune layers, shared out among the ranks, and commit them in order. The moments are
+        taken out."""
 
-        def prune(job: LayerJob) -> Done:
+        def prune(job: LayerJob, rows: Rows) -> Done:
             name = job.layer.name
-            return self._prune(job, moments.pop(name), elsewhere.pop(name, None), calibrating)
+            return self._prune(job, moments.pop(name), elsewhere.pop(name, None), calibrating, rows)
 
         def forget(job: LayerJob) -> None:
             del moments[job.layer.name]
@@ -207,7 +214,14 @@ class LayerLoop:
             if stack is not None and not (committed and tuned):
                 limit = self.context.plan.states_limit
                 corrected = self.inputs == "corrected"
-                replay = Replay(stack, self.session, limit, corrected, self.states)
+                replay = Replay(
+                    stack,
+                    self.session,
+                    limit,
+                    corrected,
+                    self.states,
+                    whole=self.tuner is not None,  # rank 0 tunes blocks on all batches
+                )
                 with self.stage("running blocks"):
                     source = scope.enter_context(replay)
             for group, after in itertools.zip_longest(groups, groups[1:]):
@@ -307,12 +321,13 @@ def prune_layer(
     importance: Tensor | None = None,
     memory: int | None = None,
     backend: str | None = None,
+    rows: Rows = WHOLE,
 ) -> tuple[LayerReport, PrunedWeight]:
     """Prune one layer, given the second moments of its inputs; nothing is written to it.
 
     ``calibrating``: seconds spent on its moments;
-    ``elsewhere``: those of rows that are held back, on which the result is measured as well. Errors
-    name the layer.
+    ``elsewhere``: those of rows that are held back, on which the result is measured as well;
+    ``rows``: how processes divide those of its weight, if it has one group. Errors name the layer.
     """
     layer = job.layer
     peak = LayerPeak(layer.weight().device)
@@ -351,6 +366,7 @@ def prune_layer(
             notes=notes,
             drift=drift,
             importance=importance,
+            rows=rows,
         )
     except (ArgumentError, NonFiniteError, NotPositiveDefiniteError) as error:
         raise type(error)(f"layer {layer.name!r}: {error}") from error

@@ -252,10 +252,10 @@ def prune(
     group : torch.distributed.ProcessGroup, optional
         The processes that share the work; ``torch.distributed.group.WORLD`` is all of them. Each
         calls prune with the same model, data and arguments, runs its part of the batches, prunes
-        its part of the layers, and gets the whole network and report, with the bits of one process
-        with as many threads. Rank 0 alone writes ``run_dir``. None: this process does all of it,
-        even where there is a process group. Not with ``tune`` or ``search``. Tested with gloo on
-        CPUs; NCCL has not been tried.
+        its part of the layers or of the rows of a large one, and gets the whole network and report,
+        with the bits of one process with as many threads. Rank 0 alone writes ``run_dir``, and
+        alone does what ``tune`` asks for. None: this process does all of it, even where there is a
+        process group. Tested with gloo on CPUs; NCCL has not been tried.
 
     Returns
     -------

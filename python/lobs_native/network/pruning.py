@@ -247,7 +247,6 @@ class Pruning:
         """The loop over the layers, with these settings for each."""
         tuner = None
         if self.tuned:
-            assert not isinstance(ledger, SharedLedger)  # see check_ranks
             tuner = Tuner(self.session, self._pruned(), ledger, plan, self.settings)
         context = Context(self.settings, plan, sensitivity or {}, ledger, stages, tuner)
         return LayerLoop(self.session, self.structure.with_jobs(jobs), context)
@@ -317,7 +316,8 @@ class Pruning:
             costs,
             {job.layer.name: job.weights for job in self.jobs},
             lambda shares: self._loss(shares, plan, sensitivity),
-            ledger if isinstance(ledger, Ledger) else None,
+            record=ledger,
+            clock=self.session.ranks.clock,
         )
         shares = search.best(self.settings.search, self.settings.search_seconds)
         self.searched = search.summary()
@@ -335,7 +335,9 @@ class Pruning:
         ]
         try:
             self._loop(jobs, plan, sensitivity, None, Stages()).carry_out()
-            loss = held_back_loss(self.session, plan.output_limit)
+            ranks, limit = self.session.ranks, plan.output_limit
+            mine = held_back_loss(self.session, limit) if ranks.first else None
+            loss: float | None = ranks.value("the loss of a division", mine)
         finally:
             self.session.restore()
         if loss is None:

@@ -60,6 +60,7 @@ class Workload:
     output: int = 0  # bytes of the model's output for a batch
     sample: int = 0  # of the original outputs for a sample, which wait for the end
     measuring: int = 0  # bytes that measuring it, or the norms of Theorem 3.2, takes besides
+    idle: int = 0  # ranks without batches
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class RunPlan:
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
     output_limit: int | None
+    idle: int = (
+        0  # ranks that only prune layers, since there are more of them than chunks of batches
+    )
 
     @property
     def memory(self) -> int:
@@ -105,12 +109,13 @@ class RunPlan:
         minutes, seconds = divmod(round(self.seconds), 60)
         about = f"{minutes} min {seconds} s" if minutes else f"{max(1, seconds)} s"
         passes = "a forward and a backward pass" if self.backward else "a forward pass"
+        idle = f"; {self.idle} ranks have no batches to run" if self.idle else ""
         return (
             f"plan: {mb(self.memory)}{limit} besides the model, the data and {passes} "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
             f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights, {mb(self.masks)} "
             f"masks; then {mb(self.output)} to measure the output); {mb(self.disk)} on disk; about "
-            f"{about}"
+            f"{about}{idle}"
         )
 
 
@@ -246,6 +251,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         kept_limit=kept_limit,
         swapped_limit=swapped_limit,
         output_limit=output_limit,
+        idle=work.idle,
     )
 
 

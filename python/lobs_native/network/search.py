@@ -57,6 +57,8 @@ class Search:
         original one before and afterwards.
     record : Record, optional
         Evaluations that are there are not made again: the search takes the same way.
+    clock : callable
+        The time in seconds; where processes search together, the same for all.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Search:
         weights: Mapping[str, int],
         evaluate: Callable[[Mapping[str, float]], float],
         record: Record | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.costs, self.weights = costs, weights
-        self.evaluate, self.record = evaluate, record
+        self.evaluate, self.record, self.clock = evaluate, record, clock
         self.losses: list[float] = []
         self.seconds = 0.0
         self._known = [] if record is None else record.evaluations()
@@ -130,9 +133,9 @@ class Search:
             if len(self.losses) < len(self._known):
                 loss, seconds = self._known[len(self.losses)]
             else:
-                begun = time.perf_counter()
+                begun = self.clock()
                 loss = self.evaluate({name: n / self.weights[name] for name, n in counts.items()})
-                seconds = time.perf_counter() - begun
+                seconds = self.clock() - begun
                 if self.record is not None:
                     self.record.keep_evaluation(loss, seconds)
             self.losses.append(loss)

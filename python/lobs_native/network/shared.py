@@ -18,12 +18,12 @@ from lobs_native import ops
 from lobs_native.calibration.ranks import Ranks, check_alike
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
-from lobs_native.network.resources import in_products
+from lobs_native.network.divided import SharedRows, divided, owners
 from lobs_native.network.selection import LayerJob
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.records import LayerReport, plain, report_of_layer
 from lobs_native.rundir.ledger import Ledger
-from lobs_native.solvers.methods import method_of
+from lobs_native.solvers.rows import WHOLE, Rows
 from lobs_native.solvers.weight import PrunedWeight
 from lobs_native.version import versions
 
@@ -32,7 +32,6 @@ __all__ = [
     "Done",
     "SharedLedger",
     "check_ranks",
-    "owner_of",
     "refuse_dtensors",
     "shared_out",
 ]
@@ -69,35 +68,33 @@ class Done(NamedTuple):
 def shared_out(
     ranks: Ranks,
     jobs: Sequence[LayerJob],
-    prune: Callable[[LayerJob], Done],
+    prune: Callable[[LayerJob, Rows], Done],
     forget: Callable[[LayerJob], object] = lambda job: None,
 ) -> Iterator[tuple[LayerJob, Done]]:
-    """The jobs in order, each pruned by one rank; all ranks get what comes of them. ``forget`` is
-    called for those that another rank prunes."""
+    """The jobs in order, each pruned by one rank, or by all, which share its rows; all ranks get
+    what comes of them. ``forget`` is called for those that another rank prunes."""
     if ranks.size == 1:
         for job in jobs:
-            yield job, prune(job)
+            yield job, prune(job, WHOLE)
         return
-    owners = [owner_of(ranks, job) for job in jobs]
-    own: dict[str, Done] = {}
-    for job, owner in zip(jobs, owners, strict=True):
-        if owner == ranks.rank:
-            own[job.layer.name] = prune(job)
+    together = divided(jobs, ranks.size)
+    done = {job.layer.name: prune(job, SharedRows(ranks)) for job in together}
+    rest = [job for job in jobs if job.layer.name not in done]
+    owner = owners(ranks, rest)
+    for job in rest:
+        name = job.layer.name
+        if owner[name] == ranks.rank:
+            done[name] = prune(job, WHOLE)
         else:
             forget(job)
-    for job, owner in zip(jobs, owners, strict=True):
+    for job in jobs:
         name = job.layer.name
-        if owner == ranks.rank:
-            own[name].told(ranks, name, owner)
-            yield job, own.pop(name)
-        else:
-            yield job, Done.heard(ranks, job.layer, owner)
-
-
-def owner_of(ranks: Ranks, job: LayerJob) -> int:
-    """The rank that prunes a layer, or computes its costs: the one that has the least to do."""
-    method = method_of(job.settings.method, job.settings.resolved_pattern)
-    return ranks.owner_of(in_products(method.flops(job.extent)))
+        if name not in done:
+            yield job, Done.heard(ranks, job.layer, owner[name])
+            continue
+        if name in owner:
+            done[name].told(ranks, name, ranks.rank)
+        yield job, done.pop(name)
 
 
 class SharedLedger:
@@ -111,8 +108,14 @@ class SharedLedger:
 
     def __init__(self, ranks: Ranks, own: Ledger | None, path: Any) -> None:
         self.ranks, self.own, self.path = ranks, own, Path(path)
-        mine = [] if own is None else [r.name for r in own.run.records if r.kind == "layer"]
-        self._layers: Collection[str] = set(ranks.value("layers in the run directory", mine))
+        self._layers: Collection[str] = self._of_kind("layer")
+        self._tuned: Collection[str] = self._of_kind("tuned")
+
+    def _of_kind(self, kind: str) -> set[str]:
+        """The names of what the run directory has of this kind."""
+        records = [] if self.own is None else self.own.run.records
+        mine = [record.name for record in records if record.kind == kind]
+        return set(self.ranks.value(f"what the run directory has of the kind {kind}", mine))
 
     def summary(self) -> dict[str, Any]:
         """See :meth:`Ledger.summary`."""
@@ -151,6 +154,31 @@ class SharedLedger:
         done = Done(*self.own.load(layer))
         done.told(self.ranks, layer.name, 0)
         return done
+
+    def has_tuned(self, name: str) -> bool:
+        """See :meth:`Ledger.has_tuned`."""
+        return name in self._tuned
+
+    def load_tuned(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See :meth:`Ledger.load_tuned`."""
+        info, tensors = ({}, {}) if self.own is None else self.own.load_tuned(name)
+        return self.ranks.from_one(f"tuned {name}", info, tensors, 0)
+
+    def keep_tuned(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """See :meth:`Ledger.keep_tuned`."""
+        if self.own is not None:
+            self.own.keep_tuned(name, tensors, info)
+
+    def evaluations(self) -> list[tuple[float, float]]:
+        """See :meth:`Ledger.evaluations`."""
+        mine = None if self.own is None else self.own.evaluations()
+        found: list[tuple[float, float]] = self.ranks.value("evaluations", mine)
+        return found
+
+    def keep_evaluation(self, loss: float, seconds: float) -> None:
+        """See :meth:`Ledger.keep_evaluation`."""
+        if self.own is not None:
+            self.own.keep_evaluation(loss, seconds)
 
     def keep_sensitivity(self, *tensors: Mapping[str, Tensor] | None) -> None:
         """See :meth:`Ledger.keep_sensitivity`."""
@@ -206,20 +234,10 @@ class Clock:
 def check_ranks(
     ranks: Ranks, settings: NetworkSettings, prints: Callable[[], Mapping[str, Any]]
 ) -> None:
-    """Raise ArgumentError if this run cannot be shared, or if the ranks are about to do different
-    things. ``prints`` are the fingerprints of the model and the data."""
+    """Raise ArgumentError if the ranks are about to do different things. ``prints`` are the
+    fingerprints of the model and the data."""
     if ranks.size == 1:
         return
-    if settings.tune is not None:
-        raise ArgumentError(
-            f"group: tune={settings.tune!r} is not supported on several ranks yet; leave tune out, "
-            "and tune the pruned network in one process"
-        )
-    if settings.search:
-        raise ArgumentError(
-            f"group: search={settings.search} is not supported on several ranks yet; leave it out, "
-            "or search in one process"
-        )
     header = {f"argument {k}": v for k, v in plain(settings.arguments()).items()}
     header["argument run_dir"] = settings.run_dir is not None
     header |= {f"version of {k}": v for k, v in versions().items()}

@@ -17,6 +17,7 @@ from lobs_native.calibration.observe import Observation
 from lobs_native.calibration.outputs import MEASURING, SAMPLE, sizes_of
 from lobs_native.calibration.replay import repeated_limit, widest_repeated
 from lobs_native.calibration.session import Session
+from lobs_native.calibration.tree import chunks
 from lobs_native.layers import Linear
 from lobs_native.network.bound import norm_bytes, norm_flops
 from lobs_native.network.descent import tuning_bytes
@@ -228,6 +229,7 @@ def workload(
             min(MEASURING, sum(4 * 8 * entries for entries, _ in outputs)),
             max(map(norm_bytes, covered), default=0),
         ),
+        idle=max(0, session.ranks.size - len(chunks(len(session.batches)))),
     )
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from lobs_native.network.descent import HELD_BACK, Aim, Course, Tuned, descend
 from lobs_native.network.output_aim import OutputAim, check_differentiable, recomputing
 from lobs_native.network.resources import RunPlan, waiting_limit
 from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.shared import SharedLedger
 from lobs_native.report.records import plain
 from lobs_native.rundir.ledger import Ledger
 
@@ -38,6 +40,7 @@ __all__ = ["Tuner", "blocks_to_tune", "network_to_tune", "tuning_passes"]
 _BLOCKS = Course(passes=2, rate=2e-3, seed=0)
 _NETWORK = Course(passes=2, rate=1e-3, seed=0)
 _NAME = "network"  # among what was tuned
+_STEP = "a step of tuning"  # what ranks tell one another, so that none waits for long
 
 
 def tunable(part: nn.Module, pruned: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
@@ -137,14 +140,14 @@ class Tuner:
 
     ``pruned`` are the parameters of all pruned layers, by name. The ``plan`` bounds the bytes of
     original outputs in memory; the rest waits on disk. ``settings`` may say how long and how far to
-    go.
+    go. Of several ranks, the first one tunes, and the others get what becomes of it.
     """
 
     def __init__(
         self,
         session: Session,
         pruned: Mapping[str, nn.Parameter],
-        ledger: Ledger | None,
+        ledger: Ledger | SharedLedger | None,
         plan: RunPlan,
         settings: NetworkSettings,
     ) -> None:
@@ -157,7 +160,7 @@ class Tuner:
 
     def committed(self, name: str) -> bool:
         """Whether the run directory holds a part as it was tuned."""
-        return self.ledger is not None and self.ledger.tuned(name) is not None
+        return self.ledger is not None and self.ledger.has_tuned(name)
 
     def all_committed(self, stack: Stack) -> bool:
         """Whether it holds all blocks of the stack with pruned layers."""
@@ -168,6 +171,8 @@ class Tuner:
         """Tune the current block in the model, and commit it. Whether it is better than before."""
         replay.forget_repeats()
         name = replay.stack.names[replay.block]
+        if not self.session.ranks.first:
+            return self._heard(name)
         with Shelf(self.plan.states_limit) as targets:
             aim = _BlockAim(replay, targets)
             course = dataclasses.replace(_BLOCKS, seed=self.session.seed + replay.block)
@@ -179,6 +184,8 @@ class Tuner:
         recomputed."""
         if self.committed(_NAME):
             return self.load(_NAME)
+        if not self.session.ranks.first:
+            return self._heard(_NAME)
         model = self.session.model
         torch.manual_seed(self.session.seed)
         with contextlib.ExitStack() as scope:
@@ -200,24 +207,37 @@ class Tuner:
             rate=self.settings.tune_rate or course.rate,
             progress=session.progress,
             stoppable=self.ledger is not None,
+            goes_on=lambda: session.ranks.value(_STEP, True),
         )
         tuned = descend(name, aim, batches, parameters, self.pruned, course)
+        session.ranks.value(_STEP, False)
         self.done.append(tuned)
+        values = {n: p.detach() for n, p in parameters.items()} if tuned.kept else {}
+        info = plain(dataclasses.asdict(tuned))
+        session.ranks.from_one(f"tuned {name}", info, values, 0)
         if self.ledger is not None:
-            values = {n: p.detach() for n, p in parameters.items()} if tuned.kept else {}
-            self.ledger.keep_tuned(name, values, plain(dataclasses.asdict(tuned)))
+            self.ledger.keep_tuned(name, values, info)
         return tuned.kept
+
+    def _heard(self, name: str) -> bool:
+        """Wait until rank 0 has tuned a part, and give it the same values."""
+        ranks = self.session.ranks
+        while ranks.value(_STEP, None):
+            pass
+        return self._take(*ranks.from_one(f"tuned {name}", None, None, 0))
 
     def load(self, name: str) -> bool:
         """Give a committed part the values that it was tuned to. Whether there are any."""
         assert self.ledger is not None
-        record = self.ledger.tuned(name)
-        assert record is not None
         with readable(f"tuned {name}"):
-            self.done.append(Tuned(**record.info))
-            for parameter, value in self.ledger.run.load(record).items():
-                self.session.changed.add(parameter)
-                overwrite(self.session.model.get_parameter(parameter), value)
+            return self._take(*self.ledger.load_tuned(name))
+
+    def _take(self, info: Mapping[str, Any], values: Mapping[str, Tensor]) -> bool:
+        """Give parameters the values that they were tuned to; whether there are any."""
+        self.done.append(Tuned(**info))
+        for parameter, value in values.items():
+            self.session.changed.add(parameter)
+            overwrite(self.session.model.get_parameter(parameter), value)
         return self.done[-1].kept
 
 

@@ -24,7 +24,6 @@ from lobs_native.files.atomic import need_space
 from lobs_native.layers import Layer
 from lobs_native.report.records import LayerReport, plain, report_of_layer
 from lobs_native.rundir.directory import RunDirectory
-from lobs_native.rundir.manifest import ManifestRecord
 from lobs_native.rundir.underway import StoppedError, UnderWay, stop
 
 __all__ = ["RESUMES", "AnotherRunError", "Ledger", "command"]
@@ -163,9 +162,15 @@ class Ledger:
         if stop.is_set():
             raise StoppedError
 
-    def tuned(self, name: str) -> ManifestRecord | None:
-        """The record of a part that was tuned; None if there is none."""
-        return self.run.find(name, kind="tuned")
+    def has_tuned(self, name: str) -> bool:
+        """Whether a part that was tuned is there."""
+        return self.run.find(name, kind="tuned") is not None
+
+    def load_tuned(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What became of a part that is there, and its parameters by name."""
+        record = self.run.find(name, kind="tuned")
+        assert record is not None
+        return dict(record.info), self.run.load(record)
 
     # ---- the budget ------------------------------------------------------------------------------
 

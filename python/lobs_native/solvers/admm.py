@@ -24,6 +24,7 @@ from lobs_native.solvers.inversion import invert_
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern, goes_first
 from lobs_native.solvers.problem import Problem, in_errors, nearest_count, spectral_norm
+from lobs_native.solvers.rows import own_share
 
 __all__ = ["Admm"]
 
@@ -62,6 +63,7 @@ class Admm(Method):
     the rest: Boza 2024; ALPS (Meng et al. 2024), which scales by ``H_jj^(1/2)``.
     """
 
+    in_blocks = True
     compares_layers = True
 
     def __init__(
@@ -121,19 +123,19 @@ class Admm(Method):
     def flops(cls, extent: Extent) -> Flops:
         """See :class:`Method`: every iteration and every step of conjugate gradients a product, and
         some penalties an inverse."""
+        penalties = len(_schedule(extent.rows, extent.order).inverted) * (1 + extent.shared)
+        inverting = _in_kernel(extent, 2.0 * extent.order * penalties * extent.squares)
+        return super().flops(extent) + inverting + cls.flops_by_row(extent)
+
+    @classmethod
+    def flops_by_row(cls, extent: Extent) -> Flops:
+        """See :class:`Method`: the products."""
         choices = 1
         if extent.searched:
             choices += math.ceil(math.log2(extent.weights + 1))
-        schedule = _schedule(extent.rows, extent.order)
-        penalties, levels = len(schedule.inverted), len(_LEVELS) * extent.shared
-        products = choices * (schedule.values * _ITERATIONS + _STEPS)
-        products += levels * (_BRIEFLY * _ITERATIONS + _STEPS + 1)
-        inverses = penalties * (1 + extent.shared)
-        spent = 2.0 * extent.order * (products * extent.weights + inverses * extent.squares)
-        flops = super().flops(extent)
-        if extent.kernel == torch.float64:
-            return dataclasses.replace(flops, double=flops.double + spent)
-        return dataclasses.replace(flops, single=spent)
+        products = choices * (_schedule(extent.rows, extent.order).values * _ITERATIONS + _STEPS)
+        products += len(_LEVELS) * extent.shared * (_BRIEFLY * _ITERATIONS + _STEPS + 1)
+        return _in_kernel(extent, 2.0 * extent.order * products * extent.weights)
 
     # ---- choices ---------------------------------------------------------------------------------
 
@@ -217,10 +219,10 @@ class Admm(Method):
         problem = self.problem
         layer = _Layer(self, state)
         self._settle(layer, count, by_row=by_row)
-        removed = layer.removed
+        removed = layer.joined(layer.removed)
         if problem.precise:  # conjugate gradients reach neither float64 nor little damping
             return Choice(removed)
-        after = layer.repaired()
+        after = layer.joined(layer.repaired())
         after.div_(self.scaling)
         if self.factors is not None:
             after.div_(self.factors)
@@ -236,7 +238,7 @@ class Admm(Method):
         for M in self._growing(values or self.schedule.values):
             for _ in range(_ITERATIONS):
                 layer.step(M)
-                if layer.project(count, by_row) < _STILL * layer.x.numel():
+                if layer.project(count, by_row) < _STILL * self.problem.before.numel():
                     break
 
     def _growing(self, values: int) -> Iterator[Tensor]:
@@ -289,28 +291,40 @@ class Admm(Method):
 
 
 class _Layer:
-    """The weights of one layer while directions alternate, in scaled coordinates."""
+    """The weights of one layer while directions alternate, in scaled coordinates; where processes
+    share its rows, the own blocks of them, R' rows."""
 
     def __init__(self, admm: Admm, state: Tensor | None) -> None:
         problem = admm.problem
-        G, R, D = problem.before.shape
+        G, self.rows, D = problem.before.shape
         self.admm = admm
-        self.x = torch.stack([problem.working(g) for g in range(G)]).mul_(admm.scaling)
+        self.shared = problem.workspace.rows
+        own = self.shared.own(self.rows, whole_blocks=True)
+        self.blocks = self.shared.own_blocks(self.rows)
+        self.x = torch.stack([problem.working(g) for g in range(G)])[:, own].mul_(admm.scaling)
         if admm.factors is not None:
-            self.x *= admm.factors
+            self.x *= admm.factors[:, own]
         self.p, self.d = torch.zeros_like(self.x), torch.zeros_like(self.x)
-        self.removed = torch.zeros(G, R, D, dtype=torch.bool, device=self.x.device)
-        self._flat = [t.view(G * R, D) for t in (self.p, self.d, self.x, self.removed)]
-        self._state = None if state is None else state.view(G * R, D)
+        self.removed = torch.zeros_like(self.x, dtype=torch.bool)
+        self._flat = [t.view(-1, D) for t in (self.p, self.d, self.x, self.removed)]
+        self._state = None if state is None else state[:, own].reshape(-1, D)
         self._cut = 0.0
+
+    def joined(self, x: Tensor) -> Tensor:
+        """(G, R, D): the rows of all processes, of (G, R', D)."""
+        if self.shared.size == 1:
+            return x
+        return self.shared.joined(x[0], self.rows, whole_blocks=True)[None]
 
     def step(self, M: Tensor) -> None:
         """The product of an iteration, with :meth:`Admm._resolvent`."""
-        times(self.d, M, out=self.p)
+        times(self.d, M, self.blocks, out=self.p)
 
     def project(self, count: int, by_row: bool) -> int:
         """All the rest of it, see csrc/admm.h; the number of weights that are newly removed."""
         pattern = self.admm.pattern
+        if self.shared.size > 1 and not (by_row or pattern.is_grouped):
+            count = self._own_count(count)
         newly, self._cut = ops.admm_step_(
             *self._flat,
             count=None if pattern.is_grouped else count,
@@ -322,10 +336,31 @@ class _Layer:
             cut=self._cut,
             backend=self.admm.problem.workspace.backend,
         )
-        return newly
+        return sum(changed for (changed,) in self.shared.values([newly]))
+
+    def _own_count(self, count: int) -> int:
+        """How many of the ``count`` units that the layer is to lose are in the own rows: as the
+        kernel costs them, see csrc/admm.h."""
+        p, d, x, removed = self._flat
+        y, unit = (p + x).sub_((d + x).mul_(removed)), self.admm.pattern.unit
+        end = y.shape[1] // unit * unit
+        if unit == 1:
+            cost = y.abs_()
+        else:
+            squares = y[:, :end].to(torch.float64).square_()
+            cost = squares[:, ::unit].contiguous()
+            for i in range(1, unit):
+                cost += squares[:, i::unit]
+        keys = cost.view(torch.int32 if cost.dtype == torch.float32 else torch.int64)
+        if self._state is None:
+            return own_share(self.shared, keys.view(-1), count)
+        state = self._state[:, :end:unit]
+        first = int((state == WeightState.GOES_FIRST).sum())
+        count -= sum(others for (others,) in self.shared.values([first]))
+        return first + own_share(self.shared, keys[state == WeightState.MAY_GO], max(0, count))
 
     def repaired(self) -> Tensor:
-        """(G, R, D): the best weights for what is removed now, up to some thousandths of their
+        """(G, R', D): the best weights for what is removed now, up to some thousandths of their
         error. The end: x, p and d are used up."""
         z, x = self.d.add_(self.x), self.x
         del self.p, self._flat
@@ -338,15 +373,22 @@ class _Layer:
             gain=_GAIN,
             most=_MOST_STEPS,
             backend=self.admm.problem.workspace.backend,
+            rows=self.shared,
+            count=self.rows,
         )
         return z
 
     def error(self) -> float:
-        """tr(dW H dW^T) of :meth:`repaired`, in scaled units; also the end."""
+        """tr(dW H dW^T) of :meth:`repaired`, in scaled units, of all rows in this process; also the
+        end."""
         x = self.x.clone()
         change = self.repaired().sub_(x)
-        product = times(change, self.admm.H, out=x)
+        product = times(change, self.admm.H, self.blocks, out=x)
         return float(torch.linalg.vecdot(product, change).sum(dtype=torch.float64))
+
+
+def _in_kernel(extent: Extent, work: float) -> Flops:
+    return Flops(double=work) if extent.kernel == torch.float64 else Flops(single=work)
 
 
 def _schedule(rows: int, columns: int) -> _Schedule:

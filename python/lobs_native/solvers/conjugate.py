@@ -6,11 +6,14 @@ cube of what a row keeps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.solvers.problem import spectral_norm
+from lobs_native.solvers.rows import WHOLE, Rows
 
 __all__ = ["conjugate_gradients_", "times"]
 
@@ -25,6 +28,8 @@ def conjugate_gradients_(
     tolerance: float,
     most: int,
     backend: str | None = None,
+    rows: Rows = WHOLE,
+    count: int | None = None,
 ) -> bool:
     """Lower ``E = tr((w - x) H (w - x)^T)`` over the kept weights, in place.
 
@@ -46,39 +51,50 @@ def conjugate_gradients_(
         The most steps. Each step, and the beginning, costs one product.
     backend : str, optional
         A name from ``backends()``.
+    rows, count : Rows, int, optional
+        Where w, x and removed (G = 1) have the own blocks of ``count`` rows that processes share.
 
     Returns
     -------
     bool
         Whether they ended before ``most``.
     """
-    rows, D = w.shape[0] * w.shape[1], w.shape[2]
+    G, R, D = w.shape
+    count = R if count is None else count
+    inside = rows.own_blocks(count)
+
+    def every(own: Tensor) -> Tensor:  # (G, R) -> of all rows
+        return rows.joined(own.reshape(-1), G * count, whole_blocks=True)
+
     g, h = torch.empty_like(w), torch.empty_like(w)
-    times(x.sub_(w), H, out=g)
-    below = gain * float(torch.linalg.vecdot(x, g).sum(dtype=torch.float64))
+    times(x.sub_(w), H, inside, out=g)
+    below = gain * float(every(torch.linalg.vecdot(x, g)).sum(dtype=torch.float64))
     g.masked_fill_(removed, 0.0)
     norms = torch.tensor([spectral_norm(M) for M in H], dtype=torch.float64, device=w.device)
-    enough = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64)
-    enough = enough.mul_(tolerance * norms[:, None]).square_().view(rows)
+    far = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64)
+    enough = every(far.mul_(tolerance * norms[:, None]).square_())
     p = x.copy_(g)
-    rr = torch.linalg.vector_norm(g, dim=2, dtype=torch.float64).square_().view(rows)
-    flat_w, flat_g, flat_p, flat_h = (t.view(rows, D) for t in (w, g, p, h))
+    rr = torch.linalg.vector_norm(g, dim=2, dtype=torch.float64).square_().view(G * R)
+    flat_w, flat_g, flat_p, flat_h = (t.view(G * R, D) for t in (w, g, p, h))
     step = 0
     while True:
-        done = float(rr.sum()) <= below and bool((rr <= enough).all())
+        left = every(rr)
+        done = float(left.sum()) <= below and bool((left <= enough).all())
         if done or step == most:
             return done
-        times(p, H, out=h)
+        times(p, H, inside, out=h)
         ops.conjugate_step_(
-            flat_w, flat_g, flat_p, flat_h, removed.view(rows, D), rr, backend=backend
+            flat_w, flat_g, flat_p, flat_h, removed.view(G * R, D), rr, backend=backend
         )
         step += 1
 
 
-def times(a: Tensor, M: Tensor, *, out: Tensor) -> Tensor:
-    """(G, R, D): a (G, R, D) times M (G, D, D), group by group, in ``out``."""
+def times(a: Tensor, M: Tensor, inside: Sequence[slice], *, out: Tensor) -> Tensor:
+    """(G, R, D): a (G, R, D) times M (G, D, D), group by group, in ``out``; of one group, the rows
+    ``inside`` each of these blocks by themselves, see :mod:`lobs_native.solvers.rows`."""
     if len(a) == 1:  # a batch of one is slower than a product
-        torch.mm(a[0], M[0], out=out[0])
+        for some in inside:
+            torch.mm(a[0, some], M[0], out=out[0, some])
     else:
         torch.bmm(a, M, out=out)
     return out

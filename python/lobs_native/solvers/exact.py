@@ -72,12 +72,16 @@ class Exact(Method):
 
     @classmethod
     def flops(cls, extent: Extent) -> Flops:
+        """See :class:`Method`."""
+        return super().flops(extent) + cls.flops_by_row(extent)
+
+    @classmethod
+    def flops_by_row(cls, extent: Extent) -> Flops:
         """See :class:`Method`: a row that loses k of D weights takes ``D k^2 - 2 k^3 / 3``, and its
         repair the cube of what it keeps or loses."""
         rows, D = extent.groups * extent.rows, extent.order
         k = D * extent.share
-        return dataclasses.replace(
-            super().flops(extent),
+        return Flops(
             single=rows * 2 * min(k, D - k) ** 3 / 3,
             removal=(2 if extent.shared else 1) * rows * (D * k**2 - 2 * k**3 / 3),
         )

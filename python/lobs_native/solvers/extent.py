@@ -48,6 +48,11 @@ class Flops:
     double: float = 0.0  # in large products of float64, and in its inverses
     removal: float = 0.0  # in the kernel of exact removal
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.single + other.single, self.double + other.double, self.removal + other.removal
+        )
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

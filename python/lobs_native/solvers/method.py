@@ -51,6 +51,7 @@ class Method(ABC):
     factor_alone: ClassVar[bool] = False  # a factor of the second moment serves as well
     optimal: ClassVar[bool] = True  # its kept weights are the best for their mask; this is checked
     thresholds: ClassVar[bool] = False  # implements choose_below
+    in_blocks: ClassVar[bool] = False  # processes share its rows in whole blocks (``rows.blocks``)
     compares_layers: ClassVar[bool] = False  # implements cheapest: layers can share one budget
 
     # ---- plans, before there is a problem --------------------------------------------------------
@@ -95,6 +96,12 @@ class Method(ABC):
         """The arithmetic of a layer. By default that of inverting, and of measuring the error."""
         inverting = 2.0 * extent.order * extent.squares if cls.inverts else 0.0
         return Flops(double=inverting + 4.0 * extent.order * extent.weights)
+
+    @classmethod
+    def flops_by_row(cls, extent: Extent) -> Flops:
+        """That part of :meth:`flops` which processes divide by rows where the problem's workspace
+        shares them. By default none: each does all of it."""
+        return Flops()
 
     # ---- choices ---------------------------------------------------------------------------------
 

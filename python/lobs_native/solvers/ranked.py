@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.ops import reference
+from lobs_native.solvers.extent import Extent, Flops
 from lobs_native.solvers.method import Choice, Method
 from lobs_native.solvers.patterns import FORCED, ZERO, Pattern
 from lobs_native.solvers.problem import Problem, nearest_count, scaled_
@@ -122,6 +123,16 @@ class Lobs(Ranked):
         # w**2 / A_qq is score * unit**2
         self.unit = math.inf if beyond else math.ldexp(root, problem.exponent)
 
+    @classmethod
+    def flops(cls, extent: Extent) -> Flops:
+        """See :class:`Method`."""
+        return super().flops(extent) + cls.flops_by_row(extent)
+
+    @classmethod
+    def flops_by_row(cls, extent: Extent) -> Flops:
+        """See :class:`Method`: each removal changes its row, as fast as the cache allows."""
+        return Flops(removal=2.0 * extent.share * extent.order * extent.weights)
+
     def scored(self, g: int, w: Tensor) -> Tensor:
         """See :class:`Ranked`."""
         inverse, dead = self.problem.inverses[g], self.problem.dead[g]
@@ -141,11 +152,15 @@ class Lobs(Ranked):
         """See :class:`Ranked`; A is never downdated."""
         problem = self.problem
         backend = problem.workspace.backend
+        rows, count = problem.workspace.rows, problem.before.shape[1]
+        own = rows.own(count)
         work = problem.before.to(problem.dtype, copy=True).contiguous()
         for g, inverse in enumerate(problem.inverses):
-            order, start = ops.rank_rows(self.score[g], removed[g], backend=backend)
+            order, start = ops.rank_rows(self.score[g, own], removed[g, own], backend=backend)
             A = inverse.A.to(work.dtype)
-            ops.static_order_prune_(work[g], A, order, start, backend=backend)
+            ops.static_order_prune_(work[g, own], A, order, start, backend=backend)
+            if rows.size > 1:
+                work[g] = rows.joined(work[g, own], count)
         return work
 
 

@@ -154,9 +154,11 @@ class Removals:
     def _run(
         self, g: int, rows: Tensor, limit: int, stop: float, *, update: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Order, loss, count and weights of some rows of group g; rows that float32 loses are
-        redone in float64."""
+        """Order, loss, count and weights of some rows of group g, of which each of the processes
+        that share them does its own; rows that float32 loses are redone in float64."""
         problem, pattern = self.problem, self.pattern
+        shared, every = problem.workspace.rows, len(rows)
+        rows = rows[shared.own(every)]
         within = rows - g * problem.before.shape[1]
         working = problem.working if update else self.working
         W = working(g, rows=within)
@@ -180,6 +182,7 @@ class Removals:
         trace = run(W, state)
         order, loss, count = trace.order, trace.loss, trace.count
         lost = trace.lost.cpu().nonzero()[:, 0]  # like ``rows``
+        widened: list[int] = []
         if len(lost) and not problem.precise:
             wide = working(g, torch.float64, within[lost])
             again = run(wide, None if state is None else state[lost].contiguous())
@@ -187,7 +190,7 @@ class Removals:
             loss[lost] = again.loss.to(loss.dtype)
             if update:
                 W[lost] = wide.to(W.dtype)
-            problem.workspace.widened.update(rows[lost].tolist())
+            widened = rows[lost].tolist()
             lost = lost[again.lost.cpu()]
         if len(lost):
             raise NotPositiveDefiniteError(
@@ -195,7 +198,10 @@ class Removals:
                 f" after {int(count[lost[0]])} removals, with damping {problem.damping:g}; pass a "
                 "larger damping (0.01 is usual)"
             )
-        return order.cpu(), loss.cpu(), count.cpu(), W
+        for some in shared.values(widened):
+            problem.workspace.widened.update(some)
+        order, loss, count = (shared.joined(x.cpu(), every) for x in (order, loss, count))
+        return order, loss, count, shared.joined(W, every) if update else W
 
     # ---- what is known ---------------------------------------------------------------------------
 

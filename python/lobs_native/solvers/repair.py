@@ -11,6 +11,7 @@ from lobs_native.solvers.conjugate import conjugate_gradients_
 from lobs_native.solvers.kept_columns import regressed
 from lobs_native.solvers.patterns import Pattern
 from lobs_native.solvers.problem import Problem
+from lobs_native.solvers.workspace import Workspace
 
 __all__ = ["exchange", "repair", "solve"]
 
@@ -32,7 +33,6 @@ def solve(
     """
     precise = problem.precise if precise is None else precise
     dtype = torch.float64 if precise else torch.float32
-    backend = problem.workspace.backend
     parts = []
     for g, inverse in enumerate(problem.inverses):
         w, P = problem.working(g, dtype), removed[g].contiguous()
@@ -44,7 +44,7 @@ def solve(
         fewer = float((count**3).sum()) <= float(((P.shape[1] - count) ** 3).sum())
         if fewer and not from_kept:
             A = inverse.A.to(dtype)
-            ops.support_solve_(lost, A, P, backend=backend)
+            lost = _solve_rows(problem, lost, A, P)
             parts.append(w.addmm_(lost, A, alpha=-1))
         else:
             H = problem.damped(g).to(dtype)
@@ -52,14 +52,30 @@ def solve(
             directly = float(((P.shape[1] - count) ** 3).sum()) / 3
             steps = _STEPS * 2 * w.numel() * len(H)
             narrower = problem.weight_dtype != torch.float64  # whose rounding they do not reach
-            if directly > steps and narrower and _approached(w, H, P, backend):
+            if directly > steps and narrower and _approached(w, H, P, problem.workspace):
                 parts.append(w)
                 continue
-            change = lost @ H
-            ops.support_solve_(change, H, ~P, backend=backend)
+            change = _solve_rows(problem, lost @ H, H, ~P)
             parts.append(w.add_(change))
     after = parts[0][None] if len(parts) == 1 else torch.stack(parts)
     return problem.restored(after, removed)
+
+
+def _solve_rows(problem: Problem, X: Tensor, M: Tensor, chosen: Tensor) -> Tensor:
+    """(R, D): :func:`ops.support_solve_`, of which each of the processes that share the rows does
+    its own; X (R, D) is overwritten."""
+    rows, own = problem.workspace.rows, problem.workspace.rows.own(len(X))
+    error = None
+    try:
+        ops.support_solve_(X[own], M, chosen[own], backend=problem.workspace.backend)
+    except NotPositiveDefiniteError as caught:
+        error = caught
+    if any(failed for (failed,) in rows.values([error is not None])):
+        raise error or NotPositiveDefiniteError(
+            "hessian: what is kept or removed of it is not positive definite in rows of another "
+            "rank; pass a larger damping"
+        )
+    return rows.joined(X[own], len(X))
 
 
 def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
@@ -77,24 +93,27 @@ def _solve_alike(problem: Problem, g: int, removed: Tensor) -> Tensor:
     return w
 
 
-def _approached(w: Tensor, H: Tensor, removed: Tensor, backend: str) -> bool:
+def _approached(w: Tensor, H: Tensor, removed: Tensor, workspace: Workspace) -> bool:
     """Replace w (R, D) by its best weights for ``removed`` by conjugate gradients. False, and w as
     it was, if they did not arrive."""
+    own = workspace.rows.own(len(w), whole_blocks=True)
     s = H.diagonal().sqrt()
-    x = w * s
-    after = x.masked_fill(removed, 0.0)
+    x = w[own] * s
+    after = x.masked_fill(removed[own], 0.0)
     arrived = conjugate_gradients_(
         after[None],
         x[None],
         (H / s / s[:, None])[None],
-        removed[None],
+        removed[None, own],
         gain=_GAIN,
         tolerance=torch.finfo(w.dtype).eps ** 0.5,
         most=2 * _STEPS,
-        backend=backend,
+        backend=workspace.backend,
+        rows=workspace.rows,
+        count=len(w),
     )
     if arrived:
-        torch.div(after, s, out=w)
+        torch.div(workspace.rows.joined(after, len(w), whole_blocks=True), s, out=w)
     return arrived
 
 
@@ -123,14 +142,21 @@ def exchange(problem: Problem, pattern: Pattern, removed: Tensor) -> tuple[Tenso
         fixed[:, :, -1] = True
     swaps = 0
     for g, inverse in enumerate(problem.inverses):
-        W, support = problem.working(g, torch.float64), kept[g].contiguous()
+        rows, own = workspace.rows, workspace.rows.own(kept.shape[1])
+        W, support = problem.working(g, torch.float64)[own], kept[g, own].contiguous()
         count, _, used = ops.exchange_(
-            W, inverse.A, support, fixed=fixed[g], group=pattern.group, backend=workspace.backend
+            W,
+            inverse.A,
+            support,
+            fixed=fixed[g, own],
+            group=pattern.group,
+            backend=workspace.backend,
         )
         if used != workspace.backend and g == 0:
             workspace.note(
                 f"exchanged on the CPU: {workspace.backend} has no kernel for it, {used} did it"
             )
-        kept[g], after[g] = support, W
-        swaps += int(count.sum())
+        kept[g] = rows.joined(support, kept.shape[1])
+        after[g] = rows.joined(W, kept.shape[1])
+        swaps += sum(made for (made,) in rows.values([int(count.sum())]))
     return ~kept, problem.restored(after, ~kept), swaps

@@ -16,6 +16,7 @@ from lobs_native.solvers.methods import method_of
 from lobs_native.solvers.problem import Problem
 from lobs_native.solvers.pruning import prune_problem
 from lobs_native.solvers.result import PrunedWeight, finish, first_group
+from lobs_native.solvers.rows import WHOLE, Rows
 from lobs_native.solvers.settings import LayerSettings
 from lobs_native.solvers.workspace import Workspace
 
@@ -193,6 +194,7 @@ def prune_groups(
     notes: Sequence[str] = (),
     drift: Drift | None = None,
     importance: Tensor | None = None,
+    rows: Rows = WHOLE,
 ) -> PrunedWeight:
     """:func:`prune_weight` for a layer of G groups, each with its own second moment, ranked as one
     layer.
@@ -201,7 +203,8 @@ def prune_groups(
     says how many each second moment is of, where that is known: few make it cheaper. With a
     drift, the weights that make up for it are pruned instead of W, whatever the method, and errors
     are relative to the desired outputs. ``importance`` (G, R) multiplies the costs of a row where
-    "exact" compares rows. Returns a PrunedWeight whose tensors have a leading G.
+    "exact" compares rows. ``rows`` may divide those of one group among processes, all of which call
+    this alike and get the same. Returns a PrunedWeight whose tensors have a leading G.
     """
     begun = time.perf_counter()
     settings.check_target(masked=mask is not None)
@@ -222,7 +225,7 @@ def prune_groups(
         samples=samples,
         prune_bias=prune_bias,
         mask=mask,
-        workspace=Workspace(ops.select_backend(backend, W.device), memory),
+        workspace=Workspace(ops.select_backend(backend, W.device), memory, rows=rows),
         drift=drift,
     )
     pattern.check_fit(W.shape[2], mask, prune_bias=prune_bias)

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lobs_native.solvers.rows import WHOLE, Rows
+
 __all__ = ["Workspace"]
 
 
@@ -17,6 +19,7 @@ class Workspace:
     memory: int | None = None  # bytes of kernel scratch at most
     notes: list[str] = field(default_factory=list)  # what was done differently from the request
     widened: set[int] = field(default_factory=set)  # rows (of G * R) that were redone in float64
+    rows: Rows = WHOLE  # of a layer of one group, where processes share them
 
     def note(self, text: str) -> None:
         """Record something that was done differently from the request."""
