@@ -152,7 +152,7 @@ def test_the_weights_are_those_of_pruning_in_python(here, name, flag):
 def test_every_argument_reaches_prune(here, monkeypatch):
     seen = {}
 
-    def stop(model, batches, settings, places, group):
+    def stop(model, batches, settings, places, group, offload):
         seen.update(dataclasses.asdict(settings))
         raise KeyboardInterrupt
 
@@ -181,6 +181,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "token_mask": None,
         "token_weights": "output",
         "tune": "blocks",
+        "offload": None,
         "tune_passes": 5,
         "tune_rate": 0.004,
         "search": 3,

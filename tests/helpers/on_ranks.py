@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ def one() -> nn.Module:
     return made(blocks=1)
 
 
+def wide() -> nn.Module:
+    return made(width=40, blocks=1)
+
+
 def two() -> nn.Module:
     return made(blocks=2)
 
@@ -95,6 +100,7 @@ CASES: dict[str, Case] = {
     "tuned whole": (one, lambda: batches(4), {"tune": "network", "tune_passes": 1}),
     "searched": (two, lambda: batches(6), {"search": 3, "held_back": 0.3, "scope": "model"}),
     "wanda": (two, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
+    "offload": (wide, lambda: batches(5), {"offload": tempfile.gettempdir()}),
 }
 
 

@@ -266,7 +266,7 @@ def test_reports_repeat_and_resumed_runs_compare_all_that_changes_the_result():
     settings = lobs.NetworkSettings(pattern=GroupsOf(2, 4), device=torch.device("cpu"))
     arguments = settings.arguments()
     assert set(options(lobs.NetworkSettings)) - set(arguments) == {
-        "forward", "run_dir", "resume", "progress",
+        "forward", "run_dir", "resume", "progress", "offload",
     }  # fmt: skip
     compared = settings.arguments(compared=True)
     assert set(arguments) - set(compared) == {"memory", "strict", "measure"}

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from lobs_native.calibration.hooks import unfused_attention, without_caches
+from lobs_native.calibration.offload import Offload, forgotten, showing_originals
 from lobs_native.calibration.padding import Padding, tokens_of
 from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.calibration.seeding import seeded
@@ -123,6 +124,7 @@ class Session:
     token_mask: bool = False  # leave out positions that masks declare to be padding
     held_back: Sequence[Any] = ()  # batches that nothing is calibrated on
     ranks: Ranks = ALONE
+    offload: Offload | None = None  # where the parameters are, if not in memory
     padded: bool = field(default=False, init=False)  # whether any were left out
     told_by: str = field(default="attention_mask", init=False)  # the kind of mask of a batch
     originals: Shelf = field(
@@ -207,10 +209,11 @@ class Session:
         """Copy original values in, and the present ones back at the end. Swapping the tensors
         (torch.func.functional_call) fails if a module has two names. Copies are no uses of a weight
         that is watched; one parameter may hold a pruned and a watched layer (attention)."""
-        with Shelf(self.swapped_limit) as present:
+        named = {name: self._named[name] for name in names}
+        with Shelf(self.swapped_limit) as present, showing_originals(self.offload, named) as copied:
             try:
                 with _disable_current_modes():
-                    for name in names:
+                    for name in copied:
                         present.put(name, self._named[name].detach().clone())
                         overwrite(self._named[name], self.originals[name])
                 yield
@@ -219,9 +222,14 @@ class Session:
                     for name, value in present.items():
                         overwrite(self._named[name], value)
 
+    def unused(self, *values: Tensor) -> None:
+        """Parameters among ``values`` are not needed for a while."""
+        if self.offload is not None:
+            self.offload.drop(values)
+
     def restore(self) -> None:
         """Give the pruned parameters their original values."""
-        for name in self.changed:
+        for name in forgotten(self.offload, {name: self._named[name] for name in self.changed}):
             overwrite(self._named[name], self.originals[name])
         self.changed.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lobs_native.calibration.offload import Offload
 from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.session import Forward
 from lobs_native.cli.arguments import flag
@@ -27,12 +29,14 @@ from lobs_native.files.atomic import new_folder, writing
 from lobs_native.files.shelf import Place
 from lobs_native.huggingface import checkpoint as hf
 from lobs_native.huggingface.perplexity import perplexity
+from lobs_native.huggingface.rewriting import rewrite
 from lobs_native.huggingface.spelling import places_of, same_bits
 from lobs_native.huggingface.text import GENERATE, generated_batches, joined, text_batches
 from lobs_native.huggingface.verification import check_zeros
 from lobs_native.network import carrying_out
 from lobs_native.network.folding import fold_weights
 from lobs_native.network.masks import pack_masks
+from lobs_native.network.offloading import offloaded
 from lobs_native.network.peak import keep_tight
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.selection import candidates_of
@@ -59,8 +63,8 @@ class Job:
     batches: Any  # None if only planning
     forward: Forward | None
     head: str | None  # layer that is left alone unless it is included
-    # (folder, masks, limit on memory) -> entries of the report
-    save: Callable[[Path, Mapping[str, Tensor], int | None], dict[str, Any]]
+    # (folder, masks, limit on memory, what offloads the network) -> entries of the report
+    save: Callable[[Path, Mapping[str, Tensor], int | None, Offload | None], dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)  # for the report
     measure: Callable[[], float | None] | None = None  # the perplexity of the network
     places: Mapping[str, Place] = field(default_factory=dict)  # of its parameters, in files
@@ -186,28 +190,20 @@ def _folder(
         if calibrating.held_back:
             measure = functools.partial(perplexity, model, calibrating.held_back)
 
-    def save(out: Path, masks: Mapping[str, Tensor], memory: int | None) -> dict[str, Any]:
-        config = _differing(configured, model.config.to_dict())  # type: ignore[union-attr, operator]
+    places = {} if checkpoint.gguf else places_of(model, folder, checkpoint.files)
+
+    def save(
+        out: Path, masks: Mapping[str, Tensor], memory: int | None, offload: Offload | None
+    ) -> dict[str, Any]:
+        config = hf.differing(configured, model.config.to_dict())  # type: ignore[union-attr, operator]
+        if offload is not None and all(name in places for name, _ in model.named_parameters()):
+            return rewrite(model, checkpoint, out, masks, places, config, offload.drop)
         return hf.save(
             model, checkpoint, out, masks, shard_bytes=shard_bytes, memory=memory, config=config
         )
 
     head = hf.output_layer(model)
-    places = {} if checkpoint.gguf else places_of(model, folder, checkpoint.files)
     return Job(model, batches, hf.first_output, head, save, settings, measure, places)
-
-
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``new`` that are not those of ``old``, nested."""
-    found: dict[str, Any] = {}
-    for key, value in new.items():
-        before = old.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            if inside := _differing(before, value):
-                found[key] = inside
-        elif key not in old or before != value:
-            found[key] = value
-    return found
 
 
 def _call(source: str) -> tuple[nn.Module, Any, Forward | None]:
@@ -245,10 +241,14 @@ def _raised(error: Exception) -> str:
 
 
 def _save_state(
-    model: nn.Module, out: Path, masks: Mapping[str, Tensor], memory: int | None
+    model: nn.Module,
+    out: Path,
+    masks: Mapping[str, Tensor],
+    memory: int | None,
+    offload: Offload | None,
 ) -> dict[str, Any]:
     """The state dict as one file; a tensor that has several names is in it once. It is read back
-    tensor by tensor, whatever ``memory`` allows."""
+    tensor by tensor, whatever ``memory`` allows, and wherever the network is."""
     check_zeros(model, masks)
     path = out / hf.WEIGHTS
     try:
@@ -299,8 +299,9 @@ def plan(job: Job, settings: NetworkSettings) -> dict[str, Any]:
         settled = without_data(candidates_of(job.model, settings), settings)
         selected, others = settled.jobs, settled.skipped
     else:
-        pruning = Pruning(job.model, job.batches, settings)
-        whole = pruning.plan(stacklevel=2)
+        with offloaded(job.model, settings, job.places) as offload:
+            pruning = Pruning(job.model, job.batches, settings, job.places, offload=offload)
+            whole = pruning.plan(stacklevel=2)
         selected, others = pruning.jobs, pruning.skipped
     layers = []
     for planned in selected:
@@ -358,13 +359,16 @@ def run(
     """
     settings, skipped = _for_job(job, settings)
     keep_tight(_MAPPED)
+    with contextlib.ExitStack() as scope:
+        offload = scope.enter_context(offloaded(job.model, settings, job.places))
 
-    def prune() -> Report:
-        return carrying_out.carried_out(job.model, job.batches, settings, job.places, group=group)
+        def prune() -> Report:
+            how: dict[str, Any] = {"group": group, "offload": offload}
+            return carrying_out.carried_out(job.model, job.batches, settings, job.places, **how)
 
-    if not Ranks(group).first:
-        return prune()
-    with new_folder(out, overwrite=overwrite) as folder:
+        if not Ranks(group).first:
+            return prune()
+        folder = scope.enter_context(new_folder(out, overwrite=overwrite))
         clock, measured = Stages(), dict[str, float | None]()
         if job.measure is not None:
             with clock.stage("perplexity"):
@@ -375,7 +379,7 @@ def run(
             with clock.stage("perplexity"):
                 measured["perplexity after"] = job.measure()
         with clock.stage("saving"):
-            saved = job.save(folder, report.masks, settings.memory)
+            saved = job.save(folder, report.masks, settings.memory, offload)
         _, around = clock.total()
         del around["pruning"]
         around["other"] += report.settings["seconds"]["other"]

@@ -120,7 +120,7 @@ def run(job: Job, options: argparse.Namespace, out: Path) -> tuple[ShrinkReport,
         result = {**report.to_dict(), "settings": settings | job.settings}
         if job.measure is not None:
             result["settings"] |= {"perplexity before": before, "perplexity after": job.measure()}
-        result["settings"] |= job.save(folder, {}, None)
+        result["settings"] |= job.save(folder, {}, None, None)
         text = json.dumps(result, indent=1, allow_nan=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
         if report.pruning is not None:

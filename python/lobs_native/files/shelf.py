@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lobs_native.errors import CheckpointError
 
-__all__ = ["Place", "Shelf"]
+__all__ = ["Place", "Shelf", "memory_of", "state_if_equal", "state_of"]
 
 _PIECE = 1 << 22  # bytes that are compared at a time
 
@@ -44,44 +44,45 @@ class _OnDisk:
 
     def write(self, value: Tensor) -> None:
         with self.place.path.open("wb") as file:
-            file.write(_memory(value.detach().contiguous().cpu()))
+            file.write(memory_of(value.detach().contiguous().cpu()))
 
     def read(self, first: int, shape: torch.Size) -> Tensor:
         """The tensor of this shape that begins at entry ``first``."""
         value = torch.empty(shape, dtype=self.dtype)
         with self.place.path.open("rb") as file:
-            if self.state is not None and _state(file.fileno()) != self.state:
+            if self.state is not None and state_of(file.fileno()) != self.state:
                 raise CheckpointError(
                     f"{self.place.path}: it was changed while it was in use; prune again, and "
                     "leave it alone until the end"
                 )
             file.seek(self.place.begin + first * self.dtype.itemsize)
-            file.readinto(_memory(value))
+            file.readinto(memory_of(value))
         return value.to(self.device)
 
 
-def _state(handle: int) -> tuple[int, int]:
+def state_of(handle: int) -> tuple[int, int]:
+    """The size and the time of the last change of an open file."""
     status = os.stat(handle)
     return status.st_size, status.st_mtime_ns
 
 
-def _state_if_equal(value: Tensor, place: Place) -> tuple[int, int] | None:
+def state_if_equal(value: Tensor, place: Place) -> tuple[int, int] | None:
     """The state of the file if the bytes of ``value`` lie at this place of it, else None."""
-    memory = _memory(value.detach().contiguous().cpu())
+    memory = memory_of(value.detach().contiguous().cpu())
     buffer = torch.empty(min(_PIECE, len(memory)), dtype=torch.uint8)
     with place.path.open("rb") as file:
         file.seek(place.begin)
         for first in range(0, len(memory), _PIECE):
             part = memory[first : first + _PIECE]
             read = buffer[: len(part)]
-            if file.readinto(_memory(read)) != len(part):
+            if file.readinto(memory_of(read)) != len(part):
                 return None
             if not torch.equal(read, torch.frombuffer(part, dtype=torch.uint8)):
                 return None
-        return _state(file.fileno())
+        return state_of(file.fileno())
 
 
-def _memory(x: Tensor) -> memoryview:
+def memory_of(x: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     memory: memoryview = x.reshape(-1).view(torch.uint8).numpy().data
     return memory
@@ -135,7 +136,7 @@ class Shelf(Mapping[Any, Tensor]):
         that stays as it is, that place is stored instead."""
         state = None
         if place is not None and value.numel():
-            state = _state_if_equal(value, place)
+            state = state_if_equal(value, place)
         if place is None or state is None:
             self.drop(key)
             kept = value.detach()

@@ -27,6 +27,9 @@ from lobs_native.layers import layers_for
 
 __all__ = [
     "Checkpoint",
+    "change_config",
+    "copy_others",
+    "differing",
     "examine",
     "first_output",
     "load",
@@ -299,17 +302,14 @@ def save(
     prefix = getattr(model, "base_model_prefix", "")
     with writing(folder), quiet(transformers):
         if checkpoint.gguf is None:
-            left_out = _copy_others(checkpoint, folder)
+            left_out = copy_others(checkpoint, folder)
             staging = folder / ".weights"  # save_pretrained also writes another config
             model.save_pretrained(str(staging), max_shard_size=shard_bytes)  # type: ignore[operator]
             rounded = restore(staging, INDEX, checkpoint.folder, checkpoint.files, prefix)
             for path in [*staging.glob("model*.safetensors"), *staging.glob(INDEX)]:
                 path.rename(folder / path.name)
             shutil.rmtree(staging)
-            if config:
-                path = folder / "config.json"
-                text = json.dumps(_updated(_json(path), config), indent=2)
-                path.write_text(text + "\n", encoding="utf-8")
+            change_config(folder, config or {})
         else:
             left_out, rounded = [checkpoint.gguf.name], []
             model.save_pretrained(str(folder), max_shard_size=shard_bytes)  # type: ignore[operator]
@@ -330,6 +330,27 @@ def save(
     }
 
 
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``new`` that are not those of ``old``, nested."""
+    found: dict[str, Any] = {}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            if inside := differing(before, value):
+                found[key] = inside
+        elif key not in old or before != value:
+            found[key] = value
+    return found
+
+
+def change_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change entries of the config.json in ``folder``, nested as they are there."""
+    if changes:
+        path = folder / "config.json"
+        text = json.dumps(_updated(_json(path), changes), indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
 def _updated(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """``old`` with the values of ``new``, nested."""
     changed = dict(old)
@@ -341,7 +362,7 @@ def _updated(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
+def copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
     """Copy the files that do not hold weights of the network. Returns the weight files left out."""
     replaced = {*checkpoint.files, INDEX, *OWN}
     left_out = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +44,11 @@ def compare(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
             raise CheckpointError(f"MODEL: read back, {name} differs from what was written")
 
 
-def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse a network whose weights are not zero where its masks are False."""
+def check_zeros(
+    model: nn.Module, masks: Mapping[str, Tensor], after: Callable[[], object] = lambda: None
+) -> None:
+    """Refuse a network whose weights are not zero where its masks are False. ``after`` is called
+    after each layer."""
     weights = stored_weights(model)
     for name, mask in masks.items():
         weight = weights[name]
@@ -54,3 +57,4 @@ def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"MODEL: layer {name!r} would be written with {nonzero} weights that were removed"
             )
+        after()

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lobs_native.calibration.offload import Offload
 from lobs_native.calibration.ranks import Ranks
 from lobs_native.calibration.replay import UnlikeError
 from lobs_native.files.shelf import Place
+from lobs_native.network.offloading import offloaded
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.report.report import Report
@@ -25,21 +27,25 @@ def carried_out(
     places: Mapping[str, Place] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     group: Any = None,
+    offload: Offload | None = None,
 ) -> Report:
     """:func:`prune`; ``places`` says where parameters lie in files, as far as known, and ``masks``
-    (G, R, C) what may stay of some layers, which then lose the rest and nothing else."""
+    (G, R, C) what may stay of some layers, which then lose the rest and nothing else. ``offload``
+    is that of the model, where it was made before."""
     ranks = Ranks(group)
     try:
-        pruning = Pruning(model, calibration, settings, places, masks, ranks)
-        try:
-            return pruning.carry_out()
-        except UnlikeError as error:  # seen at the end: what flows between blocks has changed
-            if settings.run_dir is not None:
-                raise
-            reason = str(error).removesuffix("; pass blocks=None")
-        whole = dataclasses.replace(settings, blocks=None)
-        report = Pruning(model, pruning.batches, whole, places, masks, ranks).carry_out()
-        return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
+        with offloaded(model, settings, places or {}, offload) as offload:
+            how = (places, masks, ranks, offload)
+            pruning = Pruning(model, calibration, settings, *how)
+            try:
+                return pruning.carry_out()
+            except UnlikeError as error:  # seen at the end: what flows between blocks has changed
+                if settings.run_dir is not None:
+                    raise
+                reason = str(error).removesuffix("; pass blocks=None")
+            whole = dataclasses.replace(settings, blocks=None)
+            report = Pruning(model, pruning.batches, whole, *how).carry_out()
+            return dataclasses.replace(report, settings={**report.settings, "no blocks": [reason]})
     except BaseException as error:
         ranks.tell(error)
         raise

@@ -122,7 +122,7 @@ class LayerLoop:
         calibrating: float,
         rows: Rows,
     ) -> Done:
-        with self.stage("removing weights"):
+        with self.stage("removing weights"), self._reading(job):
             give_back(before=job.moment_bytes)
             report, out = prune_layer(
                 job,
@@ -164,13 +164,26 @@ class LayerLoop:
 
     def _note(self, job: LayerJob, done: Done) -> _New:
         self.done[job.layer.name] = done.report
-        self.masks[job.layer.name] = PackedMask.of(done.mask)
+        mask = PackedMask.of(done.mask)
+        self.masks[job.layer.name] = dataclasses.replace(mask, bits=self.put_away(mask.bits))
         self.bar.update()
         return done.weight, done.bias
 
     def _write(self, job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
         self.session.changed.update(job.layer.parameters)
         job.layer.write_back(weight, bias)
+        if self.session.offload is not None:
+            self.session.offload.keep(job.layer.parameters.values())
+
+    @contextlib.contextmanager
+    def _reading(self, job: LayerJob) -> Iterator[None]:
+        """Where parameters are offloaded, give back the memory of a layer's at the end."""
+        yield
+        self.session.unused(*job.layer.parameters.values())
+
+    def put_away(self, value: Tensor) -> Tensor:
+        """A tensor that is kept for long: where parameters are offloaded, it is as well."""
+        return value if self.session.offload is None else self.session.offload.stored(value)
 
     # ---- all layers ------------------------------------------------------------------------------
 
@@ -179,7 +192,7 @@ class LayerLoop:
         with Shelf(self.context.plan.kept_limit) as waiting:
 
             def wait(job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
-                waiting.put((job.layer.name, "weight"), weight)
+                waiting.put((job.layer.name, "weight"), self.put_away(weight))
                 if bias is not None:
                     waiting.put((job.layer.name, "bias"), bias)
 
@@ -203,6 +216,7 @@ class LayerLoop:
             for job in jobs:
                 name = job.layer.name
                 self._write(job, waiting[name, "weight"], waiting.get((name, "bias")))
+                waiting.drop((name, "weight"))
         self.done = {job.layer.name: self.done[job.layer.name] for job in jobs}
 
     def _in_order(self, stack: Stack | None, groups: Sequence[Sequence[LayerJob]]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from lobs_native.calibration.session import Forward
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.carrying_out import carried_out
+from lobs_native.network.offloading import offloaded
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
@@ -52,6 +53,7 @@ def prune(
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
+    offload: str | os.PathLike[str] | None = None,
     backend: str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: str = "auto",
@@ -207,6 +209,13 @@ def prune(
         made before anything is changed (``report.settings["plan"]``; printed on a terminal), and
         MemoryError says what is needed if the limit is too small. From then on, in the whole
         process, glibc returns freed allocations of a megabyte or more to the system at once.
+    offload : path, optional
+        For networks beyond memory, on Linux: weights lie in files and are mapped, and take memory
+        only while the block that they belong to is run or pruned. The folder, on a disk with room
+        for what is pruned (twice that, for weights that lie in no file yet), gets files without
+        names, which are gone with the process; the model's weights stay mapped from them. Weights
+        of less than 4 kB stay in memory. Bits are those without it. Not with ``tune``, nor on
+        other devices.
     device : optional
         Move the model (it stays there) and each batch to this device first.
     run_dir : path, optional
@@ -321,6 +330,7 @@ def prune(
         forward=forward,
         device=device,
         memory=memory,
+        offload=offload,
         backend=backend,
         run_dir=run_dir,
         resume=resume,
@@ -367,7 +377,8 @@ def plan_prune(
     chosen = _chosen(settings, NetworkSettings(**arguments))
     if settings is None and "progress" not in arguments:
         chosen = dataclasses.replace(chosen, progress=False)
-    return Pruning(model, calibration, chosen).plan(stacklevel=2)
+    with offloaded(model, chosen, {}) as offload:
+        return Pruning(model, calibration, chosen, offload=offload).plan(stacklevel=2)
 
 
 def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
+from lobs_native.calibration.offload import Offload
 from lobs_native.calibration.outputs import First, Samples, held_back_loss
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.ranks import ALONE, Ranks
@@ -70,10 +71,11 @@ class Pruning:
         places: Mapping[str, Place] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         ranks: Ranks = ALONE,
+        offload: Offload | None = None,
     ) -> None:
         self.masks = masks or {}  # by layer, where what may stay is decided already
         self.stages = Stages()
-        self.places = places or {}
+        self.places = {**(places or {}), **({} if offload is None else offload.places)}
         self.settings = settings
         self.searched: dict[str, float] | None = None  # what a search for a division found
         self.candidates = candidates_of(model, settings)
@@ -95,6 +97,7 @@ class Pruning:
             token_mask=settings.token_mask == "auto",
             held_back=held_back,
             ranks=ranks,
+            offload=offload,
         )
 
     def look(self, first: First | None = None) -> RunPlan:
@@ -159,7 +162,8 @@ class Pruning:
                 plan = self.look(None if self.settings.measure == "all" else first)
             if session.ranks.first:
                 self._warn("prune", 4)
-            _show(plan, session.progress)
+            if session.progress and sys.stderr.isatty():
+                tqdm.write(str(plan), file=sys.stderr)
             if plan.limit is not None:
                 keep_tight()
             session.originals = kept.enter_context(Shelf(plan.kept_limit))
@@ -175,6 +179,7 @@ class Pruning:
                 parameters = {name: p for part in parts for name, p in part.items()}
                 for name, parameter in parameters.items():
                     session.originals.put_copy(name, parameter, self.places.get(name))
+                    session.unused(parameter)
             try:
                 with self.stages.stage("measuring the output"):
                     part, samples = self.sampled, Samples()
@@ -387,14 +392,9 @@ class Pruning:
     def _prints(self) -> dict[str, Any]:
         """The fingerprints of the model, the data (seeded, since some are shuffled) and masks."""
         torch.manual_seed(self.settings.seed)
-        return fingerprints(self.session.model, self.batches, self.masks)
+        return fingerprints(self.session.model, self.batches, self.masks, self.session.unused)
 
     def _backends(self) -> list[str]:
         """The names of the backends that will prune the layers."""
         devices = {job.layer.weight().device for job in self.jobs}
         return sorted({ops.select_backend(self.settings.backend, x) for x in devices})
-
-
-def _show(plan: RunPlan, progress: bool) -> None:
-    if progress and sys.stderr.isatty():
-        tqdm.write(str(plan), file=sys.stderr)

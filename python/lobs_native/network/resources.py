@@ -61,6 +61,7 @@ class Workload:
     sample: int = 0  # of the original outputs for a sample, which wait for the end
     measuring: int = 0  # bytes that measuring it, or the norms of Theorem 3.2, takes besides
     idle: int = 0  # ranks without batches
+    network: int = 0  # bytes of the model's parameters in memory at a time
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class RunPlan:
     kept_limit: int | None  # of original weights; the same again of results or swapped weights
     swapped_limit: int | None
     output_limit: int | None
-    idle: int = (
-        0  # ranks that only prune layers, since there are more of them than chunks of batches
-    )
+    network: int  # the model's parameters in memory at a time, which come on top
+    offloaded: int  # in the folder of offloaded weights: pruned ones, and masks
+    idle: int = 0  # ranks that only prune layers: there are more of them than chunks of batches
 
     @property
     def memory(self) -> int:
@@ -105,13 +106,16 @@ class RunPlan:
         def mb(size: int) -> str:
             return f"{size / 1e6:,.0f} MB"
 
+        model = "the model"
+        if self.offloaded:
+            model = f"{mb(self.network)} of the model at a time"
         limit = "" if self.limit is None else f" of {mb(self.limit)} allowed"
         minutes, seconds = divmod(round(self.seconds), 60)
         about = f"{minutes} min {seconds} s" if minutes else f"{max(1, seconds)} s"
         passes = "a forward and a backward pass" if self.backward else "a forward pass"
         idle = f"; {self.idle} ranks have no batches to run" if self.idle else ""
         return (
-            f"plan: {mb(self.memory)}{limit} besides the model, the data and {passes} "
+            f"plan: {mb(self.memory)}{limit} besides {model}, the data and {passes} "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
             f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights, {mb(self.masks)} "
             f"masks; then {mb(self.output)} to measure the output); {mb(self.disk)} on disk; about "
@@ -216,6 +220,11 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     times = (
         1 if settings.inputs == "pruned" else 2
     )  # results wait until the end, or weights are swapped
+    offloaded = 0
+    if settings.offload is not None:  # nothing is copied to be swapped
+        waiting_too = 2 if settings.inputs == "dense" else 1
+        offloaded = weights * waiting_too + masks + sum(weights_of(job.layer) for job in jobs)
+        weights = 0
     keeping = weights * times
     states_limit = kept_limit = swapped_limit = output_limit = None
     kept, statistics, output = keeping, more, work.output
@@ -238,10 +247,10 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         statistics=statistics,
         states=states + work.others,
         kept=kept + waiting,
-        masks=masks,
+        masks=0 if offloaded else masks,
         tokens=work.tokens,
         output=output + work.measuring,
-        disk=elsewhere + work.sample - waiting + work.targets,
+        disk=elsewhere + work.sample - waiting + work.targets + offloaded,
         backward=work.backward,
         seconds=_searching(_seconds(jobs, work, corrected), settings),
         limit=memory,
@@ -252,6 +261,8 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         swapped_limit=swapped_limit,
         output_limit=output_limit,
         idle=work.idle,
+        network=work.network,
+        offloaded=offloaded,
     )
 
 

@@ -66,6 +66,7 @@ def report_of(
         versions=versions(),
         coverage=dataclasses.replace(coverage, removed=removed),
         masks={
-            job.layer.name: job.layer.unpack(masks.pop(job.layer.name).unpacked()) for job in jobs
+            job.layer.name: loop.put_away(job.layer.unpack(masks.pop(job.layer.name).unpacked()))
+            for job in jobs
         },
     )

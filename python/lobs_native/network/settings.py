@@ -225,6 +225,14 @@ class NetworkSettings(LayerOptions):
         compared=False,  # it changes no result
         help="limit on what pruning takes besides the model and its forward pass, for example 4GB",
     )
+    offload: str | os.PathLike[str] | None = option(
+        None,
+        check=_folder,
+        compared=False,  # it changes no result
+        reported=False,
+        help="keep weights in files, and in memory only those of the block that is run: for "
+        "networks beyond memory; the folder gets files without names, as large as what is pruned",
+    )
     seed: int = option(0, check=_seed, help="default: %(default)s")
     token_mask: str | None = option(
         "auto",
@@ -274,6 +282,15 @@ class NetworkSettings(LayerOptions):
             raise ArgumentError("tune_passes: it is how long to tune; pass tune, as 'network'")
         if self.tune_rate is not None and self.tune is None:
             raise ArgumentError("tune_rate: it is how far steps of tuning go; pass tune")
+        if self.offload is not None and self.tune is not None:
+            raise ArgumentError(
+                f"offload: tune={self.tune!r} needs the weights in memory; leave one of them out"
+            )
+        if self.offload is not None and torch.device(self.device or "cpu").type != "cpu":
+            raise ArgumentError(
+                f"offload: it keeps weights in files that the CPU reads, and device is "
+                f"{str(self.device)!r}; leave one of them out"
+            )
         if not self.overrides:
             self._common()  # raises if what all layers are pruned with does not fit together
 

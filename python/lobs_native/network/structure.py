@@ -222,6 +222,7 @@ def workload(
         tuning=max((tuning_bytes(part.values()) for part in tuned), default=0)
         + (aiming_bytes(size) if whole else 0),
         targets=round(batches * size) if whole else 0,
+        network=_network_bytes(session),
         tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=size,
         sample=round(part * batches * size) if sampled else 0,
@@ -231,6 +232,13 @@ def workload(
         ),
         idle=max(0, session.ranks.size - len(chunks(len(session.batches)))),
     )
+
+
+def _network_bytes(session: Session) -> int:
+    """Bytes of the model's parameters that are in memory at a time."""
+    if session.offload is not None:
+        return session.offload.rest + session.offload.largest
+    return sum(p.numel() * p.element_size() for p in session.model.parameters() if not p.is_meta)
 
 
 def _contiguous(stack: Stack, jobs: Sequence[LayerJob]) -> bool:

@@ -3,7 +3,7 @@ are not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -111,12 +111,14 @@ def settle(
     settled = Settled([], [*candidates.skipped], [*candidates.errors], seen)
 
     def decided(
-        made: Layer | Reason, name: str, parameters: Iterable[nn.Parameter]
+        made: Layer | Reason, name: str, parameters: Collection[nn.Parameter]
     ) -> LayerJob | Reason:
         routes = any(p in seen.uses and seen.uses[p].routes for p in parameters)
         if routes and name not in candidates.named:
             made = Reason(MIXING, on_purpose=True)
-        return _job_or_reason(made, settings)
+        decision = _job_or_reason(made, settings)
+        session.unused(*parameters)
+        return decision
 
     for layer in candidates.layers:
         of_layer = _of_layer(layer, seen, modules)

@@ -122,7 +122,7 @@ _ARGUMENTS = (
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
-_BYTES |= {"output", "masks"}
+_BYTES |= {"output", "masks", "network", "offloaded"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:

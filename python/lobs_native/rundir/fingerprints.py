@@ -14,15 +14,19 @@ __all__ = ["fingerprints", "name_of"]
 
 
 def fingerprints(
-    model: nn.Module, batches: Iterable[Any], masks: Mapping[str, Tensor]
+    model: nn.Module,
+    batches: Iterable[Any],
+    masks: Mapping[str, Tensor],
+    read: Callable[[Tensor], object] = lambda value: None,
 ) -> dict[str, Any]:
     """sha256 of the model's parameters and buffers (even those that are not saved, because the
     output may depend on them), of the calibration data, and of masks if there are any; and the
-    number of batches."""
+    number of batches. ``read`` is called with each tensor of the model after it was read."""
     state = hashlib.sha256()
     parameters = model.named_parameters(remove_duplicate=False)
     for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
         _add(state, name, value)
+        read(value)
     data, count = hashlib.sha256(), 0
     for batch in batches:
         count += 1
