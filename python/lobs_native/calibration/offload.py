@@ -25,7 +25,7 @@ from lobs_native.files.atomic import need_space
 from lobs_native.files.mapped import Mapped, Scratch, Slot, is_shown
 from lobs_native.files.shelf import Place, state_if_equal
 
-__all__ = ["Offload", "forgotten", "showing_originals"]
+__all__ = ["Offload", "forgotten", "put_away", "showing_originals"]
 
 _LEAST = 1 << 12  # bytes of a parameter; smaller ones, of less than a page, stay in memory
 
@@ -222,6 +222,11 @@ def showing_originals(
     finally:
         if offload is not None:
             offload.show_present(mapped)
+
+
+def put_away(offload: Offload | None, value: Tensor) -> Tensor:
+    """A tensor that is kept for long: where parameters are offloaded, it is as well."""
+    return value if offload is None else offload.stored(value)
 
 
 def forgotten(offload: Offload | None, parameters: Mapping[str, nn.Parameter]) -> list[str]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from lobs_native.calibration.blocks import Stack
 from lobs_native.calibration.held_back import HeldBack
 from lobs_native.calibration.moments import Moments, calibrate
+from lobs_native.calibration.offload import put_away
 from lobs_native.calibration.partial import passed_before
 from lobs_native.calibration.replay import Replay
 from lobs_native.calibration.session import Session, Source
@@ -122,7 +123,7 @@ class LayerLoop:
         calibrating: float,
         rows: Rows,
     ) -> Done:
-        with self.stage("removing weights"), self._reading(job):
+        with self.stage("removing weights"):
             give_back(before=job.moment_bytes)
             report, out = prune_layer(
                 job,
@@ -134,6 +135,7 @@ class LayerLoop:
                 backend=self.context.settings.backend,
                 rows=rows,
             )
+        self.session.unused(*job.layer.parameters.values())
         return Done.of(report, out)
 
     def _pruned(
@@ -165,7 +167,9 @@ class LayerLoop:
     def _note(self, job: LayerJob, done: Done) -> _New:
         self.done[job.layer.name] = done.report
         mask = PackedMask.of(done.mask)
-        self.masks[job.layer.name] = dataclasses.replace(mask, bits=self.put_away(mask.bits))
+        self.masks[job.layer.name] = dataclasses.replace(
+            mask, bits=put_away(self.session.offload, mask.bits)
+        )
         self.bar.update()
         return done.weight, done.bias
 
@@ -175,16 +179,6 @@ class LayerLoop:
         if self.session.offload is not None:
             self.session.offload.keep(job.layer.parameters.values())
 
-    @contextlib.contextmanager
-    def _reading(self, job: LayerJob) -> Iterator[None]:
-        """Where parameters are offloaded, give back the memory of a layer's at the end."""
-        yield
-        self.session.unused(*job.layer.parameters.values())
-
-    def put_away(self, value: Tensor) -> Tensor:
-        """A tensor that is kept for long: where parameters are offloaded, it is as well."""
-        return value if self.session.offload is None else self.session.offload.stored(value)
-
     # ---- all layers ------------------------------------------------------------------------------
 
     def _on_original_inputs(self, jobs: Sequence[LayerJob]) -> None:
@@ -192,7 +186,7 @@ class LayerLoop:
         with Shelf(self.context.plan.kept_limit) as waiting:
 
             def wait(job: LayerJob, weight: Tensor, bias: Tensor | None) -> None:
-                waiting.put((job.layer.name, "weight"), self.put_away(weight))
+                waiting.put((job.layer.name, "weight"), put_away(self.session.offload, weight))
                 if bias is not None:
                     waiting.put((job.layer.name, "bias"), bias)
 

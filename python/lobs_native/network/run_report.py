@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from lobs_native import ops
+from lobs_native.calibration.offload import put_away
 from lobs_native.network.layerwise import LayerLoop
 from lobs_native.network.peak import Peak
 from lobs_native.network.selection import LayerJob
@@ -66,7 +67,9 @@ def report_of(
         versions=versions(),
         coverage=dataclasses.replace(coverage, removed=removed),
         masks={
-            job.layer.name: loop.put_away(job.layer.unpack(masks.pop(job.layer.name).unpacked()))
+            job.layer.name: put_away(
+                session.offload, job.layer.unpack(masks.pop(job.layer.name).unpacked())
+            )
             for job in jobs
         },
     )
