@@ -1,7 +1,7 @@
 """The memory of a network of a billion parameters: in one process, with its weights in files, and
 with that on four ranks; and whether the written tensors are the same.
 
-    python bench/ranks/offload.py [--layers 22] [--ranks 4] [--out FILE]
+    python bench/ranks/offload.py [--layers 22] [--ranks 4] [--include GLOB] [--out FILE]
 
 A folder with random weights (float32, as Llama's, width 2048) is pruned by the command. Memory is
 what the system reports of each process, read every 50 ms: all that is resident, and of this what is
@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--include", action="append", default=[], help="prune these layers alone")
     parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -141,15 +142,18 @@ def main() -> None:
             stdout=subprocess.PIPE,
             check=True,
         )
-        found: dict[str, Any] = {"parameters": int(made.stdout.split()[-1]), "runs": {}}
+        found: dict[str, Any] = {"parameters": int(made.stdout.split()[-1])}
+        found |= {"include": arguments.include, "runs": {}}
         runs: dict[str, tuple[int, list[str]]] = {
             "usual": (1, []),
             "ranks": (arguments.ranks, ["--offload", "off"]),
             "offloaded": (1, ["--offload", "off"]),
         }
         for name, (ranks, more) in runs.items():
+            more += [word for glob in arguments.include for word in ("--include", glob)]
             found["runs"][name] = run(folder, name, ranks, *more)
-            found["runs"][name]["equal"] = equal(folder / "usual", folder / name)
+            if name != "usual":
+                found["runs"][name]["equal"] = equal(folder / "usual", folder / name)
             usual = found["runs"]["usual"]["peaks"][0]
             for kind in usual:
                 largest = max(peak[kind] for peak in found["runs"][name]["peaks"])

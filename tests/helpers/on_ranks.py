@@ -76,7 +76,7 @@ def one() -> nn.Module:
 
 
 def wide() -> nn.Module:
-    return made(width=40, blocks=1)
+    return made(blocks=1, width=48)
 
 
 def two() -> nn.Module:
@@ -102,10 +102,6 @@ CASES: dict[str, Case] = {
     "wanda": (two, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
     "offload": (wide, lambda: batches(5), {"offload": tempfile.gettempdir()}),
 }
-
-
-def wide() -> nn.Module:
-    return made(blocks=1, width=48)
 
 
 # Layers whose rows are shared; those of one process as well are in blocks of 16.
@@ -247,11 +243,34 @@ def resuming(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {"seen": seen(model, report)[0], "resumed": report.settings["resumed layers"]}
 
 
+def sharded(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A network of FSDP2: gathered, pruned, and put back, as the guide does it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = distributed.init_device_mesh("cpu", (size,))
+    model, plain = wide(), wide()
+    for layer in (*model.layers, model):
+        fully_shard(layer, mesh=mesh)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            plain.get_parameter(name).copy_(p.full_tensor())
+    options = {"sparsity": 0.5, "progress": False, "offload": folder}
+    lobs.prune(plain, batches(5), group=distributed.group.WORLD, **options)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(plain.get_parameter(name), p.device_mesh, p.placements))
+    pieces = sum(p.to_local().numel() for p in model.parameters())
+    gathered = {name: p.full_tensor() for name, p in model.named_parameters()}
+    plain.load_state_dict(gathered)
+    return {"seen": seen(plain, None), "pieces": pieces, "out": model(batches(1)[0]).tolist()}
+
+
 def main() -> None:
     folder, rank, size, task = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     joined(folder / f"{task}.together", rank, size, 60.0)
-    tasks = {f.__name__: f for f in (equal, by_rows, failing, killed, resuming)}
+    tasks = {f.__name__: f for f in (equal, by_rows, failing, killed, resuming, sharded)}
     found = tasks[task](rank, size, folder)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()

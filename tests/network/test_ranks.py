@@ -238,6 +238,19 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_with_other_ranks(forks, tmp_
         assert 0 < of_rank["resumed"] < 12
 
 
+def test_a_sharded_network_is_gathered_pruned_and_put_back(forks, tmp_path):
+    """FSDP2: the recipe of the guide, whose bits are those of one process."""
+    found = started(forks, tmp_path, 2, "sharded")
+    make, data, _ = CASES["offload"]
+    model, _ = pruned((make, data, {}))
+    with torch.no_grad():
+        out = model(data()[0])
+    for of_rank in found:
+        assert of_rank["seen"] == seen(model, None)
+        assert torch.allclose(torch.tensor(of_rank["out"]), out, atol=1e-6)
+        assert of_rank["pieces"] < 0.6 * sum(p.numel() for p in model.parameters())
+
+
 NET = """
 import os, signal, torch
 from torch import nn

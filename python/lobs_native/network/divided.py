@@ -16,7 +16,7 @@ from lobs_native.solvers.extent import Flops
 from lobs_native.solvers.methods import method_of
 from lobs_native.solvers.rows import Rows, blocks
 
-__all__ = ["SharedRows", "divided", "owners"]
+__all__ = ["SharedRows", "Work", "divided", "owners"]
 
 _GAIN = 1.25  # by which the time of all layers must fall if the rows of some are shared
 _WORTH = 1e10  # operations that it must save as well: exchanges take some time
@@ -40,14 +40,14 @@ class SharedRows(Rows):
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The arithmetic of pruning a layer, in operations of float32 products."""
 
     whole: float
     shared: float  # of each rank, if they share the rows
 
     @classmethod
-    def of(cls, job: LayerJob, size: int) -> _Work:
+    def of(cls, job: LayerJob, size: int) -> Work:
         extent = job.extent
         method = method_of(job.settings.method, job.settings.resolved_pattern)
         refining = _refining(job)
@@ -70,7 +70,7 @@ def _refining(job: LayerJob) -> Flops:
 def divided(jobs: Sequence[LayerJob], size: int) -> list[LayerJob]:
     """Those of the jobs whose rows are shared by ``size`` ranks: the largest ones, and only where
     that makes the whole faster, as far as arithmetic tells."""
-    works = [_Work.of(job, size) for job in jobs]
+    works = [Work.of(job, size) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda i: (-works[i].whole, i))
     fair = sum(work.whole for work in works) / max(1, size)
     large = [i for i in order if works[i].whole > fair and works[i].shared < works[i].whole]
@@ -93,7 +93,7 @@ def divided(jobs: Sequence[LayerJob], size: int) -> list[LayerJob]:
 def owners(ranks: Ranks, jobs: Sequence[LayerJob]) -> dict[str, int]:
     """By name, the rank that prunes each layer, or computes its costs. The next largest one goes to
     the rank that has the least to do of these, or of all layers so far."""
-    works = {job.layer.name: _Work.of(job, 1).whole for job in jobs}
+    works = {job.layer.name: Work.of(job, 1).whole for job in jobs}
     here = [0.0] * ranks.size
     found = {}
     for name in sorted(works, key=lambda name: -works[name]):
