@@ -239,6 +239,6 @@ def test_the_plan_counts_four_bytes_for_each_row():
     plan = lobs.plan_prune(
         Pooled(), batches(), sparsity=0.5, token_weights="output", progress=False
     )
-    assert plan.tokens == 3 * 3 * 160 * 4
+    assert plan.token_weights == 3 * 3 * 160 * 4
     with pytest.raises(MemoryError, match="weights of tokens"):
         lobs.prune(Pooled(), batches(), sparsity=0.5, token_weights="output", memory=20_000)

@@ -225,6 +225,18 @@ def test_deviations_from_the_settings_are_on_the_page():
     assert "a status other than ok, in 1 of 2 layers" in text
 
 
+def test_tokens_are_counted_and_memory_is_in_megabytes():
+    """Also inside of what several texts were, and of the plan."""
+    texts = [{"text": "a.txt", "tokens": 4096}, {"text": "b.txt", "tokens": 2048}]
+    plan = {"layer": 3_000_000, "token_weights": 2_000_000}
+    settings = {"texts": texts, "tokens": 6144, "plan": plan}
+    text = Reader(report_page(report(settings=settings))).text
+    for shown in ("a.txt tokens 4,096", "b.txt tokens 2,048", "tokens 6,144"):
+        assert shown in text
+    for shown in ("layer 3.0 MB", "token_weights 2.0 MB"):
+        assert shown in text
+
+
 def test_skipped_layers_come_with_the_reason():
     text = Reader(report_page(report(skipped=[Skipped("head", "never called")]))).text
     assert "Layers left alone" in text

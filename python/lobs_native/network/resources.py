@@ -51,7 +51,7 @@ class Workload:
     repeated: int = 0  # bytes of outputs of finished parts of a block, which a limit does not allow
     put_aside: int = 0  # more of them, on disk
     others: int = 0  # bytes of everything else that blocks are called with
-    tokens: int = 0  # bytes of the weights of tokens
+    token_weights: int = 0  # bytes
     tuning: int = 0  # bytes that tuning a block, or the network, takes
     targets: int = 0  # bytes of the original outputs that the network is tuned towards, on disk
     passes: float = 0.0  # forward passes over all batches
@@ -76,7 +76,7 @@ class RunPlan:
     states: int  # hidden states between blocks
     kept: int  # original weights and outputs, results that wait or weights that are swapped
     masks: int  # as bits; those of the report come last, and take a byte for each weight
-    tokens: int  # weights of tokens
+    token_weights: int  # one for each row of each layer
     output: int  # measuring the output at the end, with the original network's for a batch
     disk: int  # states, weights and outputs that do not fit into memory
     backward: bool  # for sensitivities, or to tune the network: it takes memory as well
@@ -96,7 +96,7 @@ class RunPlan:
     def memory(self) -> int:
         """The most bytes in memory at a time."""
         most = max(self.layer + self.statistics + self.states, self.output)
-        return most + self.kept + self.masks + self.tokens
+        return most + self.kept + self.masks + self.token_weights
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for the report."""
@@ -117,9 +117,9 @@ class RunPlan:
         return (
             f"plan: {mb(self.memory)}{limit} besides {model}, the data and {passes} "
             f"({mb(self.layer)} for {self.largest}, {mb(self.statistics)} other second moments, "
-            f"{mb(self.states)} states, {mb(self.kept + self.tokens)} weights, {mb(self.masks)} "
-            f"masks; then {mb(self.output)} to measure the output); {mb(self.disk)} on disk; about "
-            f"{about}{idle}"
+            f"{mb(self.states)} states, {mb(self.kept + self.token_weights)} weights, "
+            f"{mb(self.masks)} masks; then {mb(self.output)} to measure the output); "
+            f"{mb(self.disk)} on disk; about {about}{idle}"
         )
 
 
@@ -201,7 +201,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
     )
     masks = sum(packed_bytes(weights_of(job.layer)) for job in jobs)
     most = max(needs[largest], work.measuring, work.tuning)
-    fixed = most + masks + work.others + work.tokens
+    fixed = most + masks + work.others + work.token_weights
     if memory is not None and fixed > memory:
         measured = most > max(needs[largest], work.tuning)
         what = "measuring the output" if measured else f"layer {largest!r}"
@@ -248,7 +248,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         states=states + work.others,
         kept=kept + waiting,
         masks=0 if offloaded else masks,
-        tokens=work.tokens,
+        token_weights=work.token_weights,
         output=output + work.measuring,
         disk=elsewhere + work.sample - waiting + work.targets + offloaded,
         backward=work.backward,

@@ -223,7 +223,7 @@ def workload(
         + (aiming_bytes(size) if whole else 0),
         targets=round(batches * size) if whole else 0,
         network=_network_bytes(session),
-        tokens=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
+        token_weights=round(4 * batches * sum(rows.get(name, 0.0) for name in weighted)),
         output=size,
         sample=round(part * batches * size) if sampled else 0,
         measuring=max(

@@ -121,8 +121,8 @@ _ARGUMENTS = (
     *("strict", "memory", "device", "backend", "blocks", "tune", "tune_passes", "tune_rate"),
     *("token_mask", "measure", "held_back", "seed"),
 )
-_BYTES = {"memory", "layer", "statistics", "states", "kept", "tokens", "disk", "limit", "scratch"}
-_BYTES |= {"output", "masks", "network", "offloaded"}
+_BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}
+_BYTES |= {"output", "masks", "network", "offloaded", "token_weights"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:
