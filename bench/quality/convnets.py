@@ -17,16 +17,15 @@ Then every convolution and every linear layer, including the first and the last,
 same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
 training images without labels, and not retrained ("tuned": towards the network's own outputs for
 these images; "tuned twice": first with twice as many weights kept, then again). The tables show
-errors in percent on the 10,000 test images and the seconds of the calls of ``prune``. For the residual network they also show the errors after its batch normalisation was
-re-estimated on the same 2,000 images, and the seconds of that. With several seeds, each trains a
-network of its own, and a cell is the mean with the lowest and the highest in brackets. For one
-seed, differences of a few tenths of a point mean nothing. --networks, --sparsities and --only leave
-out the others.
+errors in percent on the 10,000 test images and the seconds of the calls of ``prune``; for the
+residual network also the errors after its batch normalisation was re-estimated on the same 2,000
+images, and the seconds of that. With several seeds, each trains a network of its own, and a cell is
+the mean with the lowest and the highest in brackets. For one seed, differences of a few tenths of a
+point mean nothing. --networks, --sparsities and --only leave out the others.
 
 ``--batch-norm`` compares ways to re-estimate instead, on one residual network: this package's,
 layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval mode, which
 feed a layer values that the layers before it normalised with outdated statistics.
-
 ``bench/results/convnets.json`` comes from --seeds 3 --threads 1 with torch 2.13.
 """
 
@@ -163,13 +162,12 @@ NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"lenet5": lenet5, "resnet": 
 def train(network: str, images: Images, seed: int) -> nn.Sequential:
     """Train from scratch; the weights depend on the seed (and, in the last digits, on threads)."""
     torch.manual_seed(seed)
-    model = NETWORKS[network]()
+    model = NETWORKS[network]().train()
     steps = EPOCHS[network] * -(-len(images.x) // TRAINED_AT_ONCE)
     optimiser = torch.optim.SGD(
         model.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True
     )
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
-    model.train()
     for _ in range(EPOCHS[network]):
         for rows in torch.randperm(len(images.x)).split(TRAINED_AT_ONCE):
             optimiser.zero_grad()
@@ -210,16 +208,13 @@ def percent_wrong(model: nn.Module, images: Images) -> float:
 
 @dataclass
 class Row:
-    """One network pruned in one way, a number for every seed.
-
-    "reestimated" holds the errors after the batch normalisation was re-estimated.
-    """
+    """One network pruned in one way, a number for every seed."""
 
     network: str
     sparsity: float
     method: str
     error: list[float] = field(default_factory=list)
-    reestimated: list[float] = field(default_factory=list)
+    reestimated: list[float] = field(default_factory=list)  # errors with new batch-norm statistics
     seconds: list[float] = field(default_factory=list)
     seconds_reestimating: list[float] = field(default_factory=list)
     reached: list[float] = field(default_factory=list)
