@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.rundir.directory import RunDirectory
-from ranks.group import joined
+from ranks.group import joined, keep
 from stress.forks import Forks, Process
 
 LOST, HANGS = 75, 60.0  # exit code of a rank that lost another; seconds after which it hangs
@@ -150,7 +150,7 @@ def main() -> None:
                 before = 0
     print(json.dumps(counts, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(counts, indent=1) + "\n")
+        keep(arguments.out, "kills", counts)
 
 
 if __name__ == "__main__":

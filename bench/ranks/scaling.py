@@ -10,7 +10,6 @@ Every rank is a process with one thread, on this computer, with gloo. CPU second
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -24,9 +23,12 @@ if __name__ == "__main__":  # run as a script: modules are found from the folder
 import torch
 
 import lobs_native as lobs
-from ranks.group import joined
+from ranks.group import bits_of, joined, keep
 from ranks.networks import NETWORKS
 from stress.forks import Forks
+
+# What torch imports, with sympy, when some models first run.
+LATE = "torch.fx.experimental.symbolic_shapes"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {"sparsity": 0.5},
@@ -49,15 +51,8 @@ def pruned(network: str, options: str, group: Any) -> dict[str, Any]:
     model, data = NETWORKS[network]()
     begun = time.process_time()
     report = lobs.prune(model, data, progress=False, group=group, **OPTIONS[options])
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(
-            name.encode() + value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    digest.update(repr([(x.name, x.error, x.notes) for x in report.layers]).encode())
-    digest.update(repr(report.error_bound).encode())
     alone = [{"CPU seconds": time.process_time() - begun}]
-    return {"bits": digest.hexdigest(), "ranks": report.settings.get("ranks", alone)}
+    return {"bits": bits_of(model, report), "ranks": report.settings.get("ranks", alone)}
 
 
 def child(folder: Path, rank: int, size: int, network: str, options: str) -> None:
@@ -97,6 +92,7 @@ def compared(forks: Forks, network: str, options: str, sizes: list[int]) -> dict
             "CPU seconds": each,
             "sum against one": sum(each) / alone,
             "largest against mean": max(each) * size / sum(each),
+            "largest against one": max(each) / alone,
             "bytes sent": [rank["bytes sent"] for rank in found["ranks"]],
         }
     return row
@@ -116,7 +112,7 @@ def main() -> None:
     sizes = [int(size) for size in arguments.ranks.split(",")]
     rows = []
     with Forks() as forks:
-        forks.preload("transformers", "transformers.models.llama.modeling_llama")
+        forks.preload("transformers.models.llama.modeling_llama", LATE)
         for network in arguments.networks.split(","):
             for options in OPTIONS if arguments.all_options else ["default"]:
                 rows.append(compared(forks, network, options, sizes))
@@ -133,7 +129,7 @@ def main() -> None:
                     )
                 print(flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+        keep(arguments.out, "scaling", rows)
 
 
 if __name__ == "__main__":
