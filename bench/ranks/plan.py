@@ -241,7 +241,7 @@ def check(path: Path) -> list[dict[str, Any]]:
     jobs = jobs_of(model, lobs.NetworkSettings(sparsity=0.5), "")
     tokens = float(sum(batch["input_ids"].numel() for batch in data))
     rows = []
-    for measured in json.loads(path.read_text())["scaling"]:
+    for measured in json.loads(path.read_text())["scaling"]["found"]:
         if (measured["network"], measured["options"]) != ("llm", "default"):
             continue
         one = plan(jobs, tokens, len(data), True, Machine(1, 1, 1.0, 1.0, 1.0))

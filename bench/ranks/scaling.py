@@ -98,6 +98,14 @@ def compared(forks: Forks, network: str, options: str, sizes: list[int]) -> dict
     return row
 
 
+def merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those that the file has of other networks and options."""
+    known = {(row["network"], row["options"]) for row in rows}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept = before.get("scaling", {"found": []})["found"]
+    return [row for row in kept if (row["network"], row["options"]) not in known] + rows
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         folder, rank, size, network, options = sys.argv[2:]
@@ -129,7 +137,7 @@ def main() -> None:
                     )
                 print(flush=True)
     if arguments.out:
-        keep(arguments.out, "scaling", rows)
+        keep(arguments.out, "scaling", merged(arguments.out, rows))
 
 
 if __name__ == "__main__":
