@@ -10,14 +10,15 @@ mean cosine of the sentence embeddings with the original network's. Half of the 
 the blocks' linear layers are removed by ``lobs.shrink`` in two ways: three quarters of the neurons,
 which the stock class can load; or half of the neurons and half of the heads, which it cannot. Rows
 differ in how units are chosen and repaired: by exact cost with exact repair, on the inputs of the
-pruned network ("pruned") or with the original one's outputs as the target ("corrected"); by Wanda's
-or magnitude's norms with least squares afterwards; or by these norms alone; or, neurons only, by
-Torch-Pruning's Taylor and Hessian scores, of the squared distance of the embeddings from random
-vectors of length 1 on 64 calibration lines, as it repairs nothing. (Its own sum of squared
-gradients keeps the last sample alone, findings/torch_pruning_hessian_counts_the_last_sample.sh:
-they are summed here.) The times are those of
-25 padded lines in torch, and in onnxruntime and OpenVINO where they are installed: the original's
-over the shrunk one's, by ``lobs.measure_speed``.
+pruned network ("pruned") or with the original one's outputs as the target ("corrected"), of which
+tokens may be weighted by the sensitivity of the output, or on the original one's inputs alone,
+which is least squares as usual ("dense"); by Wanda's or magnitude's norms with least squares
+afterwards; or by these norms alone; or, neurons only, by Torch-Pruning's Taylor and Hessian scores,
+of the squared distance of the embeddings from random vectors of length 1 on 64 calibration lines,
+as it repairs nothing. (Its own sum of squared gradients keeps the last sample alone,
+findings/torch_pruning_hessian_counts_the_last_sample.sh: they are summed here.) The times are
+those of 25 padded lines in torch, and in onnxruntime and OpenVINO where they are installed: the
+original's over the shrunk one's, by ``lobs.measure_speed``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "exact, corrected": {"method": "exact", "inputs": "corrected"},
+    "exact, corrected, tokens weighted": {
+        "method": "exact",
+        "inputs": "corrected",
+        "token_weights": "output",
+    },
+    "exact, dense": {"method": "exact", "inputs": "dense"},
     "exact, pruned": {"method": "exact", "inputs": "pruned"},
     "wanda, least squares": {"method": "wanda", "inputs": "pruned", "refine": "solve"},
     "magnitude, least squares": {"method": "magnitude", "inputs": "pruned", "refine": "solve"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
+from lobs_native.network import layerwise
 from lobs_native.network.shrinking import blocks, shrink_plan
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +251,28 @@ def test_on_an_error_all_blocks_come_back(monkeypatch):
     assert same(before, states(model))
     assert config == model.config.to_dict()
     assert [block.self_attn.layer_idx for block in model.model.layers] == [0, 1, 2, 3]
+
+
+def test_an_interrupted_run_goes_on_in_what_is_left(tmp_path, monkeypatch):
+    options: dict[str, Any] = {"keep": {"blocks": 0.5, "neurons": 0.5}, "pairs": 0}
+    whole = llama()
+    lobs.shrink(whole, tokens(), progress=False, **options)
+    real, calls = layerwise.prune_layer, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(layerwise, "prune_layer", interrupted)
+    model, options = llama(), options | {"run_dir": tmp_path / "run", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        lobs.shrink(model, tokens(), **options)
+    assert same(states(model), states(llama()))
+    report = lobs.shrink(model, tokens(), **options)
+    assert report.pruning.settings["resumed layers"] == 1
+    assert same(states(model), states(whole))
 
 
 def test_no_blocks_are_told_from_others():
