@@ -7,8 +7,9 @@
 
 all-MiniLM-L6-v2, calibrated on the text of `whole_encoder.py` and measured on its other lines: the
 mean cosine of the sentence embeddings with the original network's. Half of the multiplications of
-the blocks' linear layers are removed by ``lobs.shrink`` in two ways: three quarters of the neurons,
-which the stock class can load; or half of the neurons and half of the heads, which it cannot. Rows
+the blocks' linear layers are removed by ``lobs.shrink`` in three ways: three quarters of the
+neurons, which the stock class can load; half of the neurons and half of the heads, which it cannot;
+or half of the blocks, which it can, chosen by what the output loses, without repair. Other rows
 differ in how units are chosen and repaired: by exact cost with exact repair, on the inputs of the
 pruned network ("pruned") or with the original one's outputs as the target ("corrected"), of which
 tokens may be weighted by the sensitivity of the output, or on the original one's inputs alone,
@@ -51,10 +52,11 @@ from quality.whole_encoder import (
     tokenised,
 )
 
-NEURONS = "a quarter of the neurons"
+NEURONS, BLOCKS = "a quarter of the neurons", "half of the blocks"
 WAYS: dict[str, dict[str, Any]] = {
     NEURONS: {"keep": {"neurons": 0.25}},
     "half of neurons and heads": {"keep": 0.5, "configured": False},
+    BLOCKS: {"keep": {"blocks": 0.5}},
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "exact, corrected": {"method": "exact", "inputs": "corrected"},
@@ -134,7 +136,8 @@ def main() -> None:
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for way, what in WAYS.items():
         rivals = RIVALS if way == NEURONS and importlib.util.find_spec("torch_pruning") else ()
-        for choice in (*CHOICES, *rivals):
+        choices = ("exact, corrected",) if way == BLOCKS else (*CHOICES, *rivals)
+        for choice in choices:
             if not any(word in f"{way}: {choice}" for word in arguments.only):
                 continue
             model = copy.deepcopy(original)
@@ -155,7 +158,7 @@ def main() -> None:
                     "choice": choice,
                     "cosine": cosine,
                     "seconds": spent,
-                    "configured": way == NEURONS,
+                    "configured": way in (NEURONS, BLOCKS),
                     "parameters": [
                         sum(p.numel() for p in m.parameters()) for m in (original, model)
                     ],
@@ -163,8 +166,8 @@ def main() -> None:
                 }
             )
             if choice in CHOICES:
-                assert report.configured == (way == NEURONS)
-            loads = "yes" if way == NEURONS else "no"
+                assert report.configured == (way in (NEURONS, BLOCKS))
+            loads = "yes" if way in (NEURONS, BLOCKS) else "no"
             print(
                 f"| {way} | {choice} | {cosine:.4f} | {spent:.0f} | {loads} | {as_text(faster)} |",
                 flush=True,

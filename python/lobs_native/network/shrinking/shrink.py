@@ -287,7 +287,7 @@ def _same_sizes(model: nn.Module, notes: list[str]) -> nn.Module | None:
     try:
         return same_sizes(model)
     except ArgumentError as error:
-        notes.append(f"no times, and nothing makes up for blocks: {error}")
+        notes.append(f"no times, and no repair of blocks: {error}")
         return None
 
 
