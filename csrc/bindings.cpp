@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -35,6 +36,21 @@ AnyMatrix matrix(const py::tuple& tensor) {
 template <typename T>
 T* address(std::uintptr_t pointer) {
     return reinterpret_cast<T*>(pointer);
+}
+
+std::uintptr_t number(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
+// Each layer is (W, A, start, scale, widest).
+std::vector<lobs::ColumnLayer> column_layers(const py::list& layers) {
+    std::vector<lobs::ColumnLayer> out;
+    for (const py::handle each : layers) {
+        const auto parts = each.cast<py::tuple>();
+        out.push_back({matrix(parts[0].cast<py::tuple>()),
+                       address<const void>(parts[1].cast<std::uintptr_t>()),
+                       address<const Index>(parts[2].cast<std::uintptr_t>()),
+                       parts[3].cast<double>(), parts[4].cast<Index>()});
+    }
+    return out;
 }
 
 // Runs on the calling thread. The exception of a signal handler stays pending.
@@ -99,7 +115,8 @@ std::pair<lobs::Status, Index> released(int threads, const py::object& device, C
 }
 
 void add_types(py::module_& module) {
-    using lobs::AdmmPlan, lobs::Dtype, lobs::ExactPlan, lobs::Status, lobs::WeightState;
+    using lobs::AdmmPlan, lobs::ColumnsPlan, lobs::Dtype, lobs::ExactPlan, lobs::Status,
+        lobs::WeightState;
     py::native_enum<Dtype>(module, "Dtype", "enum.IntEnum", "Type of a tensor's elements.")
         .value("F64", Dtype::f64)
         .value("F32", Dtype::f32)
@@ -151,6 +168,32 @@ void add_types(py::module_& module) {
         .def_readonly("per_group", &AdmmPlan::per_group)
         .def_readonly("by_row", &AdmmPlan::by_row)
         .def_readonly("cut", &AdmmPlan::cut);
+
+    const auto columns_plan = [](Index units, Index done, Index limit, double floor,
+                                 std::uintptr_t first, Index sets, std::uintptr_t set_start,
+                                 std::uintptr_t set_unit) {
+        return ColumnsPlan{units,
+                           done,
+                           limit,
+                           floor,
+                           address<const double>(first),
+                           sets,
+                           address<const Index>(set_start),
+                           address<const std::int32_t>(set_unit)};
+    };
+    py::class_<ColumnsPlan>(module, "ColumnsPlan", "Settings of columns_trace: see csrc/columns.h.")
+        .def(py::init(columns_plan), py::kw_only(), py::arg("units"), py::arg("done"),
+             py::arg("limit"), py::arg("floor"), py::arg("first"), py::arg("sets"),
+             py::arg("set_start"), py::arg("set_unit"))
+        .def_readonly("units", &ColumnsPlan::units)
+        .def_readonly("done", &ColumnsPlan::done)
+        .def_readonly("limit", &ColumnsPlan::limit)
+        .def_readonly("floor", &ColumnsPlan::floor)
+        .def_property_readonly("first", [](const ColumnsPlan& p) { return number(p.first); })
+        .def_readonly("sets", &ColumnsPlan::sets)
+        .def_property_readonly("set_start",
+                               [](const ColumnsPlan& p) { return number(p.set_start); })
+        .def_property_readonly("set_unit", [](const ColumnsPlan& p) { return number(p.set_unit); });
 }
 
 }  // namespace
@@ -402,6 +445,35 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("backend"), py::arg("w"), py::arg("g"), py::arg("p"), py::arg("h"),
         py::arg("removed"), py::arg("rr"), py::arg("threads"), py::arg("device") = py::none());
+
+    module.def(
+        "columns_trace",
+        [](const std::string& backend, std::uintptr_t order, std::uintptr_t cost,
+           std::uintptr_t count, const py::list& layers, const lobs::ColumnsPlan& plan,
+           std::uintptr_t memory, int threads, const py::object& device) {
+            auto* run = operation(backend, &Backend::columns_trace, "columns_trace", device);
+            const auto all = column_layers(layers);
+            const lobs::ColumnsOut out{address<std::int32_t>(order), address<double>(cost),
+                                       address<Index>(count)};
+            return released(threads, device, [&](const lobs::Context& c) {
+                return run(out, all.data(), static_cast<Index>(all.size()), plan,
+                           address<void>(memory), c);
+            });
+        },
+        py::arg("backend"), py::arg("order"), py::arg("cost"), py::arg("count"), py::arg("layers"),
+        py::arg("plan"), py::arg("memory"), py::arg("threads"), py::arg("device") = py::none());
+
+    module.def(
+        "columns_bytes",
+        [](const std::string& backend, const py::list& layers, Index units, Index sets) {
+            const Backend& row = known_row(backend);
+            if (row.columns_bytes == nullptr)
+                throw std::invalid_argument("backend: '" + backend + "' has no columns_bytes");
+            const auto all = column_layers(layers);
+            return row.columns_bytes(all.data(), static_cast<Index>(all.size()), units, sets);
+        },
+        py::arg("backend"), py::arg("layers"), py::arg("units"), py::arg("sets"));
+
     module.def(
         "sliced_linear",
         [](const std::string& backend, const py::tuple& y, const py::tuple& x,

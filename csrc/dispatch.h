@@ -2,6 +2,7 @@
 #pragma once
 
 #include "admm.h"
+#include "columns.h"
 #include "conjugate.h"
 #include "exact.h"
 #include "exchange.h"
@@ -31,6 +32,8 @@ namespace lobs {
     COLUMN(SweepBlockFn, sweep_block)               \
     COLUMN(AdmmStepFn, admm_step)                   \
     COLUMN(ConjugateStepFn, conjugate_step)         \
+    COLUMN(ColumnsTraceFn, columns_trace)           \
+    COLUMN(ColumnsBytes, columns_bytes)             \
     COLUMN(SlicedLinearFn, sliced_linear)
 
 // A null entry means that the backend lacks the operation. Calling it anyway is an error: nothing
@@ -47,7 +50,7 @@ struct Backend {
 
 // The C entry of a backend that lives in a shared object of its own (`lobs_backend`). It fills *row
 // and returns 0, or returns non-zero if `version` is not the one it was built for.
-constexpr int kBackendVersion = 5;
+constexpr int kBackendVersion = 6;
 using BackendEntry = int(int version, Backend* row);
 
 // All rows, the fastest first among those that run here. The first call looks for the CUDA object.

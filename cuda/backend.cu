@@ -41,5 +41,7 @@ extern "C" __attribute__((visibility("default"))) int lobs_backend(int version,
     row->sweep_block = lobs::cuda::sweep_block;
     row->admm_step = lobs::cuda::admm_step;
     row->conjugate_step = lobs::cuda::conjugate_step;
+    row->columns_trace = lobs::cuda::columns_trace;
+    row->columns_bytes = lobs::cuda::columns_bytes;
     return 0;
 }

@@ -229,5 +229,7 @@ ExactBytes exact_bytes;
 SweepBlockFn sweep_block;
 AdmmStepFn admm_step;
 ConjugateStepFn conjugate_step;
+ColumnsTraceFn columns_trace;
+ColumnsBytes columns_bytes;
 
 }  // namespace lobs::cuda

@@ -31,7 +31,6 @@ from torch import Tensor
 import lobs_native as lobs
 from lobs_native import ops
 from lobs_native.files.atomic import write_file
-from lobs_native.solvers.column_group import ColumnGroup
 from lobs_native.solvers.inversion import invert
 from lobs_native.solvers.kept_columns import regressed
 from speed import shapes
@@ -88,21 +87,18 @@ def main() -> None:
     A = inverse.A
     stages.done("inverse")
     # Larger shares go on from smaller ones, so that each takes what the rows before it took, too.
-    group, order = ColumnGroup(W.double(), A, 1, 1.0), list[int]()
+    trace = ops.columns_trace([ops.ColumnLayer(W.double(), A, torch.arange(C + 1))], 0)
     for share in arguments.share:
-        while len(order) < round(share * C):
-            rank = group.ranks()
-            order.append(int(group.unit[rank.argmin()]))
-            group.remove(order[-1], rank)
+        trace.extend(round(share * C))
         stages.done(f"{share:.0%} of the columns chosen")
         removed = torch.zeros(C, dtype=torch.bool)
-        removed[order] = True
+        removed[trace.order] = True
         shift = shapes.DAMPING * float(H.diagonal().mean())
         found = regressed(H, W[:, removed].double(), removed, shift, math.inf)
         assert found is not None
         stages.done(f"{share:.0%} of the columns repaired in all rows")
         del found
-    del group, H
+    del trace, H
     for share in arguments.share:
         w = W[: arguments.exact].clone()
         ops.exact_trace(w, A.float(), limit=round(share * C), update=True)

@@ -7,6 +7,8 @@ MAX_BLOCK: int
 
 # pointer, dtype, shape, strides
 _Tensor = tuple[int, int, Sequence[int], Sequence[int]]
+# W, A, start, scale, columns of the widest unit
+_ColumnLayer = tuple[_Tensor, int, int, float, int]
 # ordinal, stream, allocate, report
 _Device = tuple[int, int, Callable[[int], int], int]
 
@@ -81,6 +83,36 @@ class AdmmPlan:
     def by_row(self) -> bool: ...
     @property
     def cut(self) -> float: ...
+
+class ColumnsPlan:
+    def __init__(
+        self,
+        *,
+        units: int,
+        done: int,
+        limit: int,
+        floor: float,
+        first: int,
+        sets: int,
+        set_start: int,
+        set_unit: int,
+    ) -> None: ...
+    @property
+    def units(self) -> int: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def floor(self) -> float: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def sets(self) -> int: ...
+    @property
+    def set_start(self) -> int: ...
+    @property
+    def set_unit(self) -> int: ...
 
 # name, ready, detail, whether it runs on a device
 def backends() -> list[tuple[str, bool, str, bool]]: ...
@@ -213,6 +245,18 @@ def conjugate_step(
     threads: int,
     device: _Device | None = None,
 ) -> tuple[Status, int]: ...
+def columns_trace(
+    backend: str,
+    order: int,
+    cost: int,
+    count: int,
+    layers: list[_ColumnLayer],
+    plan: ColumnsPlan,
+    memory: int,
+    threads: int,
+    device: _Device | None = None,
+) -> tuple[Status, int]: ...
+def columns_bytes(backend: str, layers: list[_ColumnLayer], units: int, sets: int) -> int: ...
 def sliced_linear(
     backend: str,
     y: _Tensor,

@@ -578,6 +578,102 @@ void check_conjugate(const Backend& backend, Index R, Index C, int threads) {
     check(worst < tolerance<T>(), "conjugate step");
 }
 
+// ---- groups of columns --------------------------------------------------------------------------
+
+// A removal from two layers, the second of which does not read every unit, against updates of W and
+// A after every removal. In two calls, with memory of exactly its size.
+template <typename T>
+void check_columns(const Backend& backend, Index R, Index units, Index width, int threads) {
+    struct Plain {
+        Index C;
+        std::vector<double> W, A;
+    };
+    const std::size_t n = static_cast<std::size_t>(units);
+    std::vector<Table<T>> W;
+    std::vector<std::vector<T>> A;
+    std::vector<std::vector<Index>> start;
+    std::vector<Plain> plain;
+    for (const Index every : {1, 2}) {
+        start.emplace_back(1, 0);
+        for (Index u = 0; u < units; ++u)  // of width and of width + 1 columns
+            start.back().push_back(start.back().back() + (u % every == 0 ? width + u % 3 / 2 : 0));
+        const Index C = start.back().back();
+        W.emplace_back(R, C);
+        W.back().fill();
+        std::vector<double> G(static_cast<std::size_t>(C * C));
+        for (double& g : G) g = uniform() * 0.3;
+        A.emplace_back(static_cast<std::size_t>(C * C));
+        plain.push_back({C, std::vector<double>(static_cast<std::size_t>(R * C)),
+                         std::vector<double>(static_cast<std::size_t>(C * C))});
+        for (Index i = 0; i < C; ++i)
+            for (Index j = 0; j < C; ++j) {
+                double sum = i == j ? 1.0 : 0.0;
+                for (Index k = 0; k < C; ++k)
+                    sum += G[static_cast<std::size_t>(i * C + k)] *
+                           G[static_cast<std::size_t>(j * C + k)];
+                const auto at = static_cast<std::size_t>(i * C + j);
+                plain.back().A[at] = static_cast<double>(A.back()[at] = static_cast<T>(sum));
+            }
+        for (Index r = 0; r < R; ++r)
+            for (Index c = 0; c < C; ++c)
+                plain.back().W[static_cast<std::size_t>(r * C + c)] =
+                    static_cast<double>(W.back().at(r, c));
+    }
+    std::vector<lobs::ColumnLayer> layers;
+    for (std::size_t m = 0; m < 2; ++m)
+        layers.push_back({W[m].view(), A[m].data(), start[m].data(), 1.0, width + 1});
+    const std::vector<double> first(n, 0.0);
+    const std::vector<Index> set_start{0, 2};
+    const std::vector<std::int32_t> set{0, 1};  // one of these stays
+    std::vector<std::int32_t> order(n, -1);
+    std::vector<double> cost(n, -1.0);
+    const auto bytes = static_cast<std::size_t>(backend.columns_bytes(layers.data(), 2, units, 1));
+    auto* const memory =
+        static_cast<unsigned char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    Index count = 0;
+    for (const Index limit : {units / 3, units}) {
+        const lobs::ColumnsPlan plan{
+            units, count, limit, 1e-12, first.data(), 1, set_start.data(), set.data()};
+        const lobs::ColumnsOut out{order.data(), cost.data(), &count};
+        const Info info =
+            run(backend, backend.columns_trace, threads, out, layers.data(), 2, plan, memory);
+        check(info.status == Status::ok, "columns status");
+    }
+    std::free(memory);
+    check(count == units - 1, "columns count");
+    double worst = 0;
+    for (Index i = 0; i < count; ++i) {
+        const Index u = order[static_cast<std::size_t>(i)];
+        double spent = 0;
+        for (std::size_t m = 0; m < 2; ++m) {  // one column of the unit after another
+            Plain& p = plain[m];
+            const auto a = [&](Index x, Index y) -> double& {
+                return p.A[static_cast<std::size_t>(x * p.C + y)];
+            };
+            const auto w = [&](Index r, Index c) -> double& {
+                return p.W[static_cast<std::size_t>(r * p.C + c)];
+            };
+            for (Index q = start[m][static_cast<std::size_t>(u)];
+                 q < start[m][static_cast<std::size_t>(u) + 1]; ++q) {
+                const double d = a(q, q);
+                const std::vector<double> line(p.A.begin() + q * p.C, p.A.begin() + (q + 1) * p.C);
+                for (Index r = 0; r < R; ++r) {
+                    const double own = w(r, q);
+                    spent += own * own / d;
+                    for (Index c = 0; c < p.C; ++c)
+                        w(r, c) -= own / d * line[static_cast<std::size_t>(c)];
+                }
+                for (Index x = 0; x < p.C; ++x)
+                    for (Index y = 0; y < p.C; ++y)
+                        a(x, y) -= line[static_cast<std::size_t>(x)] *
+                                   line[static_cast<std::size_t>(y)] / d;
+            }
+        }
+        worst = std::fmax(worst, std::fabs(spent / cost[static_cast<std::size_t>(i)] - 1));
+    }
+    check(worst < 1e3 * tolerance<T>(), "columns cost");
+}
+
 // ---- the product with a sparse weight -----------------------------------------------------------
 
 // All that is stored at once lies in memory of exactly its size, so that reads beyond are detected.
@@ -965,6 +1061,8 @@ void check_type(const Backend& backend) {
     for (const int threads : {1, 3}) {
         for (const Index C : {1, 4, 37, 300}) check_admm_plans<T>(backend, 5, C, threads);
         for (const Index C : {1, 16, 37, 600}) check_conjugate<T>(backend, 5, C, threads);
+        for (const Index width : {1, 4, 9})
+            if (backend.columns_trace != nullptr) check_columns<T>(backend, 7, 25, width, threads);
     }
     check_exact<T>(backend, 2, 300, 300, 0, 0, 2);
     for (const Index block : {2, 5, 16})

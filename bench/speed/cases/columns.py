@@ -1,15 +1,17 @@
-"""Removal of inputs from all rows at once, which is not an operation of its own."""
+"""Removal of units of columns from all rows at once: ``columns_trace``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lobs_native.solvers.column_group import ColumnGroup
+from lobs_native import ops
 from speed import shapes
+from speed.baselines.columns import ColumnGroup
 from speed.case import Case, Side, relative_error
 
 SHARE = 0.25  # of the units, to remove
@@ -17,8 +19,9 @@ SHARE = 0.25  # of the units, to remove
 
 def cases(quick: bool) -> Iterator[Case]:
     """Single neurons, and heads of 64 columns."""
-    for size in (1, 4 if quick else 64):
-        yield removal_case("bert-large.attention", size, small=quick)
+    for name in ("bert-base.attention", "bert-large.attention"):
+        for size in (1, 4 if quick else 64):
+            yield removal_case(name, size, small=quick)
 
 
 def removal_case(layer: str, size: int, *, small: bool) -> Case:
@@ -42,11 +45,15 @@ def removal_case(layer: str, size: int, *, small: bool) -> Case:
         unit="GFLOP/s",
         error=error,
         tolerance=1e-6,
-        ours=Side("lobs", lambda W, A: removed(W, A, size, count)),
+        ours=Side("lobs", lambda W, A, **how: traced(W, A, size, count, **how)),
         rivals={
             "published": Side(
                 "torch, W and A updated by every removal",
                 lambda W, A: updated(W, A, size, count),
+            ),
+            "torch": Side(
+                "torch, rows computed ahead from factors",
+                lambda W, A: removed(W, A, size, count),
             ),
             "products": Side(
                 "torch.mm",
@@ -59,8 +66,15 @@ def removal_case(layer: str, size: int, *, small: bool) -> Case:
     )
 
 
-def removed(W: Tensor, A: Tensor, size: int, count: int) -> Tensor:
+def traced(W: Tensor, A: Tensor, size: int, count: int, **how: Any) -> Tensor:
     """(2, count): the units in the order of removal, and what each costs."""
+    start = torch.arange(0, len(A) + 1, size)
+    trace = ops.columns_trace([ops.ColumnLayer(W, A, start)], count, **how)
+    return torch.tensor([trace.order, trace.cost], dtype=W.dtype)
+
+
+def removed(W: Tensor, A: Tensor, size: int, count: int) -> Tensor:
+    """The same in torch."""
     group = ColumnGroup(W, A, size, 1.0)
     order = []
     for _ in range(count):

@@ -1,6 +1,7 @@
 """The operations: each checks its tensors, chooses a backend, calls it, and raises what failed."""
 
 from lobs_native.ops.admm import AdmmStep, admm_step_
+from lobs_native.ops.columns import ColumnLayer, ColumnsTrace, columns_trace
 from lobs_native.ops.conjugate import conjugate_step_
 from lobs_native.ops.dispatch import backends, levels, select_backend
 from lobs_native.ops.exact import MAX_BLOCK, Trace, affordable_threads, exact_bytes, exact_trace
@@ -26,6 +27,8 @@ from lobs_native.ops.sweep import sweep_block_
 __all__ = [
     "MAX_BLOCK",
     "AdmmStep",
+    "ColumnLayer",
+    "ColumnsTrace",
     "SlicedWeight",
     "Trace",
     "WeightState",
@@ -33,6 +36,7 @@ __all__ = [
     "admm_step_",
     "affordable_threads",
     "backends",
+    "columns_trace",
     "conjugate_step_",
     "exact_bytes",
     "exact_trace",

@@ -28,6 +28,7 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 __all__ = [
     "DTYPES",
     "AdmmPlan",
+    "ColumnsPlan",
     "ExactPlan",
     "Status",
     "WeightState",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 AdmmPlan = core.AdmmPlan
+ColumnsPlan = core.ColumnsPlan
 ExactPlan = core.ExactPlan
 Status = core.Status
 WeightState = core.WeightState

@@ -6,6 +6,8 @@ checking. They are also a backend, ``"reference"``, and the only one for devices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -365,3 +367,51 @@ def sliced_linear(
     if bias is not None:
         y += bias.to(torch.float64)
     return y.to(x.dtype)
+
+
+def columns_trace(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor, float]],
+    first: Sequence[float],
+    sets: Sequence[Sequence[int]],
+    limit: int,
+    floor: float,
+) -> tuple[list[int], list[float], int]:
+    """Units in the order of removal, what each costs, and layer * units + unit of a lost pivot, or
+    -1. Layers are (W, A, start, scale); W and A are updated after every removal."""
+    W = [each[0].to(torch.float64, copy=True) for each in layers]
+    A = [each[1].to(torch.float64, copy=True) for each in layers]
+    start = [each[2].tolist() for each in layers]
+    least = [floor * a.diagonal().clone() for a in A]
+    left, order, spent = [set(s) for s in sets], list[int](), list[float]()
+
+    def cost(m: int, u: int) -> float:
+        s = slice(start[m][u], start[m][u + 1])
+        L, failed = torch.linalg.cholesky_ex(A[m][s, s])
+        if int(failed) or not bool((L.diagonal().square() > least[m][s]).all()):
+            return -1.0
+        reduced = torch.linalg.solve_triangular(L, W[m][:, s].T, upper=False)
+        return layers[m][3] * float(reduced.square().sum())
+
+    while True:
+        costs = [[cost(m, u) for m in range(len(layers))] for u in range(len(first))]
+        lost = [m * len(first) + u for u, of in enumerate(costs) for m, c in enumerate(of) if c < 0]
+        if lost and not order:
+            return order, spent, min(lost)
+        stay = set(order).union(*(s for s in left if len(s) == 1))
+        free = [u for u in range(len(first)) if u not in stay]
+        if len(order) >= limit or not free:
+            return order, spent, -1
+        u = min(free, key=lambda u: min(first[u], 0.0) or sum(max(c, 0.0) for c in costs[u]))
+        for m, c in enumerate(costs[u]):
+            if c < 0:
+                return order, spent, m * len(first) + u
+        for m, of in enumerate(start):
+            s = slice(of[u], of[u + 1])
+            Q = torch.linalg.solve(A[m][s, s], A[m][s])
+            W[m] -= W[m][:, s] @ Q
+            A[m] -= A[m][:, s] @ Q
+            A[m][s, s] = torch.eye(of[u + 1] - of[u], dtype=torch.float64, device=Q.device)
+            least[m][s] = 0
+        order.append(u)
+        spent.append(sum(costs[u]))
+        left = [s - {u} for s in left]

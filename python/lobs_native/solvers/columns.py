@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from lobs_native.solvers.column_group import ColumnGroup
+from lobs_native import ops
 from lobs_native.solvers.costs import Costs, along, curve_of
 from lobs_native.solvers.extent import Extent, Flops
 from lobs_native.solvers.measurement import error_of_nothing
@@ -35,7 +36,9 @@ class ExactColumns(Method):
         self.common = max(i.scale for i in problem.inverses)
         self.order: list[int] = []  # of removal: g * units + unit
         self.spent: list[float] = []  # what each removal cost
-        self._groups: list[ColumnGroup] | None = None
+        self._traces: list[ops.ColumnsTrace] | None = None
+        self._first: list[list[float]] = []  # of the units of each group
+        self._gone: list[int] = []  # units of each group that have gone
         self._latest = -1  # units that the latest choice removes
 
     # ---- plans -----------------------------------------------------------------------------------
@@ -97,34 +100,50 @@ class ExactColumns(Method):
     # ---- the removal -----------------------------------------------------------------------------
 
     def _remove(self, count: int) -> None:
-        """Remove further units, until ``count`` are."""
-        if self._groups is None:
-            self._groups = [self._group(g) for g in range(len(self.problem.moments))]
-        groups = self._groups
-        ranks = [group.ranks() for group in groups]
-        lowest = [float(rank.min()) for rank in ranks]
-        while len(self.order) < count:
-            g = lowest.index(min(lowest))
-            unit = int(groups[g].unit[ranks[g].argmin()])
-            self.spent.append(groups[g].remove(unit, ranks[g]))
-            self.order.append(g * self.units + unit)
-            ranks[g] = groups[g].ranks()
-            lowest[g] = float(ranks[g].min())
+        """Remove further units, until ``count`` are.
 
-    def _group(self, g: int) -> ColumnGroup:
+        Groups do not depend on each other: the order of all is that of their own, merged.
+        """
+        G = len(self.problem.moments)
+        if self._traces is None:
+            self._traces = [self._trace(g) for g in range(G)]
+            self._gone = [0] * G
+        ranks = [self._next_rank(g, count) for g in range(G)]
+        while len(self.order) < count:
+            g = ranks.index(min(ranks))
+            at = self._gone[g]
+            self.spent.append(self._traces[g].cost[at])
+            self.order.append(g * self.units + self._traces[g].order[at])
+            self._gone[g] += 1
+            ranks[g] = self._next_rank(g, count)
+
+    def _next_rank(self, g: int, count: int) -> float:
+        """What decides over the next unit of a group; infinite where none is left or needed."""
+        assert self._traces is not None
+        trace, at = self._traces[g], self._gone[g]
+        if at == self.units or len(self.order) >= count:
+            return math.inf
+        if at == len(trace.order):  # the only group, to the count; of many, few more than needed
+            trace.extend(count if len(self._traces) == 1 else at + 8 + at // 2)
+        first = self._first[g][trace.order[at]]
+        return first if first < 0 else trace.cost[at]
+
+    def _trace(self, g: int) -> ops.ColumnsTrace:
         problem, pattern = self.problem, self.pattern
         C = problem.in_features
         w = problem.working(g, torch.float64)[:, :C]
         zero = (problem.before[g, :, :C] == 0).view(len(w), self.units, -1).all(0).all(1)
         if self.importance is not None and float(self.importance.max()) > 0:
             w *= (self.importance[g] / self.importance.mean()).sqrt()[:, None]
-        inverse = problem.inverses[g]
-        group = ColumnGroup(w, inverse.A[:C, :C], pattern.unit, inverse.scale / self.common)
-        group.first[zero] = ZERO
+        first = torch.zeros(self.units, dtype=torch.float64, device=w.device)
+        first[zero] = ZERO
         if problem.mask is not None:
-            forced = ~problem.mask[g, 0].view(self.units, -1)[:, 0]
-            group.first[forced] = FORCED
-        return group
+            first[~problem.mask[g, 0].view(self.units, -1)[:, 0]] = FORCED
+        self._first.append(first.tolist())
+        inverse = problem.inverses[g]
+        start = torch.arange(self.units + 1, device=w.device) * pattern.unit
+        layer = ops.ColumnLayer(w, inverse.A[:C, :C], start, inverse.scale / self.common)
+        return ops.columns_trace([layer], 0, first=first, backend=problem.workspace.backend)
 
 
 class _RankedColumns(Ranked):

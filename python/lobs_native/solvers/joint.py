@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lobs_native.solvers.column_group import ColumnGroup
+from lobs_native import ops
 from lobs_native.solvers.problem import Problem, in_errors
 
 __all__ = ["Reader", "Removal", "cheapest_first", "joint_removal"]
@@ -24,15 +23,16 @@ class Reader:
     columns: Tensor
     importance: float = 1.0
 
-    def group(self) -> tuple[ColumnGroup, Tensor]:
-        """The inputs that are units, in the order of the units; and which units these are."""
+    def layer(self, units: int) -> ops.ColumnLayer:
+        """The inputs that are units, in the order of the units."""
         order = self.columns.argsort(stable=True)
         order = order[self.columns[order] >= 0]
-        units, count = self.columns[order].unique_consecutive(return_counts=True)
+        counts = self.columns[order].bincount(minlength=units)
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         inverse = self.problem.inverses[0]
         scale = in_errors(inverse.scale, self.problem.exponent) * self.importance
         w = self.problem.working(0, torch.float64)[:, order]
-        return ColumnGroup(w, inverse.A[order][:, order], int(count[0]), scale), units
+        return ops.ColumnLayer(w, inverse.A[order][:, order], start.to(w.device), scale)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor]
     Parameters
     ----------
     readers : Sequence[Reader]
-        A unit need not be read by all of them; those that read it have as many columns for it as
-        for any other. Not modified.
+        At least one. A unit need not be read by all of them, and may have any number of columns.
+        Not modified.
     units : int
         How many there are.
     parts : Sequence[(n,) int64]
@@ -62,32 +62,11 @@ def joint_removal(readers: Sequence[Reader], units: int, parts: Sequence[Tensor]
         Every prefix of its order is the choice for its length. The costs are the errors
         ``tr(dW H dW^T)`` of all readers, damped, times their importances.
     """
-    groups = [reader.group() for reader in readers]
-    place = [{unit: at for at, unit in enumerate(of.tolist())} for _, of in groups]
-    sets = _sets(units, parts)
-    dear = torch.zeros(units, dtype=torch.float64)  # infinite for what has gone, or has to stay
-    order, spent = list[int](), list[float]()
-    while True:
-        for part in sets:
-            if len(part) == 1:
-                dear[next(iter(part))] = math.inf
-        total = dear.clone()
-        for group, of in groups:
-            total.index_add_(0, of[group.unit].cpu(), group.ranks().cpu())
-        unit = int(total.argmin())
-        if math.isinf(float(total[unit])):
-            return Removal(order, spent)
-        order.append(unit)
-        spent.append(
-            sum(
-                group.remove(at[unit], total.to(of.device)[of[group.unit]])
-                for (group, of), at in zip(groups, place, strict=True)
-                if unit in at
-            )
-        )
-        dear[unit] = math.inf
-        for part in sets:
-            part.discard(unit)
+    sets = [torch.tensor(sorted(part), dtype=torch.int64) for part in _sets(units, parts)]
+    layers = [reader.layer(units) for reader in readers]
+    backend = readers[0].problem.workspace.backend
+    trace = ops.columns_trace(layers, units, sets=sets, backend=backend)
+    return Removal(trace.order, trace.cost)
 
 
 def cheapest_first(

@@ -1,4 +1,4 @@
-"""Removal of inputs from all rows at once, unit by unit.
+"""Removal of inputs from all rows at once, unit by unit, in torch.
 
 With W (R, C), A = H^-1, and the best repair of what is kept, removing the inputs S costs
 
@@ -14,9 +14,7 @@ which are the costs, and the rows of the units that cost least, because these go
 come from A and from W, less the products of all Q and P so far, for many units together. The order
 is that of the plain updates, step for step.
 
-Source: the block form of Optimal Brain Surgeon (Hassibi & Stork 1993); Kurtic et al. 2023 (ZipLM)
-for removing structures of one layer by it. The factored form with rows that are computed ahead is
-that of ``csrc/exact.h``, for one A and all rows.
+The best form in torch that is known here: the algorithm of ``csrc/columns.h``, in large products.
 """
 
 from __future__ import annotations
