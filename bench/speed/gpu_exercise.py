@@ -41,6 +41,7 @@ class Exercise:
         self.admm()
         self.saliency()
         self.ranking_and_static_order()
+        self.columns()
 
     def exact(self, options: dict[str, Any]) -> None:
         """``exact_trace``."""
@@ -138,6 +139,21 @@ class Exercise:
         ops.conjugate_step_(*theirs, half.to(self.place.device), there, backend=self.backend)
         ops.conjugate_step_(*own, half, rr, backend="cpu")
         self.check("conjugate gradients", theirs[0], own[0])
+
+    def columns(self) -> None:
+        """``columns_trace`` of single columns, and of pairs: what all removals cost."""
+        for size in (1, 2):
+            start = torch.arange(max(1, self.C // size) + 1) * size
+            start[-1] = self.C
+            layer = ops.ColumnLayer(self.there(self.W), self.there(self.A), self.there_index(start))
+            few = min(32, len(start) - 1)
+            trace = ops.columns_trace([layer], few, backend=self.backend)
+            own = ops.columns_trace([ops.ColumnLayer(self.W.double(), self.A, start)], few)
+            self.check("columns", torch.tensor([sum(trace.cost)]), torch.tensor([sum(own.cost)]))
+
+    def there_index(self, x: Tensor) -> Tensor:
+        """A copy on the device."""
+        return x.to(self.place.device, copy=True)
 
     def there(self, x: Tensor) -> Tensor:
         """A copy on the device, in this dtype."""

@@ -53,8 +53,15 @@ def test_the_plan_of_an_admm_step_keeps_its_settings():
         plan.count = 6
 
 
+def test_the_plan_of_a_removal_of_columns_keeps_its_settings():
+    settings = {"units": 5, "done": 1, "limit": 3, "floor": 0.5, "first": 64, "sets": 2}
+    settings |= {"set_start": 128, "set_unit": 192}
+    plan = native.ColumnsPlan(**settings)
+    assert {name: getattr(plan, name) for name in settings} == settings
+
+
 def test_cpu_levels_have_every_operation():
-    assert len(OPERATIONS) == 14
+    assert len(OPERATIONS) == 16
     for level, _, _ in ops.levels():
         assert all(native.has(level, operation) for operation in OPERATIONS), level
 
