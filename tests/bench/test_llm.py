@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from quality import calibration_texts
 from quality.llm import __main__ as llm
 
 
@@ -36,3 +38,11 @@ def test_cases_that_are_known_are_not_run_again(tmp_path, monkeypatch, capsys):
     llm.main()
     assert ran[2:] == [("sweep", "2:4")]
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 3
+
+
+def test_half_of_the_windows_are_of_each_text():
+    """The first ones of each, and one more of the first text where their number is odd."""
+    texts = {"text": torch.arange(10)[:, None], "written": torch.arange(10, 20)[:, None]}
+    found = {kind: calibration_texts.calibration(texts, kind, 5) for kind in ("written", "both")}
+    assert found["written"].flatten().tolist() == [10, 11, 12, 13, 14]
+    assert found["both"].flatten().tolist() == [0, 1, 2, 10, 11]
