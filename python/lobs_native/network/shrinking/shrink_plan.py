@@ -228,8 +228,8 @@ def _families(
         removals |= {id(f): order for f, order in zip(lists, orders, strict=True)}
     if not families:
         raise ArgumentError(
-            "model: it has no feed-forward layers, attention, channels, experts or blocks that can "
-            "be removed" + "".join(f"; {note}" for note in notes)
+            "model: it has no feed-forward layers, attention, channels, experts or lists of blocks "
+            "whose units can be removed" + "".join(f"; {note}" for note in notes)
         )
     return families, removals
 
