@@ -14,7 +14,8 @@ other programs on the machine disturb less; and the memory that it took besides 
 planned and as measured. Rows that FILE holds already are not computed again. ``--only admm exact
 layer`` means those two methods at that scope, with all inputs. Rows of the table marked "rows" or
 "tokens" weight these by the output's sensitivity, those marked "tuned" tune blocks, and "network
-tuned" the network; the others are "plain". With one budget for the model, rows are weighted in all.
+tuned" the network ("longer" in five passes with batches of two lines); the others are "plain". With
+one budget for the model, rows are weighted in all.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ MORE: dict[str, list[str]] = {
         *("--token-weights", "output", "--sensitivity", "none", "--tune", "network"),
     ],
     "rows, tokens, network tuned": ["--token-weights", "output", "--tune", "network"],
+    "rows, tokens, network tuned longer": [
+        *("--token-weights", "output", "--tune", "network"),
+        *("--tune-passes", "5", "--batch-size", "2"),
+    ],
 }
 MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
     ("admm", scope, inputs, more)
