@@ -82,6 +82,10 @@ MORE: dict[str, list[str]] = {
         *("--token-weights", "output", "--tune", "network"),
         *("--tune-passes", "5", "--batch-size", "2"),
     ],
+    "tokens, network tuned longer": [
+        *("--token-weights", "output", "--sensitivity", "none", "--tune", "network"),
+        *("--tune-passes", "5", "--batch-size", "2"),
+    ],
 }
 MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
     ("admm", scope, inputs, more)
@@ -90,7 +94,7 @@ MORE_ROWS = [  # and what the output's sensitivity weights, or tuning
     for more in MORE
     if more != PLAIN and not (inputs == "dense" and "tuned" in more)
     # With scope "model", rows are always weighted.
-    if not (scope == "model" and more in ("rows", "tokens", "tokens, network tuned"))
+    if not (scope == "model" and (more == "rows" or more.startswith("tokens")))
 ]
 PATTERN = "2:4"  # has no scopes: only rows of scope "layer", and Wanda's, are run
 
