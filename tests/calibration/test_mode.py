@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lobs_native.calibration.mode import Mode
 from lobs_native.calibration.sums import Sums
+from stress.forks import Forks
 
 PRUNE = """
 import sys, torch, lobs_native as lobs
@@ -51,5 +52,6 @@ def test_operations_do_not_pass_through_python_where_no_sum_is_looked_for():
     assert _get_current_dispatch_mode() is None
 
 
-def test_pruning_does_not_load_the_compiler(forks):
-    assert forks.run(["-c", PRUNE]).stdout == "False\n"
+def test_pruning_does_not_load_the_compiler():
+    with Forks() as fresh:  # other tests have modules loaded for the shared ones
+        assert fresh.run(["-c", PRUNE]).stdout == "False\n"
