@@ -66,7 +66,7 @@ def compared(folder: Path, python: str, keep: dict[str, float], tokens: int) -> 
     """Shrink, write, load elsewhere, compare."""
     import transformers
 
-    found = job.find(str(folder), TEXT, {"tokens": tokens})
+    found = job.find(str(folder), [TEXT], {"tokens": tokens})
     report = lobs.shrink(
         found.model, found.batches, keep=keep, forward=found.forward, progress=False
     )
@@ -80,7 +80,7 @@ def compared(folder: Path, python: str, keep: dict[str, float], tokens: int) -> 
     with tempfile.TemporaryDirectory() as scratch:
         written, tokens_, outputs = (Path(scratch) / x for x in ("smaller", "tokens", "outputs"))
         written.mkdir()
-        found.save(written, {}, None)
+        found.save(written, {}, None, None)
         save_file(given, tokens_)
         arguments = [python, "-c", ELSEWHERE, *map(str, (written, tokens_, outputs)), SENTENCE]
         done = subprocess.run(
