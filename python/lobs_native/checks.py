@@ -293,6 +293,15 @@ def same_device(first: Tensor, name: str, second: Tensor, other: str) -> None:
         )
 
 
+def square(x: Tensor, name: str, rows: Tensor, other: str) -> None:
+    """Refuse ``x`` if it is not (C, C), for ``rows`` (R, C)."""
+    R, C = rows.shape
+    if x.shape != (C, C):
+        raise ShapeError(
+            f"{other} is ({R}, {C}) but {name} is {tuple(x.shape)}: {name} must be ({C}, {C})"
+        )
+
+
 def sparsity(value: Any, name: str = "sparsity") -> float:
     """Return ``value`` as a share of the weights, from 0 to 1."""
     share = real(value, name)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.shrunk import SIZES, first, same, states, tokens
+from helpers.shrunk import SIZES, first, interrupt, same, states, tokens
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError, CheckpointError, DtypeError
-from lobs_native.network import layerwise
 from lobs_native.network.shrinking.families import families_of
 
 transformers = pytest.importorskip("transformers")
@@ -244,15 +243,7 @@ def test_a_run_that_was_interrupted_is_resumed_with_the_same_bits(kind, tmp_path
     settings: dict[str, Any] = {"keep": 0.5, "multiple": 2, "progress": False}
     whole, data = made()
     lobs.shrink(whole, data, **settings)
-    real, calls = layerwise.prune_layer, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(layerwise, "prune_layer", interrupted)
+    interrupt(monkeypatch)
     model, _ = made()
     with pytest.raises(KeyboardInterrupt):
         lobs.shrink(model, data, run_dir=tmp_path / "run", **settings)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.shrunk import SIZES, first, same, states, tokens
+from helpers.shrunk import SIZES, first, interrupt, same, states, tokens
 from torch import Tensor, nn
 
 import lobs_native as lobs
 from lobs_native.errors import ArgumentError
-from lobs_native.network import layerwise
 from lobs_native.network.shrinking import blocks, shrink_plan
 
 transformers = pytest.importorskip("transformers")
@@ -257,15 +256,7 @@ def test_an_interrupted_run_goes_on_in_what_is_left(tmp_path, monkeypatch):
     options: dict[str, Any] = {"keep": {"blocks": 0.5, "neurons": 0.5}, "pairs": 0}
     whole = llama()
     lobs.shrink(whole, tokens(), progress=False, **options)
-    real, calls = layerwise.prune_layer, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(layerwise, "prune_layer", interrupted)
+    interrupt(monkeypatch)
     model, options = llama(), options | {"run_dir": tmp_path / "run", "progress": False}
     with pytest.raises(KeyboardInterrupt):
         lobs.shrink(model, tokens(), **options)

@@ -123,11 +123,8 @@ def _checked(layer: ColumnLayer, m: int, other: ColumnLayer) -> ColumnLayer:
     W = W if W.shape[1] == 0 or W.stride(1) == 1 else W.contiguous()
     A = checks.tensor(layer.A, f"{name}.A", ndim=2, dtypes=(W.dtype,)).contiguous()
     start = checks.tensor(layer.start, f"{name}.start", ndim=1, dtypes=(torch.int64,)).contiguous()
-    R, C = W.shape
-    if A.shape != (C, C):
-        raise ShapeError(
-            f"{name}.W is ({R}, {C}) but {name}.A is {tuple(A.shape)}: A must be ({C}, {C})"
-        )
+    checks.square(A, f"{name}.A", W, f"{name}.W")
+    C = W.shape[1]
     if len(start) != len(other.start) or len(start) == 0:
         raise ShapeError(
             f"{name}.start has {len(start)} entries and that of layers[0] {len(other.start)}; "

@@ -110,8 +110,7 @@ def exact_trace(
     checks.check_finite(W, "W")
     A = checks.tensor(A, "A", ndim=2, dtypes=(W.dtype,)).contiguous()
     R, C = W.shape
-    if A.shape != (C, C):
-        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    checks.square(A, "A", W, "W")
     checks.same_device(W, "W", A, "A")
     plan = _plan(C, W.dtype, limit, stop, block, group, per_group, update)
     if update:

@@ -72,8 +72,7 @@ def exchange_(
     A = checks.tensor(A, "A", ndim=2, dtypes=(torch.float64,)).contiguous()
     kept = checks.output(kept, "kept", ndim=2, dtypes=(torch.bool,))
     R, C = W.shape
-    if A.shape != (C, C):
-        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    checks.square(A, "A", W, "W")
     if fixed is not None:
         fixed = checks.tensor(fixed, "fixed", ndim=2, dtypes=(torch.bool,)).contiguous()
         checks.apart(W, "W", fixed, "fixed")

@@ -53,8 +53,7 @@ def support_solve_(X: Tensor, M: Tensor, chosen: Tensor, *, backend: str | None 
     M = checks.tensor(M, "M", ndim=2, dtypes=(X.dtype,)).contiguous()
     P = checks.tensor(chosen, "chosen", ndim=2, dtypes=(torch.bool,)).contiguous()
     R, C = X.shape
-    if M.shape != (C, C):
-        raise ShapeError(f"X is ({R}, {C}) but M is {tuple(M.shape)}: M must be ({C}, {C})")
+    checks.square(M, "M", X, "X")
     if P.shape != X.shape:
         raise ShapeError(f"chosen is {tuple(P.shape)} but X is ({R}, {C})")
     for x, name in ((M, "M"), (P, "chosen")):

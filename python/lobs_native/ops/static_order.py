@@ -59,8 +59,7 @@ def static_order_prune_(
     order = checks.tensor(order, "order", ndim=1, dtypes=(torch.int32,)).contiguous()
     start = checks.tensor(start, "start", ndim=1, dtypes=(torch.int64,)).contiguous()
     R, C = W.shape
-    if A.shape != (C, C):
-        raise ShapeError(f"W is ({R}, {C}) but A is {tuple(A.shape)}: A must be ({C}, {C})")
+    checks.square(A, "A", W, "W")
     if start.shape != (R + 1,):
         raise ShapeError(
             f"W is ({R}, {C}) but start is {tuple(start.shape)}: it must be ({R + 1},)"

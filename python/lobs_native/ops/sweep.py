@@ -67,8 +67,7 @@ def sweep_block_(
     E = checks.output(E, "E", ndim=2, dtypes=(W.dtype,), rows_apart=True)
     gone = checks.output(gone, "gone", ndim=2, dtypes=(torch.uint8,))
     R, B = W.shape
-    if U.shape != (B, B):
-        raise ShapeError(f"W is ({R}, {B}) but U is {tuple(U.shape)}: U must be ({B}, {B})")
+    checks.square(U, "U", W, "W")
     U = U if B == 0 or U.stride(1) == 1 else U.contiguous()
     for x, name in ((gone, "gone"), (E, "E")):
         if x.shape != W.shape:
