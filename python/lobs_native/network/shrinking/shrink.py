@@ -224,7 +224,7 @@ def shrink(
         agreed = agreed_attributes(model) if blocks.families else frozenset()
         larger = _same_sizes(model, notes) if pairs or blocks.families else None
         with session.evaluating():
-            plan = _leave_blocks(model, blocks, plan, undo)
+            plan = _take_out_blocks(model, blocks, plan, undo)
             gaps = gaps_filled(session, larger, blocks, outputs.calibrated, damping, notes, undo)
         settings = dataclasses.replace(
             settings,
@@ -291,7 +291,7 @@ def _same_sizes(model: nn.Module, notes: list[str]) -> nn.Module | None:
         return None
 
 
-def _leave_blocks(
+def _take_out_blocks(
     model: nn.Module, blocks: ShrinkPlan, others: ShrinkPlan, undo: contextlib.ExitStack
 ) -> ShrinkPlan:
     """Leave the blocks that stay by a plan; that of other units under their new names."""
