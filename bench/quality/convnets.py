@@ -2,7 +2,6 @@
 
     apt-get install dataset-fashion-mnist
     python bench/quality/convnets.py [--images FOLDER] [--seeds N] [--cache PREFIX] [--out FILE]
-    python bench/quality/convnets.py --batch-norm [--images FOLDER] [--cache PREFIX]
 
 FOLDER holds the four IDX files of Fashion-MNIST; the default is where Debian's package puts them.
 The networks are trained on the 60,000 training images, unaugmented, with one cycle of the learning
@@ -15,17 +14,19 @@ that exists, and written to it if not:
 
 Then every convolution and every linear layer, including the first and the last, is pruned to the
 same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
-training images without labels, and not retrained ("tuned": towards the network's own outputs for
-these images; "tuned twice": first with twice as many weights kept, then again). The tables show
-errors in percent on the 10,000 test images and the seconds of the calls of ``prune``; for the
+training images without labels, and not retrained. "tuned": towards the network's own outputs for
+these images, by their squared change, or by the Kullback-Leibler divergence ("by KL"); "twice":
+first with twice as many weights kept, then again, towards what the network returned as pruned, or
+before ("to the original").
+
+The tables show errors in percent on the 10,000 test images; the percentage of 5,000 training
+images, none of them calibrated on, to which the pruned network gives another answer than the
+network before, by which settings are chosen; and the seconds of the calls of ``prune``. For the
 residual network also the errors after its batch normalisation was re-estimated on the same 2,000
 images, and the seconds of that. With several seeds, each trains a network of its own, and a cell is
 the mean with the lowest and the highest in brackets. For one seed, differences of a few tenths of a
 point mean nothing. --networks, --sparsities and --only leave out the others.
 
-``--batch-norm`` compares ways to re-estimate instead, on one residual network: this package's,
-layer after layer; torch's ``update_bn``, one pass in training mode; and passes in eval mode, which
-feed a layer values that the layers before it normalised with outdated statistics.
 ``bench/results/convnets.json`` comes from --seeds 3 --threads 1 with torch 2.13.
 """
 
@@ -61,6 +62,7 @@ from paper.data import FASHION, Images, idx_images, standardised
 
 MEAN, STD = 0.2860, 0.3530  # of the training images' pixels
 CALIBRATION, AT_ONCE, TRAINED_AT_ONCE = 2000, 100, 128
+CHOOSING = slice(50_000, 55_000)  # training images by which settings are chosen
 STEP = 50  # images in a batch where the network is tuned: each batch is a step
 EPOCHS = {"lenet5": 4, "resnet": 5}
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
@@ -81,9 +83,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
 }
 TUNED = {"tune": "network", "tune_passes": 30, "tune_rate": 0.016}
-METHODS["exact, model, corrected, tuned"] = {**METHODS["exact, model, corrected"], **TUNED}
-TWICE = "exact, model, corrected, tuned twice"
-METHODS[TWICE] = METHODS["exact, model, corrected, tuned"]
+SQUARED = {**METHODS["exact, model, corrected"], **TUNED}
+BY_KL = {**SQUARED, "classes": 10}
+METHODS["exact, model, corrected, tuned"] = SQUARED
+METHODS["exact, model, corrected, tuned by KL"] = BY_KL
+TWICE = {  # method -> whether the second call aims at the original network
+    "exact, model, corrected, tuned twice": False,
+    "exact, model, corrected, tuned twice to the original": True,
+    "exact, model, corrected, tuned by KL twice to the original": True,
+}
+METHODS |= {name: BY_KL if "by KL" in name else SQUARED for name in TWICE}
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -206,6 +215,12 @@ def percent_wrong(model: nn.Module, images: Images) -> float:
     return 100 * wrong / len(images.y)
 
 
+@torch.no_grad()
+def answered(model: nn.Module, x: Tensor) -> Images:
+    """Images with what the model says they are as their labels."""
+    return Images(x, torch.cat([model(part).argmax(1) for part in x.split(AT_ONCE)]))
+
+
 @dataclass
 class Row:
     """One network pruned in one way, a number for every seed."""
@@ -220,12 +235,13 @@ class Row:
     reached: list[float] = field(default_factory=list)
     damping: list[list[float]] = field(default_factory=list)  # of every layer
     cpu_seconds: list[float] = field(default_factory=list)
+    differing: list[float] = field(default_factory=list)  # percent of the answers to CHOOSING
 
     def line(self) -> str:
         """As a line of the table."""
         cells = [
-            f"{self.sparsity:.0%}", self.method, spread(self.error), spread(self.reestimated),
-            spread(self.seconds, 1), spread(self.seconds_reestimating, 1),
+            f"{self.sparsity:.0%}", self.method, spread(self.error), spread(self.differing),
+            spread(self.reestimated), spread(self.seconds, 1), spread(self.seconds_reestimating, 1),
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
 
@@ -250,88 +266,25 @@ def reestimate(model: nn.Module, batches: Sequence[Tensor], tested: Images, row:
     row.reestimated.append(percent_wrong(model, tested))
 
 
-def measure(models: Sequence[nn.Module], images: Tensor, tested: Images, row: Row) -> None:
-    """Prune a copy of every model in the way that ``row`` says."""
-    settings = METHODS[row.method]
+def measure(model: nn.Module, training: Tensor, tested: Images, row: Row) -> None:
+    """Prune a copy of a model in the way that ``row`` says, and add what came of it."""
+    settings, images = METHODS[row.method], training[:CALIBRATION]
     batches = images.split(STEP if "tune" in settings else AT_ONCE)
-    before = [1 - 2 * (1 - row.sparsity)] if row.method == TWICE and row.sparsity > 0.5 else []
-    for model in models:
-        pruned = copy.deepcopy(model)
-        begun, seconds = time.process_time(), 0.0
-        for sparsity in (*before, row.sparsity):
-            report = lobs.prune(pruned, batches, sparsity=sparsity, progress=False, **settings)
-            seconds += report.seconds
-        row.cpu_seconds.append(time.process_time() - begun)
-        row.seconds.append(seconds)
-        row.reached.append(report.sparsity)
-        row.damping.append([layer.damping for layer in report.layers])
-        row.error.append(percent_wrong(pruned, tested))
-        reestimate(pruned, batches, tested, row)
-
-
-# ---- ways to re-estimate -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def in_eval_mode(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """One pass: a layer gets the statistics of its inputs while all layers have the old ones."""
-    seen: dict[nn.BatchNorm2d, list[Tensor]] = {}
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            seen[module] = []
-            handles.append(
-                module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0]))
-            )
-    for batch in batches:
-        model(batch)
-    for handle in handles:
-        handle.remove()
-    for layer, parts in seen.items():
-        variance, mean = torch.var_mean(torch.cat(parts), dim=(0, 2, 3))
-        layer.running_mean, layer.running_var = mean, variance
-
-
-def compare_batch_norm(model: nn.Module, training: Images, tested: Images) -> None:
-    """Prune one network, re-estimate it in several ways, and print the errors."""
-    x, y = training.x[:CALIBRATION], training.y[:CALIBRATION]
-    sorted_by_class = x[y.argsort(stable=True)]
-    ours = lobs.reestimate_batch_norm
-
-    def several(passes: int) -> Callable[[nn.Module, Sequence[Tensor]], None]:
-        def run(model: nn.Module, batches: Sequence[Tensor]) -> None:
-            for _ in range(passes):
-                in_eval_mode(model, batches)
-
-        return run
-
-    def update_bn(model: nn.Module, batches: Sequence[Tensor]) -> None:
-        torch.optim.swa_utils.update_bn(batches, model)
-
-    ways: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
-        "as pruned": (lambda model, batches: None, ()),
-        "layer after layer, batches of 100": (ours, x.split(100)),
-        "layer after layer, of 4": (ours, x.split(4)),
-        "layer after layer, of 100, by class": (ours, sorted_by_class.split(100)),
-        "training mode, batches of 100": (update_bn, x.split(100)),
-        "training mode, of 20": (update_bn, x.split(20)),
-        "training mode, of 4": (update_bn, x.split(4)),
-        "training mode, of 100, by class": (update_bn, sorted_by_class.split(100)),
-        **{f"eval mode, passes: {n}": (several(n), x.split(100)) for n in (1, 2, 3, 5)},
-    }
-    print("\n| sparsity | method | batch norm re-estimated | error | seconds |")
-    print("| --- | --- | --- | --- | --- |")
-    for method, sparsity in (("magnitude", 0.7), ("exact, layer", 0.7), ("exact, layer", 0.8)):
-        pruned = copy.deepcopy(model)
-        batches = x.split(AT_ONCE)
-        lobs.prune(pruned, batches, sparsity=sparsity, progress=False, **METHODS[method])
-        for name, (way, data) in ways.items():
-            variant = copy.deepcopy(pruned)
-            begun = time.perf_counter()
-            way(variant, data)
-            seconds = time.perf_counter() - begun
-            error = percent_wrong(variant.eval(), tested)
-            print(f"| {sparsity:.0%} | {method} | {name} | {error:.2f} | {seconds:.1f} |")
+    twice = row.method in TWICE and row.sparsity > 0.5
+    original = model if TWICE.get(row.method) else None
+    pruned = copy.deepcopy(model)
+    begun, seconds = time.process_time(), 0.0
+    for sparsity in (2 * row.sparsity - 1, row.sparsity) if twice else (row.sparsity,):
+        options = {"sparsity": sparsity, "original": original, **settings}
+        report = lobs.prune(pruned, batches, progress=False, **options)
+        seconds += report.seconds
+    row.cpu_seconds.append(time.process_time() - begun)
+    row.seconds.append(seconds)
+    row.reached.append(report.sparsity)
+    row.damping.append([layer.damping for layer in report.layers])
+    row.error.append(percent_wrong(pruned, tested))
+    row.differing.append(percent_wrong(pruned, answered(model, training[CHOOSING])))
+    reestimate(pruned, batches, tested, row)
 
 
 def main() -> None:
@@ -340,7 +293,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
     parser.add_argument("--cache", help="prefix of files with trained weights")
     parser.add_argument("--threads", type=int, help="default torch's")
-    parser.add_argument("--batch-norm", action="store_true", help="re-estimate it in several ways")
     parser.add_argument("--out", type=Path, help="JSON; what it holds is not computed again")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
@@ -351,9 +303,6 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     training, tested = fashion(arguments.images, "train"), fashion(arguments.images, "t10k")
-    if arguments.batch_norm:
-        compare_batch_norm(trained("resnet", training, 0, arguments.cache), training, tested)
-        return
     images = training.x[:CALIBRATION]
     known: dict[tuple[str, float, str], Row] = {}
     if arguments.out and arguments.out.is_file():
@@ -367,14 +316,16 @@ def main() -> None:
             reestimate(copy.deepcopy(model), images.split(AT_ONCE), tested, dense)
         known[network, 0.0, dense.method] = dense
         print(f"\n{network}: errors in percent, not retrained\n")
-        print("| sparsity | method | error | batch norm re-estimated | seconds | its seconds |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| sparsity | method | error | other answers | re-estimated | seconds | its seconds |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         print(dense.line(), flush=True)
         for sparsity in arguments.sparsities:
             for method in arguments.only:
                 row = known.get((network, sparsity, method)) or Row(network, sparsity, method)
-                if not row.error:
-                    measure(models, images, tested, row)
+                for model in models[len(row.error) :]:
+                    measure(model, training.x, tested, row)
                     known[network, sparsity, method] = row
                     save(arguments.out, arguments.seeds, known)  # a long run may be interrupted
                 print(row.line(), flush=True)

@@ -49,7 +49,8 @@ from lobs_native.network.masks import (
     keep_masks,
     pack_masks,
 )
-from lobs_native.network.pruner import plan_prune, prune
+from lobs_native.network.planning import plan_prune
+from lobs_native.network.pruner import prune
 from lobs_native.network.resources import RunPlan
 from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shrinking.comparison import ShrinkTimes

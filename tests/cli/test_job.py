@@ -160,11 +160,10 @@ def test_every_argument_reaches_prune(here, monkeypatch):
     line = (
         "prune made_here:pair --out out --max-error 0.25 --method lobs --pattern 1x4 --scope row "
         "--spread 0.3 --search 3 --search-seconds 60 --sensitivity none --token-weights output "
-        "--budget flops --blocks none --token-mask none --tune blocks --tune-passes 5 "
-        "--tune-rate 0.004 --exclude 2 --inputs dense --include 0 --include 2 --strict "
-        "--damping 0.5 --prune-bias --device cpu "
-        "--memory 1.5MiB --backend reference --seed 7 --run-dir kept --resume never --measure all "
-        "--refine solve --held-back 0.25 --no-progress"
+        "--budget flops --blocks none --token-mask none --tune blocks --tune-passes 5 --tune-rate "
+        "0.004 --classes 7 --exclude 2 --inputs dense --include 0 --include 2 --strict --damping "
+        "0.5 --prune-bias --device cpu --memory 1.5MiB --backend reference --seed 7 --run-dir "
+        "kept --resume never --measure all --refine solve --held-back 0.25 --no-progress"
     )
     assert cli.main(line.split()) == cli.INTERRUPTED
     assert seen == {
@@ -184,6 +183,7 @@ def test_every_argument_reaches_prune(here, monkeypatch):
         "offload": None,
         "tune_passes": 5,
         "tune_rate": 0.004,
+        "classes": 7,
         "search": 3,
         "search_seconds": 60.0,
         "measure": "all",

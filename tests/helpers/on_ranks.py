@@ -83,6 +83,16 @@ def two() -> nn.Module:
     return made(blocks=2)
 
 
+def other() -> nn.Module:
+    """A network that :func:`one` may have been before."""
+    model = one()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1 + 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any]]
 
 # More batches than chunks, as many as ranks, fewer; every way of calibrating and of choosing.
@@ -98,6 +108,7 @@ CASES: dict[str, Case] = {
     "experts": (lambda: Experts(True), lambda: sent(14), {"method": "lobs"}),
     "tuned": (two, lambda: batches(5), {"tune": "blocks", "inputs": "pruned"}),
     "tuned whole": (one, lambda: batches(4), {"tune": "network", "tune_passes": 1}),
+    "again": (one, lambda: batches(5), {"tune": "network", "classes": 4, "original": other()}),
     "searched": (two, lambda: batches(6), {"search": 3, "held_back": 0.3, "scope": "model"}),
     "wanda": (two, lambda: iter(batches(17)), {"method": "wanda", "inputs": "pruned"}),
     "offload": (wide, lambda: batches(5), {"offload": tempfile.gettempdir()}),
@@ -197,6 +208,8 @@ def failing(rank: int, size: int, folder: Path) -> dict[str, Any]:
         other[2] += 1
     attempt("other data", other)
     attempt("other arguments", batches(4), damping=0.01 + rank)
+    attempt("other classes", batches(4), tune="network", classes=4 if rank else None)
+    attempt("another original network", batches(4), original=made() if rank else None)
     broken = batches(4)
     broken[3][0, 0, 0] = float("nan")  # which rank 1 reads
     attempt("not finite", broken, inputs="pruned")

@@ -215,6 +215,8 @@ def test_errors_reach_all_ranks_and_nothing_is_changed(forks, tmp_path):
         assert (kind, rank) == ("ArgumentError", 0)
         assert "calibration (on rank 1)" in text
         assert "argument damping (on rank 1)" in found["other arguments"][1]
+        assert "argument classes (on rank 1)" in found["other classes"][1]
+        assert "original (on rank 1)" in found["another original network"][1]
         assert found["not finite"][0] == "NonFiniteError"
         assert "layer 'embed'" in found["not finite"][1]
         assert "'weight' is a DTensor" in found["DTensor"][1]

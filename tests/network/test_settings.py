@@ -46,7 +46,7 @@ def options(cls: type) -> dict[str, Any]:
 
 
 def test_the_keywords_of_prune_are_the_network_settings():
-    others = {"settings": None, "group": None}
+    others = {"settings": None, "group": None, "original": None}
     assert keywords(lobs.prune) == {**options(lobs.NetworkSettings), **others}
 
 
@@ -140,6 +140,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "tune": ("layers", ArgumentError),
     "tune_passes": (0, ArgumentError),
     "tune_rate": (1.0, ArgumentError),
+    "classes": (1, ArgumentError),
     "budget": (None, DtypeError),
     "inputs": ("sparse", ArgumentError),
     "blocks": (True, DtypeError),

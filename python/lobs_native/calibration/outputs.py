@@ -10,10 +10,11 @@ from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lobs_native.calibration.distance import PIECE, Distance
 from lobs_native.calibration.session import Session
+from lobs_native.errors import ArgumentError
 from lobs_native.files.shelf import Shelf
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "First",
     "Sample",
     "Samples",
+    "check_classes",
     "compared",
     "floating_tensors",
     "held_back_loss",
@@ -97,7 +99,9 @@ class First:
     rows: float | None = None  # of outputs that count; None if they were not kept
 
     def keep(self, session: Session, batch: Any, output: Any) -> None:
-        """Keep a copy of the output for the first batch."""
+        """Keep a copy of the output for the first batch, if it is the original network's."""
+        if session.differing:
+            return
         self.rows = keep_output(self.outputs, 0, output, session, batch)
 
 
@@ -130,7 +134,7 @@ def sample_outputs(
     for number, batch in enumerate(each("outputs")):
         if number not in chosen or (number == 0 and first is not None):
             continue
-        found = keep_output(outputs, number, session.call(session.model, batch), session, batch)
+        found = keep_output(outputs, number, session.call_original(batch), session, batch)
         if number == 0:
             chosen = _enough(batches, rows, found)
     return Sample(outputs, frozenset(chosen))
@@ -202,18 +206,37 @@ def measure_change(
 
 def held_back_loss(session: Session, limit: int | None = None) -> float | None:
     """How far the output is from the original network's on the batches held back: the mean
-    Kullback-Leibler divergence, in nats, of logits over the vocabulary of the model's ``config``;
-    or, for other outputs, the squared change over the squared size. ``limit`` as above. None if the
-    outputs cannot be compared."""
-    vocabulary = vocabulary_of(session.model)
+    Kullback-Leibler divergence, in nats, of logits (see :func:`vocabulary_of`); or, for other
+    outputs, the squared change over the squared size. ``limit`` as above. None if the outputs
+    cannot be compared."""
+    vocabulary = vocabulary_of(session)
     change = measure_change(session, limit, held_back=True, vocabulary=vocabulary)
     return None if change is None or not change.size else change.difference / change.size
 
 
-def vocabulary_of(model: nn.Module) -> int | None:
-    """The number of tokens that logits of the model are over, if its ``config`` says it."""
-    found = getattr(getattr(model, "config", None), "vocab_size", None)
+def vocabulary_of(session: Session) -> int | None:
+    """The number of classes that logits of the model are over, in their last dimension, if that was
+    said; or of tokens, if its ``config`` says it."""
+    if session.classes is not None:
+        return session.classes
+    found = getattr(getattr(session.model, "config", None), "vocab_size", None)
     return found if isinstance(found, int) else None
+
+
+def check_classes(session: Session) -> None:
+    """Raise ArgumentError if it was said how many classes logits are over, and what the model
+    returns for the first batch has no such rows. Inside :meth:`Session.evaluating`."""
+    if session.classes is None:
+        return
+    for batch in session.each("look"):
+        shapes = [tuple(x.shape) for x in floating_tensors(session.call(session.model, batch))]
+        if not any(len(shape) > 1 and shape[-1] == session.classes for shape in shapes):
+            raise ArgumentError(
+                f"classes: {session.classes}; the model returns floating-point tensors of the "
+                f"shapes {shapes}, and none has rows of so many logits in its last dimension; "
+                "leave it out, or pass a forward that returns the logits"
+            )
+        return
 
 
 def _evenly(count: int, total: int) -> set[int]:

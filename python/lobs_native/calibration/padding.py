@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lobs_native.errors import DtypeError
 from lobs_native.layers import Attention, Layer
 
-__all__ = ["Padding", "tokens_of"]
+__all__ = ["Padding", "attended", "tokens_of"]
 
 
 def tokens_of(padding: Any) -> Tensor | None:
@@ -26,6 +26,17 @@ def tokens_of(padding: Any) -> Tensor | None:
         return None
     tokens = padding > -torch.inf if padding.is_floating_point() else padding == 0
     return None if bool(tokens.all()) else tokens
+
+
+def attended(attention_mask: Any) -> Tensor | None:
+    """An attention mask (B, T) of zeros and ones as bool; None if it is another kind of mask, or
+    has no zeros."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask != 0
+    if bool(mask.all()) or bool((mask & (attention_mask != 1)).any()):
+        return None
+    return mask
 
 
 class Padding:

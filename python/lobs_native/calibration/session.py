@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lobs_native.calibration.hooks import unfused_attention, without_caches
 from lobs_native.calibration.offload import Offload, forgotten, showing_originals
-from lobs_native.calibration.padding import Padding, tokens_of
+from lobs_native.calibration.padding import Padding, attended, tokens_of
 from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.calibration.seeding import seeded
 from lobs_native.calibration.token_weights import TokenWeights
@@ -125,12 +125,15 @@ class Session:
     held_back: Sequence[Any] = ()  # batches that nothing is calibrated on
     ranks: Ranks = ALONE
     offload: Offload | None = None  # where the parameters are, if not in memory
+    classes: int | None = None  # how many classes logits are over, if that was said
+    differing: frozenset[str] = frozenset()  # names of parameters that were never the original's
     padded: bool = field(default=False, init=False)  # whether any were left out
     told_by: str = field(default="attention_mask", init=False)  # the kind of mask of a batch
     originals: Shelf = field(
         default_factory=Shelf, init=False
     )  # parameters before pruning, by name
-    changed: set[str] = field(default_factory=set, init=False)  # names of the parameters pruned
+    before: Shelf | None = field(default=None, init=False)  # the same, if that is not the original
+    changed: set[str] = field(default_factory=set, init=False)  # names of those unlike the original
     number: int = field(default=0, init=False)  # of the batch of a pass that was last begun
     weights: TokenWeights | None = field(default=None, init=False)
     swapped_limit: int | None = field(default=None, init=False)  # bytes of swapped ones in memory
@@ -228,10 +231,12 @@ class Session:
             self.offload.drop(values)
 
     def restore(self) -> None:
-        """Give the pruned parameters their original values."""
-        for name in forgotten(self.offload, {name: self._named[name] for name in self.changed}):
-            overwrite(self._named[name], self.originals[name])
-        self.changed.clear()
+        """Give the pruned parameters the values that they had before."""
+        before = self.originals if self.before is None else self.before
+        named = {name: self._named[name] for name in self.changed if name in before}
+        for name in forgotten(self.offload, named):
+            overwrite(named[name], before[name])
+        self.changed = set(self.differing)
 
     @functools.cached_property
     def _padding(self) -> Padding:
@@ -251,7 +256,7 @@ class Session:
         given = self._arguments(batch)
         if "attention_mask" in given:
             two_sides = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            tokens = None if two_sides else _attended(given["attention_mask"])
+            tokens = None if two_sides else attended(given["attention_mask"])
             self.told_by = "attention_mask"
         elif "tgt_key_padding_mask" in given:  # two sides, see :meth:`tokens`
             return None
@@ -384,14 +389,3 @@ def _misfit(model: nn.Module, batch: Any) -> str | None:
             "forward=lambda model, batch: model(batch[0])"
         )
     return None
-
-
-def _attended(attention_mask: Any) -> Tensor | None:
-    """An attention mask (B, T) of zeros and ones as bool; None if it is another kind of mask, or
-    has no zeros."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    mask = attention_mask != 0
-    if bool(mask.all()) or bool((mask & (attention_mask != 1)).any()):
-        return None
-    return mask

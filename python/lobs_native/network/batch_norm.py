@@ -78,7 +78,7 @@ def reestimate_batch_norm(
     values that were normalised batch by batch, so its result depends on how the data is divided
     into batches. One pass in eval mode feeds it values that were normalised with the old
     statistics, and does not help. With 80% of its weights removed, the residual network of
-    ``python bench/quality/convnets.py --batch-norm`` errs on 65% of the images. After this
+    ``python bench/quality/convnets_batch_norm.py`` errs on 65% of the images. After this
     function, it errs on 23.2%, for any batches; after a pass in training mode, on 23.3, 23.8 and
     25.3% with batches of 100, of 4, and of 100 sorted by class; after a pass in eval mode, on 89%.
     A layer that is called

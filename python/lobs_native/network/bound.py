@@ -346,6 +346,8 @@ def _held_back(
 
 def _chain_of_pruned(session: Session, jobs: Sequence[LayerJob]) -> list[str]:
     """The layers of a network that the theorem covers. Raises NotAChainError."""
+    if session.differing:
+        raise NotAChainError("the original network is not the one that was passed to be pruned")
     if session.forward is not None:
         raise NotAChainError(
             "the model is run by a function (forward=), so its steps are not known"

@@ -28,14 +28,15 @@ def carried_out(
     masks: Mapping[str, Tensor] | None = None,
     group: Any = None,
     offload: Offload | None = None,
+    original: nn.Module | None = None,
 ) -> Report:
     """:func:`prune`; ``places`` says where parameters lie in files, as far as known, and ``masks``
     (G, R, C) what may stay of some layers, which then lose the rest and nothing else. ``offload``
-    is that of the model, where it was made before."""
+    is that of the model, where it was made before, and ``original`` as in :func:`prune`."""
     ranks = Ranks(group)
     try:
         with offloaded(model, settings, places or {}, offload) as offload:
-            how = (places, masks, ranks, offload)
+            how = (places, masks, ranks, offload, original)
             pruning = Pruning(model, calibration, settings, *how)
             try:
                 return pruning.carry_out()

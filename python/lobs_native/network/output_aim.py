@@ -1,8 +1,8 @@
 """What a whole network should return: what the original one did.
 
-Logits over a language model's tokens are compared by the Kullback-Leibler divergence, as in
-distillation (Hinton, Vinyals & Dean 2015), and everything else by the squared distance. Padding
-does not count. No labels are needed.
+Logits over a language model's tokens, or over classes, are compared by the Kullback-Leibler
+divergence, as in distillation (Hinton, Vinyals & Dean 2015), and everything else by the squared
+distance. Padding does not count. No labels are needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OutputAim:
         self.session = session
         self.targets = targets
         self.batches: list[Any] = []
-        vocabulary = vocabulary_of(session.model)
+        vocabulary = vocabulary_of(session)
         self.width = None  # of logits
         with torch.no_grad(), session.original():
             for batch in session.each("targets"):
@@ -57,7 +57,7 @@ class OutputAim:
         """What errors are."""
         if self.width is None:
             return "change of the output relative to its size"
-        return "Kullback-Leibler divergence of a token, in nats"
+        return "Kullback-Leibler divergence of a row of logits, in nats"
 
     def loss(self, number: int) -> Tensor:
         """The distance on a batch, with gradients: of all its rows, so that long batches count
@@ -68,7 +68,7 @@ class OutputAim:
             return torch.stack(parts).sum() * distance.scale
 
     def error(self, numbers: Iterable[int]) -> float:
-        """The mean divergence of a token, or the relative change, on some batches."""
+        """The mean divergence of a row of logits, or the relative change, on some batches."""
         distance = Distance(self.width is not None)
         with torch.no_grad():
             for number in numbers:

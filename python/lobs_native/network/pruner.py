@@ -1,8 +1,7 @@
-"""The functions for whole networks that users call: ``prune`` and ``plan_prune``."""
+"""The function for whole networks that users call: ``prune``; ``plan_prune`` is beside it."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,15 +10,11 @@ import torch
 from torch import nn
 
 from lobs_native.calibration.session import Forward
-from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.network.carrying_out import carried_out
-from lobs_native.network.offloading import offloaded
-from lobs_native.network.pruning import Pruning
-from lobs_native.network.resources import RunPlan
-from lobs_native.network.settings import NetworkSettings
+from lobs_native.network.settings import NetworkSettings, chosen_of
 from lobs_native.report.report import Report
 
-__all__ = ["plan_prune", "prune"]
+__all__ = ["prune"]
 
 
 def prune(
@@ -50,6 +45,7 @@ def prune(
     tune: str | None = None,
     tune_passes: int | None = None,
     tune_rate: float | None = None,
+    classes: int | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     memory: int | None = None,
@@ -64,6 +60,7 @@ def prune(
     held_back: float = 0.0,
     settings: NetworkSettings | None = None,
     group: Any = None,
+    original: nn.Module | None = None,
 ) -> Report:
     """Prune the linear, convolution and recurrent layers, attention and experts of a network in
     place, one after another, without retraining.
@@ -120,10 +117,10 @@ def prune(
         With scope "model" and ``held_back``: how many divisions of the budget besides the first one
         are tried. With each, the network is pruned as a whole, and its output is measured on the
         batches held back: by the Kullback-Leibler divergence where it returns logits over
-        ``config.vocab_size`` tokens, by the relative change of the output otherwise. The best is
-        taken, so that the network is never further from the original one there than without a
-        search. It takes as many times as long. ``report.settings["search for a division"]`` says
-        what it found; with ``run_dir``, evaluations are kept.
+        ``classes``, by the relative change of the output otherwise. The best is taken, so that the
+        network is never further from the original one there than without a search. It takes as many
+        times as long. ``report.settings["search for a division"]`` says what it found; with
+        ``run_dir``, evaluations are kept.
     search_seconds : float, optional
         No further division is begun after so many seconds. How many there were then depends on the
         machine; the report says it.
@@ -177,9 +174,9 @@ def prune(
     tune : "network", "blocks" or None
         "network" tunes the network once all layers are pruned: all parameters of these layers, and
         norms and biases, together, with the zeros held, towards what the original network returns
-        for the same batches, by Adam. No labels are needed. Logits over ``config.vocab_size``
-        tokens are compared by the Kullback-Leibler divergence, other outputs by the squared
-        distance; padding does not count. A tenth of the batches, but at least one, is held back,
+        for the same batches, by Adam. No labels are needed. Logits over ``classes`` are compared by
+        the Kullback-Leibler divergence, other outputs by the squared distance; padding does not
+        count. A tenth of the batches, but at least one, is held back,
         and the network keeps the values of the pass after which it was closest to the original one
         there: its old ones if no pass was better. Every batch is a step, so that more and smaller
         batches tune further. It takes a backward pass through the network, the original outputs for
@@ -198,6 +195,13 @@ def prune(
     tune_rate : float, optional
         The rate of the first step, relative to the root mean square of a parameter: 0.001 for the
         network and 0.002 for blocks where nothing is said. Small networks can take 0.016.
+    classes : int >= 2, optional
+        The network returns logits over so many classes, in the last dimension of an output, such as
+        10 for (B, 10). ``tune="network"`` and ``search`` then compare these logits, and nothing
+        else that it returns, by the Kullback-Leibler divergence of the classes' probabilities from
+        the original ones. Where nothing is said: over the tokens of a language model, as
+        ``config.vocab_size`` says, if the model has one. It is an error if the model returns no
+        such output for the first batch, or if neither of the two is asked for.
     forward : callable(model, batch), optional
         How to run the model on a batch when none of the forms above is right.
     memory : int, optional
@@ -265,6 +269,15 @@ def prune(
         with the bits of one process with as many threads. Rank 0 alone writes ``run_dir``, and
         alone does what ``tune`` asks for. None: this process does all of it, even where there is a
         process group. Tested with gloo on CPUs; NCCL has not been tried.
+    original : nn.Module, optional
+        For a model that has been pruned before and is to lose more: what it was before the first
+        call (``copy.deepcopy(model)``), with parameters of the same names, shapes and dtypes, and
+        the same buffers. "Original network" above then means this one: layers with inputs
+        "corrected" are fitted to its outputs, tuning and ``search`` aim at them, and the change of
+        the output is measured from them. Layers with other inputs are fitted to their own outputs
+        in the model as it was passed. Only its parameters' values are read; it is neither run nor
+        changed. On an error, the model is as it was passed. With ``run_dir``, a resumed call needs
+        the same one. Not with ``offload``; Theorem 3.2 does not cover it. None: the model as it is.
 
     Returns
     -------
@@ -327,6 +340,7 @@ def prune(
         tune=tune,
         tune_passes=tune_passes,
         tune_rate=tune_rate,
+        classes=classes,
         forward=forward,
         device=device,
         memory=memory,
@@ -340,56 +354,5 @@ def prune(
         measure=measure,
         held_back=held_back,
     )
-    return carried_out(model, calibration, _chosen(settings, arguments), group=group)
-
-
-def plan_prune(
-    model: nn.Module,
-    calibration: Iterable[Any],
-    *,
-    settings: NetworkSettings | None = None,
-    **arguments: Any,
-) -> RunPlan:
-    """Estimate the memory, disk and time that :func:`prune` takes with the same arguments.
-
-    Runs the model on the first and on the largest batch a few times. Changes nothing but the
-    device of the model, if one is passed, and shows no progress bars unless ``progress`` is passed.
-
-    Returns
-    -------
-    RunPlan
-        Bytes and seconds; ``str()`` gives a line to read.
-
-    Raises
-    ------
-    MemoryError
-        ``memory`` is too small; the message says for which layer, and what it needs.
-    LobsError
-        Everything that prune raises before it starts.
-    """
-    known = [field.name for field in dataclasses.fields(NetworkSettings)]
-    for name in arguments:
-        if name not in known:
-            raise ArgumentError(
-                f"{name}: prune has no such argument; it has model, calibration, settings, "
-                f"{', '.join(known)}"
-            )
-    chosen = _chosen(settings, NetworkSettings(**arguments))
-    if settings is None and "progress" not in arguments:
-        chosen = dataclasses.replace(chosen, progress=False)
-    with offloaded(model, chosen, {}) as offload:
-        return Pruning(model, calibration, chosen, offload=offload).plan(stacklevel=2)
-
-
-def _chosen(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
-    """The settings of a call: the object if one was passed, the keywords otherwise."""
-    if settings is None:
-        return arguments
-    if not isinstance(settings, NetworkSettings):
-        raise DtypeError(f"settings: expected NetworkSettings, got {type(settings).__name__}")
-    if changed := arguments.changed():
-        raise ArgumentError(
-            f"settings: {', '.join(changed)} given as well; pass one or the other, or "
-            "dataclasses.replace(settings, ...)"
-        )
-    return settings
+    chosen = chosen_of(settings, arguments)
+    return carried_out(model, calibration, chosen, group=group, original=original)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lobs_native import checks, ops
 from lobs_native.calibration.held_back import divided
 from lobs_native.calibration.offload import Offload
-from lobs_native.calibration.outputs import First, Samples, held_back_loss
+from lobs_native.calibration.outputs import First, Samples, check_classes, held_back_loss
 from lobs_native.calibration.partial import States
 from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.calibration.sensitivity import sensitivities
@@ -30,6 +30,7 @@ from lobs_native.network.allocation import budget_costs
 from lobs_native.network.bound import covered_weights, error_bound_of, samples_of
 from lobs_native.network.coverage import uncovered
 from lobs_native.network.layerwise import Context, LayerLoop
+from lobs_native.network.original import differing_from, keep_originals
 from lobs_native.network.peak import Peak, give_back, keep_tight, tighter
 from lobs_native.network.resources import RunPlan, plan_run, waiting_limit
 from lobs_native.network.run_report import report_of
@@ -40,7 +41,7 @@ from lobs_native.network.settings import NetworkSettings
 from lobs_native.network.shared import Clock, SharedLedger, check_ranks, refuse_dtensors
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
-from lobs_native.network.tuning import Tuner, blocks_to_tune, network_to_tune
+from lobs_native.network.tuning import Tuner, to_tune
 from lobs_native.network.uses import settle
 from lobs_native.report.records import Coverage, ErrorBound, plain
 from lobs_native.report.report import Report
@@ -55,7 +56,8 @@ class Pruning:
     """A model, its data and the settings of a run; it computes nothing by itself.
 
     ``places`` says where parameters lie in files, as far as known: those that do need not be kept
-    elsewhere while they are pruned.
+    elsewhere while they are pruned. ``original``: the network whose outputs are aimed at, if that
+    is not the model as it is.
 
     Raises
     ------
@@ -72,11 +74,12 @@ class Pruning:
         masks: Mapping[str, Tensor] | None = None,
         ranks: Ranks = ALONE,
         offload: Offload | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self.masks = masks or {}  # by layer, where what may stay is decided already
         self.stages = Stages()
         self.places = {**(places or {}), **({} if offload is None else offload.places)}
-        self.settings = settings
+        self.settings, self.original = settings, original
         self.searched: dict[str, float] | None = None  # what a search for a division found
         self.candidates = candidates_of(model, settings)
         refuse_dtensors(model)
@@ -98,7 +101,9 @@ class Pruning:
             held_back=held_back,
             ranks=ranks,
             offload=offload,
+            classes=settings.classes,
         )
+        self.session.differing = differing_from(original, self.session)
 
     def look(self, first: First | None = None) -> RunPlan:
         """Run the model to see how it uses its weights and in which order, and plan the run.
@@ -112,13 +117,9 @@ class Pruning:
         self.rows = flow.rows
         self.coverage = Coverage.of(sum(weights_of(job.layer) for job in self.jobs), self.skipped)
         self.structure = structure_of(self.jobs, flow, self.session, self.settings, settled.seen)
-        self.tuned: list[dict[str, nn.Parameter]] = []
+        check_classes(self.session)
         stacks, reasons = self.structure.stacks, self.structure.reasons
-        if self.settings.tune == "network":
-            limited = self.settings.memory is not None
-            self.tuned = network_to_tune(stacks, self._pruned(), self.session, limited)
-        elif self.settings.tune is not None:
-            self.tuned = blocks_to_tune(stacks, reasons, self._pruned(), self.session)
+        self.tuned = to_tune(stacks, reasons, self._pruned(), self.session, self.settings)
         covered = covered_weights(self.session, self.jobs)
         self.sampled = self.settings.measure != "all" and not covered
         work = workload(
@@ -177,9 +178,7 @@ class Pruning:
             with self.stages.stage("keeping original weights"):
                 parts = [*(job.layer.parameters for job in self.selected), *self.tuned]
                 parameters = {name: p for part in parts for name, p in part.items()}
-                for name, parameter in parameters.items():
-                    session.originals.put_copy(name, parameter, self.places.get(name))
-                    session.unused(parameter)
+                keep_originals(session, parameters, self.places, self.original)
             try:
                 with self.stages.stage("measuring the output"):
                     part, samples = self.sampled, Samples()
@@ -392,7 +391,8 @@ class Pruning:
     def _prints(self) -> dict[str, Any]:
         """The fingerprints of the model, the data (seeded, since some are shuffled) and masks."""
         torch.manual_seed(self.settings.seed)
-        return fingerprints(self.session.model, self.batches, self.masks, self.session.unused)
+        session, original = self.session, self.original
+        return fingerprints(session.model, self.batches, self.masks, session.unused, original)
 
     def _backends(self) -> list[str]:
         """The names of the backends that will prune the layers."""

@@ -49,6 +49,8 @@ def report_of(
         "peak memory": peak.bytes(),
         "peak memory of sensitivities": peak.before_reset if measured else None,
     }
+    if session.differing:
+        settings["parameters unlike the original's"] = len(session.differing)
     if ranks is not None:
         settings["ranks"] = ranks
     if loop.context.tuner is not None:

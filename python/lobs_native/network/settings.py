@@ -20,7 +20,7 @@ from lobs_native.solvers.methods import TABLE
 from lobs_native.solvers.options import number, option, option_of
 from lobs_native.solvers.settings import AUTO, SCOPES, LayerOptions, LayerSettings, merged
 
-__all__ = ["NetworkSettings", "globs_of"]
+__all__ = ["NetworkSettings", "chosen_of", "globs_of"]
 
 
 def globs_of(value: Any, name: str) -> list[str]:
@@ -61,6 +61,15 @@ def _count(value: Any, name: str) -> int:
     if value < 0:
         raise ArgumentError(f"{name}: {value}; it is a number of divisions, 0 or more")
     return value
+
+
+def _classes(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    classes = checks.positive_int(value, name)
+    if classes < 2:
+        raise ArgumentError(f"{name}: {classes}; it is the number of logits in a row, 2 or more")
+    return classes
 
 
 def _passes(value: Any, name: str) -> int | None:
@@ -214,6 +223,13 @@ class NetworkSettings(LayerOptions):
         help="of the first step of tuning, relative to the size of a parameter; default: 0.001 for "
         "the network, 0.002 for blocks",
     )
+    classes: int | None = option(
+        None,
+        check=_classes,
+        help="the network returns logits over so many classes, in the last dimension: --tune "
+        "network and --search compare them by the Kullback-Leibler divergence; default: over "
+        "vocab_size of its config, if there is one",
+    )
     device: torch.device | str | None = option(
         None, help="move the model and each batch there, for example cuda"
     )
@@ -282,6 +298,11 @@ class NetworkSettings(LayerOptions):
             raise ArgumentError("tune_passes: it is how long to tune; pass tune, as 'network'")
         if self.tune_rate is not None and self.tune is None:
             raise ArgumentError("tune_rate: it is how far steps of tuning go; pass tune")
+        if self.classes is not None and self.tune != "network" and not self.search:
+            raise ArgumentError(
+                f"classes: {self.classes}; it says how outputs are compared where the network is "
+                "tuned or a division is searched for; pass tune='network' or search"
+            )
         if self.offload is not None and self.tune is not None:
             raise ArgumentError(
                 f"offload: tune={self.tune!r} needs the weights in memory; leave one of them out"
@@ -358,3 +379,17 @@ class NetworkSettings(LayerOptions):
         if self.device is not None:
             chosen["device"] = str(self.device)
         return chosen
+
+
+def chosen_of(settings: NetworkSettings | None, arguments: NetworkSettings) -> NetworkSettings:
+    """The settings of a call: the object if one was passed, the keywords otherwise."""
+    if settings is None:
+        return arguments
+    if not isinstance(settings, NetworkSettings):
+        raise DtypeError(f"settings: expected NetworkSettings, got {type(settings).__name__}")
+    if changed := arguments.changed():
+        raise ArgumentError(
+            f"settings: {', '.join(changed)} given as well; pass one or the other, or "
+            "dataclasses.replace(settings, ...)"
+        )
+    return settings

@@ -35,7 +35,7 @@ from lobs_native.network.shared import SharedLedger
 from lobs_native.report.records import plain
 from lobs_native.rundir.ledger import Ledger
 
-__all__ = ["Tuner", "blocks_to_tune", "network_to_tune", "tuning_passes"]
+__all__ = ["Tuner", "to_tune", "tuning_passes"]
 
 _BLOCKS = Course(passes=2, rate=2e-3, seed=0)
 _NETWORK = Course(passes=2, rate=1e-3, seed=0)
@@ -77,7 +77,21 @@ def _check(session: Session) -> None:
         )
 
 
-def blocks_to_tune(
+def to_tune(
+    stacks: Sequence[Stack],
+    reasons: Sequence[str],
+    pruned: Mapping[str, nn.Parameter],
+    session: Session,
+    settings: NetworkSettings,
+) -> list[dict[str, nn.Parameter]]:
+    """The parameters, by name, of each part that the settings want tuned. ArgumentError if that
+    cannot be done; ``reasons`` tells why some modules are no stack."""
+    if settings.tune == "network":
+        return _network_to_tune(stacks, pruned, session, settings.memory is not None)
+    return [] if settings.tune is None else _blocks_to_tune(stacks, reasons, pruned, session)
+
+
+def _blocks_to_tune(
     stacks: Sequence[Stack],
     reasons: Sequence[str],
     pruned: Mapping[str, nn.Parameter],
@@ -102,7 +116,7 @@ def blocks_to_tune(
     ]
 
 
-def network_to_tune(
+def _network_to_tune(
     stacks: Sequence[Stack],
     pruned: Mapping[str, nn.Parameter],
     session: Session,

@@ -119,6 +119,7 @@ _ARGUMENTS = (
     *("scope", "inputs", "refine", "damping", "prune_bias", "spread", "sensitivity"),
     *("token_weights", "budget", "search", "search_seconds", "include", "exclude", "overrides"),
     *("strict", "memory", "device", "backend", "blocks", "tune", "tune_passes", "tune_rate"),
+    *("classes",),
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}

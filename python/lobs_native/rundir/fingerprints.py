@@ -18,15 +18,13 @@ def fingerprints(
     batches: Iterable[Any],
     masks: Mapping[str, Tensor],
     read: Callable[[Tensor], object] = lambda value: None,
+    original: nn.Module | None = None,
 ) -> dict[str, Any]:
     """sha256 of the model's parameters and buffers (even those that are not saved, because the
-    output may depend on them), of the calibration data, and of masks if there are any; and the
-    number of batches. ``read`` is called with each tensor of the model after it was read."""
-    state = hashlib.sha256()
-    parameters = model.named_parameters(remove_duplicate=False)
-    for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
-        _add(state, name, value)
-        read(value)
+    output may depend on them), of the calibration data, and of masks and another original network
+    if there are any; and the number of batches. ``read`` is called with each tensor of the model
+    after it was read."""
+    of_model = _state(model, read)
     data, count = hashlib.sha256(), 0
     for batch in batches:
         count += 1
@@ -37,13 +35,25 @@ def fingerprints(
                 plain = isinstance(value, (bool, int, float, str))
                 label = value if plain else type(value).__name__
                 data.update(f"{path} {label!r}\n".encode())
-    found = {"model": state.hexdigest(), "calibration": data.hexdigest(), "batches": count}
+    found = {"model": of_model, "calibration": data.hexdigest(), "batches": count}
+    if original is not None:
+        found["original"] = _state(original)
     if masks:
         of_masks = hashlib.sha256()
         for name, mask in sorted(masks.items()):
             _add(of_masks, name, mask)
         found["masks"] = of_masks.hexdigest()
     return found
+
+
+def _state(model: nn.Module, read: Callable[[Tensor], object] = lambda value: None) -> str:
+    """sha256 of all parameters and buffers, by all their names."""
+    state = hashlib.sha256()
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, value in (*parameters, *model.named_buffers(remove_duplicate=False)):
+        _add(state, name, value)
+        read(value)
+    return state.hexdigest()
 
 
 def _add(digest: Any, name: str, value: Tensor) -> None:

@@ -117,7 +117,7 @@ def output_loss(session: Session, sample: Sample) -> float:
     """How far the output is from a sample of the original network's: the mean Kullback-Leibler
     divergence of logits over the vocabulary of the model's configuration, or the squared change of
     other outputs over their square; infinite if it is another kind of output, or not finite."""
-    vocabulary = vocabulary_of(session.model)
+    vocabulary = vocabulary_of(session)
     change = measure_change(session, sample=sample, vocabulary=vocabulary)
     if change is None:
         return math.inf
