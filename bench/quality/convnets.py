@@ -25,7 +25,8 @@ network before, by which settings are chosen; and the seconds of the calls of ``
 residual network also the errors after its batch normalisation was re-estimated on the same 2,000
 images, and the seconds of that. With several seeds, each trains a network of its own, and a cell is
 the mean with the lowest and the highest in brackets. For one seed, differences of a few tenths of a
-point mean nothing. --networks, --sparsities and --only leave out the others.
+point mean nothing. --networks, --sparsities and --only leave out the others; --as-pruned
+re-estimates nothing.
 
 ``bench/results/convnets.json`` comes from --seeds 3 --threads 1 with torch 2.13.
 """
@@ -266,8 +267,9 @@ def reestimate(model: nn.Module, batches: Sequence[Tensor], tested: Images, row:
     row.reestimated.append(percent_wrong(model, tested))
 
 
-def measure(model: nn.Module, training: Tensor, tested: Images, row: Row) -> None:
-    """Prune a copy of a model in the way that ``row`` says, and add what came of it."""
+def measure(model: nn.Module, training: Tensor, tested: Images, row: Row, *, again: bool) -> None:
+    """Prune a copy of a model in the way that ``row`` says, and add what came of it; ``again``:
+    also with its batch normalisation re-estimated."""
     settings, images = METHODS[row.method], training[:CALIBRATION]
     batches = images.split(STEP if "tune" in settings else AT_ONCE)
     twice = row.method in TWICE and row.sparsity > 0.5
@@ -284,7 +286,8 @@ def measure(model: nn.Module, training: Tensor, tested: Images, row: Row) -> Non
     row.damping.append([layer.damping for layer in report.layers])
     row.error.append(percent_wrong(pruned, tested))
     row.differing.append(percent_wrong(pruned, answered(model, training[CHOOSING])))
-    reestimate(pruned, batches, tested, row)
+    if again:
+        reestimate(pruned, batches, tested, row)
 
 
 def main() -> None:
@@ -293,6 +296,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind, default 1")
     parser.add_argument("--cache", help="prefix of files with trained weights")
     parser.add_argument("--threads", type=int, help="default torch's")
+    parser.add_argument("--as-pruned", action="store_true", help="re-estimate nothing")
     parser.add_argument("--out", type=Path, help="JSON; what it holds is not computed again")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
@@ -310,10 +314,11 @@ def main() -> None:
         known = {(row.network, row.sparsity, row.method): row for row in kept}
     for network in arguments.networks:
         models = [trained(network, training, s, arguments.cache) for s in range(arguments.seeds)]
-        dense = Row(network, 0.0, "not pruned")
-        for model in models:
+        dense = known.get((network, 0.0, "not pruned")) or Row(network, 0.0, "not pruned")
+        for model in models[len(dense.error) :]:
             dense.error.append(percent_wrong(model, tested))
-            reestimate(copy.deepcopy(model), images.split(AT_ONCE), tested, dense)
+            if not arguments.as_pruned:
+                reestimate(copy.deepcopy(model), images.split(AT_ONCE), tested, dense)
         known[network, 0.0, dense.method] = dense
         print(f"\n{network}: errors in percent, not retrained\n")
         print(
@@ -325,7 +330,7 @@ def main() -> None:
             for method in arguments.only:
                 row = known.get((network, sparsity, method)) or Row(network, sparsity, method)
                 for model in models[len(row.error) :]:
-                    measure(model, training.x, tested, row)
+                    measure(model, training.x, tested, row, again=not arguments.as_pruned)
                     known[network, sparsity, method] = row
                     save(arguments.out, arguments.seeds, known)  # a long run may be interrupted
                 print(row.line(), flush=True)
