@@ -176,14 +176,14 @@ def prune(
         norms and biases, together, with the zeros held, towards what the original network returns
         for the same batches, by Adam. No labels are needed. Logits over ``classes`` are compared by
         the Kullback-Leibler divergence, other outputs by the squared distance; padding does not
-        count. A tenth of the batches, but at least one, is held back,
-        and the network keeps the values of the pass after which it was closest to the original one
-        there: its old ones if no pass was better. Every batch is a step, so that more and smaller
-        batches tune further. It takes a backward pass through the network, the original outputs for
-        all batches on disk, and 17 bytes for each parameter that is tuned (float32; 21 for
-        bfloat16). With ``memory``, blocks of a stack are run once more in the backward pass, which
-        then keeps what is inside of one of them. With ``run_dir``, what was tuned is committed; a
-        run that was killed before tunes from the beginning, to the same bits.
+        count. A tenth of the batches, but at least one, is held back, and the network keeps the
+        values of the pass after which it was closest to the original one there: its old ones if no
+        pass was better. Every batch is a step, so that more and smaller batches tune further. It
+        takes a backward pass through the network, the original outputs for all batches on disk, and
+        17 bytes for each parameter that is tuned (float32; 21 for bfloat16). With ``memory``,
+        blocks of a stack are run once more in the backward pass, which then keeps what is inside of
+        one of them. With ``run_dir``, what was tuned is committed; a run that was killed before
+        tunes from the beginning, to the same bits.
         "blocks" tunes each block of a stack once its layers are pruned, towards what the block
         returned in the original network (with inputs "pruned": what the original block makes of the
         present inputs), in the same way.
