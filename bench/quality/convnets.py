@@ -15,18 +15,17 @@ that exists, and written to it if not:
 Then every convolution and every linear layer, including the first and the last, is pruned to the
 same sparsity (with scope "model": on average, each within bounds), calibrated on the first 2,000
 training images without labels, and not retrained. "tuned": towards the network's own outputs for
-these images, by their squared change, or by the Kullback-Leibler divergence ("by KL"); "twice":
-first with twice as many weights kept, then again, towards what the network returned as pruned, or
-before ("to the original").
+these images, by their squared change, or by the Kullback-Leibler divergence ("by KL"; "at T = 2",
+of the probabilities of halved logits); "twice": first with twice as many weights kept, then again,
+towards what the network returned as pruned, or before ("to the original").
 
 The tables show errors in percent on the 10,000 test images; the percentage of 5,000 training
 images, none of them calibrated on, to which the pruned network gives another answer than the
 network before, by which settings are chosen; and the seconds of the calls of ``prune``. For the
 residual network also the errors after its batch normalisation was re-estimated on the same 2,000
-images, and the seconds of that. With several seeds, each trains a network of its own, and a cell is
-the mean with the lowest and the highest in brackets. For one seed, differences of a few tenths of a
-point mean nothing. --networks, --sparsities and --only leave out the others; --as-pruned
-re-estimates nothing.
+images, and its seconds (not with --as-pruned). With several seeds, each trains a network of its
+own, and a cell is the mean with the lowest and the highest in brackets. For one seed, differences
+of a few tenths of a point mean nothing. --networks, --sparsities and --only leave out the others.
 
 ``bench/results/convnets.json`` comes from --seeds 3 --threads 1 with torch 2.13.
 """
@@ -84,16 +83,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm, model, corrected": {"method": "admm", "scope": "model", "inputs": "corrected"},
 }
 TUNED = {"tune": "network", "tune_passes": 30, "tune_rate": 0.016}
-SQUARED = {**METHODS["exact, model, corrected"], **TUNED}
-BY_KL = {**SQUARED, "classes": 10}
-METHODS["exact, model, corrected, tuned"] = SQUARED
-METHODS["exact, model, corrected, tuned by KL"] = BY_KL
-TWICE = {  # method -> whether the second call aims at the original network
-    "exact, model, corrected, tuned twice": False,
-    "exact, model, corrected, tuned twice to the original": True,
-    "exact, model, corrected, tuned by KL twice to the original": True,
+ONCE = "exact, model, corrected, tuned"
+METHODS[ONCE] = {**METHODS["exact, model, corrected"], **TUNED}
+METHODS[f"{ONCE} by KL"] = {**METHODS[ONCE], "classes": 10}
+METHODS[f"{ONCE} by KL at T = 2"] = {
+    **METHODS[f"{ONCE} by KL"],
+    "forward": lambda model, batch: model(batch) / 2,
 }
-METHODS |= {name: BY_KL if "by KL" in name else SQUARED for name in TWICE}
+WAYS = (ONCE, f"{ONCE} by KL", f"{ONCE} by KL at T = 2")
+# Method -> that of the first call, and whether the second one aims at the original network.
+TWICE = {f"{ONCE} twice": (ONCE, False)}
+TWICE |= {f"{way} twice to the original": (way, True) for way in WAYS}
+METHODS |= {name: METHODS[first] for name, (first, _) in TWICE.items()}
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -267,27 +268,71 @@ def reestimate(model: nn.Module, batches: Sequence[Tensor], tested: Images, row:
     row.reestimated.append(percent_wrong(model, tested))
 
 
-def measure(model: nn.Module, training: Tensor, tested: Images, row: Row, *, again: bool) -> None:
-    """Prune a copy of a model in the way that ``row`` says, and add what came of it; ``again``:
-    also with its batch normalisation re-estimated."""
-    settings, images = METHODS[row.method], training[:CALIBRATION]
-    batches = images.split(STEP if "tune" in settings else AT_ONCE)
-    twice = row.method in TWICE and row.sparsity > 0.5
-    original = model if TWICE.get(row.method) else None
-    pruned = copy.deepcopy(model)
-    begun, seconds = time.process_time(), 0.0
-    for sparsity in (2 * row.sparsity - 1, row.sparsity) if twice else (row.sparsity,):
-        options = {"sparsity": sparsity, "original": original, **settings}
-        report = lobs.prune(pruned, batches, progress=False, **options)
-        seconds += report.seconds
-    row.cpu_seconds.append(time.process_time() - begun)
-    row.seconds.append(seconds)
-    row.reached.append(report.sparsity)
-    row.damping.append([layer.damping for layer in report.layers])
-    row.error.append(percent_wrong(pruned, tested))
-    row.differing.append(percent_wrong(pruned, answered(model, training[CHOOSING])))
-    if again:
-        reestimate(pruned, batches, tested, row)
+@dataclass(frozen=True)
+class Pruned:
+    """A network that was pruned, and what that took."""
+
+    network: nn.Module
+    report: lobs.Report
+    seconds: float
+    cpu_seconds: float
+
+    @classmethod
+    def of(cls, network: nn.Module, images: Tensor, method: str, **options: Any) -> Pruned:
+        """A pruned copy of a network."""
+        settings = {**METHODS[method], "progress": False, **options}
+        batches = images.split(STEP if "tune" in METHODS[method] else AT_ONCE)
+        begun = time.process_time()
+        pruned = copy.deepcopy(network)
+        report = lobs.prune(pruned, batches, **settings)
+        return cls(pruned, report, report.seconds, time.process_time() - begun)
+
+
+@dataclass
+class Measuring:
+    """How networks are pruned and measured; what one call made of a network is kept, since two
+    calls begin with it."""
+
+    training: Tensor
+    tested: Images
+    reestimated: bool
+    made: dict[tuple[nn.Module, str, float], Pruned] = field(default_factory=dict)
+
+    def once(self, model: nn.Module, method: str, sparsity: float) -> Pruned:
+        """A network pruned in one call."""
+        key = model, method, round(sparsity, 6)
+        if key not in self.made:
+            images = self.training[:CALIBRATION]
+            self.made[key] = Pruned.of(model, images, method, sparsity=sparsity)
+        return self.made[key]
+
+    def twice(self, model: nn.Module, method: str, sparsity: float) -> Pruned:
+        """In two calls, the first of which keeps twice as many weights; seconds are of both."""
+        method, to_original = TWICE[method]
+        images = self.training[:CALIBRATION]
+        begun = self.once(model, method, 2 * sparsity - 1)
+        options = {"sparsity": sparsity, "original": model if to_original else None}
+        found = Pruned.of(begun.network, images, method, **options)
+        seconds = found.seconds + begun.seconds, found.cpu_seconds + begun.cpu_seconds
+        return Pruned(found.network, found.report, *seconds)
+
+    def add(self, model: nn.Module, row: Row) -> None:
+        """Prune a copy of a model in the way that ``row`` says, and add what came of it."""
+        way = self.twice if row.method in TWICE and row.sparsity > 0.5 else self.once
+        found = way(model, row.method, row.sparsity)
+        row.cpu_seconds.append(found.cpu_seconds)
+        row.seconds.append(found.seconds)
+        row.reached.append(found.report.sparsity)
+        row.damping.append([layer.damping for layer in found.report.layers])
+        self.measure(model, found.network, row)
+
+    def measure(self, model: nn.Module, pruned: nn.Module, row: Row) -> None:
+        """Add what a network says that was made of a model."""
+        row.error.append(percent_wrong(pruned, self.tested))
+        row.differing.append(percent_wrong(pruned, answered(model, self.training[CHOOSING])))
+        if self.reestimated:
+            batches = self.training[:CALIBRATION].split(AT_ONCE)
+            reestimate(copy.deepcopy(pruned), batches, self.tested, row)
 
 
 def main() -> None:
@@ -307,7 +352,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     training, tested = fashion(arguments.images, "train"), fashion(arguments.images, "t10k")
-    images = training.x[:CALIBRATION]
+    measuring = Measuring(training.x, tested, reestimated=not arguments.as_pruned)
     known: dict[tuple[str, float, str], Row] = {}
     if arguments.out and arguments.out.is_file():
         kept = [Row(**row) for row in json.loads(arguments.out.read_text())["rows"]]
@@ -316,24 +361,23 @@ def main() -> None:
         models = [trained(network, training, s, arguments.cache) for s in range(arguments.seeds)]
         dense = known.get((network, 0.0, "not pruned")) or Row(network, 0.0, "not pruned")
         for model in models[len(dense.error) :]:
-            dense.error.append(percent_wrong(model, tested))
-            if not arguments.as_pruned:
-                reestimate(copy.deepcopy(model), images.split(AT_ONCE), tested, dense)
+            measuring.measure(model, model, dense)
         known[network, 0.0, dense.method] = dense
         print(f"\n{network}: errors in percent, not retrained\n")
-        print(
-            "| sparsity | method | error | other answers | re-estimated | seconds | its seconds |"
-        )
+        print("| sparsity | method | error | others | re-estimated | seconds | its seconds |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         print(dense.line(), flush=True)
         for sparsity in arguments.sparsities:
             for method in arguments.only:
-                row = known.get((network, sparsity, method)) or Row(network, sparsity, method)
-                for model in models[len(row.error) :]:
-                    measure(model, training.x, tested, row, again=not arguments.as_pruned)
-                    known[network, sparsity, method] = row
-                    save(arguments.out, arguments.seeds, known)  # a long run may be interrupted
-                print(row.line(), flush=True)
+                rows = [Row(network, sparsity, method)]
+                if method in TWICE and sparsity > 0.5:  # the first call's network is a row as well
+                    rows.insert(0, Row(network, round(2 * sparsity - 1, 6), TWICE[method][0]))
+                rows = [known.setdefault((network, x.sparsity, x.method), x) for x in rows]
+                for number, model in enumerate(models):
+                    for row in (x for x in rows if len(x.error) == number):
+                        measuring.add(model, row)
+                        save(arguments.out, arguments.seeds, known)  # it may be interrupted
+                print(*(row.line() for row in rows), sep="\n", flush=True)
     save(arguments.out, arguments.seeds, known)
 
 
