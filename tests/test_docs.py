@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ def test_the_table_of_convolutional_networks_is_what_was_measured():
     for _, *shown in rows:
         for value in (float(x) for text in shown for x in text.split(", ")):
             assert any(math.isclose(value, mean, abs_tol=0.011) for mean in means), value
+
+
+def test_the_table_of_tuned_convolutional_networks_is_what_was_measured():
+    def cell(values: list[float]) -> str:
+        each = f" ({', '.join(f'{x:.2f}' for x in values)})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{each}"
+
+    measured = json.loads((ROOT / "bench/results/convnets-two-calls.json").read_text())["rows"]
+    found = {(cell(x["error"]), cell(x["differing"])): f"{x['sparsity']:.0%}" for x in measured}
+    for label, error, differing, _ in rows_of_table(
+        (DOCS / "results/quality.md").read_text(), "| ResNet, tuned |"
+    ):
+        assert found[error, differing] == label.split(",")[0]
 
 
 @pytest.mark.parametrize(
