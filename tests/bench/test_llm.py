@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from helpers import hf_folders
 
 from quality import calibration_texts
 from quality.llm import __main__ as llm
+from quality.llm import material, rivals
 
 
 def test_differences_are_paired():
@@ -46,3 +49,20 @@ def test_half_of_the_windows_are_of_each_text():
     found = {kind: calibration_texts.calibration(texts, kind, 5) for kind in ("written", "both")}
     assert found["written"].flatten().tolist() == [10, 11, 12, 13, 14]
     assert found["both"].flatten().tolist() == [0, 1, 2, 10, 11]
+
+
+@pytest.mark.parametrize(("target", "share"), [("70%", 0.7), ("2:4", 0.5)])
+def test_llm_compressor_prunes_the_first_blocks_to_the_target(target, share, tmp_path):
+    """The head, which is tied to the embeddings, and the other block stay as they were."""
+    pytest.importorskip("llmcompressor")
+    folder = hf_folders.save(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    model = material.loaded(folder)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rivals.by_product(model, torch.randint(hf_folders.VOCABULARY, (4, 16)), target, 1)
+    pruned = [name for name in before if re.fullmatch(r"model.layers.0.*_proj.weight", name)]
+    assert len(pruned) == 7
+    for name, x in model.state_dict().items():
+        if name in pruned:
+            assert float((x == 0).float().mean()) == pytest.approx(share, abs=0.002)
+        else:
+            assert torch.equal(x, before[name])

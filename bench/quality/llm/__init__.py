@@ -14,6 +14,9 @@ FOLDER holds clones of IST-DASLab/sparsegpt and mazumder-lab/ALPS, as FOLDER/spa
 FOLDER/ALPS. Their classes do the work, block by block as their scripts for Llama do it; of ALPS's
 code, the name of the GPU and the wait for it are replaced. This repository contains neither.
 
+"llm-compressor" is that package's `oneshot` with its SparseGPTModifier (`pip install
+llmcompressor`; beside a newer transformers than it allows, `--no-deps`, and what it imports).
+
 Every case is a process of its own with one thread. Its seconds are CPU seconds of calibration and
 removal, without loading and measuring; its memory is the peak above what the process took once the
 model was loaded. A case whose result is in FILE, from the same versions, is not run again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from lobs_native.version import versions
 from quality.encoder import TEXT
 from quality.llm.job import METHODS, OURS
 from quality.llm.material import TARGETS, make_folder
-from quality.llm.rivals import RIVALS
+from quality.llm.rivals import PRODUCT, RIVALS
 from speed.paired import machine
 
 BLOCKS, TOKENS, MEASURED = 30, 16_384, 128
@@ -38,6 +39,8 @@ def software(method: str, rivals: Path | None) -> dict[str, str]:
     found = {**versions(), "transformers": transformers.__version__}
     if method not in OURS:
         del found["lobs_native"]
+    if method == PRODUCT:
+        found["llmcompressor"] = importlib.metadata.version("llmcompressor")
     if method in RIVALS:
         assert rivals is not None
         folder = rivals / {"sparsegpt": "sparsegpt", "alps": "ALPS"}[method]

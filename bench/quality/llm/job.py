@@ -25,7 +25,7 @@ from hosts.sparsegpt_script import prune_block_by_block
 from lobs_native.network.peak import Peak
 from quality.encoder import TEXT
 from quality.llm.material import TARGETS, Windows, loaded
-from quality.llm.rivals import RIVALS
+from quality.llm.rivals import PRODUCT, RIVALS, by_product
 
 AT_ONCE = 4  # windows in a batch of ours; where the network is tuned, one, which is a step
 ROWS = 512  # of logits whose logarithms are in memory at a time
@@ -48,7 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "inputs": "pruned"},
     "magnitude": {"method": "magnitude", "inputs": "pruned"},
 }
-METHODS = ("dense", *OURS, *RIVALS)
+METHODS = ("dense", *OURS, *RIVALS, PRODUCT)
 
 
 def prune(model: Any, windows: Tensor, case: dict[str, Any], rivals: Path | None) -> None:
@@ -62,6 +62,9 @@ def prune(model: Any, windows: Tensor, case: dict[str, Any], rivals: Path | None
             progress=False,
             **{**TARGETS[target], **OURS[method]},
         )
+    elif method == PRODUCT:
+        with contextlib.redirect_stdout(io.StringIO()):
+            by_product(model, windows, target, blocks)
     elif method in RIVALS:
         assert rivals is not None
         if not torch.cuda.is_available():
