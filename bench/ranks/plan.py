@@ -34,7 +34,7 @@ from torch import nn
 import lobs_native as lobs
 from lobs_native.calibration.differences import Gap
 from lobs_native.calibration.ranks import Ranks
-from lobs_native.calibration.tree import CHUNKS
+from lobs_native.calibration.tree import CHUNKS, ranks_of_chunks
 from lobs_native.layers import layers_of
 from lobs_native.network.divided import Work, divided, owners
 from lobs_native.network.selection import LayerJob
@@ -158,7 +158,8 @@ def of_group(
 ) -> Part:
     """Calibrating and pruning a group: its part of the passes through its block, and its sums."""
     N, speeds = machine.ranks, machine.speeds
-    counts = [len(range(r, chunks, N)) for r in range(N)]
+    of_chunks = ranks_of_chunks(chunks, N)
+    counts = [of_chunks.count(rank) for rank in range(N)]
     forward = 2.0 * tokens * sum(job.extent.weights for job in group)
     products = (2 if corrected else 1) * forward * (1 + 4 * UNTIL_KNOWN)
     products += tokens * group[0].extent.squares * (1 + 3 * corrected)

@@ -25,6 +25,7 @@ from lobs_native.calibration.tree import (
     added,
     chunks,
     own_batches,
+    ranks_of_chunks,
 )
 from lobs_native.errors import ArgumentError
 from lobs_native.layers import layers_of
@@ -75,6 +76,21 @@ def test_every_batch_is_that_of_one_rank(size):
         of_rank.rank, of_rank.size = rank, size
     numbers = [n for of_rank in ranks for n in own_batches(33, of_rank)]
     assert sorted(numbers) == list(range(33))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 20])
+def test_a_rank_has_one_chunk_of_each_round_and_about_as_many_batches_as_others(size):
+    for count in range(1, 70):
+        parts, ranks = chunks(count), ranks_of_chunks(count, size)
+        rounds = [ranks[first : first + size] for first in range(0, len(parts), size)]
+        assert all(len(set(some)) == len(some) for some in rounds)
+        assert ranks[0] == 0, "it needs the first batch for more than its sums"
+        loads = [0] * size
+        for part, rank in zip(parts, ranks, strict=True):
+            loads[rank] += len(part)
+        assert sum(loads) == count
+        if len(rounds[-1]) == size:
+            assert max(loads) - min(loads) <= 1, count
 
 
 def test_second_moments_are_those_of_the_stated_tree():
@@ -165,10 +181,11 @@ def test_own_errors_during_an_exchange_stay_what_they_are(monkeypatch):
     ranks.tell(RuntimeError("of mine"))
 
 
-def test_a_plan_says_how_many_ranks_have_no_batches():
+def test_a_plan_says_how_many_ranks_have_no_batches(monkeypatch):
     model = nn.Linear(3, 2)
     ranks = Ranks()
     ranks.size = 20
+    monkeypatch.setattr(ranks, "from_one", lambda what, value, tensors, source: (value, {}))
     settings = NetworkSettings(sparsity=0.5)
     plan = Pruning(model, [torch.randn(5, 3)] * 40, settings, ranks=ranks).plan(stacklevel=1)
     assert plan.idle == 4

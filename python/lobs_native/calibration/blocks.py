@@ -124,19 +124,26 @@ class Sightings:
             seen.before += not seen.calls
 
     def stacks(self, session: Session) -> tuple[list[Stack], list[str]]:
-        """See :func:`find_stacks`. Call it once: it drops what was seen."""
+        """See :func:`find_stacks`. Call it once: it drops what was seen. Of several ranks, the
+        first verifies the stacks."""
         stacks: list[tuple[int, Stack]] = []
-        reasons = []
+        reasons: list[str] = []
         for name, children in self.containers.items():
             stack = Stack(name, [path for path, _ in children], [child for _, child in children])
             stack.all_blocks = len(list(self.model.get_submodule(name).children()))
-            seen = self.seen.pop(name)
-            try:
-                stack.verify(seen)
-                stack.verify_hollow(session, seen)
-                stacks.append((seen.before, stack))
-            except NotAStackError as reason:
+            seen, reason = self.seen.pop(name), ""
+            if session.ranks.first:
+                try:
+                    stack.verify(seen)
+                    stack.verify_hollow(session, seen)
+                except NotAStackError as error:
+                    reason = str(error)
+            reason, *known = session.ranks.value(f"stack {name}", [reason, *stack.known()])
+            if reason:
                 reasons.append(f"{name}: {reason}")
+            else:
+                stack.learn(*known)
+                stacks.append((seen.before, stack))
         return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0])], reasons
 
 
@@ -192,9 +199,18 @@ class Stack:
         self.slot: int | str = 0  # the hidden state's position or keyword in a block's arguments
         self.hidden_bytes = 0  # size of a block's hidden state, for the first batch
         self.other_bytes = 0  # size of all other arguments of the blocks, for the first batch
-        # What each block returns: None for a tensor, or the type and length of a sequence. Empty if
+        # What each block returns: None for a tensor, or the name of a sequence's type and its length. Empty if
         # the blocks have to compute for all of them to be called as they are.
-        self._forms: list[tuple[type, int] | None] = []
+        self._forms: list[tuple[str, int] | None] = []
+
+    def known(self) -> list[Any]:
+        """What verifying it has shown, as plain JSON values."""
+        return [self.slot, self.hidden_bytes, self.other_bytes, self._forms]
+
+    def learn(self, slot: int | str, hidden: int, other: int, forms: Iterable[Any]) -> None:
+        """Take over what :meth:`known` returned."""
+        self.slot, self.hidden_bytes, self.other_bytes = slot, hidden, other
+        self._forms = [None if form is None else (form[0], form[1]) for form in forms]
 
     def __contains__(self, layer: str) -> bool:
         return self.block_of(layer) is not None
@@ -267,7 +283,7 @@ class Stack:
             if not alike or type(output) not in (torch.Tensor, tuple, list):
                 return
         self._forms = [
-            None if isinstance(output, Tensor) else (type(output), len(output))
+            None if isinstance(output, Tensor) else (type(output).__name__, len(output))
             for output in sighting.outputs
         ]
         hollow = None
@@ -299,7 +315,8 @@ class Stack:
                 form = self._forms[i]
                 if form is None:
                     return call.hidden
-                return form[0]([call.hidden, *[None] * (form[1] - 1)])
+                returned = [call.hidden, *[None] * (form[1] - 1)]
+                return tuple(returned) if form[0] == "tuple" else returned
 
             return forward
 

@@ -17,7 +17,10 @@ def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     """The batches, with torch's random numbers seeded before each is loaded: the first with
     ``seed``, the others with other numbers. A batch then has the same ones wherever a pass begins,
     and whether or not the model is run on those before it."""
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():  # it may start in this pass
+        torch.manual_seed(seed)
+    else:
+        _seed(seed)
     for number, batch in enumerate(batches, 1):
         yield batch
         _seed((seed + number * _STRIDE) % 2**64)

@@ -2,9 +2,10 @@
 
 The batches are divided into ``CHUNKS`` runs of neighbours (fewer if there are fewer batches). The
 sums over a chunk begin with zero and take its batches in order. Then the chunks' sums are added in
-order: ``((S_0 + S_1) + S_2) + ...``. Rank r of N computes the chunks r, r + N, r + 2 N and so on.
-When each rank has one, these are added, every rank adding its piece of the entries, so that no rank
-holds more than two sets of sums. One process does the same additions, one after another.
+order: ``((S_0 + S_1) + S_2) + ...``. Of N ranks, each computes one of the first N chunks, one of the
+next N, and so on. When each rank has one, these are added, every rank adding its piece of the
+entries, so that no rank holds more than two sets of sums. One process does the same additions, one
+after another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lobs_native.calibration.ranks import Ranks
 
-__all__ = ["CHUNKS", "Summing", "Tree", "chunks", "own_batches"]
+__all__ = ["CHUNKS", "Summing", "Tree", "chunks", "own_batches", "ranks_of_chunks"]
 
 CHUNKS = 16
 _ROWS = 64  # of a lower triangular matrix, that are sent together
@@ -63,10 +64,27 @@ def chunks(count: int) -> list[range]:
     return [range(j * count // parts, (j + 1) * count // parts) for j in range(parts)]
 
 
+def ranks_of_chunks(count: int, size: int) -> list[int]:
+    """The rank, of ``size``, that computes each chunk of ``count`` batches. The first chunks are
+    those of the ranks in order, so that rank 0 has the first batch. Of the next ``size``, and so
+    on, the longest is that of the rank with the fewest batches so far."""
+    parts = chunks(count)
+    found = list(range(min(size, len(parts))))
+    load = [*map(len, parts[:size]), *[0] * (size - len(found))]
+    for first in range(size, len(parts), size):
+        lengths = [len(part) for part in parts[first : first + size]]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        of_round = dict(zip(longest, sorted(range(size), key=load.__getitem__), strict=False))
+        for i, length in enumerate(lengths):
+            load[of_round[i]] += length
+            found.append(of_round[i])
+    return found
+
+
 def own_batches(count: int, ranks: Ranks) -> dict[int, None]:
     """The numbers of the batches, of ``count``, that this rank runs the model on, in order."""
-    own = chunks(count)[ranks.rank :: ranks.size]
-    return {number: None for chunk in own for number in chunk}
+    parts = zip(chunks(count), ranks_of_chunks(count, ranks.size), strict=True)
+    return {number: None for chunk, rank in parts if rank == ranks.rank for number in chunk}
 
 
 def added(a: Any, b: Any) -> Any:
@@ -108,6 +126,7 @@ class Tree:
     def __init__(self, sums: Summing, ranks: Ranks, count: int) -> None:
         self.sums, self.ranks = sums, ranks
         self.chunks = chunks(count)
+        self.owners = ranks_of_chunks(count, ranks.size)
         self.added = 0  # chunks
         self.total: dict[str, Tensor] = {}  # of several ranks, the own piece of each
         self.total_values: dict[str, Any] | None = None
@@ -116,7 +135,8 @@ class Tree:
     @property
     def ends(self) -> set[int]:
         """How many batches have been passed when a chunk of this rank ends."""
-        return {chunk.stop for chunk in self.chunks[self.ranks.rank :: self.ranks.size]}
+        parts = zip(self.chunks, self.owners, strict=True)
+        return {chunk.stop for chunk, rank in parts if rank == self.ranks.rank}
 
     @property
     def complete(self) -> bool:
@@ -147,8 +167,8 @@ class Tree:
 
     def _add_pieces(self) -> None:
         ranks = self.ranks
-        senders = min(ranks.size, len(self.chunks) - self.added)
-        self.added += senders
+        senders = self.owners[self.added : self.added + ranks.size]
+        self.added += len(senders)
         tensors, lower, own = self.sums.tensors(), self.sums.lower(), self.sums.values()
         lengths: dict[str, int] = {}
 

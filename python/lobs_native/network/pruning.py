@@ -135,7 +135,7 @@ class Pruning:
             covered=covered,
             seen=settled.seen,
         )
-        return plan_run(self.jobs, work, self.settings)
+        return plan_run(self.jobs, work, self.settings, self.session.ranks)
 
     def _pruned(self) -> dict[str, nn.Parameter]:
         """The parameters of all layers that are pruned, by name."""

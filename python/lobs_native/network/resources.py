@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lobs_native.calibration.differences import AT_ONCE, Gap
+from lobs_native.calibration.ranks import ALONE, Ranks
 from lobs_native.layers.conv import PATCH_BYTES, Conv
 from lobs_native.network.packed import packed_bytes
 from lobs_native.network.selection import LayerJob, weights_of
@@ -181,8 +182,11 @@ def _summing_bytes(job: LayerJob, rows: float, corrected: bool) -> int:
     return 2 * copied + kept + compared + product
 
 
-def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings) -> RunPlan:
-    """Divide ``settings.memory`` among all that pruning needs memory for.
+def plan_run(
+    jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings, ranks: Ranks = ALONE
+) -> RunPlan:
+    """Divide ``settings.memory`` among all that pruning needs memory for. Of several ``ranks``, the
+    first measures how fast arithmetic is.
 
     Raises MemoryError, with the layer and the bytes that it needs, if the limit is too small.
     """
@@ -252,7 +256,7 @@ def plan_run(jobs: Sequence[LayerJob], work: Workload, settings: NetworkSettings
         output=output + work.measuring,
         disk=elsewhere + work.sample - waiting + work.targets + offloaded,
         backward=work.backward,
-        seconds=_searching(_seconds(jobs, work, corrected), settings),
+        seconds=_searching(_seconds(jobs, work, corrected, ranks), settings),
         limit=memory,
         scratch=scratch,
         statistics_limit=(statistics + moments[largest]) // work.sets,
@@ -276,7 +280,7 @@ def _searching(once: float, settings: NetworkSettings) -> float:
     return once + searching
 
 
-def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float:
+def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool, ranks: Ranks) -> float:
     """From the time of one forward pass, the arithmetic to come, and the speed of a product."""
     products, doubles = 0.0, work.norms
     for job in jobs:
@@ -288,9 +292,9 @@ def _seconds(jobs: Sequence[LayerJob], work: Workload, corrected: bool) -> float
             doubles += 0.0 if method.inverts else 2.0 * extent.order * extent.squares
         products += in_products(method.flops(extent))
     operations = products + doubles / _DOUBLE
-    spent = operations / _rate(_BRIEFLY)
+    spent = operations / _rate(_BRIEFLY, ranks)
     if spent > _SHORT:
-        spent = operations / _rate(_LONG)
+        spent = operations / _rate(_LONG, ranks)
     return spent + work.forward * work.passes
 
 
@@ -299,9 +303,11 @@ def in_products(flops: Flops) -> float:
     return flops.single + flops.double / _DOUBLE + flops.removal / _REMOVAL
 
 
-def _rate(measuring: float) -> float:
-    """Floating-point operations per second of torch's float32 product here and now: the median over
-    so many seconds, since another program may have the cores for some of them."""
+def _rate(measuring: float, ranks: Ranks) -> float:
+    """Floating-point operations per second of torch's float32 product here and now, on rank 0: the
+    median over so many seconds, since another program may have the cores for some of them."""
+    if not ranks.first:
+        return float(ranks.value("the speed of a product", None))
     x = torch.ones(_MEASURED, _MEASURED)
     x @ x  # its library starts its threads
     seconds: list[float] = []
@@ -309,4 +315,4 @@ def _rate(measuring: float) -> float:
         begun = time.perf_counter()
         x @ x
         seconds.append(time.perf_counter() - begun)
-    return 2.0 * _MEASURED**3 / median(seconds)
+    return float(ranks.value("the speed of a product", 2.0 * _MEASURED**3 / median(seconds)))

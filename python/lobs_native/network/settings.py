@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -313,7 +314,7 @@ class NetworkSettings(LayerOptions):
                 f"{str(self.device)!r}; leave one of them out"
             )
         if not self.overrides:
-            self._common()  # raises if what all layers are pruned with does not fit together
+            _ = self._common  # raises if what all layers are pruned with does not fit together
 
     def for_layer(self, name: str) -> tuple[LayerSettings, bool]:
         """The settings of the layer of this name, and whether it shares a budget with others.
@@ -321,20 +322,20 @@ class NetworkSettings(LayerOptions):
         Entries of ``overrides`` that match it apply one after another. ArgumentError or
         PatternError if the result does not fit together.
         """
+        if not self.overrides:
+            return self._common
         matching = {
-            glob: changes
-            for glob, changes in (self.overrides or {}).items()
-            if fnmatchcase(name, glob)
+            glob: changes for glob, changes in self.overrides.items() if fnmatchcase(name, glob)
         }
         try:
-            own = dataclasses.replace(self, overrides=None, **merged(matching))
-            return own._common()
+            return dataclasses.replace(self, overrides=None, **merged(matching))._common
         except (ArgumentError, DtypeError, PatternError) as error:
             if not matching:
                 raise
             entries = ", ".join(f"overrides[{glob!r}]" for glob in matching)
             raise type(error)(f"{entries}: {error}") from error
 
+    @functools.cached_property
     def _common(self) -> tuple[LayerSettings, bool]:
         """The settings of a layer that no entry of ``overrides`` matches, and whether it shares."""
         if self.scope != "model":
