@@ -199,8 +199,8 @@ class Stack:
         self.slot: int | str = 0  # the hidden state's position or keyword in a block's arguments
         self.hidden_bytes = 0  # size of a block's hidden state, for the first batch
         self.other_bytes = 0  # size of all other arguments of the blocks, for the first batch
-        # What each block returns: None for a tensor, or the name of a sequence's type and its length. Empty if
-        # the blocks have to compute for all of them to be called as they are.
+        # What each block returns: None for a tensor, or the name of a sequence's type and its
+        # length. Empty if the blocks have to compute for all of them to be called as they are.
         self._forms: list[tuple[str, int] | None] = []
 
     def known(self) -> list[Any]:

@@ -2,8 +2,8 @@
 
 The batches are divided into ``CHUNKS`` runs of neighbours (fewer if there are fewer batches). The
 sums over a chunk begin with zero and take its batches in order. Then the chunks' sums are added in
-order: ``((S_0 + S_1) + S_2) + ...``. Of N ranks, each computes one of the first N chunks, one of the
-next N, and so on. When each rank has one, these are added, every rank adding its piece of the
+order: ``((S_0 + S_1) + S_2) + ...``. Of N ranks, each computes one of the first N chunks, one of
+the next N, and so on. When each rank has one, these are added, every rank adding its piece of the
 entries, so that no rank holds more than two sets of sums. One process does the same additions, one
 after another.
 """
