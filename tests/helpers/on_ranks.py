@@ -1,4 +1,4 @@
-"""What one of several processes does for ``tests/network/test_ranks.py``:
+"""Several processes of one run, and what one of them does for ``tests/network/test_ranks.py``:
 
     python -m helpers.on_ranks FOLDER RANK SIZE TASK
 
@@ -26,6 +26,9 @@ from torch import Tensor, distributed, nn
 import lobs_native as lobs
 from lobs_native.network import divided, shared
 from lobs_native.solvers import rows
+from stress.forks import Forks
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 class Noisy(nn.Module):
@@ -220,11 +223,6 @@ def failing(rank: int, size: int, folder: Path) -> dict[str, Any]:
         return model(batch)
 
     attempt("of the model", batches(4), forward=forward)
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    mesh, layer = init_device_mesh("cpu", (size,)), nn.Linear(4, 4)
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh))
-    found["DTensor"] = raised(lambda: lobs.prune(layer, [torch.randn(8, 4)], sparsity=0.5))
     return found
 
 
@@ -256,38 +254,34 @@ def resuming(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {"seen": seen(model, report)[0], "resumed": report.settings["resumed layers"]}
 
 
-def sharded(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A network of FSDP2: gathered, pruned, and put back, as the guide does it."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = distributed.init_device_mesh("cpu", (size,))
-    model, plain = wide(), wide()
-    for layer in (*model.layers, model):
-        fully_shard(layer, mesh=mesh)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            plain.get_parameter(name).copy_(p.full_tensor())
-    options = {"sparsity": 0.5, "progress": False, "offload": folder}
-    lobs.prune(plain, batches(5), group=distributed.group.WORLD, **options)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(plain.get_parameter(name), p.device_mesh, p.placements))
-    pieces = sum(p.to_local().numel() for p in model.parameters())
-    gathered = {name: p.full_tensor() for name, p in model.named_parameters()}
-    plain.load_state_dict(gathered)
-    return {"seen": seen(plain, None), "pieces": pieces, "out": model(batches(1)[0]).tolist()}
+def started(forks: Forks, folder: Path, size: int, task: str, **environment: str) -> list[Any]:
+    """What each of ``size`` processes found, None for one that was killed. The task is one of this
+    file, or "module:task"."""
+    module, _, name = task.rpartition(":")
+    arguments = ["-m", module or "helpers.on_ranks", folder]
+    for found in folder.glob("*.json"):
+        found.unlink()
+    running = [
+        forks.start([*arguments, rank, size, name], env={**ENVIRONMENT, **environment})
+        for rank in range(size)
+    ]
+    codes = [process.wait(300) for process in running]
+    assert set(codes) <= {0, -9}
+    return [
+        json.loads((folder / f"{rank}.json").read_text()) if code == 0 else None
+        for rank, code in enumerate(codes)
+    ]
 
 
-def main() -> None:
+def main(*tasks: Callable[[int, int, Path], dict[str, Any]]) -> None:
+    """Carry out one of the tasks."""
     folder, rank, size, task = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     joined(folder / f"{task}.together", rank, size, 60.0)
-    tasks = {f.__name__: f for f in (equal, by_rows, failing, killed, resuming, sharded)}
-    found = tasks[task](rank, size, folder)
+    found = {f.__name__: f for f in tasks}[task](rank, size, folder)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(equal, by_rows, failing, killed, resuming)

@@ -25,9 +25,40 @@ from lobs_native.files.atomic import need_space
 from lobs_native.files.mapped import Mapped, Scratch, Slot, is_shown
 from lobs_native.files.shelf import Place, state_if_equal
 
-__all__ = ["Offload", "forgotten", "put_away", "showing_originals"]
+__all__ = ["Offload", "Spilled", "forgotten", "put_away", "showing_originals", "units"]
 
 _LEAST = 1 << 12  # bytes of a parameter; smaller ones, of less than a page, stay in memory
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"offload: {folder}: {error}") from error
+
+
+class Spilled:
+    """Values that come one at a time, and of which each is in a file from then on. The folder is
+    made if it is not there; it must have room for ``size`` bytes.
+
+    Raises CheckpointError where it has not, or cannot be written to.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            need_space(folder, size)
+            self._scratch = Scratch(folder)
+
+    def put(self, value: Tensor) -> tuple[Tensor, Place]:
+        """The same value, from a file, and its place there. This object must be kept for as long as
+        the place is used."""
+        with _writing(self.folder):
+            slot = self._scratch.room(0, value.nbytes)
+            self._scratch.write(slot, value)
+            return Mapped(slot, value.shape, value.dtype).tensor if value.numel() else value, slot
 
 
 @dataclass
@@ -73,7 +104,7 @@ class Offload:
         shown |= {n for n in contiguous.keys() - shown if state_if_equal(*contiguous[n])}
         size = sum(p.numel() * p.element_size() for p in chosen.values())
         spilled = sum(p.numel() * p.element_size() for n, p in chosen.items() if n not in shown)
-        with self._writing():
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             need_space(folder, size + spilled)
             self._originals, self._pruned = Scratch(folder), Scratch(folder)
@@ -89,19 +120,12 @@ class Offload:
                 self.rest -= bytes_
         named = model.named_parameters(remove_duplicate=False)
         self.places = {n: self._parts[p].original for n, p in named if p in self._parts}
-        units = _units(model)
-        self.largest = max((sum(self._size(p) for p in of) for of in units.values()), default=0)
+        parts = units(model)
+        self.largest = max((sum(self._size(p) for p in of) for of in parts.values()), default=0)
         self._hooks = [
             unit.register_forward_pre_hook(self._entering(parameters))
-            for unit, parameters in units.items()
+            for unit, parameters in parts.items()
         ]
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"offload: {self.folder}: {error}") from error
 
     def _size(self, p: nn.Parameter) -> int:
         return self._parts[p].size if p in self._parts else 0
@@ -133,7 +157,7 @@ class Offload:
 
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
         """Write the present values of parameters to a file, and show them from there."""
-        with self._writing():
+        with _writing(self.folder):
             for part in (self._parts[p] for p in parameters if p in self._parts):
                 if part.pruned is None:
                     part.pruned = self._pruned.room(part.mapped.offset, part.size)
@@ -144,7 +168,7 @@ class Offload:
         """A copy of a tensor on the CPU that lies in a file as well, and in memory where it is
         read."""
         value = value.contiguous()
-        with self._writing():
+        with _writing(self.folder):
             slot = self._pruned.room(0, value.numel() * value.element_size())
             self._pruned.write(slot, value)
             return Mapped(slot, value.shape, value.dtype).tensor if value.numel() else value
@@ -188,25 +212,25 @@ def _mappable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _units(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+def units(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     """The parts of a model that take memory one at a time, with their parameters: the members of
     its outermost lists and sequences of modules, and the modules beside these."""
-    units: dict[nn.Module, list[nn.Parameter]] = {}
+    found: dict[nn.Module, list[nn.Parameter]] = {}
 
     def visit(module: nn.Module) -> None:
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             for child in module.children():
-                units.setdefault(child, list(child.parameters()))
+                found.setdefault(child, list(child.parameters()))
         elif not any(isinstance(m, (nn.ModuleList, nn.Sequential)) for m in module.modules()):
-            units.setdefault(module, list(module.parameters()))
+            found.setdefault(module, list(module.parameters()))
         else:
             if own := list(module.parameters(recurse=False)):
-                units.setdefault(module, own)
+                found.setdefault(module, own)
             for child in module.children():
                 visit(child)
 
     visit(model)
-    return {unit: parameters for unit, parameters in units.items() if parameters}
+    return {unit: parameters for unit, parameters in found.items() if parameters}
 
 
 @contextlib.contextmanager

@@ -82,6 +82,14 @@ class Ranks:
         """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
+    def members(self) -> list[int]:
+        """The numbers of the ranks in the whole of ``torch.distributed``."""
+        from torch import distributed as dist
+
+        if self.group is not None:
+            return dist.get_process_group_ranks(self.group)
+        return [dist.get_rank()] if dist.is_available() and dist.is_initialized() else [0]
+
     def owner_of(self, cost: float, here: Sequence[float]) -> int:
         """The rank that does the next piece of work that is done by one rank: the one that has the
         least to do ``here``, or, of those, has done the least so far. Every rank asks for every
@@ -162,6 +170,22 @@ class Ranks:
         with self._exchange(what, len(flat)):
             out = self._to_all(flat, [count * each for count in counts])
         return out.view(own.dtype).view(-1, *own.shape[1:])
+
+    def gathered(self, what: str, value: Any) -> Tensor:
+        """The whole of a DTensor, of which each rank has a piece; its memory may be that of the
+        own piece, if this is all of it."""
+
+        def gather(group: Any) -> Tensor:
+            with torch.no_grad():
+                whole: Tensor = value.full_tensor()
+            return whole
+
+        if self.size == 1:
+            return gather(self.group)
+        with self._exchange(what, 0):
+            whole: Tensor = self._carry_out(gather)
+        self.sent += value.to_local().nbytes * (value.device_mesh.size() - 1)
+        return whole
 
     def _to_all(self, piece: Tensor, come: Sequence[int]) -> Tensor:
         """The flat pieces of all ranks, of so many entries each, one after another.
@@ -267,11 +291,11 @@ class Ranks:
             stop.set()
         return lengths
 
-    def _carry_out(self, collective: Callable[..., Any], *arguments: Any) -> None:
+    def _carry_out(self, collective: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of ``torch.distributed``. Raises RankError where another rank is gone,
         and MemoryError where this one lacks memory."""
         try:
-            collective(*arguments, group=self.group)
+            return collective(*arguments, group=self.group)
         except RuntimeError as error:
             text = " ".join(str(error).split())[:200]
             here = f"rank {self.rank} of {self.size}"

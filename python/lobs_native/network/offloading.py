@@ -12,7 +12,7 @@ from lobs_native.calibration.offload import Offload
 from lobs_native.files.mapped import check_system
 from lobs_native.files.shelf import Place
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shared import refuse_dtensors
+from lobs_native.network.whole_modules import refuse_pieces
 
 __all__ = ["offloaded"]
 
@@ -26,11 +26,11 @@ def offloaded(
 ) -> Iterator[Offload | None]:
     """What offloads the parameters if the settings ask for it: what is ``known`` already, or
     something for as long as the context lasts."""
+    refuse_pieces(model)
     if known is not None or settings.offload is None or not isinstance(model, nn.Module):
         yield known
         return
     check_system("offload")
-    refuse_dtensors(model)
     offload = Offload(model, Path(settings.offload), places)
     try:
         yield offload

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lobs_native.calibration.session import Session
 from lobs_native.errors import ArgumentError, DtypeError
 from lobs_native.files.shelf import Place, Shelf
+from lobs_native.network.whole_modules import refuse_pieces
 
 __all__ = ["differing_from", "keep_originals"]
 
@@ -32,6 +33,7 @@ def differing_from(original: Any, session: Session) -> frozenset[str]:
         return frozenset()
     if not isinstance(original, nn.Module):
         raise DtypeError(f"original: expected an nn.Module, got {type(original).__name__}")
+    refuse_pieces(original, "original")
     if session.offload is not None:
         raise ArgumentError(
             "original: with offload, the model as it was passed is the original network; leave one "

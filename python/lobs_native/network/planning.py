@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from lobs_native.calibration.ranks import Ranks
 from lobs_native.errors import ArgumentError
+from lobs_native.network.gathering import gathered
 from lobs_native.network.offloading import offloaded
 from lobs_native.network.pruning import Pruning
 from lobs_native.network.resources import RunPlan
@@ -22,6 +24,7 @@ def plan_prune(
     calibration: Iterable[Any],
     *,
     settings: NetworkSettings | None = None,
+    group: Any = None,
     original: nn.Module | None = None,
     **arguments: Any,
 ) -> RunPlan:
@@ -30,6 +33,7 @@ def plan_prune(
 
     Runs the model on the first and on the largest batch a few times. Changes nothing but the
     device of the model, if one is passed, and shows no progress bars unless ``progress`` is passed.
+    With ``group``, all of its ranks call it; parameters in pieces (DTensor) are gathered meanwhile.
 
     Returns
     -------
@@ -48,11 +52,19 @@ def plan_prune(
         if name not in known:
             raise ArgumentError(
                 f"{name}: prune has no such argument; it has model, calibration, settings, "
-                f"original, {', '.join(known)}"
+                f"group, original, {', '.join(known)}"
             )
     chosen = chosen_of(settings, NetworkSettings(**arguments))
     if settings is None and "progress" not in arguments:
         chosen = dataclasses.replace(chosen, progress=False)
-    with offloaded(model, chosen, {}) as offload:
-        pruning = Pruning(model, calibration, chosen, offload=offload, original=original)
-        return pruning.plan(stacklevel=2)
+    ranks = Ranks(group)
+    try:
+        with (
+            gathered(model, calibration, chosen, ranks) as gathering,
+            offloaded(model, chosen, gathering.places) as offload,
+        ):
+            how = (gathering.places, None, ranks, offload, original, gathering.pieces)
+            return Pruning(model, gathering.calibration, chosen, *how).plan(stacklevel=2)
+    except BaseException as error:
+        ranks.tell(error)
+        raise

@@ -268,7 +268,10 @@ def prune(
         its part of the layers or of the rows of a large one, and gets the whole network and report,
         with the bits of one process with as many threads. Rank 0 alone writes ``run_dir``, and
         alone does what ``tune`` asks for. None: this process does all of it, even where there is a
-        process group. Tested with gloo on CPUs; NCCL has not been tried.
+        process group. Parameters that lie in pieces on these ranks (DTensor: FSDP2, tensor
+        parallelism) are gathered, with ``offload`` into files, and each rank's pieces get the
+        result; they stay the same objects, and ``report.settings["gathered"]`` counts them. Tested
+        with gloo on CPUs; NCCL has not been tried.
     original : nn.Module, optional
         For a model that has been pruned before and is to lose more: what it was before the first
         call (``copy.deepcopy(model)``), with parameters of the same names, shapes and dtypes, and
@@ -295,7 +298,8 @@ def prune(
     NonFiniteError, NotPositiveDefiniteError
         The message names the layer; the model is as it was.
     MemoryError
-        ``memory`` is too small for some layer; nothing has been changed.
+        ``memory`` is too small for some layer, or parameters in pieces do not fit, gathered, into
+        what is free; nothing has been changed.
     CheckpointError
         ``run_dir`` cannot be written or read, holds another run or is in use. The model is as it
         was.

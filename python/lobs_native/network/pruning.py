@@ -38,7 +38,7 @@ from lobs_native.network.search import Search
 from lobs_native.network.selection import LayerJob, candidates_of, weights_of
 from lobs_native.network.sensitive import sensitive_of, weighted_of
 from lobs_native.network.settings import NetworkSettings
-from lobs_native.network.shared import Clock, SharedLedger, check_ranks, refuse_dtensors
+from lobs_native.network.shared import Clock, SharedLedger, check_ranks
 from lobs_native.network.stages import Stages
 from lobs_native.network.structure import multiplications, order_of, structure_of, workload
 from lobs_native.network.tuning import Tuner, to_tune
@@ -57,7 +57,7 @@ class Pruning:
 
     ``places`` says where parameters lie in files, as far as known: those that do need not be kept
     elsewhere while they are pruned. ``original``: the network whose outputs are aimed at, if that
-    is not the model as it is.
+    is not the model as it is; ``pieces``: bytes of this rank's pieces of what was gathered.
 
     Raises
     ------
@@ -75,14 +75,14 @@ class Pruning:
         ranks: Ranks = ALONE,
         offload: Offload | None = None,
         original: nn.Module | None = None,
+        pieces: int = 0,
     ) -> None:
         self.masks = masks or {}  # by layer, where what may stay is decided already
         self.stages = Stages()
         self.places = {**(places or {}), **({} if offload is None else offload.places)}
-        self.settings, self.original = settings, original
+        self.settings, self.original, self.pieces = settings, original, pieces
         self.searched: dict[str, float] | None = None  # what a search for a division found
         self.candidates = candidates_of(model, settings)
-        refuse_dtensors(model)
         self.batches = batches_of(calibration)
         batches, held_back = divided(self.batches, settings.held_back)
         if settings.device is not None:
@@ -135,6 +135,7 @@ class Pruning:
             covered=covered,
             seen=settled.seen,
         )
+        work = dataclasses.replace(work, pieces=self.pieces)
         return plan_run(self.jobs, work, self.settings, self.session.ranks)
 
     def _pruned(self) -> dict[str, nn.Parameter]:
@@ -235,9 +236,8 @@ class Pruning:
         session, found = self.session, dict[str, Any]()
         session.padded = any(session.ranks.all_values("padding", session.padded))
         if session.ranks.first:
-            limit = plan.output_limit
-            measured = error_bound_of(session, jobs, loop.done, self.settings, limit, samples)
-            found = dataclasses.asdict(measured)
+            how = (self.settings, plan.output_limit, samples)
+            found = dataclasses.asdict(error_bound_of(session, jobs, loop.done, *how))
         return ErrorBound(**session.ranks.value("the change of the output", found))
 
     def _loop(

@@ -63,6 +63,7 @@ class Workload:
     measuring: int = 0  # bytes that measuring it, or the norms of Theorem 3.2, takes besides
     idle: int = 0  # ranks without batches
     network: int = 0  # bytes of the model's parameters in memory at a time
+    pieces: int = 0  # and those of this rank's pieces, where the parameters were gathered
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class RunPlan:
     output_limit: int | None
     network: int  # the model's parameters in memory at a time, which come on top
     offloaded: int  # in the folder of offloaded weights: pruned ones, and masks
+    pieces: int = 0  # this rank's pieces of gathered parameters (DTensor), beside the network
     idle: int = 0  # ranks that only prune layers: there are more of them than chunks of batches
 
     @property
@@ -110,6 +112,10 @@ class RunPlan:
         model = "the model"
         if self.offloaded:
             model = f"{mb(self.network)} of the model at a time"
+        elif self.pieces:
+            model = f"{mb(self.network)} of the gathered model"
+        if self.pieces:
+            model += f" and {mb(self.pieces)} of pieces of it"
         limit = "" if self.limit is None else f" of {mb(self.limit)} allowed"
         minutes, seconds = divmod(round(self.seconds), 60)
         about = f"{minutes} min {seconds} s" if minutes else f"{max(1, seconds)} s"
@@ -265,6 +271,7 @@ def plan_run(
         swapped_limit=swapped_limit,
         output_limit=output_limit,
         idle=work.idle,
+        pieces=work.pieces,
         network=work.network,
         offloaded=offloaded,
     )

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lobs_native import ops
 from lobs_native.calibration.ranks import Ranks, check_alike
-from lobs_native.errors import ArgumentError
 from lobs_native.layers import Layer
 from lobs_native.network.divided import SharedRows, divided, owners
 from lobs_native.network.selection import LayerJob
@@ -32,7 +30,6 @@ __all__ = [
     "Done",
     "SharedLedger",
     "check_ranks",
-    "refuse_dtensors",
     "shared_out",
 ]
 
@@ -254,15 +251,3 @@ def _code() -> str:
     for path in sorted(p for kind in ("*.py", "*.so") for p in root.rglob(kind)):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def refuse_dtensors(model: nn.Module) -> None:
-    """Raise ArgumentError if a parameter lies in pieces on several ranks."""
-    module = sys.modules.get("torch.distributed.tensor")  # without which there are none
-    for name, parameter in model.named_parameters() if module is not None else ():
-        if isinstance(parameter, module.DTensor):  # type: ignore[union-attr]
-            raise ArgumentError(
-                f"model: parameter {name!r} is a DTensor, of which each rank has a piece (FSDP2, "
-                "tensor parallelism); this is not supported yet: gather the model, so that every "
-                "rank has all of it"
-            )

@@ -123,7 +123,7 @@ _ARGUMENTS = (
     *("token_mask", "measure", "held_back", "seed"),
 )
 _BYTES = {"memory", "layer", "statistics", "states", "kept", "disk", "limit", "scratch"}
-_BYTES |= {"output", "masks", "network", "offloaded", "token_weights"}
+_BYTES |= {"output", "masks", "network", "offloaded", "pieces", "token_weights"}
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[dict[str, Setting], dict[str, Setting]]:
