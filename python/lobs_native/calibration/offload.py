@@ -38,6 +38,19 @@ def _writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"offload: {folder}: {error}") from error
 
 
+def _make_room(folder: Path, size: int) -> None:
+    """Make the folder if it is not there; it must have room for so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    need_space(folder, size)
+
+
+def _spill(scratch: Scratch, value: Tensor) -> tuple[Tensor, Slot]:
+    """A contiguous tensor on the CPU, from a file now, and its place there."""
+    slot = scratch.room(0, value.nbytes)
+    scratch.write(slot, value)
+    return Mapped(slot, value.shape, value.dtype).tensor if value.numel() else value, slot
+
+
 class Spilled:
     """Values that come one at a time, and of which each is in a file from then on. The folder is
     made if it is not there; it must have room for ``size`` bytes.
@@ -48,17 +61,14 @@ class Spilled:
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder
         with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            need_space(folder, size)
+            _make_room(folder, size)
             self._scratch = Scratch(folder)
 
     def put(self, value: Tensor) -> tuple[Tensor, Place]:
         """The same value, from a file, and its place there. This object must be kept for as long as
         the place is used."""
         with _writing(self.folder):
-            slot = self._scratch.room(0, value.nbytes)
-            self._scratch.write(slot, value)
-            return Mapped(slot, value.shape, value.dtype).tensor if value.numel() else value, slot
+            return _spill(self._scratch, value)
 
 
 @dataclass
@@ -105,8 +115,7 @@ class Offload:
         size = sum(p.numel() * p.element_size() for p in chosen.values())
         spilled = sum(p.numel() * p.element_size() for n, p in chosen.items() if n not in shown)
         with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            need_space(folder, size + spilled)
+            _make_room(folder, size + spilled)
             self._originals, self._pruned = Scratch(folder), Scratch(folder)
             for name, p in chosen.items():
                 bytes_ = p.numel() * p.element_size()
@@ -167,11 +176,8 @@ class Offload:
     def stored(self, value: Tensor) -> Tensor:
         """A copy of a tensor on the CPU that lies in a file as well, and in memory where it is
         read."""
-        value = value.contiguous()
         with _writing(self.folder):
-            slot = self._pruned.room(0, value.numel() * value.element_size())
-            self._pruned.write(slot, value)
-            return Mapped(slot, value.shape, value.dtype).tensor if value.numel() else value
+            return _spill(self._pruned, value.contiguous())[0]
 
     def show_originals(self, parameters: Iterable[nn.Parameter]) -> None:
         """Show the original values of parameters of which :meth:`keep` has others."""
